@@ -1,0 +1,125 @@
+"""What happens to a sample, as numbers: crop, flip and RandAugment drawn from (seed, epoch, sample) and nothing else.
+
+Pure arithmetic on arrays; the same on every rank, in every order, and whatever a sample is batched with. Pixels are
+not known here. A random resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of the area and an
+aspect ratio of 3/4 to 4/3, ten tries, then the largest centred crop within these ratios.
+
+Next: randaugment.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from data.draws import Purpose, uniforms
+from data.errors import BadRequest
+from data.randaugment import MOST_MAGNITUDE, Operation
+
+RATIOS = (3 / 4, 4 / 3)
+TRIES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What training does to its samples: RandAugment's layers and magnitude on the scale of randaugment.py.
+
+    `crop_area` (shares of the image's area) belongs to "random_resized", `center_fraction` (of the short side) to
+    "center". Raises BadRequest for values outside their range.
+    """
+
+    crop: Literal["random_resized", "center"]
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    center_fraction: float = 1.0
+    flip: bool
+    layers: int
+    magnitude: float
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("random_resized", "center"):
+            raise BadRequest(f"crop is {self.crop!r}; it is random_resized or center")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise BadRequest(f"crop_area is {self.crop_area}; it has a smallest and a largest share, above 0 to 1")
+        if not 0 < self.center_fraction <= 1:
+            raise BadRequest(f"center_fraction is {self.center_fraction}; it is above 0 and at most 1")
+        if self.layers < 0:
+            raise BadRequest(f"RandAugment's layers are {self.layers}; 0 or more can be applied")
+        if not 0 <= self.magnitude <= MOST_MAGNITUDE:
+            raise BadRequest(f"RandAugment's magnitude is {self.magnitude}; it is from 0 to {MOST_MAGNITUDE:g}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to each of n samples, in this order: crop, flip, one operation per layer.
+
+    `crop_start` and `crop_shape` int32 [n, 2] are (y, x) and (height, width) in the upright image, `flip` int32 [n] is
+    1 for mirrored; `operations` int32 [n, layers] are numbers of Operation, `signs` int32 [n, layers] 1 for negative.
+    """
+
+    crop_start: NDArray[np.int32]
+    crop_shape: NDArray[np.int32]
+    flip: NDArray[np.int32]
+    operations: NDArray[np.int32]
+    signs: NDArray[np.int32]
+
+
+def draw(
+    augmentation: Augmentation, seed: int, epochs: ArrayLike, samples: ArrayLike, heights: ArrayLike, widths: ArrayLike
+) -> Recipe:
+    """The recipe of n samples (their global numbers, in the epoch of each) whose upright images have these sizes."""
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    if augmentation.crop == "random_resized":
+        # Rarely does more than one of the tries matter, but drawing them all for a batch is cheaper than asking which.
+        numbers = uniforms(seed, Purpose.CROP, samples, 2 + 2 * TRIES, epochs)
+        start, shape = _random_resized(augmentation.crop_area, numbers, heights, widths)
+    else:
+        start, shape = _center(augmentation.center_fraction, heights, widths)
+    heads = uniforms(seed, Purpose.FLIP, samples, 1, epochs)[:, 0] < 0.5
+    layers = uniforms(seed, Purpose.RANDAUGMENT, samples, 2 * augmentation.layers, epochs)
+    return Recipe(
+        crop_start=start.astype(np.int32),
+        crop_shape=shape.astype(np.int32),
+        flip=(heads & augmentation.flip).astype(np.int32),
+        operations=(layers[:, 0::2] * len(Operation)).astype(np.int32),
+        signs=(layers[:, 1::2] < 0.5).astype(np.int32),
+    )
+
+
+def fixed(center_fraction: float, heights: ArrayLike, widths: ArrayLike) -> Recipe:
+    """The recipe of evaluation: the centred square of this fraction of the short side, and nothing else."""
+    start, shape = _center(center_fraction, np.asarray(heights, np.int64), np.asarray(widths, np.int64))
+    none = np.zeros((len(start), 0), np.int32)
+    return Recipe(start.astype(np.int32), shape.astype(np.int32), np.zeros(len(start), np.int32), none, none)
+
+
+def _center(
+    fraction: float, heights: NDArray[np.int64], widths: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    side = np.maximum(1, np.rint(fraction * np.minimum(heights, widths)).astype(np.int64))
+    shape = np.stack([side, side], axis=1)
+    return (np.stack([heights, widths], axis=1) - shape) // 2, shape
+
+
+def _random_resized(
+    area: tuple[float, float], numbers: NDArray[np.float64], heights: NDArray[np.int64], widths: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Starts and shapes [n, 2] from `numbers` [n, 2 + 2 * TRIES]: the place, then area and ratio of each try."""
+    size = np.stack([heights, widths], axis=1)
+    areas = (area[0] + (area[1] - area[0]) * numbers[:, 2::2]) * (heights * widths)[:, None]
+    ratios = RATIOS[0] * (RATIOS[1] / RATIOS[0]) ** numbers[:, 3::2]
+    tries = np.stack([_pixels(np.sqrt(areas / ratios)), _pixels(np.sqrt(areas * ratios))], axis=2)
+    fits = np.all(tries <= size[:, None], axis=2)
+    found = np.any(fits, axis=1, keepdims=True)
+    shape = np.where(found, tries[np.arange(len(size)), fits.argmax(axis=1)], _largest_within_ratios(heights, widths))
+    start = np.where(found, numbers[:, :2] * (size - shape + 1), (size - shape) // 2)
+    return start.astype(np.int64), shape
+
+
+def _largest_within_ratios(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    height, width = _pixels(widths / RATIOS[0]), _pixels(heights * RATIOS[1])
+    return np.stack([np.minimum(heights, height), np.minimum(widths, width)], axis=1)
+
+
+def _pixels(lengths: NDArray[np.floating]) -> NDArray[np.int64]:
+    return np.maximum(1, np.rint(lengths).astype(np.int64))

@@ -1,0 +1,199 @@
+"""Encoded images and their recipes in, pixels out, in order: one DALI graph, on the CPU or on a GPU.
+
+    bytes -> decode the crop (upright) -> resize, antialiased bilinear -> flip -> RandAugment, layer by layer
+
+The pixels of a sample are a function of its bytes and its row of the recipe: batch size, neighbours, order, threads
+and how far DALI runs ahead change nothing. That holds within one device and DALI version; a GPU decodes JPEG with
+another codec, a few levels off. The bytes must be known to decode (codec.py): DALI's decoder can end the process on
+others. Normalisation is not done here, nor is it known where bytes come from.
+
+Next: loader.py.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType, DALIImageType
+
+from data.augment import Recipe
+from data.errors import DataError
+from data.randaugment import FILL, Family, Tables, tables
+
+Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], Recipe]]
+AHEAD = 2
+"""Batches that DALI is working on or has ready, the one handed over included."""
+
+
+class Decoder:
+    """An iterator of uint8 [n, resolution, resolution, 3], RGB, on the device: a tensor for each answer of `source`.
+
+    `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with their Recipe of
+    `layers` layers, or raises StopIteration; it is called in the thread that iterates, and a batch ahead. What else it
+    raises comes out as it is. DataError if DALI fails; then, as after any error, the decoder gives that error only.
+    Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        batch_size: int,
+        layers: int,
+        magnitude: float,
+        device: Literal["cpu", "gpu"],
+        device_id: int | None,
+        threads: int,
+        source: Source,
+    ) -> None:
+        if device == "gpu" and device_id is None:
+            device_id = torch.cuda.current_device()
+        table = tables(magnitude, resolution)
+        self._feed = _Feed(source, layers, table)
+        self._end: BaseException | None = None
+        # The executor is left at DALI's default: the older one hands out memory that later batches overwrite.
+        self._pipeline: Pipeline | None = pipeline_def(_graph)(
+            feed=self._feed,
+            resolution=resolution,
+            layers=layers,
+            tones=table.tones.tolist(),
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device_id if device == "gpu" else None,
+            prefetch_queue_depth=AHEAD,
+            enable_conditionals=layers > 0,
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self._end is not None:
+            raise self._end
+        if self._pipeline is None:
+            raise StopIteration
+        try:
+            (pixels,) = self._pipeline.run()
+        except StopIteration:
+            raise
+        except BaseException as error:
+            # The pipeline must not run again after an error: that can end the process.
+            if error is self._feed.error:
+                self._end = error
+                raise
+            self._end = DataError(f"DALI failed on a batch: {_gist(error)}")
+            raise self._end from error
+        return torch.from_dlpack(pixels.as_tensor())[: self._feed.samples.popleft()]
+
+    def close(self) -> None:
+        """Ends DALI's threads; batches already handed out stay valid, and iteration is over."""
+        self._pipeline = None
+
+
+class _Feed:
+    """What DALI calls for a batch: the source's answer as the inputs of the graph.
+
+    Apart from the decoder, so that the two and the pipeline are no cycle and go with the last reference.
+    """
+
+    def __init__(self, source: Source, layers: int, table: Tables) -> None:
+        self._source, self._layers, self._table = source, layers, table
+        self.samples: deque[int] = deque()
+        self.error: BaseException | None = None
+
+    def __call__(self) -> list[Sequence[NDArray[np.uint8]] | NDArray]:
+        """Bytes, crop, flip, and four numbers of the operation in each layer."""
+        try:
+            images, recipe = self._source()
+        except BaseException as error:
+            self.error = error
+            raise
+        self.samples.append(len(images))
+        if not images:
+            images, recipe = _stand_in(self._layers)
+        inputs = [images, recipe.crop_start, recipe.crop_shape, recipe.flip]
+        for layer in range(self._layers):
+            operation, sign = recipe.operations[:, layer], recipe.signs[:, layer]
+            table = self._table
+            inputs += [each[operation, sign] for each in (table.family, table.matrix, table.factor, table.tone)]
+        return inputs
+
+
+def _stand_in(layers: int) -> tuple[list[NDArray[np.uint8]], Recipe]:
+    """One pixel, whole and as it is, in place of an empty batch, which DALI refuses."""
+    nothing = np.zeros((1, layers), np.int32)
+    corner = np.zeros((1, 2), np.int32)
+    recipe = Recipe(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
+    return [np.frombuffer(b"P6 1 1 255 \0\0\0", np.uint8)], recipe
+
+
+def _graph(feed: _Feed, resolution: int, layers: int, tones: list[int]) -> DataNode:
+    of_layer = [DALIDataType.INT32, DALIDataType.FLOAT, DALIDataType.FLOAT, DALIDataType.INT16]
+    inputs: Sequence[DataNode] = fn.external_source(
+        source=feed,
+        num_outputs=4 + 4 * layers,
+        batch=True,
+        dtype=[DALIDataType.UINT8, *[DALIDataType.INT32] * 3, *of_layer * layers],
+        ndim=[1, 1, 1, 0, *[0, 2, 0, 0] * layers],
+    )
+    encoded, start, shape, flip = inputs[:4]
+    decoder = "cpu" if Pipeline.current().device_id is None else "mixed"
+    image = fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], device=decoder)
+    image = fn.resize_crop_mirror(image, size=[resolution, resolution], mirror=flip)
+    for layer in range(layers):
+        image = _operation(image, inputs[4 + 4 * layer : 8 + 4 * layer], tones, resolution**2)
+    return image
+
+
+def _operation(image: DataNode, numbers: Sequence[DataNode], tones: list[int], pixels: int) -> DataNode:
+    """One operation for each sample. Every `if` splits the batch, and costs about as much as an operator."""
+    family, matrix, factor, tone = numbers
+    if family == int(Family.WARP):
+        # Not warp_affine, which takes seven times as long on the CPU.
+        image = fn.experimental.warp_perspective(image, matrix=matrix, fill_value=FILL)
+    elif family == int(Family.TONE):
+        index = image + _beside(image, tone)
+        image = fn.lookup_table(index, keys=list(range(len(tones))), values=tones, dtype=DALIDataType.UINT8)
+    elif family == int(Family.FILTER):
+        image = fn.filter(image, _beside(image, matrix))
+    elif family == int(Family.COLOR):
+        image = fn.saturation(image, saturation=factor)
+    elif family == int(Family.CONTRAST):
+        image = _contrast(image, _beside(image, factor), pixels)
+    elif family == int(Family.AUTO_CONTRAST):
+        image = _auto_contrast(image)
+    else:
+        image = fn.equalize(image)
+    return image
+
+
+def _contrast(image: DataNode, factor: DataNode, pixels: int) -> DataNode:
+    """The image drawn to its mean grey or away from it."""
+    grey = fn.color_space_conversion(image, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY)
+    # A sum of integers is exact in any order, so the mean does not depend on how a device cuts up the batch.
+    mean = fn.reductions.sum(grey) * (1 / pixels)
+    return fn.cast_like((image - mean) * factor + mean, image)
+
+
+def _auto_contrast(image: DataNode) -> DataNode:
+    """Each channel stretched to 0 .. 255; a channel of one value stays."""
+    low = fn.reductions.min(image, axis_names="HW", keep_dims=True)
+    high = fn.reductions.max(image, axis_names="HW", keep_dims=True)
+    flat = high == low
+    return fn.cast_like((image - low) * (255 / (high - low + flat)) + low * flat, image)
+
+
+def _beside(image: DataNode, number: DataNode) -> DataNode:
+    """The number on the image's device."""
+    return number.gpu() if image.device == "gpu" else number
+
+
+def _gist(error: BaseException) -> str:
+    """DALI's reason, one line out of twenty."""
+    reason = str(error).rpartition("encountered:")[2].partition("C++ context")[0]
+    return " ".join(reason.split())

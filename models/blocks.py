@@ -1,0 +1,137 @@
+"""The two residual blocks, x + Module(Norm(x)), MBConv and Transformer block, and their down-sampling (paper, A.1).
+
+Blocks take and give maps [n, width, h, w] in channels-last memory, where [n, h, w, width] is a view: neither kind, nor
+the passage from one to the other, copies. No randomness: a caller who wants stochastic depth hands in, per sample and
+branch, a factor (0, or 1 / probability of staying). Next: attention.py.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import RelativeAttention
+from .initial import convolution, linear
+
+Norm = Callable[[int], nn.Module]
+StridePlace = Literal["expand", "depthwise"]
+
+# The paper does not say which GELU; google-research/maxvit has the tanh form. The exact one differs from it by
+# less than 1e-3 and is the faster one on a CPU, forward and backward.
+gelu = F.gelu
+
+
+def downsample(x: Tensor, stride: int) -> Tensor:
+    """Maps [n, width, h, w] max-pooled 2x2 where the stride is 2, to ceil(h / 2) x ceil(w / 2)."""
+    return x if stride == 1 else F.max_pool2d(x, stride, ceil_mode=True)
+
+
+def weigh(branch: Tensor, factors: Tensor | None) -> Tensor:
+    """A residual branch [n, ...] times its factors [n], in the branch's own type; None leaves it."""
+    return branch if factors is None else branch * factors.to(branch.dtype).view(-1, 1, 1, 1)
+
+
+class Shortcut(nn.Module):
+    """Proj(Pool(x)) of Eqs. 4 and 5. Without a projection where the widths agree, as the published FLOPs suggest."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.project = nn.Identity() if inputs == width else convolution(inputs, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(downsample(x, self.stride))
+
+
+class SqueezeExcitation(nn.Module):
+    """Maps [n, inner, h, w], each channel times a gate in 0..1 computed from the means of all (arXiv 1709.01507)."""
+
+    def __init__(self, inner: int, squeezed: int) -> None:
+        super().__init__()
+        self.squeeze = linear(inner, squeezed)
+        self.excite = linear(squeezed, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Over one flat axis: a CPU is slower at the mean over (h, w) of channels-last maps.
+        means = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        gate = self.excite(F.silu(self.squeeze(means))).sigmoid()
+        return x * gate[:, :, None, None]
+
+
+class MBConv(nn.Module):
+    """Proj(Pool(x)) + Conv(DepthConv(Conv(Norm(x), stride))) (Eq. 5): [n, inputs, h, w] to [n, width, h', w'].
+
+    The inner width is four times the output's, the squeezed width a quarter of it. The stride is the first
+    convolution's, or the depthwise one's (Table 9). `survival` [n, 1].
+    """
+
+    branches: ClassVar[int] = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm, stride_place: StridePlace) -> None:
+        super().__init__()
+        inner = 4 * width
+        first, second = (stride, 1) if stride_place == "expand" else (1, stride)
+        self.shortcut = Shortcut(inputs, width, stride)
+        self.norm = norm(inputs)
+        self.expand = convolution(inputs, inner, 1, stride=first, bias=False)
+        self.expand_norm = norm(inner)
+        self.depthwise = convolution(inner, inner, 3, stride=second, groups=inner, bias=False)
+        self.depthwise_norm = norm(inner)
+        self.squeeze_excitation = SqueezeExcitation(inner, max(1, width // 4))
+        self.shrink = convolution(inner, width, 1)
+
+    def forward(self, x: Tensor, survival: Tensor | None = None) -> Tensor:
+        y = self.expand(self.norm(x))
+        y = self.depthwise(gelu(self.expand_norm(y)))
+        y = self.squeeze_excitation(gelu(self.depthwise_norm(y)))
+        y = self.shrink(y)
+        return self.shortcut(x) + weigh(y, None if survival is None else survival[:, 0])
+
+
+class FeedForward(nn.Module):
+    """Two linear layers over the last axis, the inner one four times as wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = linear(width, 4 * width)
+        self.shrink = linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shrink(gelu(self.expand(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Proj(Pool(x)) + Attention(Pool(Norm(x))) (Eq. 4), then x + FeedForward(Norm(x)).
+
+    [n, inputs, h, w] to [n, width, *grid]. `survival` [n, 2]: the attention's factors and the feed-forward's.
+    """
+
+    branches: ClassVar[int] = 2
+
+    def __init__(self, inputs: int, width: int, stride: int, head_size: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.stride = stride
+        self.shortcut = Shortcut(inputs, width, stride)
+        self.attention_norm = nn.LayerNorm(inputs, eps=1e-5)
+        self.attention = RelativeAttention(inputs, width, head_size, grid)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=1e-5)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, survival: Tensor | None = None) -> Tensor:
+        attended, fed = (None, None) if survival is None else survival.unbind(1)
+        y = _maps(self.attention_norm(_places(x)))
+        y = self.attention(_places(downsample(y, self.stride)))
+        x = self.shortcut(x) + weigh(_maps(y), attended)
+        y = self.feed_forward(self.feed_forward_norm(_places(x)))
+        return x + weigh(_maps(y), fed)
+
+
+def _places(x: Tensor) -> Tensor:
+    """[n, width, h, w] seen as [n, h, w, width]."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _maps(x: Tensor) -> Tensor:
+    """[n, h, w, width] seen as [n, width, h, w]."""
+    return x.permute(0, 3, 1, 2)

@@ -1,0 +1,93 @@
+"""Batch normalisation over groups of samples, whose running statistics move once per step and not once per forward.
+
+A group is a fixed set of consecutive samples, so what a sample is normalised by does not depend on the number of ranks,
+nor on how many groups a forward holds. Each training forward adds up its groups' statistics; whoever runs the step
+takes the sums (`take_statistics`), adds them over the ranks, and applies them (`apply_statistics`), or drops them with
+the step. Next: initial.py.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchNorm2d(nn.Module):
+    """Maps [n, width, h, w], normalised per group of `group` consecutive samples in training (None: all n are one).
+
+    In evaluation by the running statistics, as `nn.BatchNorm2d`, whose parameter and buffer names it has. `momentum`
+    is the weight of the new statistics. ValueError where n is not a multiple of the group.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    mean_sum: Tensor
+    variance_sum: Tensor
+    group_count: Tensor
+
+    def __init__(self, width: int, eps: float = 1e-3, momentum: float = 0.01, group: int | None = None) -> None:
+        super().__init__()
+        self.eps, self.momentum, self.group = eps, momentum, group
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("mean_sum", torch.zeros(width), persistent=False)
+        self.register_buffer("variance_sum", torch.zeros(width), persistent=False)
+        self.register_buffer("group_count", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        group = self.group or len(x)
+        if len(x) % group:
+            raise ValueError(f"{len(x)} samples are no whole groups of {group}; make the micro batch a multiple of it")
+        if group == len(x):  # without a split, whose backward would copy
+            return self._normalize(x)
+        return torch.cat([self._normalize(part) for part in x.split(group)])
+
+    def _normalize(self, part: Tensor) -> Tensor:
+        # With momentum 1 the kernel leaves exactly this group's mean and unbiased variance in the running statistics
+        # it is given. They must start finite: the kernel computes 0 x old + new.
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        y = F.batch_norm(part, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        self.mean_sum += mean
+        self.variance_sum += variance
+        self.group_count += 1
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}, momentum={self.momentum}, group={self.group}"
+
+
+def _batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
+    return (module for module in model.modules() if isinstance(module, BatchNorm2d))
+
+
+@torch.no_grad()
+def take_statistics(model: nn.Module) -> Tensor:
+    """All sums of means and variances and the counts of groups since the last call, float32 in one row; zeroes them.
+
+    Rows of several ranks may be added before `apply_statistics`.
+    """
+    sums = [(norm.mean_sum, norm.variance_sum, norm.group_count) for norm in _batch_norms(model)]
+    flat = torch.cat([part.float() for parts in sums for part in parts])
+    for parts in sums:
+        for part in parts:
+            part.zero_()
+    return flat
+
+
+@torch.no_grad()
+def apply_statistics(model: nn.Module, flat: Tensor) -> None:
+    """Moves the running statistics by `momentum`, once, towards the mean over groups; a count of 0 moves nothing."""
+    norms = list(_batch_norms(model))
+    rows = flat.split([2 * len(norm.weight) + 1 for norm in norms])
+    for norm, row in zip(norms, rows, strict=True):
+        mean_sum, variance_sum, count = row.to(norm.running_mean).split([len(norm.weight), len(norm.weight), 1])
+        step = norm.momentum * (count > 0).to(count.dtype)
+        norm.running_mean.lerp_(mean_sum / count.clamp(min=1), step)
+        norm.running_var.lerp_(variance_sum / count.clamp(min=1), step)

@@ -1,0 +1,220 @@
+"""The configuration: every key with its type, default, limits, meaning, and whether a run that goes on may change it.
+
+A configuration is frozen once read. Functions take the section they need, never the tree. How YAML files and
+`section.key=value` become one of these is in overrides.py.
+
+Next: overrides.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Change = Literal["fixed", "recorded", "free"]
+"""What going on with another value does: refused (it defines the run), recorded in events.jsonl, or nothing."""
+
+
+def key(default: Any, meaning: str, change: Change = "fixed", **limits: Any) -> Any:
+    """A documented key of a section; `limits` are pydantic's (ge, le, gt, lt, min_length, ...)."""
+    return Field(default, description=meaning, json_schema_extra={"change": change}, validate_default=False, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Run(Section):
+    dir: str = key("runs/default", "folder of this run, on a POSIX file system", "free", min_length=1)
+    seed: int = key(0, "what every draw is a function of, 0 to 2**48 - 1", ge=0, lt=2**48)
+
+
+class Data(Section):
+    train: str = key(..., "packed training set: a folder or any fsspec URL that holds manifest.json", min_length=1)
+    val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "free")
+    window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
+    train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
+    max_bad_fraction: float = key(0.001, "share of an epoch that may be replaced before the run stops", "free", ge=0, le=1)
+
+
+class Stem(Section):
+    blocks: int = key(2, "3x3 convolutions", ge=1)
+    width: int = key(64, "channels", ge=1)
+    stride: Literal[1, 2] = key(2, "stride of the first convolution: 1 or 2")
+
+
+class Stage(Section):
+    kind: Literal["mbconv", "transformer"] = key(..., "block of this stage: mbconv or transformer")
+    blocks: int = key(..., "blocks of this stage", ge=1)
+    width: int = key(..., "channels of this stage", ge=1)
+    stride: Literal[1, 2] = key(2, "stride of the first block: 1 or 2")
+
+
+class Model(Section):
+    name: str | None = key(None, "coatnet_0 to coatnet_7; null: stem and stages are spelled out")
+    stem: Stem | None = key(None, "stem, where name is null")
+    stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null", min_length=1)
+    head_size: int | None = key(None, "channels per attention head; null: the family's (32 where stages are spelled out)", ge=1)
+    stride: Literal["expand", "depthwise"] = key("expand", "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise")
+    batch_norm_momentum: float = key(0.01, "share of the new statistics in batch norm's running ones", gt=0, le=1)
+    resolution: int = key(224, "image height and width in pixels", ge=1)
+    classes: int | None = key(None, "classes the training set must have; null: whatever the manifest says", ge=1)
+
+    @model_validator(mode="after")
+    def _named_or_spelled_out(self) -> Model:
+        spelled_out = self.stem is not None and self.stages is not None
+        if self.name is None and not spelled_out:
+            raise ValueError("model.name is null, so model.stem and model.stages must be given")
+        if self.name is not None and (self.stem is not None or self.stages is not None):
+            raise ValueError(f"model.name is {self.name} and model.stem or model.stages is given too; set model.name=null")
+        return self
+
+
+class RandAugment(Section):
+    layers: int = key(2, "operations applied to each image; 0 switches RandAugment off", ge=0, le=8)
+    magnitude: float = key(5.0, "strength on RandAugment's scale of 10; 0.5 to 2 is weak", ge=0, le=20)
+
+
+class Augment(Section):
+    crop: Literal["random_resized", "center"] = key("random_resized", "random_resized, or center (no random crop)")
+    crop_area: tuple[float, float] = key((0.08, 1.0), "smallest and largest share of the image's area that a random crop takes")
+    flip: bool = key(True, "mirror half of the images; off for digits and letters")
+    randaugment: RandAugment = key(RandAugment(), "RandAugment")
+    allow_new: bool = key(False, "fine-tune with an augmentation that no ancestor was trained under", "free")
+
+    @model_validator(mode="after")
+    def _area_is_a_range(self) -> Augment:
+        smallest, largest = self.crop_area
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"augment.crop_area is [{smallest}, {largest}]; it must rise within 0 to 1, 0 excluded")
+        return self
+
+
+class Train(Section):
+    epochs: float | None = key(None, "length in passes over the training set; this or train.steps", "recorded", gt=0)
+    steps: int | None = key(None, "length in optimizer steps; this or train.epochs", "recorded", ge=1)
+    global_batch: int = key(4096, "samples per optimizer step on all ranks together", ge=1)
+    micro_batch: int = key(64, "samples per forward pass on one rank", ge=1)
+    batch_norm_group: int | None = key(None, "consecutive samples that share batch statistics; null: a micro batch", ge=2)
+    precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights and masters)", "free")
+    label_smoothing: float = key(0.1, "label smoothing of the softmax loss", ge=0, lt=1)
+    stochastic_depth: float = key(0.1, "drop rate of the last residual branches; rises linearly from 0", ge=0, lt=1)
+    ema: float | None = key(0.9999, "decay of the moving average of all weights, warmed up; null: none", gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Train:
+        if (self.epochs is None) == (self.steps is None):
+            both = "neither is" if self.epochs is None else "both are"
+            raise ValueError(f"exactly one of train.epochs and train.steps must be set; {both}")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch};"
+                f" {choices('train.micro_batch', divisors(self.global_batch), self.micro_batch)}"
+            )
+        if self.batch_norm_group and self.micro_batch % self.batch_norm_group:
+            raise ValueError(
+                f"train.micro_batch={self.micro_batch} holds no whole groups of train.batch_norm_group="
+                f"{self.batch_norm_group}; "
+                f"{choices('train.batch_norm_group', divisors(self.micro_batch)[1:], self.batch_norm_group)}"
+            )
+        return self
+
+
+class Optim(Section):
+    learning_rate: float = key(1e-3, "peak learning rate", "recorded", gt=0)
+    final_learning_rate: float = key(1e-5, "learning rate at the last step", "recorded", ge=0)
+    warmup_steps: int = key(10000, "steps of linear warm-up from 0 to the peak", "recorded", ge=0)
+    decay: Literal["cosine", "linear", "none"] = key("cosine", "how the rate falls after warm-up", "recorded")
+    weight_decay: float = key(0.05, "AdamW's decoupled decay; biases, norms and bias tables are exempt", ge=0)
+    clip: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+
+
+class Zero(Section):
+    stage: Literal[1] = key(1, "DeepSpeed ZeRO stage; 1 shards optimizer states and EMA", "free")
+
+
+class Evaluate(Section):
+    every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "free", ge=1)
+    weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "free")
+    crop_fraction: float = key(0.875, "share of the short side that evaluation's centre square takes", "free", gt=0, le=1)
+
+
+class Checkpoint(Section):
+    every: int = key(1000, "steps between checkpoints; the last step always has one", "free", ge=1)
+    keep_last: int = key(3, "newest checkpoints that are kept", "free", ge=1)
+
+
+class Log(Section):
+    every: int = key(10, "steps between lines of metrics.jsonl", "free", ge=1)
+    samples: bool | Literal["pixels"] = key(
+        False, "write what every rank consumed to samples/; pixels: with checksums of the augmented pixels", "free"
+    )
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data
+    model: Model
+    augment: Augment = Augment()
+    train: Train
+    optim: Optim = Optim()
+    zero: Zero = Zero()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+
+def check_world_size(train: Train, world_size: int) -> None:
+    """Raises ValueError unless the micro batches of a step can be dealt evenly to `world_size` ranks."""
+    micro_batches = train.global_batch // train.micro_batch
+    if micro_batches % world_size:
+        fitting = divisors(train.global_batch // world_size) if train.global_batch % world_size == 0 else []
+        ways = choices("train.micro_batch", fitting, train.micro_batch) if fitting else ""
+        raise ValueError(
+            f"{micro_batches} micro batches a step (train.global_batch={train.global_batch} /"
+            f" train.micro_batch={train.micro_batch}) cannot be dealt evenly to {world_size} ranks;"
+            f" {', or '.join(filter(None, [choices('ranks', divisors(micro_batches), world_size), ways]))}"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, rising."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def choices(name: str, values: list[int], wanted: int) -> str:
+    """The up to four values nearest to what was wanted, in words."""
+    nearest = sorted(sorted(values, key=lambda v: abs(v - wanted))[:4])
+    return f"{name} would do with {', '.join(map(str, nearest))}"
+
+
+def documented_keys() -> dict[str, dict[str, Any]]:
+    """Every key by its full name, in order: `meaning`, `default`, `change`. Lists of sections count as one key."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def visit(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = section_of(field.annotation)
+            if inner is not None:
+                visit(inner, f"{prefix}{name}.")
+            else:
+                extra = field.json_schema_extra
+                change = extra["change"] if isinstance(extra, dict) else "fixed"
+                found[prefix + name] = {"meaning": field.description, "default": field.default, "change": change}
+
+    visit(Config, "")
+    return found
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key of this type holds, if it holds one."""
+    candidates = getattr(annotation, "__args__", (annotation,))
+    if getattr(annotation, "__origin__", None) is tuple:
+        return None
+    sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+    return sections[0] if sections else None

@@ -1,0 +1,50 @@
+"""The moving average's other half: batch-norm statistics, replicated on every rank beside the sharded weights.
+
+The weights' average is optimizer state (optim.AveragingAdamW). Statistics are small and equal on all ranks, so a plain
+copy follows them with the same decay.
+
+Next: progress.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+Statistics = dict[str, torch.Tensor]
+
+
+def statistics(model: nn.Module) -> Statistics:
+    """The model's own running statistics by name; writing into them changes the model."""
+    state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
+    return {name: values for name, values in state.items() if name not in parameters}
+
+
+def copied(values: Statistics) -> Statistics:
+    return {name: tensor.clone() for name, tensor in values.items()}
+
+
+def follow(average: Statistics, model: nn.Module, decay: float) -> None:
+    """Moves an average of statistics towards the model's own, by 1 - decay."""
+    for name, values in statistics(model).items():
+        average[name].lerp_(values, 1 - decay)
+
+
+def assign(model: nn.Module, values: Statistics) -> None:
+    """Gives the model these statistics."""
+    for name, own in statistics(model).items():
+        own.copy_(values[name])
+
+
+@contextmanager
+def swapped_in(model: nn.Module, average: Statistics) -> Iterator[None]:
+    """Inside, the model has the average's statistics."""
+    own = copied(statistics(model))
+    assign(model, average)
+    try:
+        yield
+    finally:
+        assign(model, own)

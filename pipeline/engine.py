@@ -1,0 +1,123 @@
+"""All that DeepSpeed is asked for: the process group, and an engine that accumulates, clips, shards and steps.
+
+Nothing here needs a compiler: torch's own fused AdamW in place of DeepSpeed's operators, and its shared-memory
+collective for CPUs, which it would compile at start-up, is switched off.
+
+Next: checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline import zero_state
+from pipeline.config import Optim, Train
+from pipeline.ema import Statistics, swapped_in
+from pipeline.errors import BadRequest, DataError, RunFailed
+from pipeline.optim import AveragingAdamW, parameter_groups
+
+Item = TypeVar("Item")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def start_process_group() -> torch.device:
+    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets a level of its own
+    zero_state.check_version(deepspeed.__version__)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return device
+
+
+def build_engine(model: nn.Module, train: Train, optim: Optim) -> Any:
+    """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
+    import deepspeed
+
+    optimizer = AveragingAdamW(
+        parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True
+    )
+    settings = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_clipping": optim.clip,  # DeepSpeed's own default is not 0
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,
+    }
+    if train.precision == "bf16":
+        # No module's gradients travel in bf16: sums over ranks and passes stay fp32.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def set_rates(engine: Any, learning_rate: float, ema_decay: float | None) -> None:
+    """Sets what the next optimizer step uses."""
+    optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.decay = ema_decay
+
+
+@contextmanager
+def evaluation_mode(engine: Any, average: Statistics | None) -> Iterator[None]:
+    """Inside, the engine's forward has no gradients and evaluation's behaviour; with an average, its weights too."""
+    engine.eval()
+    with torch.no_grad(), ExitStack() as averaged:
+        if average is not None:
+            averaged.enter_context(zero_state.averaged_weights(engine))
+            averaged.enter_context(swapped_in(engine.module, average))
+        yield
+    engine.train()
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Sums of values over all ranks in float64, the same on each rank."""
+    return summed(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The tensor's sum over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def on_rank_zero(work: Callable[[], Item]) -> Item:
+    """What `work` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (BadRequest, DataError, RunFailed) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gathered(values: list[Item]) -> list[Item]:
+    """The values of all ranks, by rank, on every rank."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]

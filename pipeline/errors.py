@@ -1,0 +1,16 @@
+"""How a command ends before its work is done, as exit status and one line for the person who must act.
+
+Next: cli.py, which turns these into exit statuses.
+"""
+
+from data.errors import BadRequest, DataError
+
+__all__ = ["BadRequest", "DataError", "RunFailed", "RunStopped"]
+
+
+class RunFailed(RuntimeError):
+    """The work failed; the message says where and what to do. Exit status 1."""
+
+
+class RunStopped(RuntimeError):
+    """The run stopped before its end and can go on. Exit status 3."""

@@ -1,0 +1,61 @@
+"""Top-1, top-5 and loss over exactly every sample once, the same figures on any number of ranks.
+
+The set is cut into fixed micro batches that are dealt to the ranks; each is filled to its full size, so that what is
+computed for a sample does not depend on who computes it. Per-sample results are put together in sample order and
+summed in float64.
+
+Next: checkpoint.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data.loader import Share, evaluation_batches
+from data.shards import Broken, Manifest
+from pipeline.engine import gathered, summed
+from pipeline.network import inputs
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Fractions are 0 to 1; `broken` samples were left out and are not among `samples`."""
+
+    samples: int
+    top1: float
+    top5: float
+    loss: float
+    broken: list[dict[str, str]]
+
+
+def evaluate(
+    forward: Callable[[torch.Tensor], torch.Tensor], manifest: Manifest, crop_fraction: float, share: Share
+) -> Figures:
+    """Figures of `forward` (images [n, 3, h, w] -> logits [n, classes]) over the whole set; collective."""
+    results = torch.zeros(4, manifest.samples, dtype=torch.float64, device=share.device)  # loss, top1, top5, used
+    broken: list[Broken] = []
+    with evaluation_batches(manifest, crop_fraction, share) as batches:
+        for batch in batches:
+            broken += batch.broken
+            count = len(batch.labels)
+            if count == 0:
+                continue
+            images = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, share.micro_batch - count))
+            logits = forward(inputs(images))[:count].float()
+            numbers = torch.from_numpy(batch.positions).to(share.device)
+            results[:, numbers] = _per_sample(logits, batch.labels)
+    loss, top1, top5, used = summed(results).sum(1).tolist()  # every sample is one rank's, so x + 0 is exact
+    listed = sorted((asdict(sample) for sample in gathered(broken)), key=lambda row: (row["shard"], row["key"]))
+    counted = max(used, 1.0)
+    return Figures(int(used), top1 / counted, top5 / counted, loss / counted, listed)
+
+
+def _per_sample(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """float64 [4, n]: loss, in the first one, in the first five, 1."""
+    losses = F.cross_entropy(logits, labels, reduction="none").double()
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([losses, best[:, 0].double(), best.any(1).double(), torch.ones_like(losses)])

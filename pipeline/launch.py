@@ -1,0 +1,135 @@
+"""Ranks: N processes of this machine started by `--procs N`, or this process as one rank of torchrun's.
+
+A launched rank runs the same command line again with RANK, WORLD_SIZE ... set, as torchrun would. When the launcher
+ends, however it ends, the kernel kills its ranks; when a rank ends with an error, the launcher kills the others.
+
+Next: engine.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+LAUNCHER = "COATNET_LAUNCHER"
+"""Environment variable of a launched rank: its launcher's process id."""
+GRACE_SECONDS = 10.0
+"""How long the other ranks may take to end by themselves after one has failed."""
+
+
+def is_rank() -> bool:
+    """Whether this process is one rank of a launcher's (ours or torchrun's)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def local_world_size(procs: int) -> int:
+    """Ranks on this machine; `procs` where none has been started yet."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", procs))
+
+
+def processor_share() -> int:
+    """The processors of this machine that fall to this rank, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel to kill this rank when its launcher's process ends."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+    prctl_set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(prctl_set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it ended before we asked
+        sys.exit(1)
+
+
+def run_ranks(arguments: list[str], ranks: int, logs: Path) -> int:
+    """Runs `coatnet ARGUMENTS` as `ranks` processes; returns the exit status of the first that failed, or 0.
+
+    Rank 0 has the terminal; the others write to LOGS/rank-N.log. SIGTERM and Ctrl-C are handed on to the ranks, which
+    end at the next step's end; a second Ctrl-C kills them.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    processes = [_start(arguments, rank, ranks, port, logs) for port in [_free_port()] for rank in range(ranks)]
+
+    def hand_on(number: int, _frame: object) -> None:
+        last = number == signal.SIGINT and hand_on.interrupted  # type: ignore[attr-defined]
+        hand_on.interrupted = hand_on.interrupted or number == signal.SIGINT  # type: ignore[attr-defined]
+        for process in processes:
+            process.send_signal(signal.SIGKILL if last else signal.SIGTERM)
+
+    hand_on.interrupted = False  # type: ignore[attr-defined]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hand_on)
+    return _wait(processes, logs)
+
+
+def _start(arguments: list[str], rank: int, ranks: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        LAUNCHER: str(os.getpid()),
+    }
+    output = None if rank == 0 else (logs / f"rank-{rank}.log").open("ab")
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output and subprocess.STDOUT)
+    if output is not None:
+        output.close()
+    return process
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
+    deadline = None
+    first_failed: int | None = None
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+        if failed and deadline is None:
+            first_failed, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    statuses = [process.returncode for process in processes]
+    if first_failed is None:
+        first_failed = next((rank for rank, status in enumerate(statuses) if status), None)
+    if first_failed is None:
+        return 0
+    return _report(first_failed, statuses[first_failed], logs)
+
+
+def _report(rank: int, status: int, logs: Path) -> int:
+    if status < 0:
+        print(
+            f"rank {rank} was killed by {signal.Signals(-status).name}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
+    if rank > 0:
+        log = logs / f"rank-{rank}.log"
+        last = deque(log.read_text(errors="replace").splitlines(), 1)
+        print(f"rank {rank} ended with status {status}: {last.pop() if last else ''} (see {log})", file=sys.stderr)
+    return status
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

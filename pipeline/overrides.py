@@ -1,0 +1,157 @@
+"""From YAML files and `section.key=value` to one checked configuration, and what changed against a run's own.
+
+Order, later wins: documented defaults, the file named by `base:` (and its base), the preset, overrides from left to
+right. Setting one of train.epochs and train.steps in a later layer clears the other of the earlier ones, and so
+does naming a model against spelling it out.
+
+Next: launch.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import Config, Section, section_of, documented_keys
+from pipeline.errors import BadRequest
+
+CLEARS = {
+    ("train", "epochs"): ("steps",),
+    ("train", "steps"): ("epochs",),
+    ("model", "name"): ("stem", "stages"),
+    ("model", "stages"): ("name",),
+}
+"""What a key that is set in a later layer takes out of the earlier ones."""
+
+
+def read_config(path: str, overrides: list[str]) -> Config:
+    """The configuration of a preset file with overrides; BadRequest names the key and what would be allowed."""
+    layers = [*_file_layers(Path(path)), *(_parse_override(text) for text in overrides)]
+    merged: dict[str, Any] = {}
+    for layer, origin in layers:
+        _refuse_unknown_keys(layer, Config, "", origin)
+        _clear(merged, layer)
+        _merge(merged, layer)
+    return validate(merged, path)
+
+
+def validate(tree: dict[str, Any], origin: str) -> Config:
+    """The typed configuration of a plain tree; every fault of the tree in one BadRequest, a line each."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise BadRequest("\n".join(f"{origin}: {_fault(fault)}" for fault in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; reading it again gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def read_resolved(path: Path) -> Config:
+    """A run's own config.yaml."""
+    return validate(_load(path), str(path))
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
+    """Keys that differ: full name -> (what going on with another value does, old value, new value)."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return {
+        name: (facts["change"], _get(before, name), _get(after, name))
+        for name, facts in documented_keys().items()
+        if _get(before, name) != _get(after, name)
+    }
+
+
+def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str, Any], str]]:
+    if path in seen:
+        raise BadRequest(f"{path}: base leads back to itself: {' -> '.join(map(str, [*seen, path]))}")
+    tree = _load(path)
+    base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise BadRequest(f"{path}: base is {base!r}; it must be the name of a YAML file beside this one")
+    below = _file_layers(path.parent / base, (*seen, path)) if base else []
+    return [*below, (tree, str(path))]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRequest(f"{path}: {error.strerror or error}; presets lie in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise BadRequest(f"{path}: holds {type(tree).__name__}, not sections; see configs/tiny.yaml")
+    return tree
+
+
+def _parse_override(text: str) -> tuple[dict[str, Any], str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise BadRequest(f"{text}: an override has the form section.key=value")
+    try:
+        leaf = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadRequest(f"{text}: the value is not YAML: {' '.join(str(error).split())}") from None
+    for part in reversed(name.split(".")):
+        leaf = {part: leaf}
+    return leaf, text
+
+
+def _refuse_unknown_keys(tree: dict[str, Any], section: type[Section], prefix: str, origin: str) -> None:
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if name not in section.model_fields:
+            raise BadRequest(f"{origin}: {full}: unknown{_suggestion(full, section, prefix)}")
+        inner = section_of(section.model_fields[name].annotation)
+        if inner is not None and value is not None:
+            if not isinstance(value, dict):
+                raise BadRequest(f"{origin}: {full} is {value!r}; it is a section with {', '.join(inner.model_fields)}")
+            _refuse_unknown_keys(value, inner, full + ".", origin)
+
+
+def _suggestion(full: str, section: type[Section], prefix: str) -> str:
+    known = list(documented_keys())
+    near = difflib.get_close_matches(full, [prefix + name for name in section.model_fields], 1, 0.7)
+    near = near or difflib.get_close_matches(full, known, 1, 0.7)
+    elsewhere = [name for name in known if name.split(".")[-1] == full.split(".")[-1]]
+    if near or elsewhere:
+        return f"; did you mean {(near or elsewhere)[0]}?"
+    return f"; {prefix.rstrip('.') or 'the configuration'} has {', '.join(section.model_fields)}"
+
+
+def _clear(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Takes out of the earlier layers what a key that this layer sets excludes."""
+    for (section, wins), losers in CLEARS.items():
+        if above.get(section, {}).get(wins) is not None:
+            for loser in set(losers) - set(above[section]):
+                below.get(section, {}).pop(loser, None)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _merge(below[name], value)
+        else:
+            below[name] = value
+
+
+def _fault(fault: Any) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"{name}: must be given ({name}=...)"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    said = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{name} is {fault['input']!r}; it must be {said}"
+
+
+def _get(tree: Any, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

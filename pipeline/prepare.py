@@ -1,0 +1,86 @@
+"""Everything about a request that can be known before any rank starts: data, length, and what a run's folder says.
+
+Reads only; without torch, so that a wrong request is answered at once. Every rank calls it too, for the same answer.
+
+Next: launch.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.memory import check_memory
+from data.order import Order, steps
+from data.shards import Manifest, read_manifest
+from pipeline.config import Config, check_world_size
+from pipeline.errors import BadRequest
+from pipeline.run_folder import compare, newest_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do."""
+
+    train: Manifest
+    val: Manifest | None
+    order: Order
+    steps: int
+    changed: dict[str, Any]
+    """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
+    finished: bool
+
+
+def prepare(config: Config, command: str, world_size: int, local_world_size: int) -> Plan:
+    """The plan of a request, or BadRequest with what is wrong and what would do."""
+    check_ranks(config, world_size)
+    changed = compare(Path(config.run.dir), config, command)
+    train = _manifest(config.data.train, "data.train")
+    _check_stated(config, train)
+    val = _manifest(config.data.val, "data.val") if config.data.val else None
+    if val is not None and val.classes != train.classes:
+        raise BadRequest(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
+    check_memory(train, config.train.global_batch, config.data.window, world_size, local_world_size)
+    counts = np.array([shard.samples for shard in train.shards], np.int64)
+    order = Order(config.run.seed, counts, config.train.global_batch, config.data.window)
+    length = config.train.steps or steps_of(config.train.epochs or 0, train.samples, config.train.global_batch)
+    finished = (newest_step(Path(config.run.dir)) or 0) >= length
+    return Plan(train, val, order, length, changed, finished)
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """BadRequest where the micro batches cannot be dealt evenly."""
+    try:
+        check_world_size(config.train, world_size)
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+
+
+def steps_of(epochs: float, samples: int, global_batch: int) -> int:
+    """ceil(epochs x N / global_batch), exact for whole epochs of any size."""
+    return steps(int(epochs), samples, global_batch) if epochs == int(epochs) else -int(-epochs * samples // global_batch)
+
+
+def _manifest(url: str, key: str) -> Manifest:
+    try:
+        return read_manifest(url)
+    except BadRequest as error:
+        raise BadRequest(f"{key}={url}: {error}") from None
+
+
+def _check_stated(config: Config, train: Manifest) -> None:
+    for key, stated, found in (
+        ("model.classes", config.model.classes, len(train.classes)),
+        ("data.train_samples", config.data.train_samples, train.samples),
+    ):
+        if stated is not None and stated != found:
+            raise BadRequest(f"{key} is {stated}, and data.train={config.data.train} has {found}; correct one of them")
+
+
+def _class_difference(val: Manifest, train: Manifest) -> str:
+    extra, missing = sorted(set(val.classes) - set(train.classes)), sorted(set(train.classes) - set(val.classes))
+    differing = (extra or missing or list(val.classes))[0]
+    return f"has {len(val.classes)} classes and the training set {len(train.classes)}, differing in {differing!r}"

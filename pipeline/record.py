@@ -1,0 +1,110 @@
+"""What a run writes about itself: metrics.jsonl, events.jsonl, samples/rank-N.jsonl. One JSON object a line.
+
+Events and samples are only ever added to. Metrics are cut back to the checkpoint's step when a run goes on, so that
+each step stands there once.
+
+Next: progress.py.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.loader import Batch
+from pipeline.evaluate import Figures
+from pipeline.json_lines import JsonLines, cut_back
+
+
+class Events:
+    """RUN/events.jsonl: what happened, with `time` (seconds since 1970), `attempt` and `event`; rank 0 alone writes."""
+
+    def __init__(self, run: Path, attempt: int, rank: int) -> None:
+        self._lines, self._attempt = JsonLines(run / "events.jsonl") if rank == 0 else None, attempt
+
+    def write(self, event: str, **facts: Any) -> None:
+        if self._lines is not None:
+            self._lines.write({"time": round(time.time(), 3), "attempt": self._attempt, "event": event, **facts})
+
+
+class Metrics:
+    """RUN/metrics.jsonl: a row for every `every`-th step and for every evaluation; rank 0 alone writes."""
+
+    def __init__(self, run: Path, rank: int, every: int, global_batch: int, samples: int, first_step: int) -> None:
+        path = run / "metrics.jsonl"
+        if rank == 0:
+            cut_back(path, first_step)
+        self._lines = JsonLines(path) if rank == 0 else None
+        self._every, self._global_batch, self._samples = every, global_batch, samples
+        self._start_interval(first_step)
+
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, waited: float, last: bool) -> dict[str, Any] | None:
+        """Counts a step that is done, and returns its row where one is due."""
+        self._waited += waited
+        if step % self._every and not last:
+            return None
+        now = time.perf_counter()
+        seconds, steps = now - self._since, step - self._since_step  # since the last row or evaluation
+        row = {
+            "step": step,
+            "samples": step * self._global_batch,
+            "epoch": step * self._global_batch / self._samples,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "images_per_second": steps * self._global_batch / seconds,
+            "data_wait": self._waited / seconds,
+            "step_seconds": seconds / steps,
+            "memory_bytes": _memory_bytes(),
+        }
+        self._write(row)
+        self._start_interval(step)
+        return row
+
+    def evaluation(self, step: int, figures: Figures, weights: str) -> None:
+        """Writes the row of an evaluation, whose time does not count as training."""
+        row = {"step": step, "top1": figures.top1, "top5": figures.top5, "eval_loss": figures.loss, "weights": weights}
+        self._write(row)
+        self._start_interval(step)
+
+    def _start_interval(self, step: int) -> None:
+        self._waited, self._since, self._since_step = 0.0, time.perf_counter(), step
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines.write(row)
+
+
+class Samples:
+    """RUN/samples/rank-N.jsonl: what this rank consumed, so that anybody can audit it."""
+
+    def __init__(self, run: Path, attempt: int, rank: int, world_size: int, with_checksums: bool) -> None:
+        self._lines = JsonLines(run / "samples" / f"rank-{rank}.jsonl")
+        self._facts = {"attempt": attempt, "rank": rank, "world_size": world_size}
+        self._with_checksums = with_checksums
+
+    def write(self, step: int, batches: list[Batch], global_batch: int, samples: int) -> None:
+        positions = np.concatenate([batch.positions for batch in batches])
+        row = {
+            **self._facts,
+            "step": step,
+            "slots": (positions % global_batch).tolist(),
+            "epochs": (positions // samples).tolist(),
+            "keys": [key for batch in batches for key in batch.keys],
+        }
+        if self._with_checksums:
+            row["checksums"] = [zlib.crc32(image) for batch in batches for image in batch.images.cpu().contiguous().numpy()]
+        self._lines.write(row)
+
+
+def _memory_bytes() -> int:
+    """The most memory that this rank has held: of its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

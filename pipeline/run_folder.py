@@ -1,0 +1,94 @@
+"""Claiming a run's folder, and deciding what a start of it is: the first, going on, done already, or refused.
+
+A run is alive while rank 0 of it holds an exclusive lock on RUN/.lock; the kernel lets go of it when the process
+ends, however it ends, so a killed run can be started again at once. Each start is an attempt with the next number.
+
+Next: train.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.checkpoint import checkpoints, step_of
+from pipeline.config import Config
+from pipeline.errors import BadRequest
+from pipeline.overrides import changes, read_resolved, to_yaml
+from pipeline.json_lines import read_lines
+
+LOCK_PATIENCE_SECONDS = 10.0
+"""How long a killed process may take to disappear."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A run's folder that this process holds; `attempt` counts the starts before this one."""
+
+    path: Path
+    attempt: int
+    lock: TextIO
+
+
+def claim(path: Path) -> Claim:
+    """The run's folder, held until this process ends; BadRequest where another process holds it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise BadRequest(f"run.dir={path}: {error.strerror}; choose a folder that can be written") from None
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while not _locked(lock):
+        if time.monotonic() > deadline:
+            lock.seek(0)
+            holder = lock.read().strip()
+            raise BadRequest(f"run.dir={path}: this run is alive ({holder}); end it first, or choose another run.dir")
+        time.sleep(0.1)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    lock.flush()
+    attempt = sum(row["event"] == "start" for row in read_lines(path / "events.jsonl"))
+    return Claim(path, attempt, lock)
+
+
+def newest_step(path: Path) -> int | None:
+    """The step of the newest checkpoint in a run's folder."""
+    folders = checkpoints(path / "checkpoints")
+    return step_of(folders[-1]) if folders else None
+
+
+def compare(path: Path, config: Config, command: str) -> dict[str, Any]:
+    """What differs from the configuration that the run was started with, as recorded changes; {} at the first start.
+
+    Raises BadRequest with the keys where something differs that defines the run.
+    """
+    resolved = path / "config.yaml"
+    if not resolved.exists():
+        return {}
+    differing = changes(read_resolved(resolved), config)
+    refused = [f"{name} was {old!r}, now {new!r}" for name, (kind, old, new) in differing.items() if kind == "fixed"]
+    if refused:
+        raise BadRequest(
+            f"run.dir={path}: this run was started with another configuration: {'; '.join(refused)}."
+            f" These keys define a run: put them back, or {command} into another folder with run.dir=..."
+        )
+    return {name: [old, new] for name, (_, old, new) in differing.items()}
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Writes RUN/config.yaml so that it is always whole."""
+    hidden = path / ".config.yaml"
+    hidden.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(hidden, path / "config.yaml")
+
+
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

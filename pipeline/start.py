@@ -1,0 +1,45 @@
+"""Running a command's work as one process per rank: in this process if it is a rank, else by launching them.
+
+Next: launch.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import stopping
+from pipeline.config import Config
+from pipeline.launch import is_rank, local_world_size, rank_and_world_size, run_ranks
+from pipeline.prepare import Plan, check_ranks, prepare
+
+
+def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
+    """Does `work` with the plan as every rank of a training run; returns the exit status."""
+    world_size = rank_and_world_size()[1] if is_rank() else procs
+    plan = prepare(config, command, world_size, local_world_size(procs))
+    if plan.finished:
+        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps; nothing was changed")
+        return 0
+    if not is_rank():
+        return run_ranks(sys.argv[1:], procs, Path(config.run.dir) / "logs")
+    stopping.listen()
+    work(plan)
+    return 0
+
+
+def check_config(config: Config, procs: int) -> int:
+    """Checks what can be checked without data, and says what would be trained."""
+    from pipeline.network import check_model
+
+    check_ranks(config, procs)
+    parameters = check_model(config.model, config.train, config.model.classes or 1000)
+    train, passes = config.train, config.train.global_batch // config.train.micro_batch // procs
+    length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps} steps"
+    print(
+        f"good: {config.model.name or 'a spelled-out CoAtNet'}, {parameters / 1e6:.2f}M parameters,"
+        f" {config.model.resolution} x {config.model.resolution}, {length} of {train.global_batch} samples a step:"
+        f" {procs} ranks x {passes} micro batches x {train.micro_batch} samples"
+    )
+    return 0

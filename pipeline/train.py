@@ -1,0 +1,170 @@
+"""The training loop, top to bottom: data, forward, backward, step, log, evaluate, checkpoint.
+
+    coatnet pretrain configs/tiny.yaml                        # one process
+    coatnet pretrain configs/tiny.yaml --procs 2              # two ranks on this machine
+    torchrun --nproc-per-node 8 -m pipeline.cli pretrain ...  # any launcher that sets RANK and WORLD_SIZE
+
+A step is one global batch: `global_batch / micro_batch` micro batches, dealt to the ranks; each of a rank's passes is
+one micro batch. Nothing here draws random numbers with a state, so a run that goes on from a checkpoint at step k is,
+from there, the run that was never stopped.
+
+Next: ../data/order.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from data.augment import Augmentation
+from data.loader import Share, training_batches
+from models.coatnet import CoAtNet, stochastic_depth_rates
+from models.norm import apply_statistics, take_statistics
+from pipeline import ancestry, ema, stopping
+from pipeline.attempt import begin_attempt
+from pipeline.save import CheckpointWriter
+from pipeline.config import Config
+from pipeline.engine import build_engine, evaluation_mode, set_rates, start_process_group, sum_over_ranks, summed
+from pipeline.errors import RunStopped
+from pipeline.evaluate import evaluate
+from pipeline.faults import Replaced, record_replaced, record_skipped
+from pipeline.launch import processor_share, rank_and_world_size
+from pipeline.network import build_network, inputs, survival
+from pipeline.optim import ema_decay, learning_rate
+from pipeline.prepare import Plan
+from pipeline.progress import reporter
+from pipeline.record import Metrics, Samples
+from pipeline.restore import restore
+
+
+def train(
+    config: Config,
+    plan: Plan,
+    ancestors: list[dict[str, Any]],
+    first_weights: Callable[[CoAtNet], None] | None = None,
+) -> None:
+    """Trains to the plan's last step, beginning or going on; RunStopped where it was asked to stop before.
+
+    `first_weights` changes the initial weights of a run that begins (fine-tuning); `ancestors` are its ancestry.
+    """
+    run, seed, global_batch = Path(config.run.dir), config.run.seed, config.train.global_batch
+    rank, world_size = rank_and_world_size()
+    device = start_process_group()
+    attempt, events = begin_attempt(run, config, plan)
+
+    # Model, and the engine that shards its optimizer states over the ranks.
+    model = build_network(config.model, config.train, len(plan.train.classes), seed).to(device)
+    if first_weights is not None:
+        first_weights(model)
+    drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
+    engine = build_engine(model, config.train, config.optim)
+    average = ema.copied(ema.statistics(model)) if config.train.ema else None
+
+    # Go on from the newest good checkpoint, or begin.
+    state = restore(engine, run, average, plan.train.fingerprint, events)
+    first_step = state["step"] if state else 0
+    applied_steps = state["applied_steps"] if state else 0
+    replaced = Replaced(**state["replaced"]) if state else Replaced(0, 0)
+    lineage = [*ancestors, ancestry.entry(config, plan.steps)]
+    events.write("resume" if state else "begin", step=first_step)
+
+    # What the run writes about itself.
+    metrics = Metrics(run, rank, config.log.every, global_batch, plan.train.samples, first_step)
+    samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
+    writer = CheckpointWriter(run / "checkpoints", attempt, rank, world_size, config.checkpoint.keep_last, events)
+
+    # Data: this rank's micro batches of every step from here on, read, decoded and augmented ahead of time.
+    share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
+    loading = training_batches(plan.train, plan.order, _augmentation(config), share, seed, first_step, plan.steps)
+
+    with loading as steps_of_batches, reporter(rank, plan.steps, first_step) as report:
+        for step in range(first_step, plan.steps):
+            before_waiting = time.perf_counter()
+            micro_batches = next(steps_of_batches)
+            waited_seconds = time.perf_counter() - before_waiting
+
+            rate = learning_rate(config.optim, step, plan.steps)
+            decay = ema_decay(config.train.ema, step) if config.train.ema else None
+            set_rates(engine, rate, decay)
+
+            # Forward and backward, one pass a micro batch; the engine adds up gradients and steps after the last.
+            losses = torch.zeros((), device=device)
+            for batch in micro_batches:
+                branch_factors = survival(seed, batch.positions, drop_rates, device)
+                logits = engine(inputs(batch.images), branch_factors)
+                loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=config.train.label_smoothing)
+                engine.backward(loss)
+                engine.step()
+                losses += loss.detach()
+            applied = engine.was_step_applied()
+
+            # What all ranks must know of each other, in one small all-reduce.
+            broken_here = sum(len(batch.broken) for batch in micro_batches)
+            loss_sum, broken, stops = sum_over_ranks([losses.item(), broken_here, stopping.requested()], device)
+            mean_loss, stop = loss_sum / (global_batch // config.train.micro_batch), stops > 0
+
+            # Batch-norm statistics and their average move with an applied step, never with a skipped one.
+            group_statistics = summed(take_statistics(model))
+            if applied:
+                applied_steps += 1
+                apply_statistics(model, group_statistics)
+                if average is not None and decay is not None:
+                    ema.follow(average, model, decay)
+
+            # From here on the step is done.
+            done = step + 1
+            last = done == plan.steps
+            if samples is not None:
+                samples.write(done, micro_batches, global_batch, plan.train.samples)
+            if broken:
+                replaced = replaced.and_more(step * global_batch // plan.train.samples, int(broken))
+                record_replaced(events, done, micro_batches, replaced, plan.train.samples, config.data.max_bad_fraction)
+            if not applied:
+                record_skipped(events, done, micro_batches, mean_loss)
+            if row := metrics.step(done, mean_loss, rate, float(engine.get_global_grad_norm()), waited_seconds, last):
+                report.show(row)
+
+            if plan.val is not None and (last or (config.evaluate.every and done % config.evaluate.every == 0)):
+                evaluated = average if config.evaluate.weights == "ema" else None
+                with evaluation_mode(engine, evaluated):
+                    figures = evaluate(engine, plan.val, config.evaluate.crop_fraction, share)
+                metrics.evaluation(done, figures, "ema" if evaluated else "model")
+                report.say(f"step {done}/{plan.steps}  top-1 {100 * figures.top1:.2f} %  loss {figures.loss:.4f}")
+
+            if last or stop or done % config.checkpoint.every == 0:
+                state = {
+                    "step": done,
+                    "samples": done * global_batch,
+                    "applied_steps": applied_steps,
+                    "replaced": vars(replaced),
+                    "classes": plan.train.classes,
+                    "train_fingerprint": plan.train.fingerprint,
+                    "config": config.model_dump(mode="json"),
+                    "ancestry": lineage,
+                }
+                writer.save(engine, average, state)
+
+            if stop and not last:
+                writer.wait()
+                events.write("stop", step=done)
+                raise RunStopped(f"stopped after step {done} of {plan.steps}; the same command goes on from there")
+
+    writer.wait()
+    events.write("done", step=plan.steps)
+
+
+def _augmentation(config: Config) -> Augmentation:
+    augment = config.augment
+    return Augmentation(
+        crop=augment.crop,
+        crop_area=augment.crop_area,
+        center_fraction=config.evaluate.crop_fraction,
+        flip=augment.flip,
+        layers=augment.randaugment.layers,
+        magnitude=augment.randaugment.magnitude,
+    )

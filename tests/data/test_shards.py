@@ -1,0 +1,234 @@
+"""Laws of the files on disk: what is written is read back, by other tools too, and what is damaged is refused."""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from webdataset import TarWriter
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from data import shards
+from data.errors import BadRequest, DataError
+from data.shards import Shard
+
+SAMPLES = [
+    {"__key__": "cat/1", "jpg": b"x" * 700, "cls": b"0"},
+    {"__key__": "dog/" + "long" * 30, "png": b"y" * 512, "cls": b"1"},
+    {"__key__": "v1.2/2", "JPG": b"z", "seg.png": b"", "json": b"{}"},
+    {"__key__": "größe/日本", "jpg": b"w" * 1025, "cls": b"2"},
+    {"__key__": "cat/3", "jpg": b"v" * 513, "cls": b"0"},
+]
+
+
+def tar_of(samples: list[dict]) -> bytes:
+    stream = io.BytesIO()
+    with TarWriter(stream, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            tar.write(sample)
+    return stream.getvalue()
+
+
+def parsed(contents: bytes) -> list[dict]:
+    expanded = tar_file_expander([{"url": "range", "stream": io.BytesIO(contents)}])
+    plain = [{key: value for key, value in each.items() if key != "__url__"} for each in group_by_keys(expanded)]
+    return [dict(sorted(each.items())) for each in plain]
+
+
+def lower(sample: dict) -> dict:
+    return dict(sorted((name if name == "__key__" else name.lower(), value) for name, value in sample.items()))
+
+
+TAR = tar_of(SAMPLES)
+INDEX = shards.index_tar(TAR)
+ROWS = shards.sample_table(TAR, INDEX, [(480, 640 + i) for i in range(len(SAMPLES))], shards.FLAG_DECODED)
+
+
+@given(st.integers(0, len(SAMPLES) - 1), st.integers(1, len(SAMPLES)))
+def test_any_run_of_rows_is_a_byte_range_that_webdataset_parses_into_exactly_these_samples(first, count):
+    rows = ROWS[first : first + count]
+    contents = TAR[rows[0]["offset"] : rows[-1]["offset"] + rows[-1]["bytes"]]
+    assert parsed(contents) == [lower(sample) for sample in SAMPLES[first : first + count]]
+
+
+def test_a_rows_checksum_is_that_of_its_bytes_in_the_tar():
+    for row in ROWS:
+        assert zlib.crc32(TAR[row["offset"] : row["offset"] + row["bytes"]]) == row["crc"]
+
+
+def test_the_index_is_to_the_byte_what_wds2idx_writes(tmp_path):
+    (tmp_path / "a.tar").write_bytes(TAR)
+    command = [sys.executable, "-m", "wds2idx", str(tmp_path / "a.tar"), str(tmp_path / "a.idx")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert shards.index_text(INDEX).encode() == (tmp_path / "a.idx").read_bytes()
+
+
+def test_the_index_gives_each_part_where_it_lies():
+    for sample, indexed in zip(SAMPLES, INDEX, strict=True):
+        assert indexed.key == sample["__key__"]
+        parts = {extension: TAR[at : at + size] for extension, (at, size, _) in indexed.parts.items()}
+        assert {"__key__": indexed.key, **parts} == lower(sample)
+
+
+def test_members_that_webdataset_passes_over_are_no_samples():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in ("cat/1.jpg", "cat/1.cls", "__meta__/x.jpg", ".hidden.jpg", "b/noext", "c.d", "dog/2.jpg"):
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE if name == "c.d" else tarfile.REGTYPE
+            tar.addfile(member)
+    assert [each.key for each in shards.index_tar(stream.getvalue())] == ["cat/1", "dog/2"]
+    assert [each["__key__"] for each in parsed(stream.getvalue())] == ["cat/1", "dog/2"]
+
+
+@given(st.integers(1, INDEX[-1].offset + INDEX[-1].bytes - 1))
+def test_a_tar_cut_inside_a_member_is_refused(bytes_kept):
+    with tarfile.open(fileobj=io.BytesIO(TAR)) as tar:
+        assume(bytes_kept not in {member.offset for member in tar})
+    with pytest.raises(DataError, match="not a whole tar"):
+        shards.index_tar(TAR[:bytes_kept])
+
+
+def test_a_damaged_header_is_refused_and_not_taken_for_the_end():
+    damaged = bytearray(TAR)
+    damaged[INDEX[-1].offset + 3] ^= 1
+    with pytest.raises(DataError, match="damaged or cut header"):
+        shards.index_tar(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [{"__key__": "a", "jpg": b"1"}, {"__key__": "b", "jpg": b"2"}, {"__key__": "a", "cls": b"0"}],
+        [{"__key__": "a", "jpg": b"1"}, {"__key__": "a", "jpg": b"2"}],
+        [{"__key__": "a", "jpg": b"1", "JPG": b"2"}],
+    ],
+    ids=["parted", "same member twice", "same extension twice"],
+)
+def test_a_sample_whose_parts_webdataset_would_mix_up_is_refused_by_its_name(samples):
+    with pytest.raises(DataError, match="sample a "):
+        shards.index_tar(tar_of(samples))
+
+
+@given(st.data())
+def test_a_run_of_rows_read_by_range_is_that_run_of_the_table(tmp_path_factory, draw):
+    rows = np.frombuffer(np.random.default_rng(0).bytes(32 * 100), shards.ROW)
+    path = tmp_path_factory.getbasetemp() / "table.npy"
+    path.write_bytes(shards.table_bytes(rows))
+    first = draw.draw(st.integers(0, 99))
+    count = draw.draw(st.integers(1, 100 - first))
+    fs, place = shards.locate(str(path))
+    assert np.array_equal(shards.read_rows(fs, place, first, count), rows[first : first + count])
+
+
+@pytest.mark.parametrize("count", [0, 1, 123_456])
+def test_numpy_opens_the_table_and_its_rows_begin_at_byte_256(tmp_path, count):
+    rows = np.zeros(count, shards.ROW)
+    rows["crc"] = np.arange(count)
+    (tmp_path / "table.npy").write_bytes(shards.table_bytes(rows))
+    assert np.array_equal(np.load(tmp_path / "table.npy"), rows)
+    assert (tmp_path / "table.npy").stat().st_size == 256 + 32 * count
+
+
+def test_rows_past_the_end_of_the_table_are_an_error_and_not_fewer_rows(tmp_path):
+    (tmp_path / "table.npy").write_bytes(shards.table_bytes(ROWS))
+    fs, place = shards.locate(str(tmp_path / "table.npy"))
+    with pytest.raises(DataError, match=r"table\.npy gave 32 bytes for rows 4 to 5, not 64"):
+        shards.read_rows(fs, place, len(ROWS) - 1, 2)
+
+
+CLASSES = ["Hütte", 'a "b"', "c"]
+SHARDS = [Shard("shard-000000.tar", 3, 9000), Shard("shard-000001.tar", 2, 5000)]
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_manifest_is_read_back_as_written(tmp_path, kind):
+    url = str(tmp_path) if kind == "local" else f"memory://{tmp_path.name}"
+    shards.write_manifest(url, CLASSES, SHARDS)
+    manifest = shards.read_manifest(url + "/")
+    assert (manifest.classes, manifest.shards) == (tuple(CLASSES), tuple(SHARDS))
+    assert (manifest.samples, manifest.mean_sample_bytes) == (5, 2800)
+    assert manifest.url_of(1, ".npy") == f"{url}/shard-000001.npy"
+
+
+def test_the_fingerprint_is_the_same_for_the_same_content_and_another_for_any_other(tmp_path):
+    seen = set()
+    for name, classes, of in [("a", CLASSES, SHARDS), ("b", CLASSES, SHARDS), ("c", CLASSES[:2], SHARDS)]:
+        (tmp_path / name).mkdir()
+        shards.write_manifest(str(tmp_path / name), classes, of)
+        seen.add(shards.read_manifest(str(tmp_path / name)).fingerprint)
+    assert len(seen) == 2
+
+
+def changed(**changes: object) -> bytes:
+    whole = {"format": 1, "samples": 5, "classes": ["a"], "shards": [{"name": "s.tar", "samples": 5, "bytes": 9}]}
+    return json.dumps({name: value for name, value in {**whole, **changes}.items() if value is not None}).encode()
+
+
+SHARD = {"name": "s.tar", "samples": 5, "bytes": 9}
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is not JSON"),
+        (changed()[:-9], "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[1]", "is not a manifest of shards"),
+        (changed(format=None), "is not a manifest of shards"),
+        (changed(format=2), "has format 2; this version reads format 1"),
+        (changed(shards=None), "not a whole manifest"),
+        (changed(shards=[{"name": "s.tar"}]), "not a whole manifest"),
+        (changed(classes=7), "not a whole manifest"),
+        (changed(classes=[]), "names no classes"),
+        (changed(classes=["a", "a"]), "names a class twice"),
+        (changed(shards=[]), "names no shards"),
+        (changed(shards=[SHARD, SHARD], samples=10), "names a shard twice"),
+        (changed(shards=[{**SHARD, "name": "s"}]), "'s', which is no .tar"),
+        (changed(shards=[{**SHARD, "samples": 0}], samples=0), "gives s.tar 0 samples"),
+        (changed(samples=6), "says 6 samples, and its shards have 5"),
+    ],
+)
+def test_a_manifest_that_is_missing_or_wrong_is_refused_in_one_line_that_says_what(tmp_path, contents, message):
+    if contents is not None:
+        (tmp_path / "manifest.json").write_bytes(contents)
+    with pytest.raises(BadRequest, match=message) as refused:
+        shards.read_manifest(str(tmp_path))
+    assert str(tmp_path / "manifest.json") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_url_that_nothing_reads_is_refused():
+    with pytest.raises(BadRequest, match="nosuch://x cannot be opened"):
+        shards.read_manifest("nosuch://x")
+
+
+def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path):
+    fs, folder = shards.locate(str(tmp_path))
+    shards.write_file(fs, f"{folder}/a", b"1" * 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"a cannot be written: .* too large"):
+            shards.write_file(fs, f"{folder}/a", b"2" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a").read_bytes() == b"1" * 10
+
+
+def test_a_file_is_written_under_its_name_alone_and_a_failed_write_says_where(tmp_path):
+    fs, folder = shards.locate(str(tmp_path))
+    shards.write_file(fs, f"{folder}/a", b"1")
+    shards.write_file(fs, f"{folder}/a", b"22")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"22"}
+    with pytest.raises(DataError, match="missing/b cannot be written"):
+        shards.write_file(fs, f"{folder}/missing/b", b"3")

@@ -1,0 +1,89 @@
+"""Relative attention is the paper's Eq. 3, and its tables move between grids."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention import RelativeAttention, relative_attention, relative_bias, resize_bias_table
+
+HEADS, HEIGHT, WIDTH, HEAD_SIZE = 2, 2, 3, 4
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def attention_by_offsets(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Eq. 3 place by place: exp(x_i . x_j + w(i - j)) weighs the value at j, normalised over all j."""
+    places = [(i, j) for i in range(HEIGHT) for j in range(WIDTH)]
+    y = torch.zeros_like(v)
+    for sample in range(len(q)):
+        for head in range(HEADS):
+            for a, (i, j) in enumerate(places):
+                weights = []
+                for b, (i2, j2) in enumerate(places):
+                    dot = sum(q[sample, head, a, d] * k[sample, head, b, d] for d in range(HEAD_SIZE))
+                    offset = table[head, i - i2 + HEIGHT - 1, j - j2 + WIDTH - 1]
+                    weights.append(torch.exp(dot / math.sqrt(HEAD_SIZE) + offset))
+                for b, weight in enumerate(weights):
+                    y[sample, head, a] += weight / sum(weights) * v[sample, head, b]
+    return y
+
+
+def test_relative_attention_is_the_equation_written_out_over_offsets_of_an_oblong_grid() -> None:
+    q, k, v = drawn(3, 2, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
+    table = drawn(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1)
+    ours = relative_attention(q, k, v, relative_bias(table))
+    torch.testing.assert_close(ours, attention_by_offsets(q, k, v, table), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_queries_keys_values_and_table_are_those_of_finite_differences() -> None:
+    q, k, v = drawn(3, 1, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, drawn(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1))]
+    assert torch.autograd.gradcheck(lambda q, k, v, table: relative_attention(q, k, v, relative_bias(table)), inputs)
+
+
+def test_with_a_table_of_zeros_it_is_plain_attention() -> None:
+    q, k, v = drawn(3, 2, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
+    table = torch.zeros(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1, dtype=torch.float64)
+    torch.testing.assert_close(
+        relative_attention(q, k, v, relative_bias(table)), F.scaled_dot_product_attention(q, k, v)
+    )
+
+
+def test_a_bias_that_depends_on_the_offset_alone_makes_the_layer_shift_with_its_input() -> None:
+    layer = RelativeAttention(4, 8, head_size=4, grid=(3, 1)).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    with torch.no_grad():  # only neighbours one row up or the place itself are seen
+        layer.bias_table.fill_(-1e9)[:, 2:4] = 0.5
+    x = drawn(1, 3, 1, 4)
+    shifted = x.roll(1, dims=1)
+    torch.testing.assert_close(layer(shifted)[:, 2], layer(x)[:, 1])
+
+
+def test_resizing_a_table_to_its_own_grid_changes_nothing() -> None:
+    table = torch.randn(3, 13, 9)
+    assert torch.equal(resize_bias_table(table, (7, 5)), table)
+
+
+@pytest.mark.parametrize("grid", [(12, 16), (7, 9), (2, 3)])
+def test_resizing_keeps_a_constant_of_each_head(grid: tuple[int, int]) -> None:
+    constants = torch.tensor([-1.5, 0.0, 2.0]).view(3, 1, 1)
+    resized = resize_bias_table(constants.expand(3, 13, 9), grid)
+    torch.testing.assert_close(resized, constants.expand(3, 2 * grid[0] - 1, 2 * grid[1] - 1))
+
+
+def test_resizing_is_bilinear_between_the_centres_of_cells() -> None:
+    resized = resize_bias_table(torch.tensor([[[0.0, 1.0, 2.0]]]), (1, 3))
+    torch.testing.assert_close(resized, torch.tensor([[[0.0, 0.4, 1.0, 1.6, 2.0]]]))
+
+
+def test_resizing_keeps_the_centre_of_a_symmetric_table_where_it_is() -> None:
+    rows, columns = torch.meshgrid(torch.arange(-6.0, 7), torch.arange(-4.0, 5), indexing="ij")
+    resized = resize_bias_table(-(rows**2 + columns**2)[None], (12, 10))[0]
+    assert int(resized.argmax()) == 11 * 19 + 9
+    torch.testing.assert_close(resized, resized.flip(0, 1))

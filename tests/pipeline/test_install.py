@@ -1,0 +1,65 @@
+"""Which builds of torch and DALI a machine gets."""
+
+import pytest
+
+from pipeline.install import (
+    build_fits,
+    constraint,
+    cuda_major_of,
+    dali_extra,
+    lower_bound,
+    offered_build,
+    pytorch_build,
+)
+
+PYPI = ["2.14.0", "2.13.0", "2.12.0"]
+BOTH = ["2.14.0", "2.13.0+cpu", "2.13.0", "2.12.0+cpu"]
+PYTORCH = ["2.13.0+cu126", "2.13.0+cu130", "2.13.0+cu132", "2.13.0+cpu"]
+
+
+@pytest.mark.parametrize("offered", [PYPI, BOTH, PYTORCH, ["2.12.0+cpu"], []])
+def test_a_machine_without_a_gpu_never_gets_a_cuda_build(offered: list[str]) -> None:
+    build = offered_build("2.13.0", offered, None) or pytorch_build("2.13.0", None)
+    assert build == "2.13.0+cpu"
+
+
+@pytest.mark.parametrize(
+    ("offered", "driver", "build"),
+    [
+        (PYPI, (13, 0), "2.13.0"),
+        (BOTH, (13, 2), "2.13.0"),  # pip alone would take the CPU build, whose version is higher
+        (PYPI, (12, 4), None),
+        (BOTH, (12, 8), None),
+        (PYTORCH, (12, 4), "2.13.0+cu126"),
+        (PYTORCH, (13, 0), "2.13.0+cu132"),
+        (["2.13.0+cpu"], (13, 0), None),
+        ([], (13, 0), None),
+    ],
+)
+def test_a_gpu_machine_gets_the_newest_offered_build_that_its_driver_runs(
+    offered: list[str], driver: tuple[int, int], build: str | None
+) -> None:
+    assert offered_build("2.13.0", offered, driver) == build
+
+
+@pytest.mark.parametrize("driver", [None, (12, 0), (12, 9), (13, 0), (13, 2)])
+def test_what_is_fetched_where_nothing_is_offered_fits(driver: tuple[int, int] | None) -> None:
+    assert build_fits(cuda_major_of(pytorch_build("2.13.0", driver)), driver)
+
+
+def test_dali_follows_the_driver() -> None:
+    assert [dali_extra(driver) for driver in (None, (12, 4), (13, 0), (14, 0))] == [
+        "cuda13",
+        "cuda12",
+        "cuda13",
+        "cuda13",
+    ]
+
+
+def test_a_driver_that_is_too_old_is_refused_with_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"CUDA 11\.8.*update it"):
+        dali_extra((11, 8))
+
+
+def test_the_tested_torch_is_one_that_pyproject_allows() -> None:
+    assert constraint("torch").split(".") >= lower_bound("torch").split(".")
