@@ -56,7 +56,7 @@ def examine(encoded: bytes) -> Picture:
         raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})") from None
     if pixels > MOST_PIXELS:
         raise Undecodable(f"{pixels} pixels; {MOST_PIXELS} at most are taken")
-    (image,) = _decoder().decode([stream], params=_UPRIGHT)  # a list: for one image alone it keeps the interpreter
+    image = _decoder().decode(stream, params=_UPRIGHT)
     if image is None:
         raise Undecodable("does not decode: truncated or damaged")
     return Picture(kind, *image.shape[:2])

@@ -62,16 +62,16 @@ def test_draws_stay_what_they_were_in_earlier_versions() -> None:
 
 
 @given(height=sizes, width=sizes, sample=numbers, low=st.floats(0.001, 1), high=st.floats(0.001, 1))
-def test_a_crop_lies_in_the_image_and_has_a_pixel(height: int, width: int, sample: int, low: float, high: float) -> None:
+def test_a_crop_lies_in_the_image_and_has_a_pixel(
+    height: int, width: int, sample: int, low: float, high: float
+) -> None:
     augmentation = replace(RANDOM, crop_area=(min(low, high), max(low, high)))
     recipe = draw(augmentation, 0, 0, np.arange(sample, sample + 50), np.full(50, height), np.full(50, width))
     assert (recipe.crop_start >= 0).all() and (recipe.crop_shape >= 1).all()
     assert (recipe.crop_start + recipe.crop_shape <= [height, width]).all()
 
 
-@given(
-    height=sizes, ratio=st.floats(0.5, 2), sample=numbers, low=st.floats(0.001, 0.5), span=st.floats(0, 1)
-)
+@given(height=sizes, ratio=st.floats(0.5, 2), sample=numbers, low=st.floats(0.001, 0.5), span=st.floats(0, 1))
 def test_a_crop_has_the_area_and_the_ratio_that_were_asked_for(
     height: int, ratio: float, sample: int, low: float, span: float
 ) -> None:

@@ -62,4 +62,7 @@ def test_a_driver_that_is_too_old_is_refused_with_what_to_do() -> None:
 
 
 def test_the_tested_torch_is_one_that_pyproject_allows() -> None:
-    assert constraint("torch").split(".") >= lower_bound("torch").split(".")
+    tested, lowest = (
+        [int(part) for part in version.split(".")] for version in (constraint("torch"), lower_bound("torch"))
+    )
+    assert tested >= lowest

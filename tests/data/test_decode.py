@@ -1,0 +1,296 @@
+"""Pixels: what the recipe says, from whatever bytes, whatever they are batched with; the decoder's manners."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from data import decode
+from data.augment import Augmentation, Recipe, draw, fixed
+from data.decode import Decoder
+from data.errors import DataError
+
+SIDE = 48
+FULL = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=10)
+
+
+def picture(number: int, height: int = 60, width: int = 80) -> Image.Image:
+    coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
+    image.save(file := BytesIO(), kind, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def upright(image: np.ndarray) -> np.ndarray:
+    """Pillow's decoding, [height, width, 3]."""
+    return np.array(ImageOps.exif_transpose(Image.open(BytesIO(image.tobytes()))).convert("RGB"))
+
+
+def decoder_of(
+    images: Sequence[np.ndarray],
+    recipe: Recipe,
+    *,
+    batches: Sequence[Sequence[int]] | None = None,
+    threads: int = 1,
+    resolution: int = SIDE,
+    device: str = "cpu",
+) -> Decoder:
+    """A decoder of these images in batches of these indices; one batch of all of them unless said otherwise."""
+    chosen = [np.array(batch, np.int64) for batch in (batches or [range(len(images))])]
+    answers = iter(
+        [([images[i] for i in b], Recipe(*(getattr(recipe, f.name)[b] for f in fields(recipe)))) for b in chosen]
+    )
+    return Decoder(
+        resolution=resolution,
+        batch_size=max(len(batch) for batch in chosen),
+        layers=recipe.operations.shape[1],
+        magnitude=FULL.magnitude,
+        device=device,
+        device_id=0 if device == "gpu" else None,
+        threads=threads,
+        source=lambda: next(answers),
+    )
+
+
+def pixels_of(images: Sequence[np.ndarray], recipe: Recipe, **options) -> np.ndarray:
+    return torch.cat(list(decoder_of(images, recipe, **options))).cpu().numpy()
+
+
+def whole(image: np.ndarray, count: int = 1) -> Recipe:
+    """The recipe that takes all of an upright image as it is."""
+    height, width, _ = upright(image).shape
+    shape = np.tile(np.array([height, width], np.int32), (count, 1))
+    return replace(fixed(1.0, [height] * count, [width] * count), crop_start=shape * 0, crop_shape=shape)
+
+
+def sample_set(count: int = 40) -> tuple[list[np.ndarray], Recipe]:
+    """JPEGs and PNGs of several sizes, each with its crop, flip and two operations."""
+    images = [picture(i, 30 + 7 * (i % 9), 90 - 5 * (i % 11)) for i in range(count)]
+    files = [encoded(image, "PNG" if i % 5 == 0 else "JPEG") for i, image in enumerate(images)]
+    sizes = np.array([image.size for image in images])
+    return files, draw(FULL, 0, 0, np.arange(count), sizes[:, 1], sizes[:, 0])
+
+
+def split(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+# ------------------------------------------------------------------------------------------------------ a pure function
+
+
+@pytest.mark.parametrize(("size", "threads", "ahead"), [(1, 1, 2), (7, 2, 2), (16, 1, 1), (33, 2, 4)])
+def test_a_samples_pixels_do_not_depend_on_its_batch(size: int, threads: int, ahead: int, monkeypatch) -> None:
+    """Nor on its neighbours, its place, the number of threads and how far DALI runs ahead, with RandAugment on."""
+    files, recipe = sample_set()
+    together = pixels_of(files, recipe)
+    monkeypatch.setattr(decode, "AHEAD", ahead)
+    order = np.random.default_rng(size).permutation(len(files))
+    again = pixels_of(files, recipe, batches=split(order.tolist(), size), threads=threads)
+    np.testing.assert_array_equal(again, together[order])
+
+
+def test_batches_come_in_order_and_as_large_as_they_were_asked_for() -> None:
+    files, recipe = sample_set()
+    asked = [[3, 1, 2], [], [0], list(range(40)), [7, 7]]
+    everything = pixels_of(files, recipe)
+    for pixels, batch in zip(decoder_of(files, recipe, batches=asked), asked, strict=True):
+        assert pixels.shape == (len(batch), SIDE, SIDE, 3) and pixels.dtype == torch.uint8
+        np.testing.assert_array_equal(pixels.numpy(), everything[np.array(batch, int)])
+
+
+def test_kept_batches_stay_as_they_were() -> None:
+    files, recipe = sample_set()
+    decoder = decoder_of(files, recipe, batches=[range(20 * (i % 2), 20 * (i % 2) + 20) for i in range(12)])
+    kept = [next(decoder) for _ in range(5)]
+    copies = [pixels.clone() for pixels in kept]
+    later = [next(decoder) for _ in range(7)]
+    decoder.close()
+    assert len({pixels.data_ptr() for pixels in kept + later}) == 12
+    assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- crop, resize, flip
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_crop_of_the_output_size_is_pillows_to_the_bit(kind: str) -> None:
+    """Nothing is resampled then, so the crop of the decoder is the slice of the whole image."""
+    file = encoded(picture(1, 90, 120), kind)
+    places = np.array([[0, 0], [42, 72], [17, 31], [1, 70]], np.int32)
+    recipe = replace(whole(file, 4), crop_start=places, crop_shape=np.full((4, 2), SIDE, np.int32))
+    expected = [upright(file)[y : y + SIDE, x : x + SIDE] for y, x in places]
+    np.testing.assert_array_equal(pixels_of([file] * 4, recipe), expected)
+    mirrored = replace(recipe, flip=np.ones(4, np.int32))
+    np.testing.assert_array_equal(pixels_of([file] * 4, mirrored), np.stack(expected)[:, :, ::-1])
+
+
+def test_a_resized_crop_sees_nothing_outside_of_it() -> None:
+    file = encoded(picture(2, 300, 200))
+    recipe = draw(replace(FULL, layers=0), 0, 0, np.arange(20), np.full(20, 300), np.full(20, 200))
+    cut = [
+        upright(file)[y : y + h, x : x + w] for (y, x), (h, w) in zip(recipe.crop_start, recipe.crop_shape, strict=True)
+    ]
+    alone = [encoded(Image.fromarray(each), "PNG") for each in cut]
+    uncropped = replace(recipe, crop_start=recipe.crop_start * 0)
+    np.testing.assert_array_equal(pixels_of([file] * 20, recipe), pixels_of(alone, uncropped))
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 200), (20, 31), (48, 500)])
+def test_resizing_is_pillows_antialiased_bilinear(height: int, width: int) -> None:
+    file = encoded(picture(3, height, width), "PNG")
+    expected = np.array(Image.fromarray(upright(file)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)).astype(int)
+    plain, mirrored = pixels_of([file] * 2, replace(whole(file, 2), flip=np.array([0, 1], np.int32))).astype(int)
+    assert abs(plain - expected).max() <= 2
+    assert abs(mirrored - plain[:, ::-1]).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of files
+
+KINDS = {
+    "progressive": lambda: encoded(picture(4, SIDE, SIDE), progressive=True),
+    "grey": lambda: encoded(picture(5, SIDE, SIDE).convert("L")),
+    "cmyk": lambda: encoded(picture(6, SIDE, SIDE).convert("CMYK")),
+    "png": lambda: encoded(picture(7, SIDE, SIDE), "PNG"),
+    "png-alpha": lambda: encoded(with_alpha(picture(8, SIDE, SIDE)), "PNG"),
+    "png-palette": lambda: encoded(picture(9, SIDE, SIDE).quantize(16), "PNG"),
+    "webp": lambda: encoded(picture(10, SIDE, SIDE), "WEBP", lossless=True),
+}
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_kind_of_file_gives_rgb(kind: str) -> None:
+    """Alpha is dropped, not blended."""
+    file = KINDS[kind]()
+    np.testing.assert_array_equal(pixels_of([file], whole(file))[0], upright(file))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_comes_upright_and_is_cropped_upright(orientation: int) -> None:
+    image = picture(11, 60, 80)
+    (exif := image.getexif())[274] = orientation
+    file = encoded(image, exif=exif)
+    recipe = whole(file)
+    corner = replace(recipe, crop_start=recipe.crop_shape - SIDE, crop_shape=np.full((1, 2), SIDE, np.int32))
+    np.testing.assert_array_equal(pixels_of([file], corner)[0], upright(file)[-SIDE:, -SIDE:])
+
+
+# ------------------------------------------------------------------------------------------------------------ manners
+
+
+@pytest.mark.parametrize("error", [ValueError("shard 7 is gone"), RuntimeError("no such window")])
+def test_an_error_of_the_source_comes_out_as_it_is_and_again(error: Exception) -> None:
+    files, recipe = sample_set(4)
+
+    def source() -> Iterator[tuple[list[np.ndarray], Recipe]]:
+        yield files, recipe
+        yield files, recipe
+        raise error
+
+    answers = source()
+    decoder = Decoder(
+        resolution=SIDE, batch_size=4, layers=2, magnitude=5, device="cpu", device_id=None, threads=1,
+        source=lambda: next(answers),
+    )  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(type(error)) as raised:
+            list(decoder)
+        assert raised.value is error
+
+
+def test_an_error_of_dali_is_one_line_and_ends_the_decoder() -> None:
+    file = encoded(picture(1, SIDE, SIDE))
+    decoder = decoder_of([file], replace(whole(file), crop_start=np.array([[5, 0]], np.int32)), batches=[[0]] * 3)
+    for _ in range(2):
+        with pytest.raises(DataError, match="cropping window .* is not valid for image dimensions") as raised:
+            next(decoder)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_closed_decoder_is_at_its_end_and_has_no_threads() -> None:
+    files, recipe = sample_set(4)
+    before = threading.active_count()
+    decoder = decoder_of(files, recipe, batches=[[0, 1]] * 9)
+    kept = next(decoder)
+    decoder.close()
+    assert list(decoder) == [] and threading.active_count() == before
+    assert kept.sum() > 0
+
+
+@pytest.mark.parametrize("ending", ["", "decoder.close()", "del decoder", "raise SystemExit(0)"])
+def test_a_process_ends_with_an_open_decoder_and_without_a_gpu(ending: str) -> None:
+    program = f"""
+        import io, threading
+        import numpy as np
+        from PIL import Image
+        from data.augment import fixed
+        from data.decode import Decoder
+        Image.new("RGB", (40, 40)).save(file := io.BytesIO(), "JPEG")
+        answer = [np.frombuffer(file.getvalue(), np.uint8)], fixed(1.0, [40], [40])
+        decoder = Decoder(resolution=40, batch_size=1, layers=0, magnitude=0, device="cpu", device_id=None, threads=2,
+                          source=lambda: answer)
+        thread = threading.Thread(target=next, args=(decoder,))
+        thread.start(), thread.join()
+        print(next(decoder).shape)
+        {ending}
+    """
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(path for path in sys.path if path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0 and "[1, 40, 40, 3]" in ended.stdout, ended.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_cpus_pixels_to_within_a_few_levels() -> None:
+    files, recipe = sample_set()
+    plain = replace(recipe, operations=recipe.operations[:, :0], signs=recipe.signs[:, :0])
+    batches = split(range(40), 16)
+    decoded = list(decoder_of(files, plain, batches=batches, device="gpu"))
+    assert all(
+        pixels.is_cuda and pixels.shape == (len(b), SIDE, SIDE, 3) for pixels, b in zip(decoded, batches, strict=True)
+    )
+    off = abs(torch.cat(decoded).cpu().numpy().astype(int) - pixels_of(files, plain))
+    assert off.max() <= 12 and off.mean() < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_samples_pixels_do_not_depend_on_its_batch_on_a_gpu_either() -> None:
+    files, recipe = sample_set()
+    together = pixels_of(files, recipe, device="gpu")
+    order = np.random.default_rng(0).permutation(len(files))
+    again = pixels_of(files, recipe, batches=split(order.tolist(), 7), device="gpu")
+    np.testing.assert_array_equal(again, together[order])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kept_batches_stay_as_they_were_on_a_gpu() -> None:
+    files, recipe = sample_set()
+    decoder = decoder_of(
+        files, recipe, batches=[range(20 * (i % 2), 20 * (i % 2) + 20) for i in range(12)], device="gpu"
+    )
+    kept = [next(decoder) for _ in range(5)]
+    copies = [pixels.clone() for pixels in kept]
+    list(decoder)
+    assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
