@@ -70,7 +70,6 @@ def draw(
     """The recipe of n samples (their global numbers, in the epoch of each) whose upright images have these sizes."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     if augmentation.crop == "random_resized":
-        # Rarely does more than one of the tries matter, but drawing them all for a batch is cheaper than asking which.
         numbers = uniforms(seed, Purpose.CROP, samples, 2 + 2 * TRIES, epochs)
         start, shape = _random_resized(augmentation.crop_area, numbers, heights, widths)
     else:

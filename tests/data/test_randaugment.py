@@ -1,8 +1,10 @@
 """RandAugment: each operation is Pillow's at the same parameter, none at magnitude 0, more at more."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ SIDE = 90
 WARPS = {Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y}
 CURVES = {Operation.INVERT, Operation.POSTERIZE, Operation.SOLARIZE, Operation.SOLARIZE_ADD}
 WITHOUT_PARAMETER = {Operation.AUTO_CONTRAST, Operation.EQUALIZE, Operation.INVERT}
+Device = Literal["cpu", "gpu"]
 WHOLE_PIXELS = 40 / 9
 """The magnitude that translates by 18 of 90 pixels."""
 
@@ -35,7 +38,9 @@ def pictures() -> list[Image.Image]:
     return made
 
 
-def augmented(images: list[Image.Image], operations: list[list[int]], signs: list[int], magnitude: float, device: str):
+def augmented(
+    images: list[Image.Image], operations: list[list[int]], signs: list[int], magnitude: float, device: Device
+) -> np.ndarray:
     """[n, height, width, 3]: each image after its operations, one after the other, by the decoder."""
     if device == "gpu" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -60,7 +65,7 @@ def augmented(images: list[Image.Image], operations: list[list[int]], signs: lis
 
 
 @cache
-def every_operation(magnitude: float, device: str) -> dict[tuple[Operation, int], np.ndarray]:
+def every_operation(magnitude: float, device: Device) -> dict[tuple[Operation, int], np.ndarray]:
     """All operations with both signs in one batch, so that each is also seen not to touch the others' images."""
     images, pairs = pictures(), [(operation, sign) for operation in Operation for sign in (1, -1)]
     pixels = augmented(
@@ -95,7 +100,7 @@ def pillow(image: Image.Image, operation: Operation, sign: int, magnitude: float
         case Operation.POSTERIZE:
             image = ImageOps.posterize(image, max(1, round(8 - 4 * v)))
         case Operation.SOLARIZE:
-            image = ImageOps.solarize(image, max(0, 256 - 256 * v))
+            image = ImageOps.solarize(image, max(0, math.ceil(256 - 256 * v)))
         case Operation.SOLARIZE_ADD:
             image = image.point([min(255, i + int(110 * v)) if i < 128 else i for i in range(256)] * 3)
         case Operation.COLOR:
@@ -128,7 +133,7 @@ def inside(operation: Operation, sign: int, magnitude: float) -> np.ndarray:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("magnitude", [0.5, WHOLE_PIXELS, 15, 20])
 @pytest.mark.parametrize("operation", Operation, ids=lambda operation: operation.name.lower())
-def test_an_operation_is_pillows(operation: Operation, magnitude: float, sign: int, device: str) -> None:
+def test_an_operation_is_pillows(operation: Operation, magnitude: float, sign: int, device: Device) -> None:
     ours = every_operation(magnitude, device)[operation, sign]
     theirs = np.stack([pillow(image, operation, sign, magnitude) for image in pictures()])
     off = abs(ours - theirs)
@@ -154,7 +159,7 @@ def test_a_translation_by_whole_pixels_moves_them_unchanged_and_fills_with_grey(
 
 
 @on_each_device
-def test_an_operation_with_a_parameter_does_nothing_at_magnitude_0(device: str) -> None:
+def test_an_operation_with_a_parameter_does_nothing_at_magnitude_0(device: Device) -> None:
     images = np.stack([np.array(image) for image in pictures()])
     for (operation, _), pixels in every_operation(0, device).items():
         assert (pixels == images).all() == (operation not in WITHOUT_PARAMETER), operation.name

@@ -1,0 +1,89 @@
+"""The main job on real images, end to end, in a few minutes on two cores: `make demo`.
+
+Every step is a command that a person could type; it is echoed before it runs. All output goes to demo/out.
+
+    unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL and started again
+    -> count the samples, compare the losses -> fine-tune at a higher resolution -> evaluate
+
+Next: ../README.md.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("demo/out")
+DATA = f"data.train={OUT}/train data.val={OUT}/val"
+WHOLE, KILLED, FINE = OUT / "uninterrupted", OUT / "interrupted", OUT / "finetuned"
+KILL_AT_STEP = 170
+
+
+def start(command: str) -> subprocess.Popen[bytes]:
+    """Echoes a command and starts it."""
+    print(f"\n$ {command}", flush=True)
+    words = shlex.split(command)
+    program = {"coatnet": [sys.executable, "-m", "pipeline.cli"], "python": [sys.executable]}.get(words[0], [words[0]])
+    return subprocess.Popen([*program, *words[1:]])
+
+
+def run(command: str) -> None:
+    """Runs a command to its end; the demo ends with it if it fails."""
+    if status := start(command).wait():
+        sys.exit(f"the demo ends here: status {status}")
+
+
+def steps_done(run_folder: Path) -> int:
+    """The last logged step of a run that may be writing at this moment."""
+    metrics = run_folder / "metrics.jsonl"
+    rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return max((json.loads(row)["step"] for row in rows if row.endswith("\n")), default=0)
+
+
+def run_and_kill(command: str, run_folder: Path, step: int) -> None:
+    """Runs a training command and kills it with SIGKILL once it has done a step; its ranks die with it."""
+    process = start(command)
+    while steps_done(run_folder) < step:
+        if process.poll() is not None:
+            sys.exit("the demo ends here: the run ended before it could be killed")
+        time.sleep(0.05)
+    print(f"\n$ kill -9 {process.pid}", flush=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> None:
+    began = time.monotonic()
+    os.chdir(ROOT)
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+
+    run(f"tar -xzf demo/digits.tar.gz -C {OUT}")
+    run(f"coatnet data pack {OUT}/digits/train {OUT}/train")
+    run(f"coatnet data pack {OUT}/digits/val {OUT}/val")
+
+    pretrain = f"coatnet pretrain configs/tiny.yaml --procs 2 {DATA} log.every=10"
+    run(f"{pretrain} run.dir={WHOLE}")
+    run_and_kill(f"{pretrain} run.dir={KILLED}", KILLED, KILL_AT_STEP)
+    run(f"{pretrain} run.dir={KILLED}")
+
+    run(f"python demo/audit.py {KILLED} {OUT}/train")
+    run(f"python demo/curves.py {WHOLE} {KILLED} {OUT}/curves.png")
+
+    run(f"coatnet finetune configs/tiny_finetune.yaml --from {KILLED} --procs 2 {DATA} run.dir={FINE}")
+    run(f"coatnet evaluate {KILLED} --data {OUT}/val")
+    run(f"coatnet evaluate {FINE} --data {OUT}/val --procs 2")
+    run(f"python demo/neighbour.py {OUT}/digits/train {OUT}/digits/val")
+
+    print(f"\nThe demo took {time.monotonic() - began:.0f} seconds. Packed images: {OUT}/train and {OUT}/val; runs (config,")
+    print(f"metrics, events, samples, checkpoints): {WHOLE}, {KILLED}, {FINE}; the curves: {OUT}/curves.png")
+
+
+if __name__ == "__main__":
+    main()
