@@ -4,8 +4,9 @@
 
 The pixels of a sample are a function of its bytes and its row of the recipe: batch size, neighbours, order, threads
 and how far DALI runs ahead change nothing. That holds within one device and DALI version; a GPU decodes JPEG with
-another codec, a few levels off. The bytes must be known to decode (codec.py): DALI's decoder can end the process on
-others. Normalisation is not done here, nor is it known where bytes come from.
+another codec, a few levels off. The bytes must be known to decode (codec.py) and the crop to lie in the image: on
+others DALI's decoder can end the process, and no error is raised. Bilinear rather than bicubic: it is cheaper and does
+not overshoot. Normalisation is not done here, nor is it known where bytes come from.
 
 Next: loader.py.
 """
@@ -36,8 +37,8 @@ class Decoder:
     `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with their Recipe of
     `layers` layers, or raises StopIteration; it is called in the thread that iterates, and a batch ahead. What else it
     raises comes out as it is, a batch early. DataError if DALI fails; then, as after any error, the decoder gives that
-    error only. Bilinear, because it never overshoots and is the cheaper of the two customary ones.
-    Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
+    error only. Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the
+    decoder.
     """
 
     def __init__(
@@ -196,5 +197,7 @@ def _beside(image: DataNode, number: DataNode) -> DataNode:
 
 def _gist(error: BaseException) -> str:
     """DALI's reason, one line out of twenty."""
-    reason = str(error).rpartition("encountered:")[2].partition("C++ context")[0]
+    reason = str(error).rpartition("encountered:")[2]
+    for after in ("C++ context", "Current pipeline object"):
+        reason = reason.partition(after)[0]
     return " ".join(reason.split())

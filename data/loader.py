@@ -83,7 +83,7 @@ def training_batches(
     )
     per_chunk = max(1, DECODED_AT_ONCE // share.micro_batch) * share.micro_batch
     positions = (positions_of_step(step, order.global_batch)[mine] for step in range(first_step, last_step))
-    with ThreadPoolExecutor(READING_THREADS, "read") as pool:
+    with _reading_threads() as pool:
         places = _placed_ahead(_Windows(manifest, order, pool), _rechunk(positions, per_chunk))
         chunks = _assembled(places, augmentation, seed)
         with _in_background(lambda: _decoded(chunks, augmentation, share, per_chunk)) as batches:
@@ -106,11 +106,11 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float, share: Share) -
         good = [(number, sample) for number, sample in zip(numbers, found, strict=True) if isinstance(sample, Sample)]
         samples = [sample for _, sample in good]
         recipe = augment.fixed(crop_fraction, *_shapes(samples))
-        broken = [sample for sample in found if isinstance(sample, Broken)]
+        broken: list[Broken | None] = [sample for sample in found if isinstance(sample, Broken)]
         return _Chunk(np.array([number for number, _ in good], np.int64), samples, [s.key for s in samples], recipe, broken)
 
     augmentation = Augmentation(crop="center", center_fraction=crop_fraction, flip=False, layers=0, magnitude=0.0)
-    with ThreadPoolExecutor(READING_THREADS, "read") as pool:
+    with _reading_threads() as pool:
         chunks = _mapped_ahead(pool, read, deal(micro_batches, share.rank, share.world_size))
         with _in_background(lambda: _decoded(chunks, augmentation, share, share.micro_batch)) as batches:
             yield batches
@@ -201,7 +201,7 @@ class _Chunk:
     samples: list[Sample]
     keys: list[str]
     recipe: Recipe
-    broken: list[Broken]
+    broken: list[Broken | None]  # by place; in evaluation those that were left out
 
 
 def _assembled(places: Iterator[list[_Place]], augmentation: Augmentation, seed: int) -> Iterator[_Chunk]:
@@ -214,7 +214,7 @@ def _assembled(places: Iterator[list[_Place]], augmentation: Augmentation, seed:
         numbers = np.array([place.window.numbers[place.window.indices[place.row]] for place in chunk])
         recipe = augment.draw(augmentation, seed, epochs, numbers, *_shapes(samples))
         positions = np.array([place.position for place in chunk])
-        yield _Chunk(positions, samples, keys, recipe, [bad for bad in broken if bad])
+        yield _Chunk(positions, samples, keys, recipe, broken)
 
 
 def _good_sample(place: _Place) -> tuple[Sample, Broken | None]:
@@ -254,7 +254,7 @@ def _decoded(chunks: Iterator[_Chunk], augmentation: Augmentation, share: Share,
         labels = torch.tensor([sample.label for sample in chunk.samples], dtype=torch.int64).to(share.device)
         for first in range(0, max(1, len(chunk.samples)), share.micro_batch):
             part = slice(first, first + share.micro_batch)
-            broken = chunk.broken if first == 0 else []
+            broken = [bad for bad in chunk.broken[part] if bad is not None]
             yield Batch(images[part], labels[part], chunk.positions[part], chunk.keys[part], broken)
 
 
@@ -279,6 +279,16 @@ def _stretches_between(starts: np.ndarray, first: int, last: int) -> list[Stretc
 
 
 # ------------------------------------------------------------------------------------------------------- threads
+
+
+@contextmanager
+def _reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """A pool for reads; at the end those that have not begun are dropped."""
+    pool = ThreadPoolExecutor(READING_THREADS, "read")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _mapped_ahead(pool: ThreadPoolExecutor, read: Callable[[int], Item], numbers: Iterable[int]) -> Iterator[Item]:

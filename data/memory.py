@@ -15,7 +15,8 @@ def check_memory(manifest: Manifest, global_batch: int, window: int, world_size:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if held > MEMORY_SHARE * memory:
         fitting = int(window * MEMORY_SHARE * memory / held)
+        way_out = f"data.window={fitting} would fit" if fitting else "no window fits: take a smaller train.global_batch"
         raise BadRequest(
             f"data.window={window} with train.global_batch={global_batch} keeps {held / 2**30:.1f} GiB of encoded images"
-            f" on this machine, which has {memory / 2**30:.1f} GiB; data.window={max(1, fitting)} would fit"
+            f" on this machine, which has {memory / 2**30:.1f} GiB; {way_out}, or take more machines"
         )

@@ -10,6 +10,8 @@ Next: augment.py.
 from __future__ import annotations
 
 import io
+import itertools
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data.codec import decodable
 from data.errors import DataError
 from data.order import Stretch
-from data.shards import FLAG_DECODED, Broken, Manifest, join, locate, read_rows
+from data.shards import FLAG_DECODED, Broken, Manifest, join, locate, read_rows, split_name
 
 NOT_IMAGES = {"cls", "json", "txt"}
 
@@ -46,42 +48,50 @@ def _read_stretch(manifest: Manifest, stretch: Stretch) -> list[Sample | Broken]
     shard = manifest.shards[stretch.shard]
     filesystem, root = locate(manifest.url)
     url = join(root, shard.name)
-    rows = read_rows(filesystem, url.removesuffix(".tar") + ".npy", stretch.first_row, stretch.rows)
-    raw = _read_range(filesystem, url, int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1]))
-    spans = _spans(raw, rows)
-    if not all(_agrees(span, row) for span, row in zip(spans, rows, strict=True)):
-        raw = _read_range(filesystem, url, int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1]))
-        spans = _spans(raw, rows)
-    good = [_agrees(span, row) for span, row in zip(spans, rows, strict=True)]
-    parsed = iter(_parse(b"".join(span for span, is_good in zip(spans, good, strict=True) if is_good), url, sum(good)))
+    rows = _read_rows(filesystem, url.removesuffix(".tar") + ".npy", stretch)
+    begin, end = int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1])
+    spans, good = _checked(_read_range(filesystem, url, begin, end), rows)
+    if not all(good):
+        spans, good = _checked(_read_range(filesystem, url, begin, end), rows)
+    parsed = iter(_parse(b"".join(itertools.compress(spans, good)), url, sum(good)))
+    keys = [""] * len(rows) if all(good) else _keys(filesystem, url, stretch)
     return [
         _sample(next(parsed), row, manifest, shard.name)
         if is_good
-        else Broken(shard.name, _key_of(span, stretch.first_row + i), "its bytes are not those that were packed")
-        for i, (span, row, is_good) in enumerate(zip(spans, rows, good, strict=True))
+        else Broken(shard.name, key, "its bytes are not those that were packed")
+        for row, is_good, key in zip(rows, good, keys, strict=True)
     ]
+
+
+def _read_rows(filesystem: Any, url: str, stretch: Stretch) -> np.ndarray:
+    try:
+        return read_rows(filesystem, url, stretch.first_row, stretch.rows)
+    except DataError:
+        raise
+    except Exception as error:  # the back ends' exceptions share no base class
+        raise DataError(f"{url} cannot be read: {error}") from error
 
 
 def _read_range(filesystem: Any, url: str, begin: int, end: int) -> bytes:
     try:
         content = filesystem.cat_file(url, start=begin, end=end)
-    except OSError as error:
-        raise DataError(f"{url}: bytes {begin} to {end}: {error}") from error
+    except Exception as error:  # the back ends' exceptions share no base class
+        raise DataError(f"{url}: bytes {begin} to {end} cannot be read: {error}") from error
     if len(content) != end - begin:
         raise DataError(f"{url}: bytes {begin} to {end} were asked for and {len(content)} came; pack or index it again")
     return content
 
 
-def _spans(raw: bytes, rows: np.ndarray) -> list[memoryview]:
+def _checked(raw: bytes, rows: np.ndarray) -> tuple[list[memoryview], list[bool]]:
+    """The bytes of each row, and whether they are those that were packed."""
     view, first = memoryview(raw), int(rows["offset"][0])
-    return [view[int(row["offset"]) - first :][: int(row["bytes"])] for row in rows]
-
-
-def _agrees(span: memoryview, row: np.void) -> bool:
-    return zlib.crc32(span) == int(row["crc"])
+    spans = [view[int(row["offset"]) - first :][: int(row["bytes"])] for row in rows]
+    return spans, [zlib.crc32(span) == int(row["crc"]) for span, row in zip(spans, rows, strict=True)]
 
 
 def _parse(raw: bytes, url: str, expected: int) -> list[dict[str, Any]]:
+    if not expected:  # tarfile refuses an empty stream
+        return []
     # webdataset ends silently at a header it cannot read, so its answer is counted.
     samples = list(group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(raw)}])))
     if len(samples) != expected:
@@ -94,9 +104,10 @@ def _sample(parts: dict[str, Any], row: np.void, manifest: Manifest, shard: str)
     image = next((parts[name] for name in parts if not name.startswith("__") and name not in NOT_IMAGES), None)
     if image is None or "cls" not in parts:
         return Broken(shard, key, f"has {sorted(p for p in parts if not p.startswith('__'))}; an image and .cls are needed")
-    label, classes = int(parts["cls"]), len(manifest.classes)
-    if not 0 <= label < classes:
-        return Broken(shard, key, f"its label is {label}; there are {classes} classes")
+    text, classes = parts["cls"].strip(), len(manifest.classes)
+    label = int(text) if re.fullmatch(rb"\d{1,9}", text) else classes
+    if label >= classes:
+        return Broken(shard, key, f"its label is {text[:20].decode(errors='replace')!r}; it must be 0 to {classes - 1}")
     height, width = int(row["height"]), int(row["width"])
     if not int(row["flags"]) & FLAG_DECODED:  # DALI's decoder may crash on bytes that never decoded
         shape = decodable([image])[0]
@@ -106,7 +117,11 @@ def _sample(parts: dict[str, Any], row: np.void, manifest: Manifest, shard: str)
     return Sample(key, image, label, height, width)
 
 
-def _key_of(span: memoryview, row: int) -> str:
-    name = bytes(span[:100]).split(b"\0")[0].decode(errors="replace")
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.split(".")[0] if name else f"row {row}"
+def _keys(filesystem: Any, url: str, stretch: Stretch) -> list[str]:
+    """The keys of a stretch by the shard's index, since a damaged sample's own header may be what is damaged."""
+    numbers = range(stretch.first_row, stretch.first_row + stretch.rows)
+    try:
+        lines = filesystem.cat_file(url.removesuffix(".tar") + ".idx").decode().splitlines()
+        return [split_name(lines[1 + number].split(" ")[3])[0] for number in numbers]
+    except Exception:  # the name in a report is not worth the run; the back ends' exceptions share no base class
+        return [f"row {number}" for number in numbers]

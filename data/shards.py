@@ -42,7 +42,7 @@ ROW = np.dtype(
         ("height", "<u4"),  # as decoded, EXIF orientation applied
         ("width", "<u4"),
         ("flags", "<u4"),
-        ("reserved", "<u4"),
+        ("row_crc", "<u4"),  # zlib.crc32 of the 28 bytes before it: a wrong size would crash DALI's decoder
     ]
 )
 # Members that webdataset's reader passes over without a word.
@@ -207,7 +207,13 @@ def sample_table(
     rows["crc"] = [zlib.crc32(view[sample.offset : sample.offset + sample.bytes]) for sample in samples]
     rows["height"], rows["width"] = np.array(shapes, np.uint32).reshape(-1, 2).T
     rows["flags"] = flags
+    rows["row_crc"] = _row_checksums(rows)
     return rows
+
+
+def _row_checksums(rows: NDArray[np.void]) -> list[int]:
+    contents, size = memoryview(rows.tobytes()), ROW.itemsize
+    return [zlib.crc32(contents[size * row : size * row + ROW.fields["row_crc"][1]]) for row in range(len(rows))]
 
 
 def table_bytes(rows: NDArray[np.void]) -> bytes:
@@ -218,12 +224,16 @@ def table_bytes(rows: NDArray[np.void]) -> bytes:
 
 
 def read_rows(fs: fsspec.AbstractFileSystem, path: str, first: int, count: int) -> NDArray[np.void]:
-    """Rows first .. first + count - 1 of a sample table by one ranged read; DataError where the file has fewer."""
+    """Rows first .. first + count - 1 of a sample table by one ranged read; DataError for missing or damaged ones."""
     begin, end = (HEADER_BYTES + ROW.itemsize * row for row in (first, first + count))
     contents = fs.cat_file(path, start=begin, end=end)
     if len(contents) != end - begin:
         raise DataError(f"{path} gave {len(contents)} bytes for rows {first} to {first + count - 1}, not {end - begin}")
-    return np.frombuffer(contents, ROW)
+    rows = np.frombuffer(contents, ROW)
+    damaged = np.flatnonzero(rows["row_crc"] != _row_checksums(rows))
+    if len(damaged):
+        raise DataError(f"{path}: row {first + damaged[0]} is damaged; pack or index the shard again")
+    return rows
 
 
 # The tar and DALI's index of it.

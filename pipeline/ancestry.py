@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import BadRequest
 
 
-def entry(config: Config, steps: int) -> dict[str, Any]:
+def entry(config: Config, steps: int, ancestors: list[dict[str, Any]]) -> dict[str, Any]:
     """What a checkpoint says of the run that made it."""
     return {
         "run": config.run.dir,
@@ -24,6 +24,7 @@ def entry(config: Config, steps: int) -> dict[str, Any]:
         "resolution": config.model.resolution,
         "augment": config.augment.model_dump(mode="json"),
         "stochastic_depth": config.train.stochastic_depth,
+        "new_augmentations": check(config, ancestors) if ancestors else [],
     }
 
 
@@ -34,7 +35,7 @@ def switched_on(augment: dict[str, Any]) -> dict[str, str]:
         "random crop": (augment["crop"] == "random_resized", f"augment.crop={augment['crop']}"),
         "flip": (augment["flip"], "augment.flip=true"),
         "RandAugment": (
-            randaugment["layers"] > 0 and randaugment["magnitude"] > 0,
+            randaugment["layers"] > 0,  # at magnitude 0 too: three operations have no strength
             f"augment.randaugment={{layers: {randaugment['layers']}, magnitude: {randaugment['magnitude']}}}",
         ),
     }

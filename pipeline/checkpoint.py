@@ -33,8 +33,8 @@ def step_name(step: int) -> str:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The folders of complete checkpoints, oldest first."""
-    return sorted(p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    """The folders of complete checkpoints, by rising step."""
+    return sorted((p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -60,7 +60,7 @@ class CheckpointReader:
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
             digest = manifest.pop("sha256")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{folder}/manifest.json: {error}") from None
         if digest != digest_of(manifest):
             raise DamagedCheckpoint(f"{folder}/manifest.json: its checksum does not agree")

@@ -9,7 +9,7 @@ Next: overrides.py.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,7 +55,7 @@ class Stage(Section):
 class Model(Section):
     name: str | None = key(None, "coatnet_0 to coatnet_7; null: stem and stages are spelled out")
     stem: Stem | None = key(None, "stem, where name is null")
-    stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null", min_length=1)
+    stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null")
     head_size: int | None = key(None, "channels per attention head; null: the family's (32 where stages are spelled out)", ge=1)
     stride: Literal["expand", "depthwise"] = key("expand", "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise")
     batch_norm_momentum: float = key(0.01, "share of the new statistics in batch norm's running ones", gt=0, le=1)
@@ -64,7 +64,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _named_or_spelled_out(self) -> Model:
-        spelled_out = self.stem is not None and self.stages is not None
+        spelled_out = self.stem is not None and self.stages
         if self.name is None and not spelled_out:
             raise ValueError("model.name is null, so model.stem and model.stages must be given")
         if self.name is not None and (self.stem is not None or self.stages is not None):
@@ -109,15 +109,23 @@ class Train(Section):
             both = "neither is" if self.epochs is None else "both are"
             raise ValueError(f"exactly one of train.epochs and train.steps must be set; {both}")
         if self.global_batch % self.micro_batch:
+            whole_groups = self.micro_batch % (self.batch_norm_group or 1) == 0
+            below = self.global_batch // self.micro_batch * self.micro_batch
             raise ValueError(
-                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch};"
-                f" {choices('train.micro_batch', divisors(self.global_batch), self.micro_batch)}"
+                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch}; "
+                + ways_out(
+                    choices("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
+                    choices("train.global_batch", [b for b in (below, below + self.micro_batch) if b and whole_groups]),
+                )
             )
         if self.batch_norm_group and self.micro_batch % self.batch_norm_group:
             raise ValueError(
-                f"train.micro_batch={self.micro_batch} holds no whole groups of train.batch_norm_group="
-                f"{self.batch_norm_group}; "
-                f"{choices('train.batch_norm_group', divisors(self.micro_batch)[1:], self.batch_norm_group)}"
+                f"train.micro_batch={self.micro_batch} holds no whole groups of"
+                f" train.batch_norm_group={self.batch_norm_group}; "
+                + ways_out(
+                    choices("train.batch_norm_group", divisors(self.micro_batch)[1:], self.batch_norm_group),
+                    choices("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
+                )
             )
         return self
 
@@ -131,6 +139,12 @@ class Optim(Section):
     clip: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+
+    @model_validator(mode="after")
+    def _betas_are_rates(self) -> Optim:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {list(self.betas)}; both must be at least 0 and below 1")
+        return self
 
 
 class Zero(Section):
@@ -172,32 +186,44 @@ def check_world_size(train: Train, world_size: int) -> None:
     """Raises ValueError unless the micro batches of a step can be dealt evenly to `world_size` ranks."""
     micro_batches = train.global_batch // train.micro_batch
     if micro_batches % world_size:
-        fitting = divisors(train.global_batch // world_size) if train.global_batch % world_size == 0 else []
-        ways = choices("train.micro_batch", fitting, train.micro_batch) if fitting else ""
+        share = train.global_batch // world_size if train.global_batch % world_size == 0 else 0
         raise ValueError(
             f"{micro_batches} micro batches a step (train.global_batch={train.global_batch} /"
-            f" train.micro_batch={train.micro_batch}) cannot be dealt evenly to {world_size} ranks;"
-            f" {', or '.join(filter(None, [choices('ranks', divisors(micro_batches), world_size), ways]))}"
+            f" train.micro_batch={train.micro_batch}) cannot be dealt evenly to {world_size} ranks; "
+            + ways_out(
+                choices("ranks", divisors(micro_batches), world_size),
+                choices("train.micro_batch", fitting_micro_batches(train, share), train.micro_batch),
+            )
         )
 
 
+def fitting_micro_batches(train: Train, samples: int) -> list[int]:
+    """Micro batches that divide so many samples and hold whole batch-norm groups."""
+    return [size for size in divisors(samples) if size % (train.batch_norm_group or 1) == 0]
+
+
 def divisors(number: int) -> list[int]:
-    """All divisors, rising."""
+    """All divisors, rising; of 0 none."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
-def choices(name: str, values: list[int], wanted: int) -> str:
-    """The up to four values nearest to what was wanted, in words."""
+def choices(name: str, values: list[int], wanted: int = 0) -> str:
+    """The up to four values nearest to what was wanted, in words; empty where there are none."""
     nearest = sorted(sorted(values, key=lambda v: abs(v - wanted))[:4])
-    return f"{name} would do with {', '.join(map(str, nearest))}"
+    return f"{name} would do with {', '.join(map(str, nearest))}" if nearest else ""
+
+
+def ways_out(*ways: str) -> str:
+    """The ways that are not empty, as alternatives."""
+    return ", or ".join(filter(None, ways)) or "change both, and train.batch_norm_group too"
 
 
 def documented_keys() -> dict[str, dict[str, Any]]:
     """Every key by its full name, in order: `meaning`, `default`, `change`. Lists of sections count as one key."""
     found: dict[str, dict[str, Any]] = {}
 
-    def visit(section: type[BaseModel], prefix: str) -> None:
+    def visit(section: type[Section], prefix: str) -> None:
         for name, field in section.model_fields.items():
             inner = section_of(field.annotation)
             if inner is not None:
@@ -213,8 +239,34 @@ def documented_keys() -> dict[str, dict[str, Any]]:
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a key of this type holds, if it holds one."""
-    candidates = getattr(annotation, "__args__", (annotation,))
-    if getattr(annotation, "__origin__", None) is tuple:
-        return None
-    sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-    return sections[0] if sections else None
+    return None if get_origin(annotation) is tuple else _section_within(annotation)
+
+
+def item_of(annotation: Any) -> type[Section] | None:
+    """The section that each item of a list has, where a key of this type holds a list of sections."""
+    lists = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is tuple]
+    return _section_within(lists[0]) if lists else None
+
+
+def _section_within(annotation: Any) -> type[Section] | None:
+    candidates = get_args(annotation) or (annotation,)
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def allowed(section: type[Section], name: str) -> str:
+    """What a key of a section may be, in words: `a whole number at least 1, or null`."""
+    return _in_words(section.model_json_schema()["properties"][name])
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return ", or ".join(map(_in_words, schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])} numbers"
+    kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    kinds |= {"string": "text, not empty" if schema.get("minLength") else "text", "array": "a list of sections"}
+    limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    stated = [f"{word} {schema[limit]}" for limit, word in limits.items() if limit in schema]
+    return f"{kinds.get(schema.get('type', ''), 'a section')} {' and '.join(stated)}".strip()

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 from pydantic_core import PydanticUndefined
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -75,6 +76,21 @@ def pack_and_report(
         f" {report.bytes / 1e6:.1f} MB; {len(report.broken)} left out"
     )
     return 0
+
+
+def doctor_report(as_json: bool) -> int:
+    """Prints what this machine has and what is missing; returns the exit status."""
+    from pipeline.doctor import diagnose, exit_status, rows
+
+    findings = diagnose()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+        return exit_status(findings)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for mark, what, detail, advice in rows(findings):
+        table.add_row(mark, what, escape(detail + (f"\n-> {advice}" if advice else "")))
+    Console(highlight=False).print(table)
+    return exit_status(findings)
 
 
 def _default(value: object) -> str:

@@ -260,7 +260,7 @@ def probe_slurm() -> list[Finding]:
     """Whether jobs can be submitted from here."""
     if found := shutil.which("sbatch"):
         return [Finding("Slurm", "ok", found)]
-    return [Finding("Slurm", "note", "no sbatch on PATH: `coatnet submit` needs a cluster's login node")]
+    return [Finding("Slurm", "note", "no sbatch on PATH: this machine is not a cluster's login node")]
 
 
 def probe_compilers() -> list[Finding]:

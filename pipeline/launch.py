@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 LAUNCHER = "COATNET_LAUNCHER"
 """Environment variable of a launched rank: its launcher's process id."""
+COATNET = (sys.executable, "-m", "pipeline.cli")
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end by themselves after one has failed."""
 
@@ -54,14 +56,15 @@ def end_with_launcher() -> None:
         sys.exit(1)
 
 
-def run_ranks(arguments: list[str], ranks: int, logs: Path) -> int:
+def run_ranks(arguments: list[str], ranks: int, logs: Path, program: Sequence[str] = COATNET) -> int:
     """Runs `coatnet ARGUMENTS` as `ranks` processes; returns the exit status of the first that failed, or 0.
 
     Rank 0 has the terminal; the others write to LOGS/rank-N.log. SIGTERM and Ctrl-C are handed on to the ranks, which
     end at the next step's end; a second Ctrl-C kills them.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    processes = [_start(arguments, rank, ranks, port, logs) for port in [_free_port()] for rank in range(ranks)]
+    port = _free_port()
+    processes = [_start([*program, *arguments], rank, ranks, port, logs) for rank in range(ranks)]
 
     def hand_on(number: int, _frame: object) -> None:
         last = number == signal.SIGINT and hand_on.interrupted  # type: ignore[attr-defined]
@@ -75,7 +78,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path) -> int:
     return _wait(processes, logs)
 
 
-def _start(arguments: list[str], rank: int, ranks: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
+def _start(command: list[str], rank: int, ranks: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         **os.environ,
@@ -89,7 +92,6 @@ def _start(arguments: list[str], rank: int, ranks: int, port: int, logs: Path) -
         LAUNCHER: str(os.getpid()),
     }
     output = None if rank == 0 else (logs / f"rank-{rank}.log").open("ab")
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
     process = subprocess.Popen(command, env=environment, stdout=output, stderr=output and subprocess.STDOUT)
     if output is not None:
         output.close()

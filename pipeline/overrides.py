@@ -10,13 +10,15 @@ Next: launch.py.
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, Section, section_of, documented_keys
+from pipeline.config import Config, Section, allowed, documented_keys, item_of, section_of
 from pipeline.errors import BadRequest
 
 CLEARS = {
@@ -41,10 +43,13 @@ def read_config(path: str, overrides: list[str]) -> Config:
 
 def validate(tree: dict[str, Any], origin: str) -> Config:
     """The typed configuration of a plain tree; every fault of the tree in one BadRequest, a line each."""
+    tree = {**{name: {} for name in Config.model_fields}, **tree}  # so that keys are missed, not sections
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise BadRequest("\n".join(f"{origin}: {_fault(fault)}" for fault in error.errors())) from None
+        # Of a value that may be of several types there is one fault for each.
+        faults = dict.fromkeys(_fault(fault, tree) for fault in error.errors() if fault["type"] != "none_required")
+        raise BadRequest("\n".join(f"{origin}: {fault}" for fault in faults)) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -61,14 +66,15 @@ def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
     """Keys that differ: full name -> (what going on with another value does, old value, new value)."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     return {
-        name: (facts["change"], _get(before, name), _get(after, name))
+        name: (facts["change"], _get(before, name.split(".")), _get(after, name.split(".")))
         for name, facts in documented_keys().items()
-        if _get(before, name) != _get(after, name)
+        if _get(before, name.split(".")) != _get(after, name.split("."))
     }
 
 
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str, Any], str]]:
-    if path in seen:
+    path = Path(os.path.normpath(path))
+    if path.resolve() in map(Path.resolve, seen):
         raise BadRequest(f"{path}: base leads back to itself: {' -> '.join(map(str, [*seen, path]))}")
     tree = _load(path)
     base = tree.pop("base", None)
@@ -83,7 +89,7 @@ def _load(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadRequest(f"{path}: {error.strerror or error}; presets lie in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise BadRequest(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise BadRequest(f"{path}: holds {type(tree).__name__}, not sections; see configs/tiny.yaml")
@@ -96,7 +102,7 @@ def _parse_override(text: str) -> tuple[dict[str, Any], str]:
         raise BadRequest(f"{text}: an override has the form section.key=value")
     try:
         leaf = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
         raise BadRequest(f"{text}: the value is not YAML: {' '.join(str(error).split())}") from None
     for part in reversed(name.split(".")):
         leaf = {part: leaf}
@@ -108,20 +114,21 @@ def _refuse_unknown_keys(tree: dict[str, Any], section: type[Section], prefix: s
         full = f"{prefix}{name}"
         if name not in section.model_fields:
             raise BadRequest(f"{origin}: {full}: unknown{_suggestion(full, section, prefix)}")
-        inner = section_of(section.model_fields[name].annotation)
-        if inner is not None and value is not None:
-            if not isinstance(value, dict):
-                raise BadRequest(f"{origin}: {full} is {value!r}; it is a section with {', '.join(inner.model_fields)}")
+        annotation = section.model_fields[name].annotation
+        inner = section_of(annotation)
+        if isinstance(value, dict) and inner is not None:
             _refuse_unknown_keys(value, inner, full + ".", origin)
+        elif inner is not None and (value is not None or type(None) not in get_args(annotation)):
+            raise BadRequest(f"{origin}: {full} is {_shown(value)}; it is a section with {', '.join(inner.model_fields)}")
 
 
 def _suggestion(full: str, section: type[Section], prefix: str) -> str:
-    known = list(documented_keys())
-    near = difflib.get_close_matches(full, [prefix + name for name in section.model_fields], 1, 0.7)
-    near = near or difflib.get_close_matches(full, known, 1, 0.7)
-    elsewhere = [name for name in known if name.split(".")[-1] == full.split(".")[-1]]
-    if near or elsewhere:
-        return f"; did you mean {(near or elsewhere)[0]}?"
+    known, leaf = list(documented_keys()), full.removeprefix(prefix)
+    near = [prefix + name for name in difflib.get_close_matches(leaf, section.model_fields, 1, 0.7)]
+    near += [name for name in known if name.split(".")[-1] == leaf]
+    near += difflib.get_close_matches(full, known, 1, 0.8)
+    if near:
+        return f"; did you mean {near[0]}?"
     return f"; {prefix.rstrip('.') or 'the configuration'} has {', '.join(section.model_fields)}"
 
 
@@ -141,17 +148,37 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
             below[name] = value
 
 
-def _fault(fault: Any) -> str:
-    name = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "missing":
-        return f"{name}: must be given ({name}=...)"
+def _fault(fault: Any, tree: dict[str, Any]) -> str:
+    """One fault in a line: the key's full name, its value, and what it may be."""
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
-    said = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{name} is {fault['input']!r}; it must be {said}"
+    section, name, path, rest = Config, "", [], list(fault["loc"])
+    inner: type[Section] | None = Config
+    while rest and inner is not None:
+        section, name = inner, rest.pop(0)
+        path.append(name)
+        if name not in section.model_fields:
+            prefix = "".join(f"{part}." for part in path[:-1])
+            return f"{prefix}{name}: unknown{_suggestion(prefix + name, section, prefix)}"
+        annotation = section.model_fields[name].annotation
+        inner = section_of(annotation) or item_of(annotation)
+        if rest and item_of(annotation):
+            path.append(rest.pop(0))
+    full = ".".join(map(str, path))
+    if fault["type"] == "missing" and not rest:  # with a rest it is an item of a list that is too short
+        return f"{full}: must be given" + ("" if any(isinstance(part, int) for part in path) else f" ({full}=...)")
+    is_item = isinstance(path[-1], int) and inner is not None
+    what = f"a section with {', '.join(inner.model_fields)}" if is_item else allowed(section, name)
+    return f"{full} is {_shown(_get(tree, path))}; it must be {what}"
 
 
-def _get(tree: Any, name: str) -> Any:
-    for part in name.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
+def _shown(value: Any) -> str:
+    """A value as it is written in YAML."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _get(tree: Any, path: list[Any]) -> Any:
+    for part in path:
+        in_list = isinstance(tree, list) and isinstance(part, int)
+        tree = tree[part] if in_list else tree.get(part) if isinstance(tree, dict) else None
     return tree

@@ -7,7 +7,9 @@ Next: launch.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,10 @@ def check_ranks(config: Config, world_size: int) -> None:
 
 
 def steps_of(epochs: float, samples: int, global_batch: int) -> int:
-    """ceil(epochs x N / global_batch), exact for whole epochs of any size."""
-    return steps(int(epochs), samples, global_batch) if epochs == int(epochs) else -int(-epochs * samples // global_batch)
+    """ceil(epochs x N / global_batch), exact for epochs as they are written: 1.1 x 10 is 11."""
+    if epochs == int(epochs):
+        return steps(int(epochs), samples, global_batch)
+    return math.ceil(Fraction(repr(epochs)) * samples / global_batch)
 
 
 def _manifest(url: str, key: str) -> Manifest:

@@ -6,6 +6,7 @@ Next: evaluate.py.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+SECONDS_BETWEEN_LINES = 5.0
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -22,6 +24,7 @@ class Reporter:
     def __init__(self, bar: Progress | None, steps: int, first_step: int) -> None:
         self._bar, self._steps = bar, steps
         self._task = bar.add_task("", total=steps, completed=first_step) if bar else None
+        self._quiet_until = 0.0
 
     def say(self, line: str) -> None:
         console.print(line, markup=False)
@@ -32,6 +35,9 @@ class Reporter:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=row["step"], description=facts)
             return
+        if time.monotonic() < self._quiet_until and row["step"] < self._steps:
+            return
+        self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
         left = (self._steps - row["step"]) * row["step_seconds"]
         waiting = f"data wait {100 * row['data_wait']:.0f} %"
         self.say(f"step {row['step']}/{self._steps}  {facts}  {waiting}  {_duration(left)} left")

@@ -23,13 +23,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
+from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name, step_of
 from pipeline.ema import Statistics, statistics
 from pipeline.record import Events
 from pipeline.zero_state import stretches
 
 BLOCK_BYTES = 1 << 20
 PART_TIMEOUT_SECONDS = 1800.0
+
+
+Elements = dict[tuple[str, str, int], torch.Tensor]
+"""Stretches on the host, float32 and flat, by parameter, kind and start."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank puts into a checkpoint: its stretches; rank 0's shapes, buffers and state count for all."""
+
+    step: int
+    elements: Elements
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: Mapping[str, torch.Tensor]
+    state: str
 
 
 @dataclass
@@ -48,16 +63,8 @@ class CheckpointWriter:
     def save(self, engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> None:
         """Copies what this rank owns to the host and returns; `average` has the batch-norm statistics' average."""
         self.wait()
-        shapes = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
-        tensors = {
-            (stretch.name, kind, stretch.start): _on_host(values)
-            for stretch in stretches(engine, average is not None)
-            for kind, values in stretch.values.items()
-        }
-        buffers = {f"weight:{name}": _on_host(values) for name, values in statistics(engine.module).items()}
-        buffers |= {f"ema:{name}": _on_host(values) for name, values in (average or {}).items()}
-        arguments = (state["step"], tensors, shapes, buffers, json.dumps(state))
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        snapshot = _snapshot(engine, average, state)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -68,65 +75,88 @@ class CheckpointWriter:
         if self._error:
             raise self._error.pop()
 
-    def _write(self, step: int, tensors: dict, shapes: dict, buffers: dict, state: str) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         began = time.monotonic()
         try:
-            folder = self.root / f".{step_name(step)}.attempt-{self.attempt}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_part(folder, tensors)
-            if self.rank == 0:
-                size = self._commit(folder, step, shapes, buffers, state)
-                prune(self.root, self.keep_last)
+            size = write_checkpoint(self.root, self.attempt, self.rank, self.world_size, snapshot)
+            if size is not None:
+                prune(self.root, self.keep_last, snapshot.step)
                 seconds = round(time.monotonic() - began, 3)
-                self.events.write("checkpoint", step=step, seconds=seconds, bytes=size)
+                self.events.write("checkpoint", step=snapshot.step, seconds=seconds, bytes=size)
         except BaseException as error:  # handed to the training thread by wait()
             self._error.append(error)
 
-    def _write_part(self, folder: Path, tensors: dict[tuple[str, str, int], torch.Tensor]) -> None:
-        file = f"rank-{self.rank:05d}.safetensors"
-        named = {f"{name}:{kind}:{start}": values for (name, kind, start), values in tensors.items()}
-        checksums, offsets = _write_safetensors(folder / file, named)
-        stretches = [
-            {"parameter": name, "kind": kind, "file": file, "offset": offset, "start": start, "count": values.numel()}
-            for ((name, kind, start), values), offset in zip(tensors.items(), offsets, strict=True)
-        ]
-        part = {"files": {file: checksums}, "stretches": stretches}
-        _write_durably(folder / f"part-{self.rank:05d}.json", json.dumps(part).encode())
 
-    def _commit(self, folder: Path, step: int, shapes: dict, buffers: dict, state: str) -> int:
-        files = {
-            "buffers.safetensors": _write_safetensors(folder / "buffers.safetensors", buffers)[0],
-            "state.json": _write_durably(folder / "state.json", state.encode()),
-        }
-        parts = [_await_json(folder / f"part-{rank:05d}.json") for rank in range(self.world_size)]
-        for part in parts:
-            files |= part["files"]
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "attempt": self.attempt,
-            "world_size": self.world_size,
-            "block_bytes": BLOCK_BYTES,
-            "parameters": shapes,
-            "files": files,
-            "stretches": [stretch for part in parts for stretch in part["stretches"]],
-        }
-        _write_durably(folder / "manifest.json", json.dumps({"sha256": digest_of(manifest), **manifest}).encode())
-        for rank in range(self.world_size):
-            (folder / f"part-{rank:05d}.json").unlink()
-        _sync_folder(folder)
-        final, aside = self.root / step_name(step), self.root / f".{step_name(step)}.replaced"
-        if final.exists():  # damaged: an earlier one was gone back to, and this is that stretch again
-            final.rename(aside)
-        folder.rename(final)
-        _sync_folder(self.root)
-        shutil.rmtree(aside, ignore_errors=True)
-        return sum(entry["bytes"] for entry in files.values())
+def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, snapshot: Snapshot) -> int | None:
+    """Writes this rank's part; on rank 0 it also waits for the others', names the checkpoint, and returns its bytes."""
+    folder = root / f".{step_name(snapshot.step)}.attempt-{attempt}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_part(folder, rank, snapshot.elements)
+    return _commit(folder, attempt, world_size, snapshot) if rank == 0 else None
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Removes all but the newest checkpoints."""
-    for folder in checkpoints(root)[:-keep_last]:
+def _snapshot(engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> Snapshot:
+    elements = {
+        (stretch.name, kind, stretch.start): _on_host(values)
+        for stretch in stretches(engine, average is not None)
+        for kind, values in stretch.values.items()
+    }
+    buffers = {f"weight:{name}": _on_host(values) for name, values in statistics(engine.module).items()}
+    buffers |= {f"ema:{name}": _on_host(values) for name, values in (average or {}).items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
+    return Snapshot(state["step"], elements, shapes, buffers, json.dumps(state))
+
+
+def _write_part(folder: Path, rank: int, elements: Elements) -> None:
+    file = f"rank-{rank:05d}.safetensors"
+    named = {f"{name}:{kind}:{start}": values for (name, kind, start), values in elements.items()}
+    checksums, offsets = _write_safetensors(folder / file, named)
+    found = [
+        {"parameter": name, "kind": kind, "file": file, "offset": offset, "start": start, "count": values.numel()}
+        for ((name, kind, start), values), offset in zip(elements.items(), offsets, strict=True)
+    ]
+    _write_durably(folder / _part(rank), json.dumps({"files": {file: checksums}, "stretches": found}).encode())
+
+
+def _commit(folder: Path, attempt: int, world_size: int, snapshot: Snapshot) -> int:
+    """Completes a checkpoint's folder and gives it its name; returns its bytes."""
+    files = {
+        "buffers.safetensors": _write_safetensors(folder / "buffers.safetensors", snapshot.buffers)[0],
+        "state.json": _write_durably(folder / "state.json", snapshot.state.encode()),
+    }
+    parts = [_await_json(folder / _part(rank)) for rank in range(world_size)]
+    for part in parts:
+        files |= part["files"]
+    manifest = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "attempt": attempt,
+        "world_size": world_size,
+        "block_bytes": BLOCK_BYTES,
+        "parameters": snapshot.shapes,
+        "files": files,
+        "stretches": [stretch for part in parts for stretch in part["stretches"]],
+    }
+    _write_durably(folder / "manifest.json", json.dumps({"sha256": digest_of(manifest), **manifest}).encode())
+    for rank in range(world_size):
+        (folder / _part(rank)).unlink()
+    _sync_folder(folder)
+    _give_name(folder, folder.parent / step_name(snapshot.step))
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def _give_name(folder: Path, final: Path) -> None:
+    aside = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # damaged: an earlier one was gone back to, and this is that stretch again
+        final.rename(aside)
+    folder.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def prune(root: Path, keep_last: int, step: int) -> None:
+    """Removes all but the newest checkpoints up to this step; later ones are damaged, or of a stretch gone back on."""
+    for folder in [each for each in checkpoints(root) if step_of(each) <= step][:-keep_last]:
         hidden = root / f".{folder.name}.pruned"  # renamed first: under its name a checkpoint is complete
         folder.rename(hidden)
         shutil.rmtree(hidden)
@@ -136,6 +166,10 @@ def remove_leftovers(root: Path) -> None:
     """Removes what earlier attempts left half-written or half-removed; for the holder of the run's lock, at its start."""
     for hidden in root.glob(".step-*"):
         shutil.rmtree(hidden)
+
+
+def _part(rank: int) -> str:
+    return f"part-{rank:05d}.json"
 
 
 def _on_host(values: torch.Tensor) -> torch.Tensor:

@@ -70,8 +70,8 @@ def train(
     first_step = state["step"] if state else 0
     applied_steps = state["applied_steps"] if state else 0
     replaced = Replaced(**state["replaced"]) if state else Replaced(0, 0)
-    lineage = [*ancestors, ancestry.entry(config, plan.steps)]
-    events.write("resume" if state else "begin", step=first_step)
+    lineage = [*ancestors, ancestry.entry(config, plan.steps, ancestors)]
+    events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
 
     # What the run writes about itself.
     metrics = Metrics(run, rank, config.log.every, global_batch, plan.train.samples, first_step)

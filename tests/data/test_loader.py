@@ -1,0 +1,398 @@
+"""Laws of loading: which samples, on which rank, in which step, with which pixels; what broken ones do; how it ends."""
+
+import dataclasses
+import os
+import re
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import augment, loader
+from data.augment import Augmentation
+from data.decode import Decoder
+from data.errors import BadRequest, DataError
+from data.loader import Batch, Share, evaluation_batches, training_batches
+from data.memory import check_memory
+from data.order import Order
+from data.shards import FLAG_DECODED, Manifest, index_tar, read_manifest
+
+SIDE, SEED = 24, 7
+CENTRE = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
+FULL = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=10.0)
+SPLITS = [(8, 2, 3), (12, 4, 5), (64, 16, 4), (1, 1, 1), (4, 1, 100)]
+"""Global batch, micro batch, window: the epoch's end on a step's border, within a step, within a micro batch; N < B."""
+
+
+class Watched(LocalFileSystem):
+    """The local disk at watched://, which notes what is read of tars."""
+
+    protocol = "watched"
+    reads: ClassVar[list[tuple[str, int, int]]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("watched://"))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+        if path.endswith(".tar"):
+            Watched.reads.append((path, start or 0, end or 0))
+        return super().cat_file(path, start, end, **kwargs)
+
+
+fsspec.register_implementation("watched", Watched, clobber=True)
+
+
+def order_of(manifest: Manifest, global_batch: int, window: int, seed: int = SEED) -> Order:
+    return Order(seed, np.array([shard.samples for shard in manifest.shards]), global_batch, window)
+
+
+def share_of(rank: int, world_size: int, micro_batch: int) -> Share:
+    return Share(rank, world_size, micro_batch, SIDE, torch.device("cpu"), 1)
+
+
+def loaded(
+    manifest: Manifest,
+    order: Order,
+    micro_batch: int,
+    steps: range,
+    augmentation: Augmentation = CENTRE,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[list[Batch]]:
+    share = share_of(rank, world_size, micro_batch)
+    with training_batches(manifest, order, augmentation, share, order.seed, steps.start, steps.stop) as batches:
+        return list(batches)
+
+
+def on_all_ranks(
+    manifest: Manifest, order: Order, micro_batch: int, steps: range, augmentation: Augmentation, world_size: int
+) -> list[list[Batch]]:
+    """Each step's micro batches in the order of their numbers, as the ranks deliver them: pass by pass, rank by rank."""
+    ranks = [loaded(manifest, order, micro_batch, steps, augmentation, r, world_size) for r in range(world_size)]
+    return [[batch for of_pass in zip(*of_step, strict=True) for batch in of_pass] for of_step in zip(*ranks, strict=True)]
+
+
+def evaluated(manifest: Manifest, micro_batch: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    with evaluation_batches(manifest, 1.0, share_of(rank, world_size, micro_batch)) as batches:
+        return list(batches)
+
+
+def flat(steps: list[list[Batch]]) -> list[Batch]:
+    return [batch for step in steps for batch in step]
+
+
+def keys_of(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert (a.positions == b.positions).all() and a.keys == b.keys and a.broken == b.broken
+
+
+# ------------------------------------------------------------------------------------- which samples, with which pixels
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("global_batch", "micro_batch", "window"), [(8, 2, 3), (12, 3, 5), (64, 16, 4)])
+def test_the_ranks_of_a_step_deliver_exactly_the_samples_that_the_order_says(
+    packed, world_size, global_batch, micro_batch, window
+):
+    """In its slots, with the labels and the pixels of the files."""
+    order, keys = order_of(packed.manifest, global_batch, window), packed.keys
+    steps = range(-(-3 * order.samples // global_batch))
+    for step, batches in enumerate(on_all_ranks(packed.manifest, order, micro_batch, steps, CENTRE, world_size)):
+        positions = np.arange(step * global_batch, (step + 1) * global_batch)
+        assert np.concatenate([batch.positions for batch in batches]).tolist() == positions.tolist()
+        assert keys_of(batches) == [keys[number] for number in order.samples_at(positions)]
+        for batch in batches:
+            originals = [packed.originals[key] for key in batch.keys]
+            assert batch.images.dtype == torch.uint8 and batch.images.shape == (micro_batch, SIDE, SIDE, 3)
+            np.testing.assert_array_equal(batch.images, [original.centre for original in originals])
+            assert batch.labels.tolist() == [original.label for original in originals] and not batch.broken
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(
+    seed=st.integers(0, 2**48 - 1), window=st.integers(1, 50), micro_batch=st.integers(1, 9), passes=st.integers(1, 4),
+    world_size=st.integers(1, 3), first_step=st.integers(0, 40),
+)  # fmt: skip
+def test_any_split_of_any_order_gives_the_orders_samples(
+    packed, seed, window, micro_batch, passes, world_size, first_step
+):
+    order = order_of(packed.manifest, world_size * passes * micro_batch, window, seed)
+    steps = range(first_step, first_step + 2 + order.samples // order.global_batch)
+    for step, batches in zip(steps, on_all_ranks(packed.manifest, order, micro_batch, steps, CENTRE, world_size), strict=True):
+        positions = np.arange(step * order.global_batch, (step + 1) * order.global_batch)
+        assert keys_of(batches) == [packed.keys[number] for number in order.samples_at(positions)]
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch", "window"), SPLITS)
+def test_every_epoch_has_every_key_exactly_once(packed, global_batch, micro_batch, window):
+    order = order_of(packed.manifest, global_batch, window)
+    batches = flat(loaded(packed.manifest, order, micro_batch, range(-(-3 * order.samples // global_batch))))
+    epochs = np.concatenate([batch.positions for batch in batches]) // order.samples
+    for epoch in range(3):
+        seen = Counter(key for key, of_key in zip(keys_of(batches), epochs, strict=True) if of_key == epoch)
+        assert seen == Counter(packed.originals.keys())
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch", "window"), SPLITS)
+def test_beginning_in_the_middle_gives_the_batches_of_beginning_at_the_start(packed, global_batch, micro_batch, window):
+    """To the bit, with all augmentations on."""
+    order = order_of(packed.manifest, global_batch, window)
+    steps = -(-2 * order.samples // global_batch) + 3
+    everything = loaded(packed.manifest, order, micro_batch, range(steps), FULL)
+    for first in {1, 2, steps // 3, steps // 2, steps - 1}:
+        assert_equal(flat(loaded(packed.manifest, order, micro_batch, range(first, steps), FULL)), flat(everything[first:]))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_number_of_ranks_changes_no_pixel(packed, world_size):
+    order = order_of(packed.manifest, 12, 5)
+    alone = on_all_ranks(packed.manifest, order, 3, range(7), FULL, 1)
+    assert_equal(flat(on_all_ranks(packed.manifest, order, 3, range(7), FULL, world_size)), flat(alone))
+
+
+def test_neither_the_micro_batch_nor_how_far_it_reads_ahead_changes_a_pixel(packed, monkeypatch):
+    order = order_of(packed.manifest, 12, 5)
+    images = torch.cat([batch.images for batch in flat(loaded(packed.manifest, order, 3, range(9), FULL))])
+    monkeypatch.setattr(loader, "READ_AHEAD_BYTES", 0)
+    monkeypatch.setattr(loader, "DECODED_AT_ONCE", 1)
+    others = [batch.images for batch in flat(loaded(packed.manifest, order, 4, range(9), FULL))]
+    assert torch.equal(torch.cat(others), images)
+
+
+def test_pixels_are_what_the_decoder_makes_of_each_samples_own_draws(packed):
+    order, keys = order_of(packed.manifest, 10, 4), packed.keys
+    batches = flat(loaded(packed.manifest, order, 5, range(12), FULL))
+    positions = np.concatenate([batch.positions for batch in batches])
+    numbers = order.samples_at(positions)
+    files = [np.frombuffer(packed.originals[keys[number]].encoded, np.uint8) for number in numbers]
+    rows = np.concatenate([np.load(packed.manifest.url_of(i, ".npy")) for i in range(len(packed.manifest.shards))])
+    recipe = augment.draw(FULL, SEED, positions // order.samples, numbers, rows["height"][numbers], rows["width"][numbers])
+    answers = iter([(files, recipe)])
+    request: dict[str, Any] = {"device": "cpu", "device_id": None, "threads": 1, "source": lambda: next(answers)}
+    decoder = Decoder(resolution=SIDE, batch_size=len(files), layers=2, magnitude=FULL.magnitude, **request)
+    assert torch.equal(torch.cat([batch.images for batch in batches]), next(decoder))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_read_each_byte_of_an_epoch_once(packed, world_size):
+    manifest = read_manifest(f"watched://{packed.folder}")
+    order = order_of(manifest, 8, 3)
+    Watched.reads.clear()
+    on_all_ranks(manifest, order, 2, range(order.samples // 8), CENTRE, world_size)
+    for number in range(len(manifest.shards)):
+        rows = np.load(packed.manifest.url_of(number, ".npy"))
+        ranges = sorted((first, end) for path, first, end in Watched.reads if path == packed.manifest.url_of(number))
+        assert ranges[0][0] == 0 and ranges[-1][1] == rows["offset"][-1] + rows["bytes"][-1]
+        assert all(end == first for (_, end), (first, _) in zip(ranges, ranges[1:], strict=False))
+
+
+# ----------------------------------------------------------------------------------------------------------- broken ones
+
+
+def damaged_copy(packed, folder: Path, keys: list[str], part: str | None = None) -> Manifest:
+    """The set with a byte flipped in these samples: in the part with this extension, or in the header's first letter."""
+    shutil.copytree(packed.folder, folder, dirs_exist_ok=True)
+    for tar in folder.glob("*.tar"):
+        contents = bytearray(tar.read_bytes())
+        for sample in index_tar(bytes(contents)):
+            if sample.key in keys:
+                (image, *_) = sample.parts.values()
+                place = {"image": image[0] + image[1] // 2, "cls": sample.parts["cls"][0], None: sample.offset}[part]
+                contents[place] ^= 1
+        tar.write_bytes(contents)
+    return read_manifest(str(folder))
+
+
+def windows_of(order: Order, numbers: set[int]) -> Iterator[set[int]]:
+    """The windows of the first epoch that have any of these samples, as sample numbers."""
+    starts = order.shard_ends - order.shard_samples
+    for g in range(order.samples):
+        window = order.epoch(0).window_at(g)
+        members = {int(starts[s.shard]) + s.first_row + i for s in window.stretches for i in range(s.rows)}
+        if members & numbers:
+            yield members
+
+
+@pytest.mark.parametrize("part", ["image", "cls", None])
+def test_a_damaged_sample_is_replaced_by_another_of_its_window_and_reported_with_its_own_key(packed, tmp_path, part):
+    """In the micro batch of its place; all other places are as if nothing had happened."""
+    order, keys = order_of(packed.manifest, 4, 7), packed.keys
+    alone = {number for number in range(order.samples) if any(len(w) == 1 for w in windows_of(order, {number}))}
+    victims = sorted(set(range(0, order.samples, 9)) - alone)
+    assert len(victims) > 2
+    manifest = damaged_copy(packed, tmp_path, [keys[number] for number in victims], part)
+    steps = range(order.samples // 4)
+    good = flat(loaded(packed.manifest, order, 2, steps))
+    of_pixels = {original.centre.tobytes(): key for key, original in packed.originals.items()}
+    for batch, expected in zip(flat(loaded(manifest, order, 2, steps)), good, strict=True):
+        assert batch.keys == expected.keys
+        assert [bad.key for bad in batch.broken] == [key for key in batch.keys if keys.index(key) in victims]
+        for key, image, label, own in zip(batch.keys, batch.images, batch.labels, expected.images, strict=True):
+            seen = of_pixels[image.numpy().tobytes()]
+            assert label == packed.originals[seen].label
+            if keys.index(key) not in victims:
+                assert torch.equal(image, own)
+            else:
+                assert seen != key and keys.index(seen) not in victims
+                assert all(keys.index(seen) in members for members in windows_of(order, {keys.index(key)}))
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 7])
+def test_what_is_replaced_and_where_it_is_reported_do_not_depend_on_where_one_begins(packed, tmp_path, first_step):
+    manifest = damaged_copy(packed, tmp_path, packed.keys[2:30:5], "image")
+    order = order_of(manifest, 4, 40)
+    everything = loaded(manifest, order, 2, range(20), FULL)
+    assert sum(len(batch.broken) for batch in flat(everything)) == 12
+    assert_equal(flat(loaded(manifest, order, 2, range(first_step, 20), FULL)), flat(everything[first_step:]))
+
+
+def test_a_window_without_a_good_sample_ends_the_run_with_its_place(packed, tmp_path):
+    manifest = damaged_copy(packed, tmp_path, packed.keys, "image")
+    with pytest.raises(DataError, match=r"shard-00000\d\.tar: all \d samples of a window are broken, \w+/\d+ for one"):
+        loaded(manifest, order_of(manifest, 4, 5), 2, range(3))
+
+
+def test_a_label_out_of_range_is_replaced_and_never_trained_on(packed, by_hand, tmp_path):
+    image = packed.originals["bee/1"].encoded
+    samples = [{"png": image, "cls": b"9" if number % 5 == 0 else b"1"} for number in range(40)]
+    manifest = by_hand(tmp_path, samples, 2, 0)
+    batches = flat(loaded(manifest, order_of(manifest, 4, 40), 2, range(10)))
+    assert sorted(bad.key for batch in batches for bad in batch.broken) == [f"{n:04d}" for n in range(0, 40, 5)]
+    assert {int(label) for batch in batches for label in batch.labels} == {1}
+
+
+def test_unmarked_samples_train_as_marked_ones_do_and_those_that_do_not_decode_are_replaced(packed, by_hand, tmp_path):
+    files = [original.encoded for original in packed.originals.values()]
+    files[3], files[8] = files[3][:-40], b"no image at all"
+    manifest = by_hand(tmp_path, [{"jpg": file, "cls": b"0"} for file in files], 1, 0)
+    batches = flat(loaded(manifest, order_of(manifest, 4, 40), 2, range(10)))
+    assert sorted(bad.key for batch in batches for bad in batch.broken) == ["0003", "0008"]
+    pixels = {original.centre.tobytes() for original in packed.originals.values()}
+    assert {image.numpy().tobytes() for batch in batches for image in batch.images} < pixels
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 16, 64])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_has_every_sample_once_in_fixed_micro_batches(packed, world_size, micro_batch):
+    ranks = [evaluated(packed.manifest, micro_batch, rank, world_size) for rank in range(world_size)]
+    batches = sorted((batch for rank in ranks for batch in rank), key=lambda batch: int(batch.positions[0]))
+    assert np.concatenate([batch.positions for batch in batches]).tolist() == list(range(40))
+    assert keys_of(batches) == packed.keys
+    for number, batch in enumerate(batches):
+        assert len(batch.keys) == min(micro_batch, 40 - number * micro_batch)
+        assert any(batch is each for each in ranks[number % world_size]) and not batch.broken
+        np.testing.assert_array_equal(batch.images, [packed.originals[key].centre for key in batch.keys])
+        assert batch.labels.tolist() == [packed.originals[key].label for key in batch.keys]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_leaves_out_broken_samples_and_counts_them(packed, tmp_path, world_size):
+    """Also where all of a micro batch are broken."""
+    broken = [*packed.keys[4:8], packed.keys[21], packed.keys[39]]
+    manifest = damaged_copy(packed, tmp_path, broken, "image")
+    ranks = [evaluated(manifest, 4, rank, world_size) for rank in range(world_size)]
+    batches = [batch for rank in ranks for batch in rank]
+    assert sorted(bad.key for batch in batches for bad in batch.broken) == sorted(broken)
+    assert sorted(keys_of(batches)) == sorted(set(packed.keys) - set(broken))
+    assert len(batches) == 10
+    for batch in batches:
+        assert [packed.keys[number] for number in batch.positions] == batch.keys
+        np.testing.assert_array_equal(
+            batch.images, np.reshape([packed.originals[key].centre for key in batch.keys], (-1, SIDE, SIDE, 3))
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- how it ends
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("batches", "read"))]
+
+
+def truncated(packed, folder: Path) -> Manifest:
+    shutil.copytree(packed.folder, folder, dirs_exist_ok=True)
+    for tar in folder.glob("*.tar"):
+        os.truncate(tar, 600)
+    return read_manifest(str(folder))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, None])
+def test_no_thread_outlives_the_loader_however_much_was_taken(packed, taken):
+    order = order_of(packed.manifest, 4, 3)
+    with training_batches(packed.manifest, order, CENTRE, share_of(0, 1, 2), SEED, 0, 200 if taken is not None else 10) as batches:
+        assert len(list(islice(batches, taken))) == (10 if taken is None else taken)
+        assert "batches" in own_threads() or taken is None
+    assert own_threads() == []
+    with evaluation_batches(packed.manifest, 1.0, share_of(0, 1, 2)) as batches:
+        list(islice(batches, taken))
+    assert own_threads() == []
+
+
+def test_an_error_of_the_consumer_passes_and_ends_the_threads(packed):
+    with (
+        pytest.raises(KeyError, match="mine"),
+        training_batches(packed.manifest, order_of(packed.manifest, 4, 3), CENTRE, share_of(0, 1, 2), SEED, 0, 50) as batches,
+    ):
+        next(batches)
+        raise KeyError("mine")
+    assert own_threads() == []
+
+
+def test_an_error_of_a_reading_thread_reaches_the_consumer_and_ends_the_threads(packed, tmp_path):
+    manifest = truncated(packed, tmp_path)
+    asked = rf"{re.escape(str(tmp_path))}/shard-00000\d\.tar: bytes \d+ to \d+ were asked for and \d+ came"
+    with pytest.raises(DataError, match=asked):
+        loaded(manifest, order_of(manifest, 4, 3), 2, range(10))
+    with pytest.raises(DataError, match=asked):
+        evaluated(manifest, 4)
+    assert own_threads() == []
+
+
+# ----------------------------------------------------------------------------------------------------------- its memory
+
+
+@given(st.integers(1, 2**20), st.integers(1, 2**12), st.integers(1, 64), st.integers(1, 8))
+def test_windows_that_do_not_fit_the_memory_are_refused_with_the_figure_and_what_would_fit(
+    packed, window, global_batch, machines, ranks
+):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shards = tuple(dataclasses.replace(shard, bytes=shard.samples * 10**6) for shard in packed.manifest.shards)
+    manifest = dataclasses.replace(packed.manifest, shards=shards)
+    held = global_batch * window * 10**6 / machines
+
+    def check(window: int) -> None:
+        check_memory(manifest, global_batch, window, machines * ranks, ranks)
+
+    if held <= memory / 2:
+        return check(window)
+    with pytest.raises(BadRequest) as refused:
+        check(window)
+    assert f"data.window={window} " in str(refused.value) and f"{held / 2**30:.1f} GiB" in str(refused.value)
+    fitting = re.search(r"; data.window=(\d+) would fit", str(refused.value))
+    if fitting is not None:
+        check(int(fitting[1]))
+        with pytest.raises(BadRequest):
+            check(int(fitting[1]) + 1)
+    else:
+        with pytest.raises(BadRequest, match="no window fits"):
+            check(1)

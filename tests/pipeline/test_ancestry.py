@@ -1,0 +1,88 @@
+"""Laws of "weak, not off": what is on here and was off in every ancestor is refused, and nothing else is."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.ancestry import check, entry, new_augmentations, stochastic_depth_warning, switched_on
+from pipeline.config import Config
+from pipeline.errors import BadRequest
+from pipeline.overrides import validate
+
+NAMES = ("random crop", "flip", "RandAugment")
+
+
+def config(on: set[str], allow_new: bool = False, stochastic_depth: float = 0.0, run: str = "runs/here") -> Config:
+    """A configuration with just these augmentations on, weak as can be."""
+    return validate(
+        {
+            "run": {"dir": run},
+            "data": {"train": "somewhere"},
+            "model": {"name": "coatnet_0"},
+            "train": {"steps": 1, "stochastic_depth": stochastic_depth},
+            "augment": {
+                "crop": "random_resized" if "random crop" in on else "center",
+                "flip": "flip" in on,
+                "randaugment": {"layers": int("RandAugment" in on), "magnitude": 0.1},
+                "allow_new": allow_new,
+            },
+        },
+        "test",
+    )
+
+
+augmentations = st.sets(st.sampled_from(NAMES))
+
+
+@given(augmentations, st.lists(augmentations, min_size=1, max_size=3))
+def test_exactly_what_is_on_here_and_was_off_in_every_ancestor_is_refused(here, seen):
+    ancestors = [entry(config(on, run=f"runs/{i}"), 10, []) for i, on in enumerate(seen)]
+    new = here - set().union(*seen)
+    assert set(check(config(here, allow_new=True), ancestors)) == new
+    if not new:
+        assert check(config(here), ancestors) == []
+        return
+    with pytest.raises(BadRequest) as refused:
+        check(config(here), ancestors)
+    message = str(refused.value)
+    assert "\n" not in message and "augment.allow_new=true" in message and "pretrain with it at a weak setting" in message
+    assert {name for name in NAMES if re.search(rf"\b{name}\b", message)} == new
+    assert all(f"runs/{i}" in message for i in range(len(seen)))
+
+
+@pytest.mark.parametrize("here", [0.0, 0.5, 20.0])
+@pytest.mark.parametrize("before", [0.0, 0.5, 20.0])
+def test_its_strength_does_not_matter_only_whether_it_was_on(here, before):
+    """Also at magnitude 0, where three of the operations are in full strength."""
+    weak = config({"RandAugment"}).augment.model_dump(mode="json")
+    strong = {**weak, "randaugment": {"layers": 2, "magnitude": here}}
+    ancestor = {"augment": {**weak, "randaugment": {"layers": 1, "magnitude": before}}}
+    assert new_augmentations(strong, [ancestor]) == {}
+    off = {"augment": {**weak, "randaugment": {"layers": 0, "magnitude": before}}}
+    assert new_augmentations(strong, [off]) == {"RandAugment": f"augment.randaugment={{layers: 2, magnitude: {here}}}"}
+
+
+def test_the_settings_that_are_named_are_overrides_that_switch_it_on():
+    for name, setting in switched_on(config(set(NAMES)).augment.model_dump(mode="json")).items():
+        key, _, value = setting.partition("=")
+        assert key.startswith("augment.") and value and name in NAMES
+
+
+def test_an_entry_says_what_the_weights_were_trained_under():
+    made = entry(config({"flip"}, stochastic_depth=0.2, run="runs/a"), 77, [])
+    assert (made["run"], made["steps"], made["resolution"], made["stochastic_depth"]) == ("runs/a", 77, 224, 0.2)
+    assert switched_on(made["augment"]) == {"flip": "augment.flip=true"}
+    assert made["new_augmentations"] == []
+    later = entry(config({"flip", "RandAugment"}, allow_new=True), 5, [made])
+    assert later["new_augmentations"] == ["RandAugment"]
+
+
+def test_stochastic_depth_that_no_ancestor_had_is_warned_about_and_never_refused():
+    without, having = entry(config(set()), 1, []), entry(config(set(), stochastic_depth=0.1), 1, [])
+    here = config(set(), stochastic_depth=0.3)
+    assert check(here, [without]) == []
+    assert "train.stochastic_depth=0.3" in (stochastic_depth_warning(here, [without]) or "")
+    assert stochastic_depth_warning(here, [having, without]) is None
+    assert stochastic_depth_warning(config(set()), [without]) is None

@@ -1,0 +1,404 @@
+"""Laws of the configuration: every key explained, every wrong one named with what would do, layers that add up."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.config import Config, Section, Train, allowed, check_world_size, documented_keys, item_of, section_of
+from pipeline.errors import BadRequest
+from pipeline.overrides import changes, read_config, read_resolved, to_yaml, validate
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SMALL = """
+data: {train: somewhere}
+model: {name: coatnet_0}
+train: {steps: 10, global_batch: 16, micro_batch: 4}
+"""
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def preset(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def refused(path: str, *overrides: str) -> list[str]:
+    """The lines of the refusal."""
+    with pytest.raises(BadRequest) as error:
+        read_config(path, list(overrides))
+    return str(error.value).splitlines()
+
+
+def sections(section: type[Section] = Config) -> set[type[Section]]:
+    inner = [section_of(field.annotation) or item_of(field.annotation) for field in section.model_fields.values()]
+    return {section}.union(*(sections(each) for each in inner if each is not None))
+
+
+# --------------------------------------------------------------------------------------------------------- its own keys
+
+
+def test_every_key_is_documented_and_says_what_changing_it_does():
+    for section in sections() - {Config}:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            assert isinstance(field.json_schema_extra, dict)
+            assert field.json_schema_extra["change"] in ("fixed", "recorded", "free")
+    assert len(documented_keys()) > 40
+
+
+def test_every_default_is_a_value_that_is_allowed():
+    for section in sections() - {Config}:
+        for name, field in section.model_fields.items():
+            if not field.is_required():
+                kept = TypeAdapter(section.__pydantic_fields__[name].rebuild_annotation()).validate_python(field.default)
+                assert kept == field.default, name
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_the_presets_are_good(path):
+    read_config(str(path), [])
+
+
+def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
+    """As DESIGN.md section 2 lists them."""
+    of_change: dict[str, set[str]] = {}
+    for name, facts in documented_keys().items():
+        of_change.setdefault(facts["change"], set()).add(name)
+    free = ("run.dir", "data.val", "data.max_bad_fraction", "augment.allow_new", "train.precision", "zero.", "evaluate.",
+            "checkpoint.", "log.")  # fmt: skip
+    assert of_change["free"] == {name for name in documented_keys() if name.startswith(free)}
+    assert of_change["recorded"] == {
+        "train.epochs", "train.steps", "optim.learning_rate", "optim.final_learning_rate", "optim.warmup_steps",
+        "optim.decay",
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rte=1", "optim.learning_rte: unknown; did you mean optim.learning_rate?"),
+        ("trian.epochs=1", "trian: unknown; did you mean train?"),
+        ("learning_rate=1", "learning_rate: unknown; did you mean optim.learning_rate?"),
+        ("train.warmup_steps=1", "train.warmup_steps: unknown; did you mean optim.warmup_steps?"),
+        ("augment.randaugment.layer=1", "augment.randaugment.layer: unknown; did you mean augment.randaugment.layers?"),
+        ("model.stage=1", "model.stage: unknown; did you mean model.stages?"),
+        ("zero.nothing=1", "zero.nothing: unknown; zero has stage"),
+        ("nothing=1", "nothing: unknown; the configuration has run, data, model, augment, train, optim, zero,"),
+        ("model.stages=[{kind: mbconv, blocks: 1, width: 8, wdth: 8}]", "model.stages.0.wdth: unknown; did you mean model.stages.0.width?"),
+        ("base=small.yaml", "base: unknown"),
+        ("train..steps=1", "train.: unknown"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_its_full_name_and_the_nearest_known_one(small, override, message):
+    (line,) = refused(small, *(["model.name=null", "model.stem.width=8"] if "stages" in override else []), override)
+    assert message in line
+
+
+def test_an_unknown_key_in_a_file_is_refused_with_the_files_name(tmp_path):
+    base = preset(tmp_path, "base.yaml", SMALL + "optim: {learning_rte: 1}")
+    assert refused(preset(tmp_path, "top.yaml", "base: base.yaml")) == [
+        f"{base}: optim.learning_rte: unknown; did you mean optim.learning_rate?"
+    ]
+
+
+@given(st.sampled_from(list(documented_keys())), st.integers(0, 30), st.sampled_from("xq_7"))
+def test_a_key_with_one_letter_changed_is_never_taken_and_is_recognised(small, key, place, letter):
+    section, _, leaf = key.rpartition(".")
+    place %= len(leaf)
+    misspelt = f"{section}.{leaf[:place]}{letter}{leaf[place + 1 :]}"
+    if misspelt not in documented_keys():
+        (line,) = refused(small, f"{misspelt}=1")
+        assert f"{misspelt}: unknown" in line
+        assert len(leaf) < 4 or "did you mean" in line
+
+
+# --------------------------------------------------------------------------------------------------------- wrong values
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.micro_batch=x", 'train.micro_batch is "x"; it must be a whole number at least 1'),
+        ("train.micro_batch=2.5", "train.micro_batch is 2.5; it must be a whole number at least 1"),
+        ("train.micro_batch=null", "train.micro_batch is null; it must be a whole number at least 1"),
+        ("run.seed=-1", "run.seed is -1; it must be a whole number at least 0 and below 281474976710656"),
+        ("train.ema=1", "train.ema is 1; it must be a number above 0 and below 1, or null"),
+        ("optim.learning_rate=.nan", "optim.learning_rate is NaN; it must be a number above 0"),
+        ("optim.learning_rate=[1]", "optim.learning_rate is [1]; it must be a number above 0"),
+        ("train.precision=fp16", 'train.precision is "fp16"; it must be fp32 or bf16'),
+        ("zero.stage=2", "zero.stage is 2; it must be 1"),
+        ("model.stride=null", "model.stride is null; it must be expand or depthwise"),
+        ("augment.flip=perhaps", 'augment.flip is "perhaps"; it must be true or false'),
+        ("log.samples=3", "log.samples is 3; it must be true or false, or pixels"),
+        ("log.samples=pixel", 'log.samples is "pixel"; it must be true or false, or pixels'),
+        ("augment.crop_area=0.5", "augment.crop_area is 0.5; it must be a list of 2 numbers"),
+        ("augment.crop_area=[0.5]", "augment.crop_area is [0.5]; it must be a list of 2 numbers"),
+        ("augment.crop_area=[a, b, 1]", 'augment.crop_area is ["a", "b", 1]; it must be a list of 2 numbers'),
+        ("augment.crop_area=[0.9, 0.1]", "augment.crop_area is [0.9, 0.1]; it must rise within 0 to 1"),
+        ("optim.betas=[0.9, 1.0]", "optim.betas is [0.9, 1.0]; both must be at least 0 and below 1"),
+        ("run.dir=12", "run.dir is 12; it must be text, not empty"),
+        ("run.dir=", "run.dir is null; it must be text, not empty"),
+        ("run.dir=''", 'run.dir is ""; it must be text, not empty'),
+        ("run.dir=2024-02-03", 'run.dir is "2024-02-03"; it must be text'),
+        ("run.seed.more=3", 'run.seed is {"more": 3}; it must be a whole number'),
+        ("train=5", "train is 5; it is a section with epochs, steps,"),
+        ("train=null", "train is null; it is a section with epochs, steps,"),
+        ("augment.randaugment=on", "augment.randaugment is true; it is a section with layers, magnitude"),
+        ("model.stages=3", "model.stages is 3; it must be a list of sections, or null"),
+        ("model.stages=[3]", "model.stages.0 is 3; it must be a section with kind, blocks, width, stride"),
+        ("model.stages=[{kind: conv, blocks: 1, width: 8}]", 'model.stages.0.kind is "conv"; it must be mbconv or transformer'),
+        ("model.stages=[{kind: mbconv, blocks: 1}]", "model.stages.0.width: must be given"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_in_one_line_with_the_key_the_value_and_what_is_allowed(small, override, message):
+    (line,) = refused(small, override)
+    assert message in line
+
+
+@pytest.mark.parametrize("text", ["train.steps", "=3", "train.steps=[1", "run.dir=2024-13-45", "run.dir=!!python/object:x"])
+def test_an_override_that_is_no_key_and_value_is_refused_in_one_line_that_repeats_it(small, text):
+    (line,) = refused(small, text)
+    assert text in line
+
+
+def test_every_fault_is_named_at_once(small):
+    lines = refused(small, "train.micro_batch=x", "optim.clip=-1", "model.resolution=0")
+    assert [re.findall(r"[a-z]+\.[a-z_]+ is", line) for line in lines] == [
+        ["model.resolution is"],
+        ["train.micro_batch is"],
+        ["optim.clip is"],
+    ]
+
+
+@pytest.mark.parametrize("key", [name for name in documented_keys() if not name.startswith("model.")])
+def test_no_key_takes_a_mapping(small, key):
+    lines = refused(small, f"{key}={{a: 1}}")
+    assert len(lines) == 1 and f'{key} is {{"a": 1}}; it must be ' in lines[0]
+
+
+def test_what_must_be_given_is_named(tmp_path):
+    lines = refused(preset(tmp_path, "empty.yaml", "{}"))
+    assert [line.partition("empty.yaml: ")[2] for line in lines] == [
+        "data.train: must be given (data.train=...)",
+        "model.name is null, so model.stem and model.stages must be given",
+        "exactly one of train.epochs and train.steps must be set; neither is",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "holds list, not sections"),
+        ("", "holds NoneType, not sections"),
+        ("a: [", "not YAML"),
+        ("run: {dir: 2024-13-45}", "not YAML: month must be in 1..12"),
+        ("base: [x]", "base is ['x']; it must be the name of a YAML file"),
+        ("base: nowhere.yaml", "nowhere.yaml: No such file or directory; presets lie in configs/"),
+        ("train:", "train is null; it is a section with"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_refused_in_one_line(tmp_path, text, message):
+    (line,) = refused(preset(tmp_path, "top.yaml", text))
+    assert message in line
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_later_layers_win_defaults_base_preset_overrides(tmp_path):
+    preset(tmp_path, "base.yaml", SMALL + "optim: {clip: 2, eps: 0.1, weight_decay: 0.2, betas: [0.1, 0.2]}")
+    top = preset(tmp_path, "top.yaml", "base: base.yaml\noptim: {eps: 0.3, weight_decay: 0.3}")
+    optim = read_config(top, ["optim.weight_decay=0.4", "optim.weight_decay=0.5"]).optim
+    assert (optim.decay, optim.clip, optim.betas, optim.eps, optim.weight_decay) == ("cosine", 2, (0.1, 0.2), 0.3, 0.5)
+
+
+def test_a_base_lies_beside_its_preset_and_may_have_a_base_of_its_own(tmp_path):
+    (tmp_path / "a").mkdir()
+    preset(tmp_path / "a", "bottom.yaml", SMALL + "run: {seed: 1}\nlog: {every: 7}")
+    preset(tmp_path / "a", "middle.yaml", "base: bottom.yaml\nrun: {seed: 2}")
+    config = read_config(preset(tmp_path, "top.yaml", "base: a/middle.yaml"), [])
+    assert (config.run.seed, config.log.every) == (2, 7)
+
+
+@pytest.mark.parametrize("way", ["a.yaml", "../{folder}/a.yaml", "./b.yaml", "link.yaml"])
+def test_a_base_that_leads_back_to_itself_is_refused(tmp_path, way):
+    top = preset(tmp_path, "a.yaml", f"base: {way.format(folder=tmp_path.name)}")
+    preset(tmp_path, "b.yaml", "base: a.yaml")
+    (tmp_path / "link.yaml").symlink_to(top)
+    (line,) = refused(top)
+    assert "base leads back to itself" in line
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "length"),
+    [
+        ("steps: 10", "epochs: 3", (3, None)),
+        ("epochs: 3", "steps: 10", (None, 10)),
+        ("steps: 10", "epochs: null", (None, 10)),
+        ("steps: 10", "global_batch: 4", (None, 10)),
+    ],
+)
+def test_setting_epochs_or_steps_in_a_later_layer_clears_the_other(tmp_path, below, above, length):
+    rest = "data: {train: x}\nmodel: {name: coatnet_0}\ntrain: {micro_batch: 4, %s}\n"
+    base = preset(tmp_path, "base.yaml", rest % below)
+    config = read_config(preset(tmp_path, "top.yaml", f"base: base.yaml\ntrain: {{{above}}}"), [])
+    assert (config.train.epochs, config.train.steps) == length
+    assert read_config(base, [f"train.{above.replace(': ', '=')}"]).train.epochs == length[0]
+
+
+def test_both_of_epochs_and_steps_in_one_layer_are_refused_and_the_last_override_wins(small, tmp_path):
+    both = preset(tmp_path, "both.yaml", SMALL.replace("steps: 10", "steps: 10, epochs: 3"))
+    assert "both are" in refused(both)[0]
+    assert read_config(small, ["train.epochs=2", "train.steps=3", "train.epochs=4"]).train.epochs == 4
+
+
+SPELLED_OUT = "model: {stem: {width: 8}, stages: [{kind: mbconv, blocks: 1, width: 8}]}"
+
+
+def test_naming_a_model_and_spelling_one_out_clear_each_other_in_later_layers(small, tmp_path):
+    preset(tmp_path, "base.yaml", SMALL)
+    spelled_out = preset(tmp_path, "top.yaml", f"base: base.yaml\n{SPELLED_OUT}")
+    model = read_config(spelled_out, []).model
+    assert model.name is None and model.stages is not None and model.stages[0].stride == 2
+    model = read_config(spelled_out, ["model.name=coatnet_1"]).model
+    assert (model.name, model.stem, model.stages) == ("coatnet_1", None, None)
+
+
+def test_a_model_that_is_both_named_and_spelled_out_is_refused_with_the_way_out(small, tmp_path):
+    both = preset(tmp_path, "both.yaml", SMALL.replace("model: {", SPELLED_OUT[:-1] + ", "))
+    assert "set model.name=null" in refused(both)[0]
+    assert read_config(both, ["model.name=null"]).model.name is None
+    assert "set model.name=null" in refused(small, "model.stem.width=4")[0]
+    assert "model.stem and model.stages must be given" in refused(small, "model.name=null")[0]
+
+
+# ------------------------------------------------------------------------------------------------ written and read again
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "run.dir": st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200),
+    "run.seed": st.integers(0, 2**48 - 1),
+    "data.train": st.sampled_from(["1e-3", "null", "yes", "0x10", "a: b", "s3://bucket/train#1", " x ", "'", '"', "~"]),
+    "data.max_bad_fraction": st.floats(0, 1),
+    "augment.crop_area": st.tuples(st.floats(1e-9, 0.5), st.floats(0.5, 1)).map(list),
+    "augment.flip": st.booleans(),
+    "train.steps": st.integers(1, 10**12),
+    "train.epochs": st.floats(1e-9, 1e6),
+    "train.ema": st.none() | st.floats(1e-12, 1 - 1e-12),
+    "optim.learning_rate": st.floats(1e-300, 1e300),
+    "optim.betas": st.lists(st.floats(0, 1 - 1e-12), min_size=2, max_size=2),
+    "log.samples": st.sampled_from([True, False, "pixels"]),
+    "evaluate.every": st.none() | st.integers(1, 10**9),
+    "model.stages": st.lists(st.fixed_dictionaries({"kind": st.just("mbconv"), "blocks": st.integers(1, 9), "width": st.integers(1, 9)}), min_size=1),
+}  # fmt: skip
+settings_of_keys = st.fixed_dictionaries({}, optional=VALUES).map(lambda chosen: list(chosen.items()))
+
+
+@given(settings_of_keys)
+def test_what_is_written_is_read_again_as_it_was_through_overrides_and_through_yaml(small, tmp_path_factory, chosen):
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9)}" for key, value in chosen]
+    if "model.stages" in dict(chosen):
+        overrides.append("model.stem.width=8")
+    config = read_config(small, overrides)
+    path = tmp_path_factory.getbasetemp() / "resolved.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert read_resolved(path) == config
+    assert read_config(str(path), []) == config
+    assert changes(config, read_resolved(path)) == {}
+    assert validate(config.model_dump(mode="json"), "checkpoint") == config
+
+
+@given(settings_of_keys, settings_of_keys)
+def test_changes_name_exactly_the_keys_that_differ_with_both_values(small, one, other):
+    def config(chosen: list) -> Config:
+        keys = [(key, value) for key, value in chosen if not key.startswith(("model.", "train.epochs"))]
+        return read_config(small, [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9)}" for key, value in keys])
+
+    before, after = config(one), config(other)
+    found = changes(before, after)
+    for key, facts in documented_keys().items():
+        section, *inside, leaf = key.split(".")
+        values = []
+        for each in (before, after):
+            value = getattr(each, section)
+            for name in (*inside, leaf):
+                value = getattr(value, name, None)
+            values.append(list(value) if isinstance(value, tuple) else value)
+        assert (key in found) == (values[0] != values[1])
+        if key in found:
+            assert found[key] == (facts["change"], *values)
+
+
+def test_changes_see_another_model(small):
+    spelled_out = read_config(small, ["model.stem.width=8", "model.stages=[{kind: mbconv, blocks: 1, width: 8}]"])
+    named = read_config(small, [])
+    assert {"model.name", "model.stem.width", "model.stages"} <= set(changes(named, spelled_out))
+    wider = read_config(small, ["model.stem.width=8", "model.stages=[{kind: mbconv, blocks: 1, width: 9}]"])
+    assert list(changes(spelled_out, wider)) == ["model.stages"]
+
+
+# ------------------------------------------------------------------------------------------------------ splits of a batch
+
+OFFERS = r"(ranks|train\.\w+) would do with ([\d, ]*\d)"
+
+
+def offers(message: str) -> list[tuple[str, int]]:
+    return [(key, int(number)) for key, numbers in re.findall(OFFERS, message) for number in numbers.split(", ")]
+
+
+groups = st.none() | st.integers(2, 24)
+
+
+@given(st.integers(1, 300), st.integers(1, 64), groups)
+def test_an_impossible_batch_is_refused_with_splits_that_would_do(global_batch, micro_batch, group):
+    wanted = {"steps": 1, "global_batch": global_batch, "micro_batch": micro_batch, "batch_norm_group": group}
+    possible = global_batch % micro_batch == 0 and micro_batch % (group or 1) == 0
+    try:
+        Train(**wanted)
+        assert possible
+    except ValidationError as error:
+        assert not possible
+        message = str(error)
+        assert "would do with" in message or "change" in message
+        for key, number in offers(message):
+            Train(**{**wanted, key.removeprefix("train."): number})
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 4), st.integers(1, 40))
+def test_ranks_that_cannot_share_a_step_are_refused_with_splits_that_would_do(micro_batches, groups, group, ranks):
+    micro_batch = groups * group
+    wanted = {"steps": 1, "global_batch": micro_batches * micro_batch, "micro_batch": micro_batch}
+    wanted |= {"batch_norm_group": group if group > 1 else None}
+    try:
+        check_world_size(Train(**wanted), ranks)
+        assert micro_batches % ranks == 0
+    except ValueError as error:
+        assert micro_batches % ranks
+        assert f"{micro_batches} micro batches a step" in str(error) and f"{ranks} ranks" in str(error)
+        offered = offers(str(error))
+        assert ("ranks", 1) in offered or len(offered) >= 4
+        for key, number in offered:
+            if key == "ranks":
+                check_world_size(Train(**wanted), number)
+            else:
+                check_world_size(Train(**{**wanted, key.removeprefix("train."): number}), ranks)
+
+
+def test_what_is_allowed_can_be_said_of_every_key():
+    for section in sections():
+        for name in section.model_fields:
+            assert allowed(section, name)

@@ -1,0 +1,405 @@
+"""Whole runs as a person starts them: real processes, real kills, the digits of the demo.
+
+The laws: a run that was killed is, to the bit, the run that never was; every epoch has every sample once; what does
+not fit together is refused in one line and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoint import CheckpointReader, checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
+PATIENCE_SECONDS = 240
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+
+
+def coatnet(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
+
+def started(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits of the demo, packed in shards of 200."""
+    folder = tmp_path_factory.mktemp("digits")
+    with tarfile.open(ROOT / "demo" / "digits.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    for part in ("train", "val"):
+        packed = coatnet("data", "pack", folder / "digits" / part, folder / part, "--samples-per-shard", 200)
+        assert packed.returncode == 0, packed.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def request_of(digits: Path) -> Callable[..., list[object]]:
+    """A short pretraining of the tiny configuration into a run's folder."""
+
+    def arguments(run: Path, *more: object, procs: int = 2) -> list[object]:
+        data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}", "run.seed=7"]
+        length = [f"train.steps={STEPS}", "evaluate.every=20", "checkpoint.every=6", "checkpoint.keep_last=100"]
+        logs = ["log.every=1", "log.samples=pixels"]
+        return ["pretrain", "configs/tiny.yaml", "--procs", procs, *data, *length, *logs, *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def undisturbed(request_of: Callable[..., list[object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = coatnet(*request_of(run))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture
+def copy(undisturbed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(undisturbed, tmp_path / "run"))
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that may be being written, or whose writer was killed."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def curve(run: Path) -> list[tuple[object, ...]]:
+    """What metrics.jsonl says of each step and evaluation, without times."""
+    names = ("step", "samples", "epoch", "loss", "lr", "grad_norm", "top1", "top5", "eval_loss", "weights")
+    return [tuple(row.get(name) for name in names) for row in rows(run / "metrics.jsonl")]
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in rows(run / "events.jsonl") if row["event"] == kind]
+
+
+def last_state(run: Path) -> dict[str, bytes]:
+    """Every weight, moment, average and buffer of a run's last checkpoint."""
+    reader = CheckpointReader(checkpoints(run / "checkpoints")[-1])
+    kinds = ("weight", "ema", "exp_avg", "exp_avg_sq")
+    tensors = {f"{name} {kind}": values for kind in kinds for name, values in reader.tensors(kind)}
+    return {name: values.tobytes() for name, values in (tensors | reader.buffers()).items()}
+
+
+def consumed(run: Path) -> dict[int, list[tuple[int, int, str, int]]]:
+    """For each step its (slot, epoch, key, checksum), of the highest attempt."""
+    found = [row for file in (run / "samples").glob("rank-*.jsonl") for row in rows(file)]
+    newest = {step: max(row["attempt"] for row in found if row["step"] == step) for step in {r["step"] for r in found}}
+    steps: dict[int, list[tuple[int, int, str, int]]] = {}
+    for row in found:
+        if row["attempt"] == newest[row["step"]]:
+            parts = zip(row["slots"], row["epochs"], row["keys"], row["checksums"], strict=True)
+            steps.setdefault(row["step"], []).extend(parts)
+    return {step: sorted(parts) for step, parts in steps.items()}
+
+
+def packed_keys(packed: Path) -> set[str]:
+    with_members = [line.split() for file in packed.glob("*.idx") for line in file.read_text().splitlines()[1:]]
+    return {words[3].rpartition(".")[0] for words in with_members}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process is None or process.poll() is None, process.stderr.read() if process and process.stderr else ""
+        time.sleep(0.02)
+
+
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in rows(run / "metrics.jsonl")), default=0)
+
+
+def kill_and_go_on(arguments: list[object], run: Path, kills: int, seed: int) -> None:
+    """Runs to the end, with SIGKILL at random moments: of the launcher, or of one rank."""
+    chance = random.Random(seed)
+    for number in range(kills):
+        process = started(*arguments)
+        at = round(STEPS * (number + chance.random()) / kills)
+        wait_until(lambda at=at: last_step(run) >= at, process)
+        time.sleep(chance.random() * 0.2)
+        ranks = ranks_of(process)
+        os.kill(chance.choice([process.pid, *ranks]), signal.SIGKILL)
+        assert process.wait(PATIENCE_SECONDS) != 0
+        wait_until(lambda ranks=ranks: not any(map(alive, ranks)))
+    done = coatnet(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_killed_at_random_moments_has_the_losses_of_the_undisturbed_run(
+    undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    kill_and_go_on(request_of(tmp_path / "run"), tmp_path / "run", kills=3, seed=0)
+    assert curve(tmp_path / "run") == curve(undisturbed)
+    assert [row[0] for row in curve(undisturbed) if row[3] is not None] == list(range(1, STEPS + 1))
+    assert last_state(tmp_path / "run") == last_state(undisturbed)
+    assert consumed(tmp_path / "run") == consumed(undisturbed)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("procs", [1, 2])
+def test_a_run_killed_many_times_has_the_losses_of_the_undisturbed_run(
+    procs: int, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    assert coatnet(*request_of(tmp_path / "whole", procs=procs)).returncode == 0
+    kill_and_go_on(request_of(tmp_path / "killed", procs=procs), tmp_path / "killed", kills=15, seed=1)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert last_state(tmp_path / "killed") == last_state(tmp_path / "whole")
+    assert consumed(tmp_path / "killed") == consumed(tmp_path / "whole")
+
+
+def test_every_epoch_has_every_sample_once_and_steps_are_the_same_on_one_rank_and_on_two(
+    undisturbed: Path, request_of: Callable[..., list[object]], digits: Path, tmp_path: Path
+) -> None:
+    alone = coatnet(*request_of(tmp_path / "alone", procs=1))
+    assert alone.returncode == 0, alone.stderr
+    assert consumed(tmp_path / "alone") == consumed(undisturbed)
+    epochs: dict[int, Counter[str]] = {}
+    for parts in consumed(undisturbed).values():
+        assert [slot for slot, *_ in parts] == list(range(64))
+        for _, epoch, key, _ in parts:
+            epochs.setdefault(epoch, Counter())[key] += 1
+    assert epochs[0] == Counter(packed_keys(digits / "train"))
+    assert len(epochs[0]) == 1437
+    assert set(epochs[1]) <= set(epochs[0]) and set(epochs[1].values()) == {1}
+
+
+def test_one_rank_and_two_have_the_same_first_losses_to_rounding(
+    undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    precise = ["train.precision=fp32", "optim.eps=1e-3", "train.steps=6", "log.samples=false"]
+    for procs in (1, 2):
+        assert coatnet(*request_of(tmp_path / str(procs), *precise, procs=procs)).returncode == 0
+    one, two = (np.array([row[3] for row in curve(tmp_path / p) if row[3] is not None]) for p in ("1", "2"))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    copy: Path, undisturbed: Path, request_of: Callable[..., list[object]]
+) -> None:
+    for folder in checkpoints(copy / "checkpoints")[5:]:
+        shutil.rmtree(folder)
+    newest, before = checkpoints(copy / "checkpoints")[::-1][:2]
+    part = newest / "rank-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert coatnet(*request_of(copy)).returncode == 0
+    assert [row["checkpoint"] for row in events(copy, "damaged_checkpoint")] == [newest.name]
+    assert events(copy, "resume")[-1]["step"] == int(before.name[5:])
+    assert curve(copy) == curve(undisturbed) and last_state(copy) == last_state(undisturbed)
+
+
+def test_a_run_without_any_good_checkpoint_stops_rather_than_begin_again(
+    copy: Path, request_of: Callable[..., list[object]]
+) -> None:
+    for folder in checkpoints(copy / "checkpoints"):
+        (folder / "manifest.json").write_text("{}")
+    for folder in checkpoints(copy / "checkpoints")[2:]:
+        shutil.rmtree(folder)
+    refused = coatnet(*request_of(copy))
+    assert refused.returncode == 1 and "none of step-00000006, step-00000012 is good" in refused.stderr
+
+
+def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Callable[..., list[object]]) -> None:
+    before = contents(copy)
+    again = coatnet(*request_of(copy))
+    assert again.returncode == 0 and "done already, 40 of 40 steps" in again.stdout
+    assert contents(copy) == before
+
+
+def test_a_longer_run_with_another_learning_rate_goes_on_and_says_what_changed(
+    copy: Path, request_of: Callable[..., list[object]]
+) -> None:
+    longer = coatnet(*request_of(copy, "train.steps=44", "optim.learning_rate=1e-3"))
+    assert longer.returncode == 0, longer.stderr
+    assert events(copy, "start")[-1]["changed"] == {"train.steps": [40, 44], "optim.learning_rate": [2e-3, 1e-3]}
+    assert events(copy, "resume")[-1]["step"] == STEPS and last_step(copy) == 44
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("model.head_size=32", "model.head_size"), ("run.seed=8", "run.seed"), ("train.micro_batch=16", "micro_batch")],
+)
+def test_what_defines_a_run_may_not_change(
+    copy: Path, request_of: Callable[..., list[object]], override: str, key: str
+) -> None:
+    before = contents(copy)
+    refused = coatnet(*request_of(copy, override))
+    assert refused.returncode == 2 and key in refused.stderr and "run.dir=" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert contents(copy) == before
+
+
+def test_another_training_set_under_the_same_name_is_refused(
+    undisturbed: Path, request_of: Callable[..., list[object]], digits: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(digits / "train", tmp_path / "train"))
+    run = [f"data.train={data}", "train.steps=2", "checkpoint.every=1"]
+    assert coatnet(*request_of(tmp_path / "run", *run)).returncode == 0
+    shutil.rmtree(data)
+    shutil.copytree(digits / "val", data)
+    refused = coatnet(*request_of(tmp_path / "run", f"data.train={data}", "train.steps=4", "checkpoint.every=1"))
+    assert refused.returncode == 2 and "another training set" in refused.stderr
+
+
+def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_goes_on(
+    undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = started(*request_of(run))
+    wait_until(lambda: last_step(run) >= 2, first)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(PATIENCE_SECONDS) == 3
+    assert first.stderr is not None and "goes on from there" in first.stderr.read()
+    assert events(run, "stop")[-1]["step"] < STEPS
+
+    second = started(*request_of(run))
+    stopped_at = events(run, "stop")[-1]["step"]
+    wait_until(lambda: last_step(run) > stopped_at, second)
+    for pid in [second.pid, *ranks_of(second)]:  # frozen, it can't be done before the third has asked
+        os.kill(pid, signal.SIGSTOP)
+    third = coatnet(*request_of(run))
+    assert third.returncode == 2 and "is alive" in third.stderr
+    for pid in [*ranks_of(second), second.pid]:
+        os.kill(pid, signal.SIGCONT)
+    assert second.wait(PATIENCE_SECONDS) == 0
+    assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
+
+
+def test_evaluation_gives_the_same_figures_on_any_number_of_ranks(undisturbed: Path, digits: Path) -> None:
+    answers = [
+        coatnet("evaluate", undisturbed, "--data", f"{digits}/val", "--procs", procs, "--json") for procs in (1, 2, 3)
+    ]
+    figures = [json.loads(answer.stdout) for answer in answers]
+    assert figures[0] == figures[1] == figures[2]
+    assert figures[0]["samples"] == 360 and figures[0]["broken"] == 0 and figures[0]["weights"] == "ema"
+    logged = [row for row in rows(undisturbed / "metrics.jsonl") if "top1" in row][-1]
+    assert figures[0]["top1"] == logged["top1"]
+    assert figures[0]["loss"] == pytest.approx(logged["eval_loss"], rel=1e-3)  # bf16 under DeepSpeed and without
+
+
+@pytest.fixture
+def finetune_of(digits: Path, undisturbed: Path) -> Iterator[Callable[..., list[object]]]:
+    def arguments(run: Path, *more: object) -> list[object]:
+        data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
+        length = ["train.steps=8", "checkpoint.every=4", "log.every=1"]
+        return ["finetune", "configs/tiny_finetune.yaml", "--from", undisturbed, "--procs", 2, *data, *length, *more]
+
+    yield arguments
+
+
+def test_finetuning_begins_from_the_average_at_another_resolution_and_goes_on(
+    undisturbed: Path, finetune_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = coatnet(*finetune_of(run))
+    assert done.returncode == 0, done.stderr
+    reader, source = (CheckpointReader(checkpoints(folder / "checkpoints")[-1]) for folder in (run, undisturbed))
+    assert reader.shapes["stages.2.0.attention.bias_table"] > source.shapes["stages.2.0.attention.bias_table"]
+    losses = [row[3] for row in curve(run) if row[3] is not None]
+    assert losses[0] < curve(undisturbed)[0][3]  # type: ignore[operator]  # begins from what was learnt
+    lineage = reader.state()["ancestry"]
+    assert [entry["run"] for entry in lineage] == [str(undisturbed), str(run)]
+    shutil.rmtree(checkpoints(run / "checkpoints")[-1])
+    before = curve(run)
+    assert coatnet(*finetune_of(run)).returncode == 0
+    assert curve(run) == before
+
+
+def test_finetuning_with_an_augmentation_that_no_ancestor_had_is_refused_unless_allowed(
+    finetune_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    refused = coatnet(*finetune_of(tmp_path / "run", "augment.flip=true"))
+    assert refused.returncode == 2 and "flip" in refused.stderr and "augment.allow_new=true" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    allowed = coatnet(*finetune_of(tmp_path / "run", "augment.flip=true", "augment.allow_new=true", "train.steps=1"))
+    assert allowed.returncode == 0, allowed.stderr
+    assert events(tmp_path / "run", "begin")[0]["new_augmentations"] == ["flip"]
+
+
+def test_finetuning_for_other_classes_takes_a_new_classifier_and_keeps_the_rest(
+    undisturbed: Path, finetune_of: Callable[..., list[object]], digits: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "val"):
+        for digit in "0123":
+            shutil.copytree(digits / "digits" / part / digit, tmp_path / part / f"digit {digit}")
+        assert coatnet("data", "pack", tmp_path / part, tmp_path / "packed" / part).returncode == 0
+    data = [f"data.train={tmp_path}/packed/train", f"data.val={tmp_path}/packed/val"]
+    run = tmp_path / "run"
+    done = coatnet(*finetune_of(run, *data, "train.steps=2"))
+    assert done.returncode == 0, done.stderr
+    assert CheckpointReader(checkpoints(run / "checkpoints")[-1]).shapes["head.classifier.weight"] == (4, 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data", "pack", "no/such/folder", "out"], "no/such/folder"),
+        (["pretrain", "no/such.yaml"], "no/such.yaml"),
+        (["pretrain", "configs/tiny.yaml", "optim.learning_rte=1"], "did you mean optim.learning_rate?"),
+        (["pretrain", "configs/tiny.yaml", "train.micro_batch=fast"], "train.micro_batch is 'fast'"),
+        (["pretrain", "configs/tiny.yaml", "train.micro_batch=24"], "train.micro_batch would do with 8, 16, 32, 64"),
+        (["pretrain", "configs/tiny.yaml", "--procs", "4"], "cannot be dealt evenly to 4 ranks"),
+        (["pretrain", "configs/tiny.yaml", "data.train=no/such/data"], "no/such/data"),
+        (["pretrain", "configs/tiny.yaml", "--check", "model.head_size=7"], "must divide the transformer width"),
+        (["evaluate", "no/such/run", "--data", "no/such/data"], "no/such/run"),
+        (["finetune", "configs/tiny_finetune.yaml", "--from", "no/such/run"], "no/such/run"),
+    ],
+)
+def test_a_wrong_request_is_answered_with_status_2_and_one_line(
+    arguments: list[str], said: str, tmp_path: Path, digits: Path
+) -> None:
+    if arguments[0] in ("pretrain", "finetune"):
+        given = {text.split("=")[0] for text in arguments}
+        data = [f"data.{part}={digits}/{part}" for part in ("train", "val") if f"data.{part}" not in given]
+        arguments = [*arguments, *data, f"run.dir={tmp_path}/run"]
+    refused = coatnet(*arguments)
+    assert refused.returncode == 2, refused.stderr
+    assert said in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_needs_no_data_and_says_what_would_be_trained() -> None:
+    good = coatnet("pretrain", "configs/tiny.yaml", "--check", "--procs", 2)
+    assert good.returncode == 0 and "2 ranks x 1 micro batches x 32 samples" in good.stdout
