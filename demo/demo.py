@@ -68,7 +68,7 @@ def main() -> None:
     run(f"coatnet data pack {OUT}/digits/train {OUT}/train")
     run(f"coatnet data pack {OUT}/digits/val {OUT}/val")
 
-    pretrain = f"coatnet pretrain configs/tiny.yaml --procs 2 {DATA} log.every=10"
+    pretrain = f"coatnet pretrain configs/tiny.yaml --procs 2 {DATA}"
     run(f"{pretrain} run.dir={WHOLE}")
     run_and_kill(f"{pretrain} run.dir={KILLED}", KILLED, KILL_AT_STEP)
     run(f"{pretrain} run.dir={KILLED}")

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from pipeline.errors import BadRequest
+from pipeline.errors import BadRequest, RunFailed
 
 FORMAT = 1
 
 
-class DamagedCheckpoint(RuntimeError):
+class DamagedCheckpoint(RunFailed):
     """A checkpoint's bytes are not those that were written; the message names the file and the place."""
 
 

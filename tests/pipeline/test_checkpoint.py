@@ -1,0 +1,366 @@
+"""Laws of checkpoints: whole or absent, every byte checked, the same values whoever wrote them and whoever reads."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing.synchronize
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import save
+from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, checkpoint_of, checkpoints, step_name, step_of
+from pipeline.errors import BadRequest
+from pipeline.save import Snapshot, prune, remove_leftovers, write_checkpoint
+
+KINDS = ("weight", "exp_avg", "ema")
+SHAPES = {"stem.weight": (7, 3, 2, 2), "stages.0.bias": (5,), "scale": (), "head.weight": (40, 6)}
+STATE = {"step": 1, "classes": ["a", "b"], "note": "straße"}
+BUFFERS = {"weight:norm.running_mean": torch.linspace(0, 1, 9), "weight:count": torch.tensor([3])}
+
+
+def values_of(name: str, kind: str) -> np.ndarray:
+    """Numbers unlike those of every other parameter and kind, infinities and NaN among them."""
+    seed = int.from_bytes(hashlib.sha256(f"{name} {kind}".encode()).digest()[:4], "little")
+    values = np.random.default_rng(seed).standard_normal(int(np.prod(SHAPES[name]))).astype(np.float32)
+    values[:3] = [np.inf, np.nan, -0.0][: len(values[:3])]
+    return values
+
+
+def elements_of(cuts: dict[str, list[int]], owners: list[int], world_size: int) -> list[dict]:
+    """For each rank what it owns, where parameters are cut at these places and the stretches dealt to these owners."""
+    of_rank: list[dict] = [{} for _ in range(world_size)]
+    number = 0
+    for name, shape in SHAPES.items():
+        count = int(np.prod(shape))
+        borders = sorted({0, count, *(cut % (count + 1) for cut in cuts.get(name, []))})
+        for start, end in zip(borders, borders[1:], strict=False):
+            for kind in KINDS:
+                owned = of_rank[owners[number % len(owners)] % world_size]
+                owned[name, kind, start] = torch.from_numpy(values_of(name, kind)[start:end].copy())
+            number += 1
+    return of_rank
+
+
+def written(root: Path, of_rank: list[dict], step: int = 1, attempt: int = 0) -> Path:
+    """A checkpoint that each rank wrote its part of, at the same time."""
+    snapshots = [Snapshot(step, elements, SHAPES, BUFFERS, json.dumps({**STATE, "step": step})) for elements in of_rank]
+    threads = [
+        threading.Thread(target=write_checkpoint, args=(root, attempt, rank, len(of_rank), snapshot))
+        for rank, snapshot in enumerate(snapshots)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return root / step_name(step)
+
+
+def two_ranks() -> list[dict]:
+    return elements_of({"stem.weight": [30], "head.weight": [100, 111]}, [0, 1], 2)
+
+
+def read_everything(folder: Path) -> None:
+    """All that a loader reads of a checkpoint, compared with what was written."""
+    reader = CheckpointReader(folder)
+    assert reader.shapes == SHAPES
+    for kind in KINDS:
+        for name, values in reader.tensors(kind):
+            assert values.tobytes() == values_of(name, kind).tobytes() and values.shape == SHAPES[name]
+    assert {name: values.tolist() for name, values in reader.buffers().items()} == {
+        name: values.tolist() for name, values in BUFFERS.items()
+    }
+    assert reader.state() == {**STATE, "step": reader.step}
+
+
+def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checksums for each 64 bytes, so that small files have many blocks."""
+    monkeypatch.setattr(save, "BLOCK_BYTES", 64)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    in_small_blocks(monkeypatch)
+    return written(tmp_path / "checkpoints", two_ranks())
+
+
+# ------------------------------------------------------------------------------------------------ written and read again
+
+cuts = st.fixed_dictionaries({}, optional={name: st.lists(st.integers(0, 300), max_size=5) for name in SHAPES})
+
+
+@given(cuts, st.lists(st.integers(0, 4), min_size=1, max_size=9), st.integers(1, 5), st.data())
+def test_what_any_ranks_wrote_in_any_stretches_any_others_read_to_the_bit(
+    tmp_path_factory, cuts_of, owners, world_size, data
+):
+    root = tmp_path_factory.mktemp("checkpoints")
+    folder = written(root, elements_of(cuts_of, owners, world_size))
+    read_everything(folder)
+    reader = CheckpointReader(folder)
+    for _ in range(5):
+        name, kind = data.draw(st.sampled_from(list(SHAPES))), data.draw(st.sampled_from(KINDS))
+        start = data.draw(st.integers(0, int(np.prod(SHAPES[name]))))
+        count = data.draw(st.integers(0, int(np.prod(SHAPES[name])) - start))
+        expected = values_of(name, kind)[start : start + count]
+        assert reader.stretch(name, kind, start, count).tobytes() == expected.tobytes()
+    shutil.rmtree(root)
+
+
+def test_a_reader_knows_which_kinds_there_are(checkpoint):
+    reader = CheckpointReader(checkpoint)
+    assert [reader.has(kind) for kind in (*KINDS, "exp_avg_sq")] == [True, True, True, False]
+
+
+def test_the_safetensors_library_opens_each_file_and_finds_the_stretches_under_their_names(checkpoint):
+    found = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        found |= safetensors.numpy.load_file(file)
+    for name, values in BUFFERS.items():
+        assert found.pop(name).tolist() == values.tolist()
+    assert len(found) == sum(map(len, two_ranks()))
+    for title, values in found.items():
+        name, kind, start = title.split(":")
+        assert values.tobytes() == values_of(name, kind)[int(start) :][: len(values)].tobytes()
+
+
+def test_the_lines_of_numpy_in_the_docs_read_any_parameter(checkpoint):
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict = {}
+    exec(re.sub(r"runs/tiny/checkpoints/step-\d+", str(checkpoint), program), found)
+    assert found["folder"] == str(checkpoint)
+    for name, shape in SHAPES.items():
+        assert found["read"](name).shape == shape
+        assert found["read"](name, "ema").tobytes() == values_of(name, "ema").tobytes()
+
+
+def test_a_checkpoint_has_its_files_and_nothing_else_and_its_root_nothing_half_written(checkpoint):
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "buffers.safetensors", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json",
+    ]  # fmt: skip
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["step-00000001"]
+
+
+def test_nothing_in_it_is_a_pickle(checkpoint):
+    for path in checkpoint.iterdir():
+        contents = path.read_bytes()
+        assert contents[:1] == b"{" or contents[8:9] == b"{", path.name
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_every_changed_byte_of_every_file_is_found_or_changes_nothing_that_is_read(checkpoint):
+    """Most are found when a loader reads everything; a few (a header's block that holds no values) are never read."""
+    choice = random.Random(0)
+    for path in sorted(checkpoint.iterdir()):
+        contents = path.read_bytes()
+        harmless = 0
+        for _ in range(150):
+            damaged = bytearray(contents)
+            damaged[choice.randrange(len(contents))] ^= choice.randrange(1, 256)
+            path.write_bytes(damaged)
+            try:
+                read_everything(checkpoint)
+                harmless += 1
+            except DamagedCheckpoint as error:
+                assert str(path) in str(error) or path.name == "manifest.json"
+                assert "\n" not in str(error)
+        # Blocks of nothing but header are read only by the safetensors library, never by a loader.
+        assert harmless == 0 or path.name.startswith("rank-")
+        path.write_bytes(contents)
+    read_everything(checkpoint)
+
+
+def test_with_blocks_of_the_real_size_no_changed_byte_of_small_files_goes_unnoticed(tmp_path):
+    folder, choice = written(tmp_path, two_ranks()), random.Random(1)
+    for path in sorted(folder.iterdir()):
+        contents = path.read_bytes()
+        for place in [0, 8, len(contents) - 1, *(choice.randrange(len(contents)) for _ in range(60))]:
+            path.write_bytes(contents[:place] + bytes([contents[place] ^ 1]) + contents[place + 1 :])
+            with pytest.raises(DamagedCheckpoint):
+                read_everything(folder)
+        path.write_bytes(contents)
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00001.safetensors", "buffers.safetensors", "state.json", "manifest.json"])  # fmt: skip
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "longer"])
+def test_a_file_that_is_missing_cut_or_too_long_is_damage_that_names_it(checkpoint, file, damage):
+    path = checkpoint / file
+    contents = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes({"empty": b"", "cut": contents[:-1], "longer": contents + b"}"}[damage])
+    with pytest.raises(DamagedCheckpoint, match=str(path)):
+        read_everything(checkpoint)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "[1]", "3", "null", "{}", '{"sha256": "x"}', "\x00", "{"])
+def test_a_manifest_that_is_none_is_damage(checkpoint, manifest):
+    (checkpoint / "manifest.json").write_text(manifest)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json"):
+        CheckpointReader(checkpoint)
+
+
+def test_another_format_is_refused(checkpoint):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["format"] = 2
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+    with pytest.raises(DamagedCheckpoint, match="format 2; this program reads 1"):
+        CheckpointReader(checkpoint)
+
+
+def test_a_part_that_was_never_written_is_damage_that_names_the_parameter(tmp_path):
+    (rank,) = elements_of({"head.weight": [100]}, [0], 1)
+    del rank["head.weight", "ema", 100]
+    reader = CheckpointReader(written(tmp_path, [rank]))
+    assert reader.stretch("head.weight", "ema", 0, 100).tobytes() == values_of("head.weight", "ema")[:100].tobytes()
+    with pytest.raises(DamagedCheckpoint, match=r"head\.weight, ema: 100 of 140 elements from 0 on"):
+        reader.stretch("head.weight", "ema", 0, 140)
+
+
+def test_a_partial_read_checks_its_own_blocks_and_no_others(checkpoint):
+    """So that a rank reads just what it needs of a large file; what it got before is not checked again."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    stretch = next(s for s in manifest["stretches"] if s["parameter"] == "head.weight" and s["count"] >= 100)
+    name, kind, first = stretch["parameter"], stretch["kind"], stretch["start"]
+    path = checkpoint / stretch["file"]
+    contents = bytearray(path.read_bytes())
+    bad = stretch["offset"] + 4 * 50
+    contents[bad] ^= 1
+    path.write_bytes(contents)
+    block = range(bad - bad % 64, bad - bad % 64 + 64)
+    for element in range(stretch["count"]):
+        reader, offset = CheckpointReader(checkpoint), stretch["offset"] + 4 * element
+        if {offset, offset + 3} & set(block):
+            with pytest.raises(DamagedCheckpoint, match=f"bytes {block.start} ff. are not those that were written"):
+                reader.stretch(name, kind, first + element, 1)
+        else:
+            expected = values_of(name, kind)[first + element]
+            assert reader.stretch(name, kind, first + element, 1).tobytes() == expected.tobytes()
+
+
+# ----------------------------------------------------------------------------------------------------- names and pruning
+
+
+def folders(root: Path, *steps: int) -> list[Path]:
+    for step in steps:
+        (root / step_name(step)).mkdir(parents=True)
+    return [root / step_name(step) for step in steps]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_and_half_written_ones_are_none(tmp_path):
+    names = folders(tmp_path, 7, 99_999_999, 100_000_000, 2_000_000_000)
+    for other in (".step-00000008.attempt-0", ".step-00000009.pruned", "step-9", "step-00000001.copy", "steps"):
+        (tmp_path / other).mkdir()
+    assert checkpoints(tmp_path) == names
+    assert [step_of(folder) for folder in names] == [7, 99_999_999, 100_000_000, 2_000_000_000]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    names = folders(tmp_path, 1, 2, 3, 4)
+    prune(tmp_path, 3, 4)
+    assert sorted(tmp_path.iterdir()) == names[1:]
+    prune(tmp_path, 1, 4)
+    assert list(tmp_path.iterdir()) == names[3:]
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.integers(1, 5), st.integers(0, 40))
+def test_pruning_never_removes_the_checkpoint_just_written_for_the_sake_of_later_damaged_ones(
+    tmp_path_factory, steps, keep_last, written_step
+):
+    """A run that went back past damaged checkpoints writes earlier steps again: those are what it can go on from."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders(root, *(steps | {written_step}))
+    prune(root, keep_last, written_step)
+    left = [step_of(folder) for folder in checkpoints(root)]
+    up_to_it = sorted(step for step in steps | {written_step} if step <= written_step)
+    assert left == up_to_it[-keep_last:] + sorted(step for step in steps if step > written_step)
+    assert len(list(root.iterdir())) == len(left)
+    shutil.rmtree(root)
+
+
+def test_a_checkpoint_of_the_same_step_takes_the_place_of_a_damaged_one(checkpoint):
+    (checkpoint / "state.json").write_text("damaged")
+    assert written(checkpoint.parent, two_ranks(), attempt=1) == checkpoint
+    read_everything(checkpoint)
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_leftovers_are_removed_and_checkpoints_kept(checkpoint):
+    for name in (".step-00000008.attempt-0", ".step-00000001.replaced", ".step-00000009.pruned"):
+        shutil.copytree(checkpoint, checkpoint.parent / name)
+    remove_leftovers(checkpoint.parent)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    read_everything(checkpoint)
+
+
+def test_a_path_names_a_checkpoint_itself_or_a_runs_newest(tmp_path):
+    root = tmp_path / "checkpoints"
+    older, newer = (written(root, two_ranks(), step) for step in (9, 10))
+    assert checkpoint_of(older).step == 9
+    assert checkpoint_of(tmp_path).folder == newer
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadRequest, match="is no run; give a run's folder"):
+        checkpoint_of(tmp_path / "empty")
+    (tmp_path / "empty" / "config.yaml").touch()
+    with pytest.raises(BadRequest, match="has no checkpoint yet"):
+        checkpoint_of(tmp_path / "empty")
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+
+
+def write_for_ever(root: Path, begun: multiprocessing.synchronize.Event) -> None:
+    """Goes on after the newest checkpoint, as a run does."""
+    remove_leftovers(root)
+    for step in itertools.count(1 + max(map(step_of, checkpoints(root)), default=0)):
+        written(root, two_ranks(), step)
+        prune(root, 2, step)
+        begun.set()
+
+
+def kill_while_writing(root: Path, kills: int, choice: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__)
+    monkeypatch.setenv("PYTHONPATH", f"{here.parent}:{here.parents[2]}")
+    server = multiprocessing.get_context("forkserver")  # imports once, and is itself without threads
+    server.set_forkserver_preload([here.stem])
+    for _ in range(kills):
+        begun = server.Event()
+        process = server.Process(target=write_for_ever, args=(root, begun))
+        process.start()
+        assert begun.wait(60)
+        time.sleep(0.1 * choice.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        found = checkpoints(root)
+        assert 1 <= len(found) <= 3  # before pruning there is one more
+        for folder in found:
+            read_everything(folder)
+        remove_leftovers(root)
+        assert sorted(root.iterdir()) == found
+
+
+def test_whatever_has_a_checkpoints_name_is_whole_whenever_its_writer_is_killed(tmp_path, monkeypatch):
+    kill_while_writing(tmp_path, 10, random.Random(0), monkeypatch)
+
+
+@pytest.mark.torture
+def test_whatever_has_a_checkpoints_name_is_whole_in_hundreds_of_kills(tmp_path, monkeypatch):
+    kill_while_writing(tmp_path, 500, random.Random(1), monkeypatch)

@@ -1,0 +1,252 @@
+"""Laws of a run's folder: one holder at a time, gone with its process; what may change; lines that survive kills."""
+
+import itertools
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import run_folder
+from pipeline.checkpoint import step_name
+from pipeline.config import Config
+from pipeline.errors import BadRequest
+from pipeline.json_lines import JsonLines, cut_back, read_lines
+from pipeline.overrides import read_config, read_resolved
+from pipeline.run_folder import claim, compare, newest_step, write_config
+
+ROOT = Path(__file__).parents[2]
+HOLDING = """
+    import sys
+    from pathlib import Path
+    from pipeline.run_folder import claim
+    claimed = claim(Path(sys.argv[1]))
+    print(claimed.attempt, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has claimed the run, alive inside."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDING), run],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == "0\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_a_run_that_another_process_holds_is_refused_with_the_holder_and_free_at_once_when_it_is_killed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.3)
+    with holder(tmp_path) as process:
+        for _ in range(2):  # being refused does not spoil the note
+            with pytest.raises(BadRequest, match=rf"this run is alive \(process {process.pid} on \S+\); end it first"):
+                claim(tmp_path)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        claim(tmp_path).lock.close()
+
+
+def test_a_killed_holder_may_take_a_moment_to_disappear(tmp_path):
+    """The claim waits for it rather than refuse."""
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        claim(tmp_path).lock.close()
+
+
+def test_a_claim_ends_with_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.1)
+    first = claim(tmp_path / "new" / "run")
+    with pytest.raises(BadRequest, match="this run is alive"):
+        claim(first.path)
+    first.lock.close()
+    claim(first.path).lock.close()
+
+
+def test_an_attempt_counts_the_starts_before_it(tmp_path):
+    for attempt in range(3):
+        claimed = claim(tmp_path)
+        assert claimed.attempt == attempt
+        events = JsonLines(tmp_path / "events.jsonl")
+        for event in ("start", "begin", "checkpoint"):
+            events.write({"event": event, "attempt": attempt})
+        events.close()
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write('{"event": "start", "att')  # killed while it wrote
+        claimed.lock.close()
+
+
+def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(BadRequest, match=rf"run\.dir={path}: .*; choose a folder that can be written"):
+            claim(path)
+
+
+def test_the_newest_step_is_that_of_the_newest_complete_checkpoint(tmp_path):
+    assert newest_step(tmp_path) is None
+    for name in (step_name(9), step_name(100), ".step-00000200.attempt-0"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 100
+
+
+# --------------------------------------------------------------------------------------------------- what may change
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text("data: {train: a}\nmodel: {name: coatnet_0}\ntrain: {steps: 10, global_batch: 16, micro_batch: 4}")
+    return str(path)
+
+
+def changed(preset: str, *overrides: str) -> Config:
+    return read_config(preset, list(overrides))
+
+
+def test_at_the_first_start_nothing_differs(tmp_path, preset):
+    assert compare(tmp_path, changed(preset), "pretrain") == {}
+
+
+def test_the_same_request_differs_in_nothing(tmp_path, preset):
+    config = changed(preset, "optim.eps=1e-9", "augment.crop_area=[0.3, 0.7]")
+    write_config(tmp_path, config)
+    assert compare(tmp_path, config, "pretrain") == {}
+    assert read_resolved(tmp_path / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_what_does_not_define_the_run_may_change_and_is_told_with_both_values(tmp_path, preset):
+    write_config(tmp_path, changed(preset))
+    now = changed(preset, "train.epochs=2", "optim.learning_rate=0.5", "checkpoint.every=7", "train.precision=fp32")
+    assert compare(tmp_path, now, "pretrain") == {
+        "train.epochs": [None, 2.0],
+        "train.steps": [10, None],
+        "train.precision": ["bf16", "fp32"],
+        "optim.learning_rate": [0.001, 0.5],
+        "checkpoint.every": [1000, 7],
+    }
+
+
+def test_what_defines_the_run_may_not_change_and_every_such_key_is_named_with_the_way_out(tmp_path, preset):
+    write_config(tmp_path, changed(preset))
+    now = changed(preset, "run.seed=3", "train.global_batch=32", "model.name=coatnet_1", "log.every=1")
+    with pytest.raises(BadRequest) as refused:
+        compare(tmp_path, now, "finetune")
+    message = str(refused.value)
+    assert "\n" not in message and "log.every" not in message
+    for said in ("run.seed was 0, now 3", "train.global_batch was 16, now 32", "model.name was 'coatnet_0', now 'coatnet_1'"):
+        assert said in message
+    assert "or finetune into another folder with run.dir=..." in message
+    assert read_resolved(tmp_path / "config.yaml") == changed(preset)
+
+
+# ------------------------------------------------------------------------------------------------------------- lines
+
+rows = st.lists(st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False) | st.none()), max_size=8)
+
+
+@given(rows, st.data())
+def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones_are_read(tmp_path_factory, written, data):
+    path = tmp_path_factory.mktemp("lines") / "deep" / "events.jsonl"
+    lines = JsonLines(path)
+    for row in written:
+        lines.write(row)
+    lines.close()
+    contents = path.read_bytes()
+    kept = data.draw(st.integers(0, len(contents)))
+    path.write_bytes(contents[:kept])
+    ends = itertools.accumulate(len(line) for line in contents.splitlines(keepends=True))
+    whole = sum(end - 1 <= kept for end in ends)  # a line that lacks just its end is whole
+    again = JsonLines(path)
+    again.write({"later": 1})
+    again.close()
+    path_of_all = path.with_name("all.jsonl")
+    path_of_all.write_bytes(contents)
+    assert list(read_lines(path)) == [*itertools.islice(read_lines(path_of_all), whole), {"later": 1}]
+
+
+def test_lines_of_anything_else_are_passed_over(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n[1]\n3\n"x"\n{"b"\n\0\0\0\n{"a": 2}')
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 2}]
+    assert list(read_lines(tmp_path / "nothing.jsonl")) == []
+
+
+def test_a_line_stands_in_the_file_as_soon_as_it_is_written_and_is_json_whatever_the_numbers(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"loss": math.nan, "rate": math.inf, "fine": 1e-5, "name": "straße"})
+    (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row, parse_constant=pytest.fail) == {"loss": "nan", "rate": "inf", "fine": 1e-5, "name": "straße"}
+    lines.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.floats(allow_nan=False)), max_size=10), st.integers(0, 20), st.booleans())
+def test_cutting_back_keeps_the_lines_up_to_the_step_as_they_were(tmp_path_factory, written, step, killed):
+    path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
+    lines = JsonLines(path)
+    for number, loss in written:
+        lines.write({"step": number, "loss": loss})
+    lines.close()
+    before = path.read_text().splitlines(keepends=True)
+    if killed:
+        with path.open("a") as file:
+            file.write('{"step": 0, "lo')
+    cut_back(path, step)
+    assert path.read_text() == "".join(line for line in before if json.loads(line)["step"] <= step)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_cutting_back_what_is_not_there_does_nothing(tmp_path):
+    cut_back(tmp_path / "metrics.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_lines_are_written_leaves_whole_lines_and_at_most_half_a_last_one(tmp_path):
+    program = """
+        import itertools, sys
+        from pathlib import Path
+        from pipeline.json_lines import JsonLines
+        lines = JsonLines(Path(sys.argv[1]))
+        print("begun", flush=True)
+        for number in itertools.count():
+            lines.write({"number": number, "text": "x" * (number * 37 % 20000)})
+    """
+    path, choice = tmp_path / "lines.jsonl", random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline()
+        while not path.exists() or path.stat().st_size < choice.randrange(1, 10**6):
+            pass
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        numbers = [row["number"] for row in read_lines(path)]
+        assert numbers == list(range(len(numbers))) and numbers
+        assert len(re.findall(rb"\n", path.read_bytes())) in (len(numbers), len(numbers) - 1)
+        path.unlink()
