@@ -27,17 +27,18 @@ $(INSTALLED): pyproject.toml constraints.txt pipeline/install.py
 	@$(PYTHON) -m pipeline.install
 	@touch $@
 
+# The demo and the tests are for two CPU cores, also where there is a GPU; the GPU's own are `make gpu`.
 demo: $(INSTALLED)
-	@.venv/bin/python demo/demo.py
+	@CUDA_VISIBLE_DEVICES= .venv/bin/python demo/demo.py
 
 test: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
-	OMP_NUM_THREADS=1 .venv/bin/pytest
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest
 
 torture: $(INSTALLED)
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long .venv/bin/pytest -m 'torture or not gpu'
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long .venv/bin/pytest -m 'torture or not gpu'
 
 gpu: $(INSTALLED)
 	@.venv/bin/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device; .venv/bin/coatnet doctor says why")'

@@ -76,10 +76,13 @@ def training_batches(
     first_step: int,
     last_step: int,
 ) -> Iterator[Iterator[list[Batch]]]:
-    """For each step from `first_step` up to `last_step` (excluded) this rank's micro batches, in the order of passes."""
+    """This rank's micro batches of each step from `first_step` up to `last_step` (excluded), in the order of passes."""
     micro_batches = order.global_batch // share.micro_batch
     mine = np.concatenate(
-        [np.arange(m * share.micro_batch, (m + 1) * share.micro_batch) for m in deal(micro_batches, share.rank, share.world_size)]
+        [
+            np.arange(m * share.micro_batch, (m + 1) * share.micro_batch)
+            for m in deal(micro_batches, share.rank, share.world_size)
+        ]
     )
     per_chunk = max(1, DECODED_AT_ONCE // share.micro_batch) * share.micro_batch
     positions = (positions_of_step(step, order.global_batch)[mine] for step in range(first_step, last_step))
@@ -107,7 +110,9 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float, share: Share) -
         samples = [sample for _, sample in good]
         recipe = augment.fixed(crop_fraction, *_shapes(samples))
         broken: list[Broken | None] = [sample for sample in found if isinstance(sample, Broken)]
-        return _Chunk(np.array([number for number, _ in good], np.int64), samples, [s.key for s in samples], recipe, broken)
+        return _Chunk(
+            np.array([number for number, _ in good], np.int64), samples, [s.key for s in samples], recipe, broken
+        )
 
     augmentation = Augmentation(crop="center", center_fraction=crop_fraction, flip=False, layers=0, magnitude=0.0)
     with _reading_threads() as pool:

@@ -17,6 +17,6 @@ def check_memory(manifest: Manifest, global_batch: int, window: int, world_size:
         fitting = int(window * MEMORY_SHARE * memory / held)
         way_out = f"data.window={fitting} would fit" if fitting else "no window fits: take a smaller train.global_batch"
         raise BadRequest(
-            f"data.window={window} with train.global_batch={global_batch} keeps {held / 2**30:.1f} GiB of encoded images"
-            f" on this machine, which has {memory / 2**30:.1f} GiB; {way_out}, or take more machines"
+            f"data.window={window} with train.global_batch={global_batch} keeps {held / 2**30:.1f} GiB of images"
+            f" in this machine's {memory / 2**30:.1f} GiB of memory; {way_out}, or take more machines"
         )

@@ -95,7 +95,9 @@ def _parse(raw: bytes, url: str, expected: int) -> list[dict[str, Any]]:
     # webdataset ends silently at a header it cannot read, so its answer is counted.
     samples = list(group_by_keys(tar_file_expander([{"url": url, "stream": io.BytesIO(raw)}])))
     if len(samples) != expected:
-        raise DataError(f"{url}: {len(samples)} samples were parsed where its table has {expected}; pack or index it again")
+        raise DataError(
+            f"{url}: {len(samples)} samples were parsed where its table has {expected}; pack or index it again"
+        )
     return samples
 
 
@@ -103,7 +105,9 @@ def _sample(parts: dict[str, Any], row: np.void, manifest: Manifest, shard: str)
     key = parts["__key__"]
     image = next((parts[name] for name in parts if not name.startswith("__") and name not in NOT_IMAGES), None)
     if image is None or "cls" not in parts:
-        return Broken(shard, key, f"has {sorted(p for p in parts if not p.startswith('__'))}; an image and .cls are needed")
+        return Broken(
+            shard, key, f"has {sorted(p for p in parts if not p.startswith('__'))}; an image and .cls are needed"
+        )
     text, classes = parts["cls"].strip(), len(manifest.classes)
     label = int(text) if re.fullmatch(rb"\d{1,9}", text) else classes
     if label >= classes:

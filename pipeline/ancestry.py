@@ -54,8 +54,8 @@ def check(config: Config, ancestors: list[dict[str, Any]]) -> list[str]:
     if new and not config.augment.allow_new:
         raise BadRequest(
             f"{' and '.join(new)} ({', '.join(new.values())}) is on here and was off in every ancestor"
-            f" ({', '.join(ancestor['run'] for ancestor in ancestors)}), which hurts: pretrain with it at a weak setting,"
-            " or set augment.allow_new=true, which is recorded"
+            f" ({', '.join(ancestor['run'] for ancestor in ancestors)}), which hurts:"
+            " pretrain with it at a weak setting, or set augment.allow_new=true, which is recorded"
         )
     return list(new)
 

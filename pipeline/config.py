@@ -36,7 +36,9 @@ class Data(Section):
     val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "free")
     window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
     train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
-    max_bad_fraction: float = key(0.001, "share of an epoch that may be replaced before the run stops", "free", ge=0, le=1)
+    max_bad_fraction: float = key(
+        0.001, "share of an epoch that may be replaced before the run stops", "free", ge=0, le=1
+    )
 
 
 class Stem(Section):
@@ -56,8 +58,12 @@ class Model(Section):
     name: str | None = key(None, "coatnet_0 to coatnet_7; null: stem and stages are spelled out")
     stem: Stem | None = key(None, "stem, where name is null")
     stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null")
-    head_size: int | None = key(None, "channels per attention head; null: the family's (32 where stages are spelled out)", ge=1)
-    stride: Literal["expand", "depthwise"] = key("expand", "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise")
+    head_size: int | None = key(
+        None, "channels per attention head; null: the family's (32 where stages are spelled out)", ge=1
+    )
+    stride: Literal["expand", "depthwise"] = key(
+        "expand", "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise"
+    )
     batch_norm_momentum: float = key(0.01, "share of the new statistics in batch norm's running ones", gt=0, le=1)
     resolution: int = key(224, "image height and width in pixels", ge=1)
     classes: int | None = key(None, "classes the training set must have; null: whatever the manifest says", ge=1)
@@ -68,7 +74,9 @@ class Model(Section):
         if self.name is None and not spelled_out:
             raise ValueError("model.name is null, so model.stem and model.stages must be given")
         if self.name is not None and (self.stem is not None or self.stages is not None):
-            raise ValueError(f"model.name is {self.name} and model.stem or model.stages is given too; set model.name=null")
+            raise ValueError(
+                f"model.name is {self.name} and model.stem or model.stages is given too; set model.name=null"
+            )
         return self
 
 
@@ -79,7 +87,9 @@ class RandAugment(Section):
 
 class Augment(Section):
     crop: Literal["random_resized", "center"] = key("random_resized", "random_resized, or center (no random crop)")
-    crop_area: tuple[float, float] = key((0.08, 1.0), "smallest and largest share of the image's area that a random crop takes")
+    crop_area: tuple[float, float] = key(
+        (0.08, 1.0), "smallest and largest share of the image's area that a random crop takes"
+    )
     flip: bool = key(True, "mirror half of the images; off for digits and letters")
     randaugment: RandAugment = key(RandAugment(), "RandAugment")
     allow_new: bool = key(False, "fine-tune with an augmentation that no ancestor was trained under", "free")
@@ -97,7 +107,9 @@ class Train(Section):
     steps: int | None = key(None, "length in optimizer steps; this or train.epochs", "recorded", ge=1)
     global_batch: int = key(4096, "samples per optimizer step on all ranks together", ge=1)
     micro_batch: int = key(64, "samples per forward pass on one rank", ge=1)
-    batch_norm_group: int | None = key(None, "consecutive samples that share batch statistics; null: a micro batch", ge=2)
+    batch_norm_group: int | None = key(
+        None, "consecutive samples that share batch statistics; null: a micro batch", ge=2
+    )
     precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights and masters)", "free")
     label_smoothing: float = key(0.1, "label smoothing of the softmax loss", ge=0, lt=1)
     stochastic_depth: float = key(0.1, "drop rate of the last residual branches; rises linearly from 0", ge=0, lt=1)
@@ -154,7 +166,9 @@ class Zero(Section):
 class Evaluate(Section):
     every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "free", ge=1)
     weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "free")
-    crop_fraction: float = key(0.875, "share of the short side that evaluation's centre square takes", "free", gt=0, le=1)
+    crop_fraction: float = key(
+        0.875, "share of the short side that evaluation's centre square takes", "free", gt=0, le=1
+    )
 
 
 class Checkpoint(Section):

@@ -42,11 +42,21 @@ def start_process_group() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets a level of its own
     zero_state.check_version(deepspeed.__version__)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
     if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        _check_gpu(device)
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return device
+
+
+def _check_gpu(device: torch.device) -> None:
+    if device.index >= torch.cuda.device_count():
+        raise BadRequest(
+            f"rank {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many ranks,"
+            " or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+        )
 
 
 def build_engine(model: nn.Module, train: Train, optim: Optim) -> Any:

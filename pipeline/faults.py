@@ -27,13 +27,14 @@ class Replaced:
 def record_replaced(
     events: Events, step: int, batches: list[Batch], replaced: Replaced, samples: int, most: float
 ) -> None:
-    """Writes each replaced sample of a step; RunFailed where more than the share `most` of an epoch's were. Collective."""
+    """Writes each replaced sample of a step; RunFailed where more than this share of an epoch were. Collective."""
     for broken in gathered([broken for batch in batches for broken in batch.broken]):
         events.write("replaced", step=step, **asdict(broken))
     if replaced.count > most * samples:
         raise RunFailed(
             f"{replaced.count} of {samples} samples of epoch {replaced.epoch} are broken, more than"
-            f" data.max_bad_fraction={most}; events.jsonl lists them: mend or pack the data again, or raise the fraction"
+            f" data.max_bad_fraction={most}; events.jsonl lists them:"
+            " mend or pack the data again, or raise the fraction"
         )
 
 

@@ -120,7 +120,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
 def _report(rank: int, status: int, logs: Path) -> int:
     if status < 0:
         print(
-            f"rank {rank} was killed by {signal.Signals(-status).name}; the same command goes on from the last checkpoint",
+            f"rank {rank} was killed by {signal.Signals(-status).name};"
+            " the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
         return 1

@@ -20,7 +20,7 @@ from pipeline.config import Optim
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The rate of step `step` (from 0) of `steps`: linear warm-up to the peak, then decay that ends at the last step."""
+    """The rate of step `step` (from 0) of `steps`: linear warm-up to the peak, then decay up to the last step."""
     if step < optim.warmup_steps:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     fraction = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)

@@ -119,7 +119,9 @@ def _refuse_unknown_keys(tree: dict[str, Any], section: type[Section], prefix: s
         if isinstance(value, dict) and inner is not None:
             _refuse_unknown_keys(value, inner, full + ".", origin)
         elif inner is not None and (value is not None or type(None) not in get_args(annotation)):
-            raise BadRequest(f"{origin}: {full} is {_shown(value)}; it is a section with {', '.join(inner.model_fields)}")
+            raise BadRequest(
+                f"{origin}: {full} is {_shown(value)}; it is a section with {', '.join(inner.model_fields)}"
+            )
 
 
 def _suggestion(full: str, section: type[Section], prefix: str) -> str:
@@ -179,6 +181,8 @@ def _shown(value: Any) -> str:
 
 def _get(tree: Any, path: list[Any]) -> Any:
     for part in path:
-        in_list = isinstance(tree, list) and isinstance(part, int)
-        tree = tree[part] if in_list else tree.get(part) if isinstance(tree, dict) else None
+        if isinstance(tree, list) and isinstance(part, int):
+            tree = tree[part]
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 from pipeline.checkpoint import checkpoints, step_of
 from pipeline.config import Config
 from pipeline.errors import BadRequest
-from pipeline.overrides import changes, read_resolved, to_yaml
 from pipeline.json_lines import read_lines
+from pipeline.overrides import changes, read_resolved, to_yaml
 
 LOCK_PATIENCE_SECONDS = 10.0
 """How long a killed process may take to disappear."""

@@ -163,7 +163,7 @@ def prune(root: Path, keep_last: int, step: int) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what earlier attempts left half-written or half-removed; for the holder of the run's lock, at its start."""
+    """Removes what earlier attempts left half-written or half-removed; for the holder of the run's lock."""
     for hidden in root.glob(".step-*"):
         shutil.rmtree(hidden)
 

@@ -79,7 +79,7 @@ Written = Callable[[Path, Sequence[dict[str, bytes]], int, int], Manifest]
 
 @pytest.fixture(scope="session")
 def by_hand() -> Written:
-    """Writes parts by extension as a set of one shard, with keys 0000, 0001, ...; the table says `flags` and no sizes."""
+    """Writes samples (parts by extension) as a set of one shard, keys 0000, 0001, ...; the table has no sizes."""
 
     def write(folder: Path, samples: Sequence[dict[str, bytes]], classes: int, flags: int) -> Manifest:
         stream = io.BytesIO()

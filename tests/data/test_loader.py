@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from data.errors import BadRequest, DataError
 from data.loader import Batch, Share, evaluation_batches, training_batches
 from data.memory import check_memory
 from data.order import Order
-from data.shards import FLAG_DECODED, Manifest, index_tar, read_manifest
+from data.shards import Manifest, index_tar, read_manifest
 
 SIDE, SEED = 24, 7
 CENTRE = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
@@ -45,7 +45,7 @@ class Watched(LocalFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("watched://"))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> Any:
         if path.endswith(".tar"):
             Watched.reads.append((path, start or 0, end or 0))
         return super().cat_file(path, start, end, **kwargs)
@@ -79,9 +79,11 @@ def loaded(
 def on_all_ranks(
     manifest: Manifest, order: Order, micro_batch: int, steps: range, augmentation: Augmentation, world_size: int
 ) -> list[list[Batch]]:
-    """Each step's micro batches in the order of their numbers, as the ranks deliver them: pass by pass, rank by rank."""
+    """Each step's micro batches in the order of their numbers: pass by pass, and in it rank by rank."""
     ranks = [loaded(manifest, order, micro_batch, steps, augmentation, r, world_size) for r in range(world_size)]
-    return [[batch for of_pass in zip(*of_step, strict=True) for batch in of_pass] for of_step in zip(*ranks, strict=True)]
+    return [
+        [batch for of_pass in zip(*of_step, strict=True) for batch in of_pass] for of_step in zip(*ranks, strict=True)
+    ]
 
 
 def evaluated(manifest: Manifest, micro_batch: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
@@ -125,7 +127,7 @@ def test_the_ranks_of_a_step_deliver_exactly_the_samples_that_the_order_says(
             assert batch.labels.tolist() == [original.label for original in originals] and not batch.broken
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@settings(max_examples=settings().max_examples // 5)
 @given(
     seed=st.integers(0, 2**48 - 1), window=st.integers(1, 50), micro_batch=st.integers(1, 9), passes=st.integers(1, 4),
     world_size=st.integers(1, 3), first_step=st.integers(0, 40),
@@ -135,7 +137,9 @@ def test_any_split_of_any_order_gives_the_orders_samples(
 ):
     order = order_of(packed.manifest, world_size * passes * micro_batch, window, seed)
     steps = range(first_step, first_step + 2 + order.samples // order.global_batch)
-    for step, batches in zip(steps, on_all_ranks(packed.manifest, order, micro_batch, steps, CENTRE, world_size), strict=True):
+    for step, batches in zip(
+        steps, on_all_ranks(packed.manifest, order, micro_batch, steps, CENTRE, world_size), strict=True
+    ):
         positions = np.arange(step * order.global_batch, (step + 1) * order.global_batch)
         assert keys_of(batches) == [packed.keys[number] for number in order.samples_at(positions)]
 
@@ -157,7 +161,9 @@ def test_beginning_in_the_middle_gives_the_batches_of_beginning_at_the_start(pac
     steps = -(-2 * order.samples // global_batch) + 3
     everything = loaded(packed.manifest, order, micro_batch, range(steps), FULL)
     for first in {1, 2, steps // 3, steps // 2, steps - 1}:
-        assert_equal(flat(loaded(packed.manifest, order, micro_batch, range(first, steps), FULL)), flat(everything[first:]))
+        assert_equal(
+            flat(loaded(packed.manifest, order, micro_batch, range(first, steps), FULL)), flat(everything[first:])
+        )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -183,7 +189,9 @@ def test_pixels_are_what_the_decoder_makes_of_each_samples_own_draws(packed):
     numbers = order.samples_at(positions)
     files = [np.frombuffer(packed.originals[keys[number]].encoded, np.uint8) for number in numbers]
     rows = np.concatenate([np.load(packed.manifest.url_of(i, ".npy")) for i in range(len(packed.manifest.shards))])
-    recipe = augment.draw(FULL, SEED, positions // order.samples, numbers, rows["height"][numbers], rows["width"][numbers])
+    recipe = augment.draw(
+        FULL, SEED, positions // order.samples, numbers, rows["height"][numbers], rows["width"][numbers]
+    )
     answers = iter([(files, recipe)])
     request: dict[str, Any] = {"device": "cpu", "device_id": None, "threads": 1, "source": lambda: next(answers)}
     decoder = Decoder(resolution=SIDE, batch_size=len(files), layers=2, magnitude=FULL.magnitude, **request)
@@ -200,14 +208,14 @@ def test_the_ranks_read_each_byte_of_an_epoch_once(packed, world_size):
         rows = np.load(packed.manifest.url_of(number, ".npy"))
         ranges = sorted((first, end) for path, first, end in Watched.reads if path == packed.manifest.url_of(number))
         assert ranges[0][0] == 0 and ranges[-1][1] == rows["offset"][-1] + rows["bytes"][-1]
-        assert all(end == first for (_, end), (first, _) in zip(ranges, ranges[1:], strict=False))
+        assert all(end == first for (_, end), (first, _) in pairwise(ranges))
 
 
-# ----------------------------------------------------------------------------------------------------------- broken ones
+# ---------------------------------------------------------------------------------------------------------- broken ones
 
 
 def damaged_copy(packed, folder: Path, keys: list[str], part: str | None = None) -> Manifest:
-    """The set with a byte flipped in these samples: in the part with this extension, or in the header's first letter."""
+    """The set with a bit of these samples flipped: in their image, their label, or the first letter of the header."""
     shutil.copytree(packed.folder, folder, dirs_exist_ok=True)
     for tar in folder.glob("*.tar"):
         contents = bytearray(tar.read_bytes())
@@ -288,7 +296,7 @@ def test_unmarked_samples_train_as_marked_ones_do_and_those_that_do_not_decode_a
     assert {image.numpy().tobytes() for batch in batches for image in batch.images} < pixels
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 16, 64])
@@ -322,7 +330,7 @@ def test_evaluation_leaves_out_broken_samples_and_counts_them(packed, tmp_path, 
         )
 
 
-# --------------------------------------------------------------------------------------------------------- how it ends
+# ---------------------------------------------------------------------------------------------------------- how it ends
 
 
 def own_threads() -> list[str]:
@@ -339,7 +347,9 @@ def truncated(packed, folder: Path) -> Manifest:
 @pytest.mark.parametrize("taken", [0, 1, 5, None])
 def test_no_thread_outlives_the_loader_however_much_was_taken(packed, taken):
     order = order_of(packed.manifest, 4, 3)
-    with training_batches(packed.manifest, order, CENTRE, share_of(0, 1, 2), SEED, 0, 200 if taken is not None else 10) as batches:
+    with training_batches(
+        packed.manifest, order, CENTRE, share_of(0, 1, 2), SEED, 0, 200 if taken is not None else 10
+    ) as batches:
         assert len(list(islice(batches, taken))) == (10 if taken is None else taken)
         assert "batches" in own_threads() or taken is None
     assert own_threads() == []
@@ -351,7 +361,9 @@ def test_no_thread_outlives_the_loader_however_much_was_taken(packed, taken):
 def test_an_error_of_the_consumer_passes_and_ends_the_threads(packed):
     with (
         pytest.raises(KeyError, match="mine"),
-        training_batches(packed.manifest, order_of(packed.manifest, 4, 3), CENTRE, share_of(0, 1, 2), SEED, 0, 50) as batches,
+        training_batches(
+            packed.manifest, order_of(packed.manifest, 4, 3), CENTRE, share_of(0, 1, 2), SEED, 0, 50
+        ) as batches,
     ):
         next(batches)
         raise KeyError("mine")

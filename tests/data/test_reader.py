@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -28,8 +28,8 @@ class Unsteady(LocalFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("unsteady://"))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
-        content = super().cat_file(path, start, end, **kwargs)
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> Any:
+        content: Any = super().cat_file(path, start, end, **kwargs)
         if not path.endswith(".tar") or Unsteady.bad_reads == 0:
             return content
         Unsteady.bad_reads -= 1
@@ -91,7 +91,9 @@ def test_any_changed_byte_makes_its_own_sample_broken_under_its_own_key_and_no_o
     tar[place] ^= data.draw(st.integers(1, 255))
     manifest = in_memory(packed, "changed", {"shard-000001.tar": bytes(tar)})
     good = read_stretches(packed.manifest, [Stretch(1, 0, len(samples))])
-    for row, (found, expected) in enumerate(zip(read_stretches(manifest, [Stretch(1, 0, len(samples))]), good, strict=True)):
+    for row, (found, expected) in enumerate(
+        zip(read_stretches(manifest, [Stretch(1, 0, len(samples))]), good, strict=True)
+    ):
         if row == victim:
             assert isinstance(found, Broken)
             assert (found.shard, found.key) == ("shard-000001.tar", samples[victim].key)

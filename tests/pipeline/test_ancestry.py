@@ -47,7 +47,9 @@ def test_exactly_what_is_on_here_and_was_off_in_every_ancestor_is_refused(here, 
     with pytest.raises(BadRequest) as refused:
         check(config(here), ancestors)
     message = str(refused.value)
-    assert "\n" not in message and "augment.allow_new=true" in message and "pretrain with it at a weak setting" in message
+    assert (
+        "\n" not in message and "augment.allow_new=true" in message and "pretrain with it at a weak setting" in message
+    )
     assert {name for name in NAMES if re.search(rf"\b{name}\b", message)} == new
     assert all(f"runs/{i}" in message for i in range(len(seen)))
 

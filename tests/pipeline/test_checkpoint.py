@@ -26,6 +26,7 @@ from pipeline.save import Snapshot, prune, remove_leftovers, write_checkpoint
 
 KINDS = ("weight", "exp_avg", "ema")
 SHAPES = {"stem.weight": (7, 3, 2, 2), "stages.0.bias": (5,), "scale": (), "head.weight": (40, 6)}
+FILES = ["buffers.safetensors", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
 STATE = {"step": 1, "classes": ["a", "b"], "note": "straße"}
 BUFFERS = {"weight:norm.running_mean": torch.linspace(0, 1, 9), "weight:count": torch.tensor([3])}
 
@@ -45,7 +46,7 @@ def elements_of(cuts: dict[str, list[int]], owners: list[int], world_size: int) 
     for name, shape in SHAPES.items():
         count = int(np.prod(shape))
         borders = sorted({0, count, *(cut % (count + 1) for cut in cuts.get(name, []))})
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in itertools.pairwise(borders):
             for kind in KINDS:
                 owned = of_rank[owners[number % len(owners)] % world_size]
                 owned[name, kind, start] = torch.from_numpy(values_of(name, kind)[start:end].copy())
@@ -95,7 +96,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return written(tmp_path / "checkpoints", two_ranks())
 
 
-# ------------------------------------------------------------------------------------------------ written and read again
+# ----------------------------------------------------------------------------------------------- written and read again
 
 cuts = st.fixed_dictionaries({}, optional={name: st.lists(st.integers(0, 300), max_size=5) for name in SHAPES})
 
@@ -146,9 +147,7 @@ def test_the_lines_of_numpy_in_the_docs_read_any_parameter(checkpoint):
 
 
 def test_a_checkpoint_has_its_files_and_nothing_else_and_its_root_nothing_half_written(checkpoint):
-    assert sorted(path.name for path in checkpoint.iterdir()) == [
-        "buffers.safetensors", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "state.json",
-    ]  # fmt: skip
+    assert sorted(path.name for path in checkpoint.iterdir()) == FILES
     assert [path.name for path in checkpoint.parent.iterdir()] == ["step-00000001"]
 
 
@@ -158,7 +157,7 @@ def test_nothing_in_it_is_a_pickle(checkpoint):
         assert contents[:1] == b"{" or contents[8:9] == b"{", path.name
 
 
-# ------------------------------------------------------------------------------------------------------------- damage
+# --------------------------------------------------------------------------------------------------------------- damage
 
 
 def test_every_changed_byte_of_every_file_is_found_or_changes_nothing_that_is_read(checkpoint):
@@ -194,7 +193,7 @@ def test_with_blocks_of_the_real_size_no_changed_byte_of_small_files_goes_unnoti
         path.write_bytes(contents)
 
 
-@pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00001.safetensors", "buffers.safetensors", "state.json", "manifest.json"])  # fmt: skip
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "longer"])
 def test_a_file_that_is_missing_cut_or_too_long_is_damage_that_names_it(checkpoint, file, damage):
     path = checkpoint / file
@@ -253,7 +252,7 @@ def test_a_partial_read_checks_its_own_blocks_and_no_others(checkpoint):
             assert reader.stretch(name, kind, first + element, 1).tobytes() == expected.tobytes()
 
 
-# ----------------------------------------------------------------------------------------------------- names and pruning
+# ---------------------------------------------------------------------------------------------------- names and pruning
 
 
 def folders(root: Path, *steps: int) -> list[Path]:
@@ -322,8 +321,7 @@ def test_a_path_names_a_checkpoint_itself_or_a_runs_newest(tmp_path):
         checkpoint_of(tmp_path / "empty")
 
 
-# -------------------------------------------------------------------------------------------------------------- kills
-
+# ---------------------------------------------------------------------------------------------------------------- kills
 
 
 def write_for_ever(root: Path, begun: multiprocessing.synchronize.Event) -> None:

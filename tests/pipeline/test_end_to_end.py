@@ -6,54 +6,45 @@ not fit together is refused in one line and nothing is lost.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.checkpoint import CheckpointReader, checkpoints
+from tests.pipeline.runs import (
+    PATIENCE_SECONDS,
+    alive,
+    coatnet,
+    consumed,
+    contents,
+    curve,
+    events,
+    last_state,
+    last_step,
+    pack_digits,
+    packed_keys,
+    ranks_of,
+    rows,
+    started,
+    wait_until,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
-PATIENCE_SECONDS = 240
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-
-
-def coatnet(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end."""
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-
-
-def started(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits of the demo, packed in shards of 200."""
-    folder = tmp_path_factory.mktemp("digits")
-    with tarfile.open(ROOT / "demo" / "digits.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
-    for part in ("train", "val"):
-        packed = coatnet("data", "pack", folder / "digits" / part, folder / part, "--samples-per-shard", 200)
-        assert packed.returncode == 0, packed.stderr
-    return folder
+    return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
@@ -81,73 +72,6 @@ def undisturbed(request_of: Callable[..., list[object]], tmp_path_factory: pytes
 @pytest.fixture
 def copy(undisturbed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(undisturbed, tmp_path / "run"))
-
-
-def rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file that may be being written, or whose writer was killed."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def curve(run: Path) -> list[tuple[object, ...]]:
-    """What metrics.jsonl says of each step and evaluation, without times."""
-    names = ("step", "samples", "epoch", "loss", "lr", "grad_norm", "top1", "top5", "eval_loss", "weights")
-    return [tuple(row.get(name) for name in names) for row in rows(run / "metrics.jsonl")]
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in rows(run / "events.jsonl") if row["event"] == kind]
-
-
-def last_state(run: Path) -> dict[str, bytes]:
-    """Every weight, moment, average and buffer of a run's last checkpoint."""
-    reader = CheckpointReader(checkpoints(run / "checkpoints")[-1])
-    kinds = ("weight", "ema", "exp_avg", "exp_avg_sq")
-    tensors = {f"{name} {kind}": values for kind in kinds for name, values in reader.tensors(kind)}
-    return {name: values.tobytes() for name, values in (tensors | reader.buffers()).items()}
-
-
-def consumed(run: Path) -> dict[int, list[tuple[int, int, str, int]]]:
-    """For each step its (slot, epoch, key, checksum), of the highest attempt."""
-    found = [row for file in (run / "samples").glob("rank-*.jsonl") for row in rows(file)]
-    newest = {step: max(row["attempt"] for row in found if row["step"] == step) for step in {r["step"] for r in found}}
-    steps: dict[int, list[tuple[int, int, str, int]]] = {}
-    for row in found:
-        if row["attempt"] == newest[row["step"]]:
-            parts = zip(row["slots"], row["epochs"], row["keys"], row["checksums"], strict=True)
-            steps.setdefault(row["step"], []).extend(parts)
-    return {step: sorted(parts) for step, parts in steps.items()}
-
-
-def packed_keys(packed: Path) -> set[str]:
-    with_members = [line.split() for file in packed.glob("*.idx") for line in file.read_text().splitlines()[1:]]
-    return {words[3].rpartition(".")[0] for words in with_members}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        assert process is None or process.poll() is None, process.stderr.read() if process and process.stderr else ""
-        time.sleep(0.02)
-
-
-def last_step(run: Path) -> int:
-    return max((row["step"] for row in rows(run / "metrics.jsonl")), default=0)
 
 
 def kill_and_go_on(arguments: list[object], run: Path, kills: int, seed: int) -> None:
@@ -320,13 +244,13 @@ def test_evaluation_gives_the_same_figures_on_any_number_of_ranks(undisturbed: P
 
 
 @pytest.fixture
-def finetune_of(digits: Path, undisturbed: Path) -> Iterator[Callable[..., list[object]]]:
+def finetune_of(digits: Path, undisturbed: Path) -> Callable[..., list[object]]:
     def arguments(run: Path, *more: object) -> list[object]:
         data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
         length = ["train.steps=8", "checkpoint.every=4", "log.every=1"]
         return ["finetune", "configs/tiny_finetune.yaml", "--from", undisturbed, "--procs", 2, *data, *length, *more]
 
-    yield arguments
+    return arguments
 
 
 def test_finetuning_begins_from_the_average_at_another_resolution_and_goes_on(

@@ -62,7 +62,9 @@ def names(folder: Path, beginning: str) -> list[str]:
 
 
 def wait_for(folder: Path, *expected: str) -> None:
+    deadline = time.monotonic() + 60
     while not all((folder / name).exists() for name in expected):
+        assert time.monotonic() < deadline, f"{expected} did not come"
         time.sleep(0.01)
 
 
@@ -143,7 +145,9 @@ def test_a_killed_rank_is_a_failure_that_is_named_with_what_to_do_and_ends_the_o
 
 
 def test_the_others_may_end_by_themselves_after_one_has_failed(tmp_path):
-    program = "note(f'begun-{rank}'); all_are('begun')\nif rank: time.sleep(0.1); note('ended')\nsys.exit(0 if rank else 2)"
+    program = (
+        "note(f'begun-{rank}'); all_are('begun')\nif rank: time.sleep(0.1); note('ended')\nsys.exit(0 if rank else 2)"
+    )
     assert ended(tmp_path, 2, program)[0] == 2
     assert (tmp_path / "ended").exists()
 
@@ -169,7 +173,9 @@ def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_too(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "lived").exists()
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGINT], [signal.SIGINT], [signal.SIGTERM] * 3 + [signal.SIGINT]])
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGTERM, signal.SIGINT], [signal.SIGINT], [signal.SIGTERM] * 3 + [signal.SIGINT]]
+)
 def test_requests_to_stop_reach_every_rank_as_sigterm_and_a_second_ctrl_c_kills_them(tmp_path, numbers):
     with waiting_ranks(tmp_path, 2) as (process, ranks):
         for count, number in enumerate(numbers, start=1):

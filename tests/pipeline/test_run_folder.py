@@ -158,7 +158,11 @@ def test_what_defines_the_run_may_not_change_and_every_such_key_is_named_with_th
         compare(tmp_path, now, "finetune")
     message = str(refused.value)
     assert "\n" not in message and "log.every" not in message
-    for said in ("run.seed was 0, now 3", "train.global_batch was 16, now 32", "model.name was 'coatnet_0', now 'coatnet_1'"):
+    for said in (
+        "run.seed was 0, now 3",
+        "train.global_batch was 16, now 32",
+        "model.name was 'coatnet_0', now 'coatnet_1'",
+    ):
         assert said in message
     assert "or finetune into another folder with run.dir=..." in message
     assert read_resolved(tmp_path / "config.yaml") == changed(preset)
@@ -166,11 +170,15 @@ def test_what_defines_the_run_may_not_change_and_every_such_key_is_named_with_th
 
 # ------------------------------------------------------------------------------------------------------------- lines
 
-rows = st.lists(st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False) | st.none()), max_size=8)
+rows = st.lists(
+    st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False) | st.none()), max_size=8
+)
 
 
 @given(rows, st.data())
-def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones_are_read(tmp_path_factory, written, data):
+def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones_are_read(
+    tmp_path_factory, written, data
+):
     path = tmp_path_factory.mktemp("lines") / "deep" / "events.jsonl"
     lines = JsonLines(path)
     for row in written:
@@ -204,7 +212,9 @@ def test_a_line_stands_in_the_file_as_soon_as_it_is_written_and_is_json_whatever
     lines.close()
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.floats(allow_nan=False)), max_size=10), st.integers(0, 20), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.floats(allow_nan=False)), max_size=10), st.integers(0, 20), st.booleans()
+)
 def test_cutting_back_keeps_the_lines_up_to_the_step_as_they_were(tmp_path_factory, written, step, killed):
     path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
     lines = JsonLines(path)

@@ -1,0 +1,66 @@
+"""The tiny configuration on one GPU, in bf16 on NCCL, with DALI's mixed decoder: `make gpu`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.pipeline.runs import coatnet, curve, events, last_step, pack_digits, ranks_of, started, wait_until
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make gpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_digits(tmp_path_factory.mktemp("digits"))
+
+
+def losses(run: Path) -> np.ndarray:
+    return np.array([row[3] for row in curve(run) if row[3] is not None], np.float64)
+
+
+def request(digits: Path, run: Path, *more: str) -> list[str]:
+    data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
+    return ["pretrain", "configs/tiny.yaml", *data, "log.every=1", "checkpoint.every=10", *more]
+
+
+def test_the_tiny_configuration_learns_the_digits_on_a_gpu(digits: Path, tmp_path: Path) -> None:
+    done = coatnet(*request(digits, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert [row[6] for row in curve(tmp_path / "run") if row[6] is not None][-1] >= 0.985
+
+
+def test_a_run_killed_on_a_gpu_goes_on_with_the_losses_of_the_undisturbed_run(digits: Path, tmp_path: Path) -> None:
+    whole, killed = (request(digits, tmp_path / name, "train.steps=60") for name in ("whole", "killed"))
+    assert coatnet(*whole).returncode == 0
+    process = started(*killed)
+    wait_until(lambda: last_step(tmp_path / "killed") >= 25, process)
+    ranks = ranks_of(process)
+    os.kill(ranks[0], signal.SIGKILL)
+    process.wait(60)
+    time.sleep(1)
+    done = coatnet(*killed)
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "killed", "resume")[-1]["step"] >= 10
+    # cuDNN's backward adds up in no fixed order, so not to the bit
+    np.testing.assert_allclose(losses(tmp_path / "killed"), losses(tmp_path / "whole"), rtol=0.05)
+
+
+def test_the_first_losses_on_a_gpu_are_those_of_the_cpu_to_rounding(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precise = ["train.precision=fp32", "train.steps=4", "augment.randaugment.layers=0", "optim.eps=1e-3"]
+    assert coatnet(*request(digits, tmp_path / "gpu", *precise)).returncode == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert coatnet(*request(digits, tmp_path / "cpu", *precise)).returncode == 0
+    # the digits are PNG, which both backends decode exactly; resizing differs by a level
+    np.testing.assert_allclose(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), rtol=0.01)
