@@ -37,7 +37,9 @@ def draw(whole: dict[int, float], killed: dict[int, float], kills: list[tuple[in
     for number, (at, resumed) in enumerate(kills):
         axes.axvline(at, color="#cb181d", linewidth=1, label=None if number else "SIGKILL")
         axes.axvline(resumed, color="#238b45", linestyle="--", linewidth=1, label=None if number else "checkpoint")
-    axes.set(xlabel="step", ylabel="training loss", title="One run killed in the middle, one never: every loss is equal")
+    axes.set(
+        xlabel="step", ylabel="training loss", title="One run killed in the middle, one never: every loss is equal"
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo/out")
@@ -25,18 +26,24 @@ WHOLE, KILLED, FINE = OUT / "uninterrupted", OUT / "interrupted", OUT / "finetun
 KILL_AT_STEP = 170
 
 
-def start(command: str) -> subprocess.Popen[bytes]:
+def start(command: str, **how: Any) -> subprocess.Popen[str]:
     """Echoes a command and starts it."""
     print(f"\n$ {command}", flush=True)
     words = shlex.split(command)
     program = {"coatnet": [sys.executable, "-m", "pipeline.cli"], "python": [sys.executable]}.get(words[0], [words[0]])
-    return subprocess.Popen([*program, *words[1:]])
+    return subprocess.Popen([*program, *words[1:]], text=True, **how)
 
 
-def run(command: str) -> None:
-    """Runs a command to its end; the demo ends with it if it fails."""
-    if status := start(command).wait():
+def run(command: str) -> list[str]:
+    """Runs a command to its end and returns the lines it printed; the demo ends with it if it fails."""
+    process, lines = start(command, stdout=subprocess.PIPE), []
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    if status := process.wait():
         sys.exit(f"the demo ends here: status {status}")
+    return lines
 
 
 def steps_done(run_folder: Path) -> int:
@@ -73,16 +80,19 @@ def main() -> None:
     run_and_kill(f"{pretrain} run.dir={KILLED}", KILLED, KILL_AT_STEP)
     run(f"{pretrain} run.dir={KILLED}")
 
-    run(f"python demo/audit.py {KILLED} {OUT}/train")
-    run(f"python demo/curves.py {WHOLE} {KILLED} {OUT}/curves.png")
+    counted = run(f"python demo/audit.py {KILLED} {OUT}/train")
+    compared = run(f"python demo/curves.py {WHOLE} {KILLED} {OUT}/curves.png")
 
     run(f"coatnet finetune configs/tiny_finetune.yaml --from {KILLED} --procs 2 {DATA} run.dir={FINE}")
-    run(f"coatnet evaluate {KILLED} --data {OUT}/val")
-    run(f"coatnet evaluate {FINE} --data {OUT}/val --procs 2")
-    run(f"python demo/neighbour.py {OUT}/digits/train {OUT}/digits/val")
+    pretrained = run(f"coatnet evaluate {KILLED} --data {OUT}/val")
+    finetuned = run(f"coatnet evaluate {FINE} --data {OUT}/val --procs 2")
+    neighbour = run(f"python demo/neighbour.py {OUT}/digits/train {OUT}/digits/val")
 
-    print(f"\nThe demo took {time.monotonic() - began:.0f} seconds. Packed images: {OUT}/train and {OUT}/val; runs (config,")
-    print(f"metrics, events, samples, checkpoints): {WHOLE}, {KILLED}, {FINE}; the curves: {OUT}/curves.png")
+    print(f"\nDone in {time.monotonic() - began:.0f} seconds:")
+    for line in [*pretrained, *finetuned, *neighbour, *counted, *compared]:
+        print(f"  {line}")
+    print(f"  packed images: {OUT}/train, {OUT}/val; runs (config, metrics, events, samples, checkpoints):")
+    print(f"  {WHOLE}, {KILLED}, {FINE}")
 
 
 if __name__ == "__main__":

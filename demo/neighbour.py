@@ -1,6 +1,6 @@
 """Top-1 of a 1-nearest-neighbour classifier on the pixels, the measure that a network must not fall behind.
 
-    python demo/neighbour.py TRAIN VAL        (folders of class folders, images of one size)
+python demo/neighbour.py TRAIN VAL        (folders of class folders, images of one size)
 """
 
 import sys

@@ -10,13 +10,13 @@ from typing import TextIO
 
 import torch
 
-from pipeline.save import remove_leftovers
 from pipeline.config import Config
 from pipeline.engine import on_rank_zero
 from pipeline.launch import rank_and_world_size
 from pipeline.prepare import Plan
 from pipeline.record import Events
 from pipeline.run_folder import claim, write_config
+from pipeline.save import remove_leftovers
 
 _held: list[TextIO] = []  # the lock lives as long as the process
 

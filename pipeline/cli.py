@@ -91,7 +91,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @data_app.command("pack", epilog="Example: coatnet data pack photos/train shards/train")
 def pack(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="folder of class folders, or an uncompressed tar of one")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="folder of class folders, or a plain tar of one")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="folder, or any fsspec URL")],
     samples_per_shard: SamplesPerShard = 10_000,
     mib_per_shard: MegabytesPerShard = 256,
@@ -100,7 +100,7 @@ def pack(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is packed at DST")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pack images into shuffled WebDataset shards with indexes and a manifest; what is broken is listed and left out."""
+    """Pack images into shuffled WebDataset shards; what is broken is listed and left out."""
     from pipeline.describe import pack_and_report
 
     bytes_per_shard = mib_per_shard << 20

@@ -54,8 +54,8 @@ def start_process_group() -> torch.device:
 def _check_gpu(device: torch.device) -> None:
     if device.index >= torch.cuda.device_count():
         raise BadRequest(
-            f"rank {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many ranks,"
-            " or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+            f"rank {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; start as"
+            " many ranks, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
         )
 
 
@@ -63,10 +63,9 @@ def build_engine(model: nn.Module, train: Train, optim: Optim) -> Any:
     """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
     import deepspeed
 
-    optimizer = AveragingAdamW(
-        parameter_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True
-    )
-    settings = {
+    groups = parameter_groups(model, optim.weight_decay)
+    optimizer = AveragingAdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+    settings: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_clipping": optim.clip,  # DeepSpeed's own default is not 0

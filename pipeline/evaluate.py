@@ -29,7 +29,7 @@ class Figures:
     top1: float
     top5: float
     loss: float
-    broken: list[dict[str, str]]
+    broken: list[dict[str, str | None]]
 
 
 def evaluate(

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import ancestry
 from pipeline.checkpoint import CheckpointReader, checkpoint_of
-from pipeline.config import Config
 from pipeline.errors import BadRequest
-from pipeline.launch import is_rank, rank_and_world_size
+from pipeline.launch import is_rank
 from pipeline.overrides import read_config
 from pipeline.prepare import Plan
 from pipeline.start import check_config, run
@@ -30,28 +31,44 @@ if TYPE_CHECKING:
 CLASSIFIER = "head.classifier."
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a fine-tuning begins: a run, one checkpoint of it, and the augmentation of its whole ancestry."""
+
+    run: str
+    checkpoint: str
+    ancestry: list[dict[str, Any]]
+
+
 def finetune(preset: str, overrides: list[str], source: str, procs: int, check: bool) -> int:
     """Fine-tunes, or goes on; returns the exit status."""
     config = read_config(preset, overrides)
-    reader = _pinned(Path(config.run.dir), Path(source), pin=not check and not is_rank())
-    ancestors = reader.state()["ancestry"]
+    run_folder = Path(config.run.dir)
+    ancestors = source_of(run_folder, Path(source)).ancestry
     ancestry.check(config, ancestors)
     if not is_rank() and (warning := ancestry.stochastic_depth_warning(config, ancestors)):
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=sys.stderr)
     if check:
         return check_config(config, procs)
 
     def work(plan: Plan) -> None:
+        from pipeline.engine import on_rank_zero
         from pipeline.train import train
 
-        kind = "ema" if reader.has("ema") else "weight"
-        train(config, plan, ancestors, lambda model: take_weights(model, reader, plan.train.classes, kind))
+        def first_weights(model: CoAtNet) -> None:
+            reader = CheckpointReader(Path(on_rank_zero(lambda: pinned(run_folder, Path(source))).checkpoint))
+            take_weights(model, reader, plan.train.classes, "ema" if reader.has("ema") else "weight")
+
+        train(config, plan, ancestors, first_weights)
 
     return run(config, "finetune", procs, work)
 
 
 def take_weights(model: CoAtNet, reader: CheckpointReader, classes: tuple[str, ...], kind: str) -> None:
-    """Gives a new network a checkpoint's weights (kind `ema` or `weight`), as far as they fit; BadRequest where they are another network's."""
+    """Gives a new network a checkpoint's weights, kind `ema` or `weight`; BadRequest where they are another network's.
+
+    Bias tables are resized to the network's grid; the classifier is taken only where the classes are the same.
+    """
     import torch
 
     from models.attention import resize_bias_table
@@ -68,7 +85,8 @@ def take_weights(model: CoAtNet, reader: CheckpointReader, classes: tuple[str, .
                 raise BadRequest(f"{reader.folder} has no {name}: its network is another one than this configuration's")
             values = found[name]
             if name.endswith("bias_table") and values.shape != parameter.shape:
-                values = resize_bias_table(values, tuple((side + 1) // 2 for side in parameter.shape[-2:]))
+                height, width = ((side + 1) // 2 for side in parameter.shape[-2:])
+                values = resize_bias_table(values, (height, width))
             if values.shape != parameter.shape:
                 raise BadRequest(
                     f"{reader.folder}: {name} is {list(values.shape)} there and {list(parameter.shape)} here;"
@@ -78,21 +96,25 @@ def take_weights(model: CoAtNet, reader: CheckpointReader, classes: tuple[str, .
     assign(model, of_kind(reader.buffers(), kind))
 
 
-def _pinned(run_folder: Path, source: Path, pin: bool) -> CheckpointReader:
-    """The checkpoint that this run started from, or the source's newest good one, which is pinned if asked."""
+def source_of(run_folder: Path, source: Path) -> Source:
+    """The source that a run is pinned to, or the newest checkpoint of `source`; BadRequest where they are two runs."""
     note = run_folder / "source.json"
-    if note.exists():
-        pinned: dict[str, Any] = json.loads(note.read_text())
-        if Path(pinned["run"]) != source.resolve():
-            raise BadRequest(
-                f"run.dir={run_folder} was started from {pinned['run']}, and --from is {source.resolve()};"
-                " go on with the first, or fine-tune into another folder with run.dir=..."
-            )
-        return CheckpointReader(Path(pinned["checkpoint"]))
-    reader = checkpoint_of(source)
-    if pin or (is_rank() and rank_and_world_size()[0] == 0):
-        run_folder.mkdir(parents=True, exist_ok=True)
-        hidden = run_folder / ".source.json"
-        hidden.write_text(json.dumps({"run": str(source.resolve()), "checkpoint": str(reader.folder.resolve())}) + "\n")
-        os.replace(hidden, note)
-    return reader
+    if not note.exists():
+        reader = checkpoint_of(source)
+        return Source(str(source.resolve()), str(reader.folder.resolve()), reader.state()["ancestry"])
+    found = Source(**json.loads(note.read_text()))
+    if found.run != str(source.resolve()):
+        raise BadRequest(
+            f"run.dir={run_folder} was started from {found.run}, and --from is {source.resolve()};"
+            " go on with the first, or fine-tune into another folder with run.dir=..."
+        )
+    return found
+
+
+def pinned(run_folder: Path, source: Path) -> Source:
+    """The source, written down so that every later start of this run takes the same."""
+    found = source_of(run_folder, source)
+    hidden = run_folder / ".source.json"
+    hidden.write_text(json.dumps(asdict(found)) + "\n")
+    os.replace(hidden, run_folder / "source.json")
+    return found

@@ -33,6 +33,8 @@ class Plan:
     steps: int
     changed: dict[str, Any]
     """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
+    begins: bool
+    """Whether there is no checkpoint to go on from."""
     finished: bool
 
 
@@ -49,8 +51,8 @@ def prepare(config: Config, command: str, world_size: int, local_world_size: int
     counts = np.array([shard.samples for shard in train.shards], np.int64)
     order = Order(config.run.seed, counts, config.train.global_batch, config.data.window)
     length = config.train.steps or steps_of(config.train.epochs or 0, train.samples, config.train.global_batch)
-    finished = (newest_step(Path(config.run.dir)) or 0) >= length
-    return Plan(train, val, order, length, changed, finished)
+    newest = newest_step(Path(config.run.dir))
+    return Plan(train, val, order, length, changed, begins=newest is None, finished=(newest or 0) >= length)
 
 
 def check_ranks(config: Config, world_size: int) -> None:

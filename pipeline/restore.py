@@ -25,9 +25,7 @@ from pipeline.zero_state import Stretch
 State = dict[str, Any]
 
 
-def restore(
-    engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events
-) -> State | None:
+def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events) -> State | None:
     """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
 
     Collective. RunFailed where checkpoints exist and none is good, BadRequest where the training set is another one.

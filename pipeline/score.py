@@ -25,8 +25,8 @@ def score(source: str, data: str, weights: str | None, procs: int, as_json: bool
     manifest, state = read_manifest(data), reader.state()
     if list(manifest.classes) != state["classes"]:
         raise BadRequest(
-            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {source} was trained on"
-            f" {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set of the same classes"
+            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {source} was trained"
+            f" on {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set of the same classes"
         )
     if not is_rank():
         return run_ranks(sys.argv[1:], procs, reader.folder.parent.parent / "logs")
@@ -40,7 +40,7 @@ def score(source: str, data: str, weights: str | None, procs: int, as_json: bool
     return 0
 
 
-def _figures(reader: CheckpointReader, kind: str, config: Config, data: str):  # noqa: ANN202
+def _figures(reader: CheckpointReader, kind: str, config: Config, data: str):
     import torch
 
     from data.loader import Share

@@ -27,7 +27,6 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from models.norm import apply_statistics, take_statistics
 from pipeline import ancestry, ema, stopping
 from pipeline.attempt import begin_attempt
-from pipeline.save import CheckpointWriter
 from pipeline.config import Config
 from pipeline.engine import build_engine, evaluation_mode, set_rates, start_process_group, sum_over_ranks, summed
 from pipeline.errors import RunStopped
@@ -40,6 +39,7 @@ from pipeline.prepare import Plan
 from pipeline.progress import reporter
 from pipeline.record import Metrics, Samples
 from pipeline.restore import restore
+from pipeline.save import CheckpointWriter
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
 
     # Model, and the engine that shards its optimizer states over the ranks.
     model = build_network(config.model, config.train, len(plan.train.classes), seed).to(device)
-    if first_weights is not None:
+    if first_weights is not None and plan.begins:
         first_weights(model)
     drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
     engine = build_engine(model, config.train, config.optim)
@@ -82,7 +82,7 @@ def train(
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
     loading = training_batches(plan.train, plan.order, _augmentation(config), share, seed, first_step, plan.steps)
 
-    with loading as steps_of_batches, reporter(rank, plan.steps, first_step) as report:
+    with loading as steps_of_batches, reporter(rank, run / "logs/rank-0.log", plan.steps, first_step) as report:
         for step in range(first_step, plan.steps):
             before_waiting = time.perf_counter()
             micro_batches = next(steps_of_batches)

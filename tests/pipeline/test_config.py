@@ -164,7 +164,7 @@ def test_a_key_with_one_letter_changed_is_never_taken_and_is_recognised(small, k
         ("augment.randaugment=on", "augment.randaugment is true; it is a section with layers, magnitude"),
         ("model.stages=3", "model.stages is 3; it must be a list of sections, or null"),
         ("model.stages=[3]", "model.stages.0 is 3; it must be a section with kind, blocks, width, stride"),
-        ("model.stages=[{kind: a, blocks: 1, width: 8}]", 'model.stages.0.kind is "a"; it must be mbconv or transformer'),
+        ("model.stages=[{kind: a, blocks: 1, width: 8}]", '0.kind is "a"; it must be mbconv or transformer'),
         ("model.stages=[{kind: mbconv, blocks: 1}]", "model.stages.0.width: must be given"),
     ],
 )  # fmt: skip

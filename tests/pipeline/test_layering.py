@@ -179,8 +179,8 @@ def test_nothing_draws_from_a_generator_that_has_a_state():
     [
         "import random", "from random import shuffle", "import numpy.random", "np.random.default_rng(0)",
         "numpy.random.rand()", "from numpy import random", "torch.randn(3)", "torch.manual_seed(0)",
-        "torch.Generator()", "x.uniform_(0, 1)", "nn.init.trunc_normal_(w)", "F.dropout(x)", "nn.Dropout(0.1)", "fn.random.uniform(range=r)",
-        "from torch import randperm", "torch.cuda.manual_seed(1)",
+        "torch.Generator()", "x.uniform_(0, 1)", "nn.init.trunc_normal_(w)", "F.dropout(x)", "nn.Dropout(0.1)",
+        "fn.random.uniform(range=r)", "from torch import randperm", "torch.cuda.manual_seed(1)",
     ],
 )  # fmt: skip
 def test_drawing_would_be_noticed(tmp_path, line):
