@@ -86,7 +86,7 @@ class RandAugment(Section):
 
 
 class Augment(Section):
-    crop: Literal["random_resized", "center"] = key("random_resized", "random_resized, or center (no random crop)")
+    crop: Literal["random_resized", "center"] = key("random_resized", "random_resized, or center (the largest centred square)")
     crop_area: tuple[float, float] = key(
         (0.08, 1.0), "smallest and largest share of the image's area that a random crop takes"
     )

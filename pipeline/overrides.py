@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,7 +47,7 @@ def validate(tree: dict[str, Any], origin: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         # Of a value that may be of several types there is one fault for each.
-        faults = dict.fromkeys(_fault(fault, tree) for fault in error.errors() if fault["type"] != "none_required")
+        faults = dict.fromkeys(_fault(fault, tree) for fault in error.errors())
         raise BadRequest("\n".join(f"{origin}: {fault}" for fault in faults)) from None
 
 
@@ -73,7 +72,6 @@ def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
 
 
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str, Any], str]]:
-    path = Path(os.path.normpath(path))
     if path.resolve() in map(Path.resolve, seen):
         raise BadRequest(f"{path}: base leads back to itself: {' -> '.join(map(str, [*seen, path]))}")
     tree = _load(path)

@@ -163,7 +163,6 @@ def _augmentation(config: Config) -> Augmentation:
     return Augmentation(
         crop=augment.crop,
         crop_area=augment.crop_area,
-        center_fraction=config.evaluate.crop_fraction,
         flip=augment.flip,
         layers=augment.randaugment.layers,
         magnitude=augment.randaugment.magnitude,

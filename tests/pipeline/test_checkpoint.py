@@ -342,7 +342,7 @@ def kill_while_writing(root: Path, kills: int, choice: random.Random, monkeypatc
         begun = server.Event()
         process = server.Process(target=write_for_ever, args=(root, begun))
         process.start()
-        assert begun.wait(60)
+        assert begun.wait(300)
         time.sleep(0.1 * choice.random())
         process.kill()
         process.join()

@@ -240,11 +240,12 @@ def test_a_base_lies_beside_its_preset_and_may_have_a_base_of_its_own(tmp_path):
     assert (config.run.seed, config.log.every) == (2, 7)
 
 
-@pytest.mark.parametrize("way", ["a.yaml", "../{folder}/a.yaml", "./b.yaml", "link.yaml"])
+@pytest.mark.parametrize("way", ["a.yaml", "../{folder}/a.yaml", "./b.yaml", "link.yaml", "here/a.yaml"])
 def test_a_base_that_leads_back_to_itself_is_refused(tmp_path, way):
     top = preset(tmp_path, "a.yaml", f"base: {way.format(folder=tmp_path.name)}")
     preset(tmp_path, "b.yaml", "base: a.yaml")
     (tmp_path / "link.yaml").symlink_to(top)
+    (tmp_path / "here").symlink_to(tmp_path)
     (line,) = refused(top)
     assert "base leads back to itself" in line
 

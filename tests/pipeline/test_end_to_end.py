@@ -172,10 +172,10 @@ def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Call
     assert contents(copy) == before
 
 
-def test_a_longer_run_with_another_learning_rate_goes_on_and_says_what_changed(
+def test_a_longer_run_with_another_learning_rate_on_one_rank_goes_on_and_says_what_changed(
     copy: Path, request_of: Callable[..., list[object]]
 ) -> None:
-    longer = coatnet(*request_of(copy, "train.steps=44", "optim.learning_rate=1e-3"))
+    longer = coatnet(*request_of(copy, "train.steps=44", "optim.learning_rate=1e-3", procs=1))
     assert longer.returncode == 0, longer.stderr
     assert events(copy, "start")[-1]["changed"] == {"train.steps": [40, 44], "optim.learning_rate": [2e-3, 1e-3]}
     assert events(copy, "resume")[-1]["step"] == STEPS and last_step(copy) == 44

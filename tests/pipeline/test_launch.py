@@ -18,13 +18,14 @@ import pytest
 from pipeline.launch import is_rank, local_world_size, processor_share, rank_and_world_size
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 300
 LAUNCHER = """
     import sys
     from pathlib import Path
     from pipeline import launch
-    launch.GRACE_SECONDS = 0.3
-    ranks, logs, program = sys.argv[1:4]
-    sys.exit(launch.run_ranks(sys.argv[4:], int(ranks), Path(logs), [sys.executable, "-c", program]))
+    grace, ranks, logs, program = sys.argv[1:5]
+    launch.GRACE_SECONDS = float(grace)
+    sys.exit(launch.run_ranks(sys.argv[5:], int(ranks), Path(logs), [sys.executable, "-c", program]))
 """
 RANK = """
     import itertools, os, sys, signal, time
@@ -44,16 +45,17 @@ RANK = """
 """
 
 
-def launched(folder: Path, ranks: int, rest_of_rank: str, *arguments: str) -> subprocess.Popen[str]:
+def launched(folder: Path, ranks: int, rest_of_rank: str, *arguments: str, grace: float = 0.3) -> subprocess.Popen[str]:
     program = textwrap.dedent(RANK) + textwrap.dedent(rest_of_rank)
-    command = [sys.executable, "-c", textwrap.dedent(LAUNCHER), str(ranks), str(folder / "logs"), program, str(folder)]
+    logs = str(folder / "logs")
+    command = [sys.executable, "-c", textwrap.dedent(LAUNCHER), str(grace), str(ranks), logs, program, str(folder)]
     return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(folder: Path, ranks: int, rest_of_rank: str, *arguments: str) -> tuple[int, str, str]:
+def ended(folder: Path, ranks: int, rest_of_rank: str, *arguments: str, grace: float = 0.3) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a launch that ends by itself."""
-    process = launched(folder, ranks, rest_of_rank, *arguments)
-    out, err = process.communicate(timeout=60)
+    process = launched(folder, ranks, rest_of_rank, *arguments, grace=grace)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out, err
 
 
@@ -62,7 +64,7 @@ def names(folder: Path, beginning: str) -> list[str]:
 
 
 def wait_for(folder: Path, *expected: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not all((folder / name).exists() for name in expected):
         assert time.monotonic() < deadline, f"{expected} did not come"
         time.sleep(0.01)
@@ -148,7 +150,7 @@ def test_the_others_may_end_by_themselves_after_one_has_failed(tmp_path):
     program = (
         "note(f'begun-{rank}'); all_are('begun')\nif rank: time.sleep(0.1); note('ended')\nsys.exit(0 if rank else 2)"
     )
-    assert ended(tmp_path, 2, program)[0] == 2
+    assert ended(tmp_path, 2, program, grace=PATIENCE_SECONDS)[0] == 2
     assert (tmp_path / "ended").exists()
 
 
@@ -158,7 +160,7 @@ def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path, number):
         assert all(map(alive, ranks))
         process.send_signal(number)
         process.wait()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while any(map(alive, ranks)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not any(map(alive, ranks))
@@ -169,7 +171,9 @@ def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_too(tmp_path):
     """It sees that its parent is another process than the one that launched it."""
     environment = {**os.environ, "COATNET_LAUNCHER": "1", "RANK": "0", "WORLD_SIZE": "1"}
     program = textwrap.dedent(RANK) + "note('lived')"
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=environment, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 1 and not (tmp_path / "lived").exists()
 
 
@@ -183,7 +187,7 @@ def test_requests_to_stop_reach_every_rank_as_sigterm_and_a_second_ctrl_c_kills_
             wait_for(tmp_path, f"term-{count}-0", f"term-{count}-1")
         assert process.poll() is None and all(map(alive, ranks))
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 1
+        assert process.wait(PATIENCE_SECONDS) == 1
         assert not any(map(alive, ranks))
 
 
