@@ -86,7 +86,9 @@ class RandAugment(Section):
 
 
 class Augment(Section):
-    crop: Literal["random_resized", "center"] = key("random_resized", "random_resized, or center (the largest centred square)")
+    crop: Literal["random_resized", "center"] = key(
+        "random_resized", "random_resized, or center (the largest centred square)"
+    )
     crop_area: tuple[float, float] = key(
         (0.08, 1.0), "smallest and largest share of the image's area that a random crop takes"
     )
