@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.launch import end_with_launcher
+from pipeline.launch import end_with_launcher, is_rank, rank_and_world_size
 
 app = typer.Typer(
     name="coatnet",
@@ -127,6 +127,9 @@ def _ended(error: Exception) -> int:
         if isinstance(error, kind):
             print(f"coatnet: {error}", file=sys.stderr)
             return status
+    if is_rank() and "Connection closed by peer" in str(error):  # gloo's, when another rank is gone
+        print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
+        return 1
     traceback.print_exception(error)
     return 1
 

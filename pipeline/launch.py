@@ -66,13 +66,15 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path, program: Sequence[st
     port = _free_port()
     processes = [_start([*program, *arguments], rank, ranks, port, logs) for rank in range(ranks)]
 
-    def hand_on(number: int, _frame: object) -> None:
-        last = number == signal.SIGINT and hand_on.interrupted  # type: ignore[attr-defined]
-        hand_on.interrupted = hand_on.interrupted or number == signal.SIGINT  # type: ignore[attr-defined]
-        for process in processes:
-            process.send_signal(signal.SIGKILL if last else signal.SIGTERM)
+    interrupted = False
 
-    hand_on.interrupted = False  # type: ignore[attr-defined]
+    def hand_on(number: int, _frame: object) -> None:
+        nonlocal interrupted
+        again = interrupted and number == signal.SIGINT
+        interrupted = interrupted or number == signal.SIGINT
+        for process in processes:
+            process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, hand_on)
     return _wait(processes, logs)
@@ -114,6 +116,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
         first_failed = next((rank for rank, status in enumerate(statuses) if status), None)
     if first_failed is None:
         return 0
+    if statuses[0] == statuses[first_failed] > 1:  # what all ranks were told, rank 0 has said
+        return statuses[0]
     return _report(first_failed, statuses[first_failed], logs)
 
 
