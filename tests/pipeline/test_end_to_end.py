@@ -173,11 +173,12 @@ def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Call
 
 
 def test_a_longer_run_with_another_learning_rate_on_one_rank_goes_on_and_says_what_changed(
-    copy: Path, request_of: Callable[..., list[object]]
+    copy: Path, undisturbed: Path, request_of: Callable[..., list[object]]
 ) -> None:
     longer = coatnet(*request_of(copy, "train.steps=44", "optim.learning_rate=1e-3", procs=1))
     assert longer.returncode == 0, longer.stderr
-    assert events(copy, "start")[-1]["changed"] == {"train.steps": [40, 44], "optim.learning_rate": [2e-3, 1e-3]}
+    changed = {"train.steps": [40, 44], "optim.learning_rate": [2e-3, 1e-3], "run.dir": [str(undisturbed), str(copy)]}
+    assert events(copy, "start")[-1]["changed"] == changed
     assert events(copy, "resume")[-1]["step"] == STEPS and last_step(copy) == 44
 
 
@@ -302,8 +303,11 @@ def test_finetuning_for_other_classes_takes_a_new_classifier_and_keeps_the_rest(
         (["data", "pack", "no/such/folder", "out"], "no/such/folder"),
         (["pretrain", "no/such.yaml"], "no/such.yaml"),
         (["pretrain", "configs/tiny.yaml", "optim.learning_rte=1"], "did you mean optim.learning_rate?"),
-        (["pretrain", "configs/tiny.yaml", "train.micro_batch=fast"], "train.micro_batch is 'fast'"),
-        (["pretrain", "configs/tiny.yaml", "train.micro_batch=24"], "train.micro_batch would do with 8, 16, 32, 64"),
+        (
+            ["pretrain", "configs/tiny.yaml", "train.micro_batch=fast"],
+            'train.micro_batch is "fast"; it must be a whole number',
+        ),
+        (["pretrain", "configs/tiny.yaml", "train.micro_batch=24"], "train.micro_batch would do with 4, 8, 16, 32"),
         (["pretrain", "configs/tiny.yaml", "--procs", "4"], "cannot be dealt evenly to 4 ranks"),
         (["pretrain", "configs/tiny.yaml", "data.train=no/such/data"], "no/such/data"),
         (["pretrain", "configs/tiny.yaml", "--check", "model.head_size=7"], "must divide the transformer width"),
