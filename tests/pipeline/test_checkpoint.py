@@ -4,13 +4,16 @@ import hashlib
 import itertools
 import json
 import multiprocessing.synchronize
+import os
 import random
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,7 +204,8 @@ def test_a_file_that_is_missing_cut_or_too_long_is_damage_that_names_it(checkpoi
     path.unlink()
     if damage != "gone":
         path.write_bytes({"empty": b"", "cut": contents[:-1], "longer": contents + b"}"}[damage])
-    with pytest.raises(DamagedCheckpoint, match=str(path)):
+    in_words = rf": {path.stat().st_size} bytes, {len(contents)} were written" if damage in ("cut", "longer") else ""
+    with pytest.raises(DamagedCheckpoint, match=f"{path}{in_words if file != 'manifest.json' else ''}"):
         read_everything(checkpoint)
 
 
@@ -333,11 +337,65 @@ def write_for_ever(root: Path, begun: multiprocessing.synchronize.Event) -> None
         begun.set()
 
 
-def kill_while_writing(root: Path, kills: int, choice: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_and_die(root: Path, last_operation: int) -> None:
+    """Writes step 2 and prunes, and is killed before its so-manieth operation on files."""
+    operations = itertools.count(1)
+
+    def count(event: str, _: object) -> None:
+        on_files = event == "open" or event.startswith(("os.", "shutil."))
+        if on_files and next(operations) == last_operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ranks = [Snapshot(2, elements, SHAPES, BUFFERS, json.dumps({**STATE, "step": 2})) for elements in two_ranks()]
+    sys.addaudithook(count)
+    for rank in (1, 0):
+        write_checkpoint(root, 1, rank, 2, ranks[rank])
+    prune(root, 1, 2)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_whatever_has_a_checkpoints_name_is_whole_wherever_between_two_operations_on_files_its_writer_is_killed(
+    tmp_path, monkeypatch, damaged
+):
+    """Also where a damaged checkpoint of the same step is to be replaced; and one that can be gone on from is there."""
+    server = forkserver(monkeypatch)
+    for last_operation in itertools.count(1):
+        root = tmp_path / str(last_operation)
+        written(root, two_ranks())
+        if damaged:
+            (written(root, two_ranks(), step=2) / "state.json").write_text("damaged")
+        process = server.Process(target=write_and_die, args=(root, last_operation))
+        process.start()
+        process.join()
+        found = checkpoints(root)
+        good = [folder for folder in found if whole(folder)]
+        assert good, last_operation
+        assert good == found or (damaged and found[-1] not in good and len(good) == 1)
+        if process.exitcode == 0:
+            assert [step_of(folder) for folder in found] == [2] and last_operation > 20
+            return
+        assert process.exitcode == -signal.SIGKILL
+
+
+def whole(folder: Path) -> bool:
+    try:
+        read_everything(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def forkserver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Processes that begin at once, forked from one without threads that has imported this file."""
     here = Path(__file__)
     monkeypatch.setenv("PYTHONPATH", f"{here.parent}:{here.parents[2]}")
-    server = multiprocessing.get_context("forkserver")  # imports once, and is itself without threads
+    server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([here.stem])
+    return server
+
+
+def kill_while_writing(root: Path, kills: int, choice: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = forkserver(monkeypatch)
     for _ in range(kills):
         begun = server.Event()
         process = server.Process(target=write_for_ever, args=(root, begun))
