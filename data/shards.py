@@ -207,11 +207,12 @@ def sample_table(
     rows["crc"] = [zlib.crc32(view[sample.offset : sample.offset + sample.bytes]) for sample in samples]
     rows["height"], rows["width"] = np.array(shapes, np.uint32).reshape(-1, 2).T
     rows["flags"] = flags
-    rows["row_crc"] = _row_checksums(rows)
+    rows["row_crc"] = row_checksums(rows)
     return rows
 
 
-def _row_checksums(rows: NDArray[np.void]) -> list[int]:
+def row_checksums(rows: NDArray[np.void]) -> list[int]:
+    """What each row's `row_crc` must be."""
     contents, size = memoryview(rows.tobytes()), ROW.itemsize
     return [zlib.crc32(contents[begin : begin + size - 4]) for begin in range(0, size * len(rows), size)]
 
@@ -230,7 +231,7 @@ def read_rows(fs: fsspec.AbstractFileSystem, path: str, first: int, count: int) 
     if len(contents) != end - begin:
         raise DataError(f"{path} gave {len(contents)} bytes for rows {first} to {first + count - 1}, not {end - begin}")
     rows = np.frombuffer(contents, ROW)
-    damaged = np.flatnonzero(rows["row_crc"] != _row_checksums(rows))
+    damaged = np.flatnonzero(rows["row_crc"] != row_checksums(rows))
     if len(damaged):
         raise DataError(f"{path}: row {first + damaged[0]} is damaged; pack or index the shard again")
     return rows

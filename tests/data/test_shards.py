@@ -120,13 +120,26 @@ def test_a_sample_whose_parts_webdataset_would_mix_up_is_refused_by_its_name(sam
 
 @given(st.data())
 def test_a_run_of_rows_read_by_range_is_that_run_of_the_table(tmp_path_factory, draw):
-    rows = np.frombuffer(np.random.default_rng(0).bytes(32 * 100), shards.ROW)
+    rows = np.frombuffer(bytearray(np.random.default_rng(0).bytes(32 * 100)), shards.ROW)
+    rows["row_crc"] = shards.row_checksums(rows)
     path = tmp_path_factory.getbasetemp() / "table.npy"
     path.write_bytes(shards.table_bytes(rows))
     first = draw.draw(st.integers(0, 99))
     count = draw.draw(st.integers(1, 100 - first))
     fs, place = shards.locate(str(path))
     assert np.array_equal(shards.read_rows(fs, place, first, count), rows[first : first + count])
+
+
+@given(st.integers(0, 32 * 4 - 1), st.integers(0, 7))
+def test_a_table_with_a_flipped_bit_is_refused_by_the_row_and_the_rows_beside_it_are_read(tmp_path_factory, byte, bit):
+    contents = bytearray(shards.table_bytes(shards.sample_table(TAR, INDEX, [(8, 8)] * len(INDEX), 1)))
+    contents[256 + byte] ^= 1 << bit
+    path = tmp_path_factory.getbasetemp() / "flipped.npy"
+    path.write_bytes(contents)
+    fs, place = shards.locate(str(path))
+    with pytest.raises(DataError, match=f"row {byte // 32} is damaged"):
+        shards.read_rows(fs, place, 0, 5)
+    shards.read_rows(fs, place, byte // 32 + 1, 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 123_456])
