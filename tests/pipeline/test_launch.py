@@ -87,6 +87,9 @@ def waiting_ranks(folder: Path, ranks: int) -> Iterator[tuple[subprocess.Popen[s
         yield process, [int((folder / f"begun-{rank}").read_text()) for rank in range(ranks)]
     finally:
         process.kill()
+        for begun in folder.glob("begun-*"):  # where the law does not hold they would hold the pipes for ever
+            if alive(rank := int(begun.read_text())):
+                os.kill(rank, signal.SIGKILL)
         process.communicate()
 
 
