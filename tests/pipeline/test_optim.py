@@ -25,7 +25,7 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_its_final_value_at_the_last_
     assert all(a < b for a, b in pairwise(rising))
     assert rising == pytest.approx([peak * (step + 1) / warmup for step in range(warmup)])
     assert all(a >= b * (1 - 1e-12) for a, b in pairwise(falling))
-    assert max(rates) == falling[0] == pytest.approx(peak)
+    assert max(rates) == pytest.approx(peak) and falling[0] == pytest.approx(peak)
     assert falling[-1] == pytest.approx(peak if decay == "none" else share * peak)
 
 
