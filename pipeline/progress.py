@@ -19,16 +19,17 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class Reporter:
-    """Says lines, and shows rows of metrics as they come; rank 0's are kept in RUN/logs/rank-0.log as well."""
+    """Says lines, and shows rows of metrics as they come; all is kept in a log, rank 0's is on the terminal too."""
 
-    def __init__(self, bar: Progress | None, log: TextIO | None, steps: int, first_step: int) -> None:
-        self._bar, self._log, self._steps = bar, log, steps
+    def __init__(self, rank: int, log: TextIO, bar: Progress | None, steps: int, first_step: int) -> None:
+        self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
         self._task = bar.add_task("", total=steps, completed=first_step) if bar else None
         self._quiet_until = 0.0
 
     def say(self, line: str) -> None:
-        console.print(line, markup=False)
-        self._keep(line)
+        if self._visible:
+            console.print(line, markup=False)
+        print(line, file=self._log, flush=True)
 
     def show(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl; as a line at most every few seconds, so that a cluster's logs stay readable."""
@@ -40,26 +41,19 @@ class Reporter:
         self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
         waiting, left = f"data wait {100 * row['data_wait']:.0f} %", (self._steps - row["step"]) * row["step_seconds"]
         line = f"step {row['step']}/{self._steps}  {facts}  {waiting}  {_duration(left)} left"
-        if self._bar is None:
+        if self._visible and self._bar is None:
             console.print(line, markup=False)
-        self._keep(line)
-
-    def _keep(self, line: str) -> None:
-        if self._log is not None:
-            print(line, file=self._log, flush=True)
+        print(line, file=self._log, flush=True)
 
 
 @contextmanager
-def reporter(rank: int, log: Path, steps: int, first_step: int) -> Iterator[Reporter]:
-    """A reporter for rank 0; for the others, whose standard error is their log, one that writes there."""
-    if rank > 0:
-        yield Reporter(None, None, steps, first_step)
-        return
+def reporter(rank: int, logs: Path, steps: int, first_step: int) -> Iterator[Reporter]:
+    """A reporter that keeps what it says in LOGS/rank-N.log."""
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
-    log.parent.mkdir(exist_ok=True)
-    with log.open("a") as file, ExitStack() as terminal:
-        bar = Progress(*columns, TimeRemainingColumn(), console=console) if console.is_terminal else None
-        yield Reporter(terminal.enter_context(bar) if bar else None, file, steps, first_step)
+    logs.mkdir(exist_ok=True)
+    with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as terminal:
+        bar = Progress(*columns, TimeRemainingColumn(), console=console) if rank == 0 and console.is_terminal else None
+        yield Reporter(rank, log, terminal.enter_context(bar) if bar else None, steps, first_step)
 
 
 def _duration(seconds: float) -> str:

@@ -82,7 +82,7 @@ def train(
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
     loading = training_batches(plan.train, plan.order, _augmentation(config), share, seed, first_step, plan.steps)
 
-    with loading as steps_of_batches, reporter(rank, run / "logs/rank-0.log", plan.steps, first_step) as report:
+    with loading as steps_of_batches, reporter(rank, run / "logs", plan.steps, first_step) as report:
         for step in range(first_step, plan.steps):
             before_waiting = time.perf_counter()
             micro_batches = next(steps_of_batches)
