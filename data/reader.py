@@ -23,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data.codec import decodable
 from data.errors import DataError
 from data.order import Stretch
-from data.shards import FLAG_DECODED, Broken, Manifest, join, locate, read_rows, split_name
+from data.shards import FLAG_DECODED, Broken, Manifest, locate, read_rows, split_name
 
 NOT_IMAGES = {"cls", "json", "txt"}
 
@@ -46,8 +46,7 @@ def read_stretches(manifest: Manifest, stretches: Sequence[Stretch]) -> list[Sam
 
 def _read_stretch(manifest: Manifest, stretch: Stretch) -> list[Sample | Broken]:
     shard = manifest.shards[stretch.shard]
-    filesystem, root = locate(manifest.url)
-    url = join(root, shard.name)
+    filesystem, url = locate(manifest.url_of(stretch.shard))
     rows = _read_rows(filesystem, url.removesuffix(".tar") + ".npy", stretch)
     begin, end = int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1])
     spans, good = _checked(_read_range(filesystem, url, begin, end), rows)

@@ -72,7 +72,7 @@ class Manifest:
         """Samples of all shards."""
         return sum(shard.samples for shard in self.shards)
 
-    @property
+    @cached_property
     def mean_sample_bytes(self) -> float:
         """Bytes of tar a sample takes on average."""
         return sum(shard.bytes for shard in self.shards) / self.samples

@@ -40,9 +40,9 @@ def local_world_size(procs: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", procs))
 
 
-def processor_share() -> int:
-    """The processors of this machine that fall to this rank, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def processor_share(procs: int = 1) -> int:
+    """The processors of this machine that fall to a rank, at least 1; `procs` as in local_world_size."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size(procs))
 
 
 def end_with_launcher() -> None:
@@ -82,7 +82,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path, program: Sequence[st
 
 def _start(command: list[str], rank: int, ranks: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "OMP_NUM_THREADS": str(processor_share(ranks)),
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -9,13 +9,17 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.shards import read_manifest
+from data.shards import Manifest, read_manifest
 from pipeline.checkpoint import CheckpointReader, checkpoint_of
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.launch import is_rank, processor_share, rank_and_world_size, run_ranks
 from pipeline.overrides import validate
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Figures
 
 
 def score(source: str, data: str, weights: str | None, procs: int, as_json: bool) -> int:
@@ -31,7 +35,7 @@ def score(source: str, data: str, weights: str | None, procs: int, as_json: bool
     if not is_rank():
         return run_ranks(sys.argv[1:], procs, reader.folder.parent.parent / "logs")
     config = validate(state["config"], str(reader.folder))
-    figures = _figures(reader, kind, config, data)
+    figures = _figures(reader, kind, config, manifest)
     if rank_and_world_size()[0] == 0:
         row = {**asdict(figures), "broken": len(figures.broken), "weights": "ema" if kind == "ema" else "model"}
         for sample in figures.broken:
@@ -40,7 +44,7 @@ def score(source: str, data: str, weights: str | None, procs: int, as_json: bool
     return 0
 
 
-def _figures(reader: CheckpointReader, kind: str, config: Config, data: str):
+def _figures(reader: CheckpointReader, kind: str, config: Config, manifest: Manifest) -> Figures:
     import torch
 
     from data.loader import Share
@@ -50,7 +54,6 @@ def _figures(reader: CheckpointReader, kind: str, config: Config, data: str):
     from pipeline.network import build_network
 
     device = start_process_group()
-    manifest = read_manifest(data)
     model = build_network(config.model, config.train, len(manifest.classes), config.run.seed)
     take_weights(model, reader, manifest.classes, kind)
     model.to(device).eval()
