@@ -7,8 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import library
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+_SCHEMAS = library.Library("torchvision", "FRAGMENT")
 """What is defined in it lives as long as it does."""
 
 
@@ -21,7 +22,7 @@ def import_timm() -> ModuleType:
     """
     if not _operators_load():
         for name in ("nms", "qnms"):
-            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("timm")
 
 

@@ -60,17 +60,19 @@ def decode(encoded: bytes) -> tuple[Picture, Any]:
         raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})") from None
     if pixels > MOST_PIXELS:
         raise Undecodable(f"{pixels} pixels; {MOST_PIXELS} at most are taken")
-    image = _decoder().decode(stream, params=_UPRIGHT)
+    image = of_thread("Decoder").decode(stream, params=_UPRIGHT)
     if image is None:
         raise Undecodable("does not decode: truncated or damaged")
     return Picture(kind, *image.shape[:2]), image
 
 
-def _decoder() -> Any:
-    if not hasattr(_of_thread, "decoder"):
-        _of_thread.decoder = nvimgcodec.Decoder(
+def of_thread(kind: str) -> Any:
+    """This thread's own nvImageCodec "Decoder" or "Encoder", on the CPU and of one thread."""
+    if not hasattr(_of_thread, kind):
+        made = getattr(nvimgcodec, kind)(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
             max_num_cpu_threads=1,
             backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
         )
-    return _of_thread.decoder
+        setattr(_of_thread, kind, made)
+    return getattr(_of_thread, kind)

@@ -33,6 +33,7 @@ from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES
 from data.order import Order, Stretch, Window, deal, positions_of_step
 from data.reader import Sample, read_stretches
 from data.shards import Broken, Manifest
+from data.threads import in_order
 
 READ_AHEAD_SAMPLES = 4096
 """Samples that are looked ahead at most; or a window of each slot, where that is more."""
@@ -134,7 +135,8 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float, share: Share) -
 
     augmentation = Augmentation(crop="center", center_fraction=crop_fraction, flip=False, layers=0, magnitude=0.0)
     with _reading_threads() as pool:
-        chunks = _mapped_ahead(pool, read, deal(micro_batches, share.rank, share.world_size))
+        mine = deal(micro_batches, share.rank, share.world_size)
+        chunks = in_order(pool, read, mine, 2 * READING_THREADS)
         with _in_background(lambda: _decoded(chunks, augmentation, share, share.micro_batch, most)) as batches:
             yield batches
 
@@ -353,16 +355,6 @@ def _reading_threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _mapped_ahead(pool: ThreadPoolExecutor, read: Callable[[int], Item], numbers: Iterable[int]) -> Iterator[Item]:
-    """`map` in order, with a few calls under way ahead of the consumer."""
-    under_way: deque[Future[Item]] = deque()
-    for number in numbers:
-        under_way.append(pool.submit(read, number))
-        if len(under_way) > 2 * READING_THREADS:
-            yield under_way.popleft().result()
-    yield from (future.result() for future in under_way)
 
 
 @contextmanager

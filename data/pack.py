@@ -6,7 +6,7 @@ from it by the sizes that the listing gave, before anything is read: neither thr
 interruption move a sample to another shard. At most three shards are in memory. The manifest comes last, so an
 interrupted pack never looks whole. Who trains on the shards is not known here.
 
-Next: order.py.
+Next: threads.py.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ from data.errors import BadRequest, DataError
 from data.resize import shrink
 from data.shards import Broken, Shard, printable
 from data.source import Entry, Source, list_source, refuse_empty_classes
+from data.threads import in_order
 
 QUALITY = 92
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
 _WRITES_AT_ONCE = 2
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _examined(
     """Every candidate behind the shards that are kept, in order, read and decoded."""
     before, total = sum(map(len, plan[:kept])), sum(map(len, plan))
     chunks = cut(chain.from_iterable(plan[kept:]), _image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
-    results = _in_order(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
+    results = in_order(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
     progress(before, total)
     for done, each in enumerate(chain.from_iterable(results), start=before + 1):
         progress(done, total)
@@ -244,18 +244,6 @@ def _examine(found: Source, resize: int | None, quality: int, candidate: Candida
         return Examined(candidate, *shrink(encoded, resize, quality), "")
     except (codec.Undecodable, Damaged) as error:
         return Examined(candidate, b"", None, str(error))
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    running: deque[Future[Result]] = deque()
-    for item in items:
-        running.append(pool.submit(work, item))
-        if len(running) > ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
 
 
 # Writing.

@@ -6,14 +6,11 @@ nvImageCodec's CPU encoder, which is libjpeg-turbo: the same bytes give the same
 Next: pack.py.
 """
 
-import threading
 from typing import Any
 
 import numpy as np
 
-from data.codec import EXTENSIONS, Picture, Undecodable, decode, nvimgcodec
-
-_of_thread = threading.local()
+from data.codec import EXTENSIONS, Picture, Undecodable, decode, nvimgcodec, of_thread
 
 
 def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Picture]:
@@ -26,7 +23,8 @@ def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Pict
     if shorter <= shorter_side:
         return encoded, picture
     height, width = (max(1, round(side * shorter_side / shorter)) for side in (picture.height, picture.width))
-    stream = _encoder().encode(_resampled(np.asarray(image.cpu()), height, width), "jpeg", params=_params(quality))
+    smaller = _resampled(np.asarray(image.cpu()), height, width)
+    stream = of_thread("Encoder").encode(smaller, "jpeg", params=_params(quality))
     if stream is None:  # a side of more than 65,535 pixels
         raise Undecodable(f"{height} x {width} pixels do not go into a JPEG")
     return bytes(stream), Picture(EXTENSIONS["jpeg"], height, width)
@@ -47,13 +45,3 @@ def _params(quality: int) -> Any:
         quality_value=quality,
         jpeg_encode_params=nvimgcodec.JpegEncodeParams(optimized_huffman=True),
     )
-
-
-def _encoder() -> Any:
-    if not hasattr(_of_thread, "encoder"):
-        _of_thread.encoder = nvimgcodec.Encoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
-        )
-    return _of_thread.encoder

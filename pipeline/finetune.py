@@ -97,6 +97,7 @@ def take_weights(model: CoAtNet, reader: Weights, classes: tuple[str, ...], kind
     import torch
 
     from models.attention import resize_bias_table
+    from models.backends import grid_of
     from pipeline.ema import assign
     from pipeline.restore import of_kind
 
@@ -110,8 +111,7 @@ def take_weights(model: CoAtNet, reader: Weights, classes: tuple[str, ...], kind
                 raise BadRequest(f"{reader.folder} has no {name}: its network is another one than this configuration's")
             values = found[name]
             if name.endswith("bias_table") and values.shape != parameter.shape:
-                height, width = ((side + 1) // 2 for side in parameter.shape[-2:])
-                values = resize_bias_table(values, (height, width))
+                values = resize_bias_table(values, grid_of(parameter))
             if values.shape != parameter.shape:
                 raise BadRequest(
                     f"{reader.folder}: {name} is {list(values.shape)} there and {list(parameter.shape)} here;"

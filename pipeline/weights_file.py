@@ -51,18 +51,20 @@ class WeightsFile:
 
     def tensors(self, kind: str) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter, if the file has this kind: `weight` or `ema`."""
-        return ((name, values) for name, values in self._verified(kind) if not name.endswith(STATISTICS))
+        return self._verified(kind, statistics=False)
 
     def buffers(self) -> dict[str, np.ndarray]:
         """The statistics, named as a checkpoint's: `weight:NAME` or `ema:NAME`."""
         kind = "ema" if self.has("ema") else "weight"
-        return {f"{kind}:{name}": values for name, values in self._verified(kind) if name.endswith(STATISTICS)}
+        return {f"{kind}:{name}": values for name, values in self._verified(kind, statistics=True)}
 
-    def _verified(self, kind: str) -> Iterator[tuple[str, np.ndarray]]:
+    def _verified(self, kind: str, statistics: bool) -> Iterator[tuple[str, np.ndarray]]:
         if not self.has(kind):
             return
         with safetensors.safe_open(self.folder, "numpy") as file:
             for name, digest in self._said["sha256"].items():
+                if name.endswith(STATISTICS) != statistics:
+                    continue
                 values = file.get_tensor(name)
                 if _digest(values) != digest:
                     raise BadRequest(f"{self.folder}: the bytes of {name} are not those that were written")

@@ -1,9 +1,21 @@
-"""How long property tests look: HYPOTHESIS_PROFILE is quick (the default, the same examples every time) or long."""
+"""How long property tests look: HYPOTHESIS_PROFILE is quick (the default, the same examples every time) or long.
+
+And what the marker gpu needs; `make gpu` refuses to run where all of these would skip.
+"""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device: make gpu")

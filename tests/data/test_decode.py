@@ -266,7 +266,6 @@ def test_a_process_ends_with_an_open_decoder_and_without_a_gpu(ending: str) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_cpus_pixels_to_within_a_few_levels() -> None:
     files, recipe = sample_set()
     plain = replace(recipe, operations=recipe.operations[:, :0], signs=recipe.signs[:, :0])
@@ -280,7 +279,6 @@ def test_a_gpu_gives_the_cpus_pixels_to_within_a_few_levels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_samples_pixels_do_not_depend_on_its_batch_on_a_gpu_either() -> None:
     files, recipe = sample_set()
     together = pixels_of(files, recipe, device="gpu")
@@ -290,7 +288,6 @@ def test_a_samples_pixels_do_not_depend_on_its_batch_on_a_gpu_either() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kept_batches_stay_as_they_were_on_a_gpu() -> None:
     files, recipe = sample_set()
     decoder = decoder_of(

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from data.augment import fixed
@@ -42,8 +41,6 @@ def augmented(
     images: list[Image.Image], operations: list[list[int]], signs: list[int], magnitude: float, device: Device
 ) -> np.ndarray:
     """[n, height, width, 3]: each image after its operations, one after the other, by the decoder."""
-    if device == "gpu" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     encoded = []
     for image in images:
         image.save(file := BytesIO(), "PNG")

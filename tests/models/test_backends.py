@@ -16,10 +16,9 @@ from models.blocks import TransformerBlock
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 TRAINING: list[Any] = ["reference", "sdpa"]
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make gpu")]
 ON: list[Any] = [
     *(pytest.param(backend, "cpu", id=f"{backend}-cpu") for backend in TRAINING),
-    *(pytest.param(backend, "cuda", marks=gpu, id=f"{backend}-cuda") for backend in BACKENDS),
+    *(pytest.param(backend, "cuda", marks=pytest.mark.gpu, id=f"{backend}-cuda") for backend in BACKENDS),
 ]
 
 

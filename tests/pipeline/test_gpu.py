@@ -9,14 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.pipeline.runs import coatnet, curve, events, last_step, pack_digits, ranks_of, rows, started, wait_until
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make gpu"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
