@@ -19,10 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 from data.archives import Entry, is_hidden, tar_entries, zip_entries
 from data.errors import BadRequest, DataError
 from data.ranges import as_file
-from data.shards import join
+from data.shards import join, unpacker
 from data.storage import Storage, locate
 
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # with files, and empty
 NEEDED = "a folder of class folders, a tar or zip of one, or a list (.csv, .jsonl) is needed"
 _BLOCK_BYTES = 2**23
@@ -57,9 +56,8 @@ def _archive_entries(stream: BinaryIO, url: str) -> Iterable[Entry]:
 
 
 def _no_tar(beginning: bytes, error: tarfile.TarError) -> str:
-    for magic, tool in _COMPRESSED.items():
-        if beginning.startswith(magic):
-            return f"is compressed; {tool} it first: a folder, a zip or a plain tar is needed"
+    if tool := unpacker(beginning):
+        return f"is compressed; {tool} it first: a folder, a zip or a plain tar is needed"
     return f"is neither a folder nor a whole tar ({error}); {NEEDED}"
 
 

@@ -38,13 +38,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Report:
-    """What was found (shards, samples, bytes of tar, classes), and what of it cannot be used."""
+    """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum."""
 
     shards: int
     samples: int
     bytes: int
     classes: int
     broken: tuple[Broken, ...]
+    unchecked: int
 
 
 class Tar(NamedTuple):
@@ -118,6 +119,7 @@ def index(
         bytes=sum(each.shard.bytes for each in full),
         classes=len(made_up if names is None else names),
         broken=tuple(chain.from_iterable(each.broken for each in found)),
+        unchecked=0 if decode else sum(each.shard.samples for each in full),
     )
 
 
@@ -144,7 +146,7 @@ def _matching(pattern: str) -> list[Tar]:
         raise BadRequest(f"{pattern} does not exist") from None
     tars = [each for each in found if each["name"].endswith(".tar") and each["type"] != "directory"]
     if not tars:
-        raise BadRequest(f"{pattern} has no .tar files (a compressed tar has no ranges to read: decompress it)")
+        raise BadRequest(f"{pattern} has no .tar files (a compressed one must be unpacked first: gunzip, unzstd, unxz)")
     return sorted(Tar(_url(fs, tar["name"]), _size(tar)) for tar in tars)
 
 

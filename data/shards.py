@@ -51,6 +51,7 @@ ROW = np.dtype(
 )
 # Members that webdataset's reader passes over without a word.
 _META = re.compile(r"__[^/]*__($|/)")
+_UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 # What a global header says of every member that comes after it.
 _OF_ONE_MEMBER = {"path", "size"}
 
@@ -333,6 +334,9 @@ def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSamp
                     stream.seek(member.offset_data)
                     begun[newest].contents[extension] = stream.read(member.size)
     except tarfile.TarError as error:
+        stream.seek(0)
+        if tool := unpacker(stream.read(6)):
+            raise DamagedTar(f"is compressed; unpack it first ({tool} < THIS > PLAIN.tar)") from None
         raise DamagedTar(f"not a whole tar: {error}") from error
     samples = list(begun.values())
     ends = [*(sample.offset for sample in samples), end][1:]
@@ -353,6 +357,11 @@ def _begin_part(begun: dict[str, TarSample], newest: str, member: tarfile.TarInf
         raise DamagedTar(f"sample {printable(key)} has two parts called {extension}; give them different names")
     parts[extension] = member.offset_data, member.size, member.name
     return key, extension
+
+
+def unpacker(beginning: bytes) -> str | None:
+    """The program that unpacks a file with this beginning; None where it is not compressed."""
+    return next((tool for magic, tool in _UNPACKERS.items() if beginning.startswith(magic)), None)
 
 
 def printable(name: str) -> str:

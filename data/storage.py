@@ -181,6 +181,12 @@ def write_file(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, storag
     storage.retried("written", path, None, None, partial(_write, fs, path, contents, storage.deadline))
 
 
+def send_file(source: str, fs: fsspec.AbstractFileSystem, path: str, storage: Storage = PLAIN) -> None:
+    """Copies a local file of any size to `path`, where half of it may be seen meanwhile. DataError if it fails."""
+    seconds = storage.deadline + os.path.getsize(source) / SLOWEST
+    storage.retried("written", path, None, None, lambda: _asked(fs, "put_file", seconds, source, path))
+
+
 def _write(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, deadline: float) -> None:
     folder, _, name = path.rpartition("/")
     local = isinstance(fs, LocalFileSystem)

@@ -17,7 +17,17 @@ from data import codec, shards
 from data.index import Report, Tar, each_in_threads, walk
 from data.order import Stretch
 from data.reader import Sample, read_stretches
-from data.shards import FLAG_DECODED, HEADER_BYTES, ROW, Broken, DamagedTar, Manifest, TarSample, printable
+from data.shards import (
+    FLAG_DECODED,
+    FLAG_UNCHECKED,
+    HEADER_BYTES,
+    ROW,
+    Broken,
+    DamagedTar,
+    Manifest,
+    TarSample,
+    printable,
+)
 from data.storage import NotThere, Storage, locate
 
 _READ_BYTES = 2**24
@@ -25,12 +35,16 @@ _READ_BYTES = 2**24
 
 @dataclass
 class _Findings:
-    """What is broken about a shard as a whole, and which samples, by row: (key, reason); `keys` are all of its keys."""
+    """What is broken about a shard as a whole, and which samples, by row: (key, reason); `keys` are all of its keys.
+
+    `unchecked` counts the samples that have no checksum to compare.
+    """
 
     shard: str
     keys: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)
+    unchecked: int = 0
 
     def blame(self, row: int, reason: str) -> None:
         """Notes the first thing that is wrong with a sample."""
@@ -52,6 +66,7 @@ def verify(url: str, *, workers: int, progress: Callable[[int, int], None]) -> R
     manifest = shards.read_manifest(url)
     broken: list[Broken] = []
     seen: set[bytes] = set()
+    unchecked = 0
     numbers = range(len(manifest.shards))
     for found in each_in_threads(lambda number: _verify_shard(manifest, number), numbers, workers, progress):
         for row, key in enumerate(found.keys):
@@ -60,12 +75,14 @@ def verify(url: str, *, workers: int, progress: Callable[[int, int], None]) -> R
                 found.blame(row, "its key is that of an earlier sample")
             seen.add(digest)
         broken += found.broken
+        unchecked += found.unchecked
     return Report(
         shards=len(manifest.shards),
         samples=manifest.samples,
         bytes=sum(shard.bytes for shard in manifest.shards),
         classes=len(manifest.classes),
         broken=tuple(broken),
+        unchecked=unchecked,
     )
 
 
@@ -84,6 +101,7 @@ def _verify_shard(manifest: Manifest, number: int) -> _Findings:
         _compare_index(manifest, number, headers, found)
     rows = _table(manifest, number, found)
     if rows is not None:
+        found.unchecked = int(np.count_nonzero(rows["flags"] & FLAG_UNCHECKED))
         usable = _usable(rows, headers, size, found)
         at_once = max(1, int(_READ_BYTES / manifest.mean_sample_bytes))
         for stretch in _stretches(number, usable, at_once):

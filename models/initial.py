@@ -4,7 +4,7 @@ Layers come without values, so that nothing is drawn twice; `initialize` is the 
 Next: ../pipeline/train.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod, sqrt
 
 import torch
@@ -32,27 +32,31 @@ def from_torch(name: str, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: nn.Module, normal: Normal) -> None:
-    """Sets every parameter: biases to 0, scales of norms to 1, all else to `normal(name, shape)` times a deviation."""
+    """Sets every parameter to its initial value."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1)
-        else:
-            parameter.copy_(normal(name, parameter.shape)).mul_(_deviation(parameter))
+        parameter.copy_(initial_value(name, parameter.shape, normal))
 
 
-def _deviation(parameter: Tensor) -> float:
+def initial_value(name: str, shape: torch.Size, normal: Normal) -> Tensor:
+    """Of a parameter: 0 for biases, 1 for scales of norms, for all else `normal(name, shape)` times a deviation."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return normal(name, shape).mul_(_deviation(shape))
+
+
+def _deviation(shape: torch.Size) -> float:
     """Of linear layers and bias tables 0.02, as in google-research/maxvit; of convolutions sqrt(2 / fan-out)."""
-    if parameter.dim() != 4:
+    if len(shape) != 4:
         return 0.02
     # maxvit has 0.02 here too, but a stem, a depthwise kernel and a shortcut's projection carry the signal: at the
     # widths of small networks 0.02 shrinks it at every such layer, a fan-out scale keeps its size at any width.
     # A depthwise [width, 1, 3, 3] has one output per channel, hence fan-out 9.
-    width, inputs, *kernel = parameter.shape
+    width, inputs, *kernel = shape
     return sqrt(2 / (prod(kernel) * (1 if inputs == 1 else width)))
 
 
-def decay_exempt(name: str, parameter: Tensor) -> bool:
+def decay_exempt(name: str, shape: Sequence[int]) -> bool:
     """Whether weight decay leaves a parameter alone: biases, scales of norms, and relative-position bias tables."""
-    return parameter.dim() <= 1 or name.endswith("bias_table")
+    return len(shape) <= 1 or name.endswith("bias_table")

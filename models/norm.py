@@ -48,11 +48,19 @@ class BatchNorm2d(nn.Module):
         self.eps, self.momentum, self.group = eps, momentum, group
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-        self.register_buffer("mean_sum", torch.zeros(width), persistent=False)
-        self.register_buffer("variance_sum", torch.zeros(width), persistent=False)
-        self.register_buffer("group_count", torch.zeros(1), persistent=False)
+        self.register_buffer("running_mean", torch.empty(width))
+        self.register_buffer("running_var", torch.empty(width))
+        self.register_buffer("mean_sum", torch.empty(width), persistent=False)
+        self.register_buffer("variance_sum", torch.empty(width), persistent=False)
+        self.register_buffer("group_count", torch.empty(1), persistent=False)
+        self.reset_statistics()
+
+    @torch.no_grad()
+    def reset_statistics(self) -> None:
+        """The running statistics of a new network: mean 0, variance 1, nothing added up."""
+        self.running_var.fill_(1)
+        for zero in (self.running_mean, self.mean_sum, self.variance_sum, self.group_count):
+            zero.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -76,7 +84,7 @@ class BatchNorm2d(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"{len(self.weight)}, eps={self.eps}, momentum={self.momentum}, group={self.group}"
+        return f"{len(self.running_mean)}, eps={self.eps}, momentum={self.momentum}, group={self.group}"
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -97,7 +105,7 @@ def take_statistics(model: nn.Module) -> Tensor:
     Rows of several ranks may be added before `apply_statistics`.
     """
     sums = [(norm.mean_sum, norm.variance_sum, norm.group_count) for norm in _batch_norms(model)]
-    none = torch.zeros(0, device=next(model.parameters()).device)
+    none = torch.zeros(0, device=next(model.parameters()).device)  # of a network without batch norm
     flat = torch.cat([none, *(part.float() for parts in sums for part in parts)])
     for parts in sums:
         for part in parts:
@@ -109,9 +117,10 @@ def take_statistics(model: nn.Module) -> Tensor:
 def apply_statistics(model: nn.Module, flat: Tensor) -> None:
     """Moves the running statistics by `momentum`, once, towards the mean over groups; a count of 0 moves nothing."""
     norms = list(_batch_norms(model))
-    rows = flat.split([2 * len(norm.weight) + 1 for norm in norms])
+    rows = flat.split([2 * len(norm.running_mean) + 1 for norm in norms])
     for norm, row in zip(norms, rows, strict=True):
-        mean_sum, variance_sum, count = row.to(norm.running_mean).split([len(norm.weight), len(norm.weight), 1])
+        width = len(norm.running_mean)  # the weight may be in parts, on other ranks
+        mean_sum, variance_sum, count = row.to(norm.running_mean).split([width, width, 1])
         step = norm.momentum * (count > 0).to(count.dtype)
         norm.running_mean.lerp_(mean_sum / count.clamp(min=1), step)
         norm.running_var.lerp_(variance_sum / count.clamp(min=1), step)

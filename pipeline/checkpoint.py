@@ -11,8 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,10 @@ import safetensors.numpy
 from pipeline.errors import BadRequest, RunFailed
 
 FORMAT = 1
+READING_THREADS = 8
+"""More than processors: while some wait for the disk, others hash."""
+BLOCKS_AT_ONCE = 16
+"""Blocks that a thread reads one after the other, so that a disk sees long reads."""
 
 
 class DamagedCheckpoint(RunFailed):
@@ -39,6 +48,15 @@ def checkpoints(root: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def superseded(steps: Collection[int], newest: int, keep_last: int, keep_every: int | None) -> list[int]:
+    """The steps whose checkpoints may go once that of `newest` is complete.
+
+    Later ones are left alone: they are damaged, or of a stretch that was gone back on.
+    """
+    older = sorted(step for step in steps if step <= newest)[:-keep_last]
+    return [step for step in older if keep_every is None or step % keep_every]
 
 
 def checkpoint_of(source: Path) -> CheckpointReader:
@@ -64,12 +82,14 @@ class CheckpointReader:
             raise DamagedCheckpoint(f"{folder}/manifest.json: {error}") from None
         if digest != digest_of(manifest):
             raise DamagedCheckpoint(f"{folder}/manifest.json: its checksum does not agree")
-        if manifest["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{folder}: format {manifest['format']}; this program reads {FORMAT}")
+        if manifest["format"] != FORMAT:  # every format has this key and this checksum, so this is no damage
+            raise BadRequest(
+                f"{folder} is of format {manifest['format']}, made by a newer coatnet than this one, which reads format"
+                f" {FORMAT}: take that one, and the same command goes on; nothing was changed"
+            )
         self.step: int = manifest["step"]
         self.shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
         self._files, self._block_bytes = manifest["files"], manifest["block_bytes"]
-        self._maps: dict[str, np.ndarray] = {}
         self._verified: set[tuple[str, int]] = set()
         self._stretches: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for stretch in manifest["stretches"]:
@@ -77,54 +97,120 @@ class CheckpointReader:
 
     def state(self) -> dict[str, Any]:
         """What state.json holds: step, configuration, classes, ancestry, ..."""
-        return json.loads(bytes(self._read("state.json", 0, self._files["state.json"]["bytes"])))
+        return json.loads(self._whole("state.json"))
 
     def buffers(self) -> dict[str, np.ndarray]:
         """All buffers by name."""
-        size = self._files["buffers.safetensors"]["bytes"]
-        return safetensors.numpy.load(bytes(self._read("buffers.safetensors", 0, size)))
+        return safetensors.numpy.load(self._whole("buffers.safetensors"))
 
     def has(self, kind: str) -> bool:
         return any(found == kind for _, found in self._stretches)
 
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file but the manifest, by name."""
+        return {name: entry["bytes"] for name, entry in self._files.items()}
+
     def stretch(self, name: str, kind: str, start: int, count: int) -> np.ndarray:
         """Elements [start, start + count) of a flattened parameter as float32, whoever wrote them."""
-        result, found = np.empty(count, np.float32), 0
-        for piece in self._stretches.get((name, kind), ()):
-            begin, end = max(start, piece["start"]), min(start + count, piece["start"] + piece["count"])
-            if begin < end:
-                offset = piece["offset"] + 4 * (begin - piece["start"])
-                content = self._read(piece["file"], offset, 4 * (end - begin))
-                result[begin - start : end - start] = content.view(np.float32)
-                found += end - begin
-        if found != count:
-            raise DamagedCheckpoint(f"{self.folder}: {name}, {kind}: {found} of {count} elements from {start} on")
+        result = np.empty(count, np.float32)
+        self.read_into(result, name, kind, start)
         return result
+
+    def read_into(self, result: np.ndarray, name: str, kind: str, start: int) -> None:
+        """Fills a flat float32 array with a parameter's elements from `start` on."""
+        content = result.view(np.uint8)
+        for piece, begin, end in self._pieces(name, kind, start, len(result)):
+            offset = piece["offset"] + 4 * (begin - piece["start"])
+            self._read_into(content[4 * (begin - start) : 4 * (end - start)], piece["file"], offset)
+
+    def verify(self, stretches: Iterable[tuple[str, str, int, int]]) -> None:
+        """Checks all blocks that stretches (name, kind, start, count) lie in, by several threads, keeping nothing."""
+        blocks: set[tuple[str, int]] = set()
+        for name, kind, start, count in stretches:
+            for piece, begin, end in self._pieces(name, kind, start, count):
+                blocks |= self._blocks(piece["file"], piece["offset"] + 4 * (begin - piece["start"]), 4 * (end - begin))
+        self._verify(blocks)
+
+    def verify_all(self) -> None:
+        """Checks every byte of the checkpoint."""
+        self._verify({block for file, size in self.sizes().items() for block in self._blocks(file, 0, size)})
 
     def tensors(self, kind: str) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter whole, of one kind: `weight`, `ema`, `exp_avg` or `exp_avg_sq`."""
-        for name, shape in self.shapes.items():
-            count = int(np.prod(shape, dtype=np.int64))
-            yield name, self.stretch(name, kind, 0, count).reshape(shape)
+        return ((name, self.tensor(name, kind)) for name in self.shapes)
 
-    def _read(self, file: str, offset: int, size: int) -> np.ndarray:
-        entry = self._files[file]
-        if file not in self._maps:
-            try:
-                self._maps[file] = np.memmap(self.folder / file, np.uint8, "r")
-            except (OSError, ValueError) as error:
-                raise DamagedCheckpoint(f"{self.folder / file}: {error}") from None
-        content = self._maps[file]
-        if len(content) != entry["bytes"]:
-            raise DamagedCheckpoint(f"{self.folder / file}: {len(content)} bytes, {entry['bytes']} were written")
-        for block in range(offset // self._block_bytes, -(-(offset + size) // self._block_bytes)):
-            if (file, block) not in self._verified:
-                begin = block * self._block_bytes
-                if hashlib.sha256(content[begin : begin + self._block_bytes]).hexdigest() != entry["sha256"][block]:
-                    raise DamagedCheckpoint(f"{self.folder / file}: bytes {begin} ff. are not those that were written")
-                self._verified.add((file, block))
-        return content[offset : offset + size]
+    def tensor(self, name: str, kind: str) -> np.ndarray:
+        """One parameter whole, of one kind."""
+        shape = self.shapes[name]
+        return self.stretch(name, kind, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+    def _pieces(self, name: str, kind: str, start: int, count: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """The stretches that hold a part of what is asked for, each with the elements [begin, end) that it is for."""
+        found = 0
+        for piece in self._stretches.get((name, kind), ()):
+            begin, end = max(start, piece["start"]), min(start + count, piece["start"] + piece["count"])
+            if begin < end:
+                found += end - begin
+                yield piece, begin, end
+        if found != count:
+            raise DamagedCheckpoint(f"{self.folder}: {name}, {kind}: {found} of {count} elements from {start} on")
+
+    def _blocks(self, file: str, offset: int, size: int) -> set[tuple[str, int]]:
+        last = -(-(offset + size) // self._block_bytes)
+        return {(file, block) for block in range(offset // self._block_bytes, last)}
+
+    def _whole(self, file: str) -> bytes:
+        content = np.empty(self._files[file]["bytes"], np.uint8)
+        self._read_into(content, file, 0)
+        return content.tobytes()
+
+    def _read_into(self, content: np.ndarray, file: str, offset: int) -> None:
+        self._verify(self._blocks(file, offset, len(content)))
+        with self._opened(file) as opened:
+            opened.seek(offset)
+            opened.readinto(content)
+
+    def _verify(self, blocks: set[tuple[str, int]]) -> None:
+        missing = sorted(blocks - self._verified)
+        runs = [missing[begin : begin + BLOCKS_AT_ONCE] for begin in range(0, len(missing), BLOCKS_AT_ONCE)]
+        if len(runs) == 1:
+            self._verify_run(runs[0])
+        elif runs:
+            with ThreadPoolExecutor(READING_THREADS) as pool:
+                for _ in pool.map(self._verify_run, runs):
+                    pass
+        self._verified.update(missing)
+
+    def _verify_run(self, blocks: list[tuple[str, int]]) -> None:
+        content = memoryview(bytearray(self._block_bytes))
+        for file, of_file in groupby(blocks, key=lambda each: each[0]):
+            with self._opened(file) as opened:
+                for _, block in of_file:
+                    begin = opened.seek(block * self._block_bytes)
+                    found = content[: opened.readinto(content)]
+                    if hashlib.sha256(found).hexdigest() != self._files[file]["sha256"][block]:
+                        where = f"{self.folder / file}: bytes {begin} ff."
+                        raise DamagedCheckpoint(f"{where} are not those that were written")
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[BufferedReader]:
+        path, written = self.folder / file, self._files[file]["bytes"]
+        try:
+            with path.open("rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                if size != written:
+                    raise DamagedCheckpoint(f"{path}: {size} bytes, {written} were written")
+                yield opened
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the names in a folder would outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

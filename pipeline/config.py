@@ -140,6 +140,11 @@ class Train(Section):
     activation_checkpointing: Literal["none", "all"] | tuple[int, ...] = key(
         "none", "stages that compute activations again in the backward: none, all, or a list like [1, 2]", "free"
     )
+    compile: bool = key(
+        False,
+        "let torch.compile fuse the network's operations; ZeRO stages 1 and 2, takes minutes at each start",
+        "free",
+    )
     loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: each class a yes or no, added up")
     label_smoothing: float = key(
         0.1, "share of the answer that is even over the classes (sigmoid: 1/2 for each; 0.0001 there)", ge=0, lt=1
@@ -192,7 +197,12 @@ class Optim(Section):
 
 
 class Zero(Section):
-    stage: Literal[1] = key(1, "DeepSpeed ZeRO stage; 1 shards optimizer states and EMA", "free")
+    stage: Literal[1, 2, 3] = key(
+        1,
+        "DeepSpeed ZeRO stage: 1 shards optimizer states and EMA over the ranks, 2 gradients too, 3 weights too",
+        "free",
+    )
+    offload: bool = key(False, "keep optimizer states and EMA in the host's memory, and step there", "free")
 
 
 class Evaluate(Section):
@@ -206,6 +216,15 @@ class Evaluate(Section):
 class Checkpoint(Section):
     every: int = key(1000, "steps between checkpoints; the last step always has one", "free", ge=1)
     keep_last: int = key(3, "newest checkpoints that are kept", "free", ge=1)
+    keep_every: int | None = key(
+        None, "checkpoints of steps that are multiples of this are kept for ever; null: none", "free", ge=1
+    )
+    mirror: str | None = key(
+        None,
+        "folder or fsspec URL, for this run alone, that checkpoints go to as well; null: none",
+        "free",
+        min_length=1,
+    )
 
 
 class Log(Section):
@@ -226,6 +245,15 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Config:
+        if self.train.compile and self.zero.stage == 3:
+            raise ValueError(
+                "train.compile is true and zero.stage is 3, which gathers weights between a network's layers: nothing"
+                " could be fused across them; set zero.stage=2, or train.compile=false"
+            )
+        return self
 
 
 def check_world_size(train: Train, world_size: int) -> None:

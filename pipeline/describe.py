@@ -96,6 +96,11 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
     else:
         _list_broken("broken", report.broken)
         print(f"{url}: {_counted(report)}, {len(report.broken) or 'nothing'} broken")
+        if report.unchecked:
+            print(
+                f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
+                " the tars records them, once their manifest.json is removed"
+            )
     return 1 if report.broken else 0
 
 

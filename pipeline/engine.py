@@ -21,13 +21,18 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline import zero_state
-from pipeline.config import Optim, Train
+from pipeline.config import Optim, Train, Zero
 from pipeline.ema import Statistics, swapped_in
 from pipeline.errors import BadRequest, DataError, RunFailed
+from pipeline.network import Shard
 from pipeline.optim import AveragingAdamW, parameter_groups
 
 Item = TypeVar("Item")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+BUCKET_ELEMENTS = 50_000_000
+"""Elements that travel in one collective: 200 MB, enough for any network, and little beside a model that is sharded."""
+LIVE_ELEMENTS = 200_000_000
+"""Elements of gathered parameters that stage 3 keeps at a time, a large layer and what is fetched ahead."""
 
 
 def start_process_group() -> torch.device:
@@ -59,25 +64,56 @@ def _check_gpu(device: torch.device) -> None:
         )
 
 
-def build_engine(model: nn.Module, train: Train, optim: Optim) -> Any:
+def sharding(train: Train, optim: Optim, zero: Zero) -> Shard | None:
+    """What takes a layer's parameters apart while a network is built, where the stage asks for it; collective."""
+    if zero.stage < 3:
+        return None
+    import deepspeed
+
+    settings = _settings(train, optim, zero)
+
+    def shard(layer: nn.Module) -> None:
+        deepspeed.zero.Init(module=layer, config_dict_or_path=settings)
+
+    return shard
+
+
+def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> Any:
     """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
     import deepspeed
 
     groups = parameter_groups(model, optim.weight_decay)
     optimizer = AveragingAdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, zero))
+    if train.compile:
+        engine.compile()
+    return engine
+
+
+def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
+    """What DeepSpeed is told, with its own defaults spelled out where they are not ours."""
     settings: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_clipping": optim.clip,  # DeepSpeed's own default is not 0
-        "zero_optimization": {"stage": 1},
+        "gradient_clipping": optim.clip,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
+    if zero.offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs there too, and needs no compiler
     if train.precision == "bf16":
         # No module's gradients travel in bf16: sums over ranks and passes stay fp32.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
+    return settings
 
 
 def set_rates(engine: Any, learning_rate: float, ema_decay: float | None) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain, islice, repeat
 
 import torch
-import torch.nn.functional as F
 
 from data.loader import Share, evaluation_batches
 from data.shards import Broken, Manifest
@@ -46,16 +46,18 @@ def evaluate(
     """
     results = torch.zeros(4, manifest.samples, dtype=torch.float64, device=share.device)  # loss, top1, top5, used
     broken: list[Broken] = []
+    filling = torch.zeros(share.micro_batch, share.resolution, share.resolution, 3, dtype=torch.uint8)
+    filling = filling.to(share.device)
+    # All ranks run as many forwards: under ZeRO-3 they are collective.
+    passes = -(-manifest.samples // (share.micro_batch * share.world_size))
     with evaluation_batches(manifest, crop_fraction, share) as batches:
-        for batch in batches:
-            broken += batch.broken
-            count = len(batch.labels)
-            if count == 0:
-                continue
-            images = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, share.micro_batch - count))
-            logits = forward(inputs(images))[:count].float()
-            numbers = torch.from_numpy(batch.positions).to(share.device)
-            results[:, numbers] = per_sample(logits, batch.labels, kind)
+        for batch in islice(chain(batches, repeat(None)), passes):
+            images = filling if batch is None else torch.cat([batch.images, filling[len(batch.images) :]])
+            logits = forward(inputs(images))
+            if batch is not None:
+                broken += batch.broken
+                numbers = torch.from_numpy(batch.positions).to(share.device)
+                results[:, numbers] = per_sample(logits[: len(numbers)].float(), batch.labels, kind)
     loss, top1, top5, used = summed(results).sum(1).tolist()  # every sample is one rank's, so x + 0 is exact
     listed = sorted((asdict(sample) for sample in gathered(broken)), key=lambda row: (row["shard"], row["key"]))
     counted = max(used, 1.0)

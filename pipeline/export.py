@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth")
 """What timm calls its weights, best first; the others are pickles, of which only tensors are read."""
 TIMM_FOLDER = {"config.json", "model.safetensors"}
+NEEDED = "timm.models.save_for_hf(network, FOLDER) writes one"
 
 
 def export(source: str, out: str, layout: str | None, weights: str | None, overwrite: bool) -> int:
@@ -59,10 +60,12 @@ def import_from_timm(source: str, out: str, overwrite: bool) -> int:
     config = _read_config(folder)
     data, noted = config["pretrained_cfg"], config.get(KEY) or {}
     arguments = {"num_classes": config["num_classes"], "img_size": data.get("input_size", (3, 224, 224))[1:]}
+    arguments |= config.get("model_args", {})
+    state = _read_state(folder)
     try:
-        made, ours = from_timm(config["architecture"], _read_state(folder), arguments | config.get("model_args", {}))
+        made, ours = from_timm(config["architecture"], state, arguments)
     except ValueError as error:
-        raise BadRequest(f"{folder}: {error}") from None
+        raise BadRequest(f"{folder}: {error}{_advice(error)}") from None
     _warn_of_other_inputs(folder, data)
     tensors = {name: values.numpy() for name, values in ours.items()}
     said = {
@@ -77,6 +80,12 @@ def import_from_timm(source: str, out: str, overwrite: bool) -> int:
     size = _put(target, lambda hidden: weights_file.write(hidden, tensors, said))
     print(_sentence(target, said, tensors, size))
     return 0
+
+
+def _advice(error: ValueError) -> str:
+    """What to do where names or shapes of tensors are not those of the network in config.json."""
+    misfit = " in the weights;" in str(error)
+    return "; save the folder again by timm.models.save_for_hf(network, FOLDER)" if misfit else ""
 
 
 def _as_timm(said: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,8 +139,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         data = config.setdefault("pretrained_cfg", dict(config))
         config.setdefault("num_classes", data.get("num_classes", 1000))
         config["architecture"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRequest(f"{folder} is no folder of timm's: config.json: {error}") from None
+    except OSError as error:
+        raise BadRequest(f"{folder} is no folder of timm's: config.json: {error.strerror}; {NEEDED}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRequest(f"{folder} is no folder of timm's: config.json: {error}; {NEEDED}") from None
     return config
 
 
@@ -141,15 +152,17 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
     file = next((folder / name for name in TIMM_WEIGHTS if (folder / name).exists()), None)
     if file is None:
-        raise BadRequest(f"{folder} is no folder of timm's: it has none of {', '.join(TIMM_WEIGHTS)}")
+        raise BadRequest(f"{folder} is no folder of timm's: it has none of {', '.join(TIMM_WEIGHTS)}; {NEEDED}")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise BadRequest(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+        raise BadRequest(f"{file} cannot be read ({str(error).splitlines()[0]}); fetch or save it again") from None
     if not isinstance(state, dict) or not all(isinstance(values, torch.Tensor) for values in state.values()):
-        raise BadRequest(f"{file} is no state of a network: names and tensors, and nothing else")
+        raise BadRequest(
+            f"{file} is no state of a network: names and tensors, and nothing else; save network.state_dict()"
+        )
     return state
 
 
@@ -191,7 +204,7 @@ def _check_place(target: Path, overwrite: bool, as_folder: bool) -> None:
     """BadRequest where something stands in the way that may not be replaced."""
     if not as_folder and target.suffix != ".safetensors":
         raise BadRequest(f"{target} is to be one file; give it a name that ends in .safetensors")
-    if not target.exists():
+    if not os.path.exists(target):  # False also where one may not look
         return
     if not overwrite:
         raise BadRequest(f"{target} is there already; choose another name, or --overwrite")
@@ -203,9 +216,8 @@ def _check_place(target: Path, overwrite: bool, as_folder: bool) -> None:
 def _put(target: Path, write: Callable[[Path], None]) -> int:
     """Writes under a hidden name beside the target and renames; returns the bytes."""
     hidden, aside = (target.with_name(f".{target.name}.{what}") for what in ("partial", "replaced"))
+    _refuse_unwritable(target, hidden)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(hidden)
         write(hidden)
         _let_others_read(hidden)
         if target.is_dir():
@@ -214,8 +226,20 @@ def _put(target: Path, write: Callable[[Path], None]) -> int:
         _remove(aside)
     except (OSError, safetensors.SafetensorError) as error:
         _remove(hidden)
-        raise RunFailed(f"{target} could not be written: {error}") from None
+        reason = str(error).partition(" at path ")[0]  # which is safetensors' own hidden file
+        raise RunFailed(f"{target} could not be written: {reason}") from None
     return sum(path.stat().st_size for path in _files(target))
+
+
+def _refuse_unwritable(target: Path, hidden: Path) -> None:
+    """BadRequest where nothing can be written beside the target; its folder is made if need be."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(hidden)
+        hidden.touch()
+        hidden.unlink()
+    except OSError as error:
+        raise BadRequest(f"{target} cannot be written: {error.strerror}; choose a folder that can be") from None
 
 
 def _let_others_read(place: Path) -> None:

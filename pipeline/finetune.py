@@ -21,13 +21,18 @@ from pipeline import ancestry
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.launch import is_rank
+from pipeline.mirror import bring_back
 from pipeline.overrides import read_config, validate
 from pipeline.prepare import Plan
 from pipeline.start import check_config, run
 from pipeline.weights_file import Weights, kind_of, weights_of
 
 if TYPE_CHECKING:
+    import torch
+
     from models.coatnet import CoAtNet
+    from pipeline.ema import Statistics
+    from pipeline.network import Shard, Values
 
 CLASSIFIER = "head.classifier."
 
@@ -48,6 +53,8 @@ def finetune(preset: str, overrides: list[str], source: str, procs: int, check: 
     """Fine-tunes, or goes on; returns the exit status."""
     config = read_config(preset, overrides)
     run_folder = Path(config.run.dir)
+    if not check:
+        bring_back(config)
     pinned_to = source_of(run_folder, Path(source))
     ancestors = pinned_to.ancestry
     ancestry.check(config, ancestors)
@@ -59,17 +66,24 @@ def finetune(preset: str, overrides: list[str], source: str, procs: int, check: 
         return check_config(config, procs)
 
     def work(plan: Plan) -> None:
+        from pipeline.ema import assign
         from pipeline.engine import on_rank_zero
+        from pipeline.network import build_network, initial_values
         from pipeline.train import train
 
-        def first_weights(model: CoAtNet) -> None:
+        def first_network(device: torch.device, shard: Shard | None) -> CoAtNet:
             found = on_rank_zero(lambda: source_of(run_folder, Path(source)))
-            reader = weights_of(Path(found.checkpoint))
-            check_settings(config, reader)
-            take_weights(model, reader, plan.train.classes, kind_of(reader, None))
+            reader, classes = weights_of(Path(found.checkpoint)), plan.train.classes
+            new = initial_values(config.run.seed)
+            values, statistics = weights_from(reader, kind_of(reader, None), classes, new)
+            network = build_network(config.model, config.train, len(classes), device, values, shard)
+            assign(network, statistics)
             on_rank_zero(lambda: pin(run_folder, found))
+            return network
 
-        train(config, plan, ancestors, first_weights)
+        if plan.begins:  # before it claims a folder with another network than it can have
+            check_settings(config, weights_of(Path(source_of(run_folder, Path(source)).checkpoint)))
+        train(config, plan, ancestors, first_network)
 
     return run(config, "finetune", procs, work)
 
@@ -80,7 +94,16 @@ def check_settings(config: Config, reader: Weights) -> None:
     from pipeline.network import empty_network
 
     theirs = validate(reader.state()["config"], str(reader.folder))
-    there, here = (settings(empty_network(each.model, each.train, classes=1)) for each in (theirs, config))
+    networks = [empty_network(each.model, each.train, classes=1) for each in (theirs, config)]
+    there, here = (
+        {name: values.shape for name, values in network.named_parameters() if not name.endswith("bias_table")}
+        for network in networks
+    )
+    if there != here:
+        layout = theirs.model.model_dump(mode="json", include={"name", "stem", "stages"}, exclude_none=True)
+        keys = " ".join(f"'model.{name}={json.dumps(value)}'" for name, value in layout.items())
+        raise BadRequest(f"{reader.folder} has the weights of another network than this configuration's; set {keys}")
+    there, here = map(settings, networks)
     for name in there.keys() & here.keys():
         if there[name] != here[name]:
             raise BadRequest(
@@ -89,36 +112,36 @@ def check_settings(config: Config, reader: Weights) -> None:
             )
 
 
-def take_weights(model: CoAtNet, reader: Weights, classes: tuple[str, ...], kind: str) -> None:
-    """Gives a new network a checkpoint's weights, kind `ema` or `weight`; BadRequest where they are another network's.
+def weights_from(reader: Weights, kind: str, classes: tuple[str, ...], new: Values) -> tuple[Values, Statistics]:
+    """A checkpoint's weights, kind `ema` or `weight`, as a new network takes them, and its batch-norm statistics.
 
-    Bias tables are resized to the network's grid; the classifier is taken only where the classes are the same.
+    Bias tables are resized to the network's grid; the classifier is taken only where the classes are the same, and is
+    `new` elsewhere. The weights are BadRequest where they are another network's.
     """
     import torch
 
     from models.attention import resize_bias_table
     from models.backends import grid_of
-    from pipeline.ema import assign
     from pipeline.restore import of_kind
 
     same_classes = list(classes) == reader.state()["classes"]
-    found = {name: torch.from_numpy(values) for name, values in reader.tensors(kind)}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(CLASSIFIER) and not same_classes:
-                continue
-            if name not in found:
-                raise BadRequest(f"{reader.folder} has no {name}: its network is another one than this configuration's")
-            values = found[name]
-            if name.endswith("bias_table") and values.shape != parameter.shape:
-                values = resize_bias_table(values, grid_of(parameter))
-            if values.shape != parameter.shape:
-                raise BadRequest(
-                    f"{reader.folder}: {name} is {list(values.shape)} there and {list(parameter.shape)} here;"
-                    " take the model section of the run that it comes from"
-                )
-            parameter.copy_(values)
-    assign(model, of_kind(reader.buffers(), kind))
+
+    def values(name: str, shape: torch.Size) -> torch.Tensor:
+        if name.startswith(CLASSIFIER) and not same_classes:
+            return new(name, shape)
+        if name not in reader.shapes:
+            raise BadRequest(f"{reader.folder} has no {name}, which its own configuration needs; export it again")
+        found = torch.from_numpy(reader.tensor(name, kind))
+        if name.endswith("bias_table") and found.shape != shape:
+            found = resize_bias_table(found, grid_of(torch.empty(shape, device="meta")))
+        if found.shape != shape:
+            raise BadRequest(
+                f"{reader.folder}: {name} is {list(found.shape)}, and by its own configuration"
+                f" {list(shape)}; export it again"
+            )
+        return found
+
+    return values, of_kind(reader.buffers(), kind)
 
 
 def source_of(run_folder: Path, source: Path) -> Source:

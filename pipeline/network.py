@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
 from data import draws
 from data.draws import Purpose
@@ -17,31 +18,67 @@ from models.attention import RelativeAttention
 from models.backends import check_backend
 from models.coatnet import CoAtNet
 from models.family import Layout, Stage, Stem
+from models.initial import initial_value
+from models.norm import BatchNorm2d
 from pipeline.config import Model, Train
 from pipeline.errors import BadRequest
 
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 """Of ImageNet's pixels, by channel; the paper does not say how it scales its inputs."""
+Values = Callable[[str, torch.Size], torch.Tensor]
+"""The weights of a network: a parameter's values by its name and shape."""
+Shard = Callable[[nn.Module], None]
+"""Takes the parameters of a layer, which have their values, apart over the ranks."""
 
 
-def build_network(model: Model, train: Train, classes: int, seed: int, device: torch.device) -> CoAtNet:
-    """A CoAtNet whose initial weights are draws by (seed, parameter's name); BadRequest for impossible values."""
+def initial_values(seed: int) -> Values:
+    """Initial weights as draws by (seed, parameter's name)."""
 
     def normal(name: str, shape: torch.Size) -> torch.Tensor:
         return torch.from_numpy(draws.normals(seed, name, shape.numel())).reshape(shape)
 
+    return lambda name, shape: initial_value(name, shape, normal)
+
+
+def no_values(name: str, shape: torch.Size) -> torch.Tensor:
+    """Zeros, where a checkpoint's weights follow."""
+    return torch.zeros(shape)
+
+
+@torch.no_grad()
+def build_network(
+    model: Model,
+    train: Train,
+    classes: int,
+    device: torch.device,
+    values: Values,
+    shard: Shard | None = None,
+) -> CoAtNet:
+    """A CoAtNet with the weights that `values` gives; BadRequest for impossible values.
+
+    Layer by layer: where `shard` takes them apart (ZeRO-3), a rank never holds more of the whole than one layer.
+    """
     try:
         check_backend(model.attention, device.type)
     except ValueError as error:
         raise BadRequest(f"model.{error}") from None
-    return _network(model, train, classes, normal).to(device)
+    network = empty_network(model, train, classes)
+    for path, layer in reversed(list(network.named_modules())):  # a parent's own parameters after its children's
+        layer.to_empty(device=device, recurse=False)
+        if isinstance(layer, BatchNorm2d):
+            layer.reset_statistics()
+        for name, parameter in layer.named_parameters(path, recurse=False):
+            parameter.copy_(values(name, parameter.shape))
+        if shard is not None and layer._parameters:
+            shard(layer)
+    return network
 
 
 def empty_network(model: Model, train: Train, classes: int) -> CoAtNet:
     """The network without memory for weights, on the meta device; BadRequest where it cannot be built."""
     with torch.device("meta"):
-        return _network(model, train, classes, lambda name, shape: torch.empty(shape))
+        return _network(model, train, classes)
 
 
 def check_model(model: Model, train: Train, classes: int) -> int:
@@ -77,7 +114,7 @@ def survival(seed: int, positions: np.ndarray, rates: list[float], device: torch
     return torch.from_numpy(factors.astype(np.float32)).to(device)
 
 
-def _network(model: Model, train: Train, classes: int, normal: Callable[[str, torch.Size], torch.Tensor]) -> CoAtNet:
+def _network(model: Model, train: Train, classes: int) -> CoAtNet:
     try:
         return coatnet(
             model.name or _layout(model),
@@ -94,7 +131,7 @@ def _network(model: Model, train: Train, classes: int, normal: Callable[[str, to
             batch_norm_group=train.batch_norm_group,
             layer_norm_eps=model.layer_norm_eps,
             activation_checkpointing=train.activation_checkpointing,
-            normal=normal,
+            normal=lambda name, shape: torch.empty(shape),
         )
     except ValueError as error:
         raise BadRequest(f"model: {error}") from None

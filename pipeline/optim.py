@@ -17,6 +17,7 @@ from torch import nn
 
 from models.initial import decay_exempt
 from pipeline.config import Optim
+from pipeline.zero_state import whole_shape
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -35,10 +36,10 @@ def ema_decay(decay: float, step: int) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: the parameters that decay, and those that are exempt."""
-    named = list(model.named_parameters())
+    named = [(parameter, decay_exempt(name, whole_shape(parameter))) for name, parameter in model.named_parameters()]
     return [
-        {"params": [p for n, p in named if not decay_exempt(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if decay_exempt(n, p)], "weight_decay": 0.0},
+        {"params": [parameter for parameter, exempt in named if not exempt], "weight_decay": weight_decay},
+        {"params": [parameter for parameter, exempt in named if exempt], "weight_decay": 0.0},
     ]
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,18 +39,26 @@ def read_config(path: str, overrides: list[str]) -> Config:
         _refuse_unknown_keys(layer, Config, "", origin)
         _clear(merged, layer)
         _merge(merged, layer)
-    return validate(merged, path)
+    return validate(merged, path, overrides)
 
 
-def validate(tree: dict[str, Any], origin: str) -> Config:
-    """The typed configuration of a plain tree; every fault of the tree in one BadRequest, a line each."""
+def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """The typed configuration of a plain tree; every fault of the tree in one BadRequest, a line each.
+
+    A line begins with the last of the overrides whose key it names, or else with the origin.
+    """
     tree = {**{name: {} for name in Config.model_fields}, **tree}  # so that keys are missed, not sections
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         # Of a value that may be of several types there is one fault for each.
         faults = dict.fromkeys(_fault(fault, tree) for fault in error.errors())
-        raise BadRequest("\n".join(f"{origin}: {fault}" for fault in faults)) from None
+        raise BadRequest("\n".join(f"{_to_blame(fault, overrides) or origin}: {fault}" for fault in faults)) from None
+
+
+def _to_blame(fault: str, overrides: Sequence[str]) -> str | None:
+    keys = {text: text.partition("=")[0] for text in overrides}
+    return next((text for text in reversed(overrides) if re.search(rf"\b{re.escape(keys[text])}\b", fault)), None)
 
 
 def to_yaml(config: Config) -> str:

@@ -1,13 +1,16 @@
 """Going on: the newest checkpoint that all ranks find good is loaded, each rank reading just what it owns.
 
 Whether a checkpoint is good is one verdict of all ranks, given before any state is touched. A damaged one is named in
-events.jsonl and the one before is taken; where none is good the run stops rather than begin again in silence.
+events.jsonl and the one before is taken; where none is good the run stops rather than begin again in silence. What is
+no damage but another network's, another training set's or a newer program's is refused, and never gone back past.
 
 Next: ema.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +18,91 @@ import numpy as np
 import torch
 
 from pipeline import zero_state
-from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, checkpoints
-from pipeline.ema import Statistics, assign
+from pipeline.checkpoint import READING_THREADS, CheckpointReader, DamagedCheckpoint, checkpoints
+from pipeline.ema import Statistics, assign, statistics
 from pipeline.engine import gathered, on_rank_zero
 from pipeline.errors import BadRequest, RunFailed
 from pipeline.record import Events
 from pipeline.zero_state import Stretch
 
 State = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+_ANOTHER_RUN = "put back the configuration and the program that wrote it, or begin another run with run.dir=..."
 
 
 def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events) -> State | None:
     """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
 
-    Collective. RunFailed where checkpoints exist and none is good, BadRequest where the training set is another one.
+    Collective. RunFailed where checkpoints exist and none is good; BadRequest where the training set or the network is
+    another one, or the checkpoint a newer program's.
     """
     folders = on_rank_zero(lambda: checkpoints(run / "checkpoints"))
-    owned = zero_state.stretches(engine, average is not None) if folders else []
+    if not folders:
+        return None
+    owned, shapes = zero_state.stretches(engine, average is not None), zero_state.shapes(engine)
+    buffers = {f"weight:{name}": tuple(values.shape) for name, values in statistics(engine.module).items()}
+    buffers |= {f"ema:{name}": tuple(values.shape) for name, values in (average or {}).items()}
     for folder in reversed(folders):
-        found, problem = _read(folder, owned)
+        found, problem = _examined(folder, owned, shapes, buffers, train_fingerprint)
         problems = gathered([problem] if problem else [])
-        if not problems and found is not None:
-            if found[2]["train_fingerprint"] != train_fingerprint:
-                raise BadRequest(
-                    f"data.train holds another training set than the one {folder} was trained on;"
-                    " put it back, or begin another run with run.dir=..."
-                )
-            return _apply(engine, owned, average, *found)
-        events.write("damaged_checkpoint", checkpoint=folder.name, reason=problems[0])
-    if folders:
-        raise RunFailed(
-            f"{run}/checkpoints: none of {', '.join(f.name for f in folders)} is good (see events.jsonl);"
-            " restore one from a copy, or remove them to begin again"
-        )
-    return None
+        for refusal in problems:
+            if isinstance(refusal, BadRequest):
+                raise refusal
+        if found is not None and not problems:
+            return _apply(engine, owned, average, found)
+        events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(problems[0]))
+    raise RunFailed(
+        f"{run}/checkpoints: none of {', '.join(f.name for f in folders)} is good (see events.jsonl);"
+        " restore one from a copy, or remove them to go on from checkpoint.mirror, if there is one, or begin again"
+    )
 
 
-Found = tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray], State]
-
-
-def _read(folder: Path, owned: list[Stretch]) -> tuple[Found | None, str | None]:
+def _examined(
+    folder: Path, owned: list[Stretch], shapes: Shapes, buffers: Shapes, train_fingerprint: str
+) -> tuple[CheckpointReader | None, BadRequest | DamagedCheckpoint | None]:
+    """A checkpoint of which everything is verified that this rank needs, or what is wrong with it."""
     try:
         reader = CheckpointReader(folder)
-        values = [
-            {kind: reader.stretch(s.name, kind, s.start, own.numel()) for kind, own in s.values.items()} for s in owned
-        ]
-        return (values, reader.buffers(), reader.state()), None
-    except DamagedCheckpoint as error:
-        return None, str(error)
+        kinds = owned[0].values.keys() if owned else ()
+        there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
+        _refuse_another_network(folder, there, {**shapes, **buffers})
+        for kind in kinds:
+            if not reader.has(kind):
+                raise BadRequest(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
+        if reader.state()["train_fingerprint"] != train_fingerprint:
+            raise BadRequest(
+                f"data.train holds another training set than the one {folder} was trained on;"
+                " put it back, or begin another run with run.dir=..."
+            )
+        reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
+        return reader, None
+    except (BadRequest, DamagedCheckpoint) as error:
+        return None, error
 
 
-def _apply(
-    engine: Any, owned: list[Stretch], average: Statistics | None, values: list[dict[str, np.ndarray]],
-    buffers: dict[str, np.ndarray], state: State,
-) -> State:  # fmt: skip
-    for stretch, found in zip(owned, values, strict=True):
+def _refuse_another_network(folder: Path, there: Shapes, here: Shapes) -> None:
+    """BadRequest naming the first parameter or statistic that differs; a moving average that nobody wants does not."""
+    for name in [*here, *(name for name in there if not name.startswith("ema:"))]:
+        old, new = (list(shapes[name]) if name in shapes else "absent" for shapes in (there, here))
+        if old != new:
+            what = name.removeprefix("weight:")
+            raise BadRequest(f"{folder} is of another network: {what} is {old} there and {new} here; {_ANOTHER_RUN}")
+
+
+def _apply(engine: Any, owned: list[Stretch], average: Statistics | None, reader: CheckpointReader) -> State:
+    """Reads what is verified stretch by stretch into the live state, which so needs no second place in memory."""
+    state, buffers = reader.state(), reader.buffers()
+
+    def read(stretch: Stretch) -> None:
         for kind, own in stretch.values.items():
-            own.copy_(torch.from_numpy(found[kind]))
+            on_host = own if own.device.type == "cpu" else torch.empty_like(own, device="cpu")
+            reader.read_into(on_host.numpy(), stretch.name, kind, stretch.start)
+            if on_host is not own:
+                own.copy_(on_host)
+
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        for _ in pool.map(read, owned):
+            pass
     zero_state.finish_loading(engine, state["applied_steps"])
     assign(engine.module, of_kind(buffers, "weight"))
     if average is not None:

@@ -2,49 +2,146 @@
 
 Every rank writes the stretches that it owns (zero_state.Stretch) as one safetensors file; rank 0 adds the buffers and
 state.json. All goes to a hidden folder named by the attempt, is made durable, and is renamed by rank 0 once every
-rank's part is there. The thread runs no collectives; training stands still only while the state is copied to the host.
+rank's part is there. The thread runs no collectives; training stands still only while the state is copied to the host,
+into the same memory each time. Where a copy does not fit there, the live state is written, and training waits for it.
 
-Next: restore.py.
+Next: mirror.py.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name, step_of
+from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name, step_of, superseded, sync_folder
+from pipeline.config import Checkpoint
 from pipeline.ema import Statistics, statistics
+from pipeline.errors import RunFailed
+from pipeline.host_memory import available_bytes
+from pipeline.launch import local_world_size, processor_share
+from pipeline.mirror import Mirror
 from pipeline.record import Events
-from pipeline.zero_state import stretches
+from pipeline.zero_state import shapes, stretches
 
 BLOCK_BYTES = 1 << 20
+CHUNK_BYTES = 64 << 20
+"""Whole blocks that are on the host at once where there is no copy of everything."""
+WRITTEN_AT_ONCE = 8 << 20
+COPY_SHARE = 0.75
+"""Share of the available memory that the copies of a machine's ranks may take."""
 PART_TIMEOUT_SECONDS = 1800.0
-
-
-Elements = dict[tuple[str, str, int], torch.Tensor]
-"""Stretches on the host, float32 and flat, by parameter, kind and start."""
+_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """What one rank puts into a checkpoint: its stretches; rank 0's shapes, buffers and state count for all."""
+class Common:
+    """What rank 0 says of a checkpoint for all ranks: the parameters' whole shapes, buffers, state.json."""
 
-    step: int
-    elements: Elements
     shapes: Mapping[str, tuple[int, ...]]
     buffers: Mapping[str, torch.Tensor]
     state: str
+
+
+class Image:
+    """A safetensors file that is not written yet: its bytes, from live tensors or from a copy of them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        sizes = [values.numel() * values.element_size() for values in tensors.values()]
+        ends = list(accumulate(sizes, initial=0))
+        header = {
+            name: {
+                "dtype": {torch.float32: "F32", torch.int64: "I64"}[values.dtype],
+                "shape": list(values.shape),
+                "data_offsets": [begin, end],
+            }
+            for (name, values), begin, end in zip(tensors.items(), ends, ends[1:], strict=False)
+        }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        first = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8).copy()
+        flat = [values.detach().reshape(-1).view(torch.uint8) for values in tensors.values()]
+        self._parts = [torch.from_numpy(first), *flat]
+        self.offsets = [len(first) + begin for begin in ends[:-1]]
+        """Where in the file each tensor begins."""
+        self.bytes = len(first) + ends[-1]
+        self._copy: torch.Tensor | None = None
+
+    def copy_to(self, memory: torch.Tensor) -> None:
+        """From now on the bytes are those of this moment, which `memory` holds."""
+        threads = 1 if self.on_gpu() else min(4, processor_share())
+        size = -(-len(memory) // threads)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda begin: self._fill(memory[begin : begin + size], begin), range(0, len(memory), size)))
+        self._copy = memory
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All bytes in order, whole blocks but for the last; each chunk is good until the next is asked for."""
+        if self._copy is not None:
+            yield self._copy.numpy()
+            return
+        memory = torch.empty(min(CHUNK_BYTES, self.bytes), dtype=torch.uint8)
+        for begin in range(0, self.bytes, len(memory)):
+            chunk = memory[: self.bytes - begin]
+            self._fill(chunk, begin)
+            yield chunk.numpy()
+
+    def _fill(self, memory: torch.Tensor, begin: int) -> None:
+        starts, filled = [0, *self.offsets], 0
+        part = bisect_right(starts, begin) - 1
+        while filled < len(memory):
+            skipped = begin + filled - starts[part]
+            source = self._parts[part][skipped : skipped + len(memory) - filled]
+            _copy(source, memory[filled : filled + len(source)])
+            filled, part = filled + len(source), part + 1
+        if self.on_gpu():
+            torch.cuda.current_stream().synchronize()
+
+    def on_gpu(self) -> bool:
+        return any(part.is_cuda for part in self._parts)
+
+
+def _copy(source: torch.Tensor, memory: torch.Tensor) -> None:
+    if source.is_cuda:
+        memory.copy_(source, non_blocking=True)
+    else:  # torch would wake a thread for each processor, for every small tensor
+        memory.numpy()[:] = source.numpy()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank puts into a checkpoint: parameter, kind and start of its stretches, and their bytes in a file."""
+
+    step: int
+    titles: list[tuple[str, str, int, int]]
+    image: Image
+    common: Common | None
+    """Rank 0's."""
+    blocking: bool = False
+    """Whether training waits for it."""
+
+
+def part_of(step: int, elements: Mapping[tuple[str, str, int], torch.Tensor], common: Common | None) -> Part:
+    """A rank's part, of flat float32 tensors by parameter, kind and start; nothing is copied yet."""
+    titles = [(*title, values.numel()) for title, values in elements.items()]
+    image = Image({f"{name}:{kind}:{start}": values for (name, kind, start), values in elements.items()})
+    return Part(step, titles, image, common)
 
 
 @dataclass
@@ -55,94 +152,182 @@ class CheckpointWriter:
     attempt: int
     rank: int
     world_size: int
-    keep_last: int
+    settings: Checkpoint
     events: Events
     _thread: threading.Thread | None = None
     _error: list[BaseException] = field(default_factory=list)
+    _memory: torch.Tensor | None = None
+    _said: bool = False
+
+    def __post_init__(self) -> None:
+        keep_last, keep_every, url = self.settings.keep_last, self.settings.keep_every, self.settings.mirror
+        mirrors = url is not None and self.rank == 0
+        self.mirror = Mirror(url, self.root.parent, keep_last, keep_every, self.events.write) if mirrors else None
 
     def save(self, engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> None:
-        """Copies what this rank owns to the host and returns; `average` has the batch-norm statistics' average."""
+        """Copies what this rank owns to the host and returns; `average` has the batch-norm statistics' average.
+
+        Where a copy does not fit in memory it returns when this rank's part is durable.
+        """
         self.wait()
-        snapshot = _snapshot(engine, average, state)
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        elements = {
+            (stretch.name, kind, stretch.start): values
+            for stretch in stretches(engine, average is not None)
+            for kind, values in stretch.values.items()
+        }
+        part = part_of(state["step"], elements, _common(engine, average, state) if self.rank == 0 else None)
+        memory = self._memory_for(part.image)
+        if memory is None:
+            self._write(replace(part, blocking=True))
+            return self.wait()
+        part.image.copy_to(memory)
+        self._thread = threading.Thread(target=self._write, args=(part,), name="checkpoint")
         self._thread.start()
+
+    def check(self) -> None:
+        """Raises what the writing of the last checkpoint raised, if it has."""
+        if self._error:
+            raise self._error.pop()
 
     def wait(self) -> None:
         """Returns once the last checkpoint is durable; raises what its writing raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error:
-            raise self._error.pop()
+        self.check()
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def close(self) -> None:
+        """Returns once the last checkpoint is durable and copied to the mirror, and superseded ones are gone."""
+        self.wait()
+        if self.mirror is not None:
+            self.mirror.wait()
+            if folders := checkpoints(self.root):
+                self._prune(step_of(folders[-1]))
+
+    def _memory_for(self, image: Image) -> torch.Tensor | None:
+        """Memory for a copy, the same each time: new pages would cost more than the copy; None where it won't fit."""
+        share = COPY_SHARE * available_bytes() / local_world_size(1)
+        if self._memory is None and image.bytes <= share:
+            self._memory = torch.from_numpy(np.empty(image.bytes, np.uint8))
+            if image.on_gpu():  # torch's own pinned memory would take up to twice the bytes
+                cuda: Any = torch.cuda.cudart()
+                torch.cuda.check_error(cuda.cudaHostRegister(self._memory.data_ptr(), image.bytes, 0))
+        return self._memory
+
+    def _write(self, part: Part) -> None:
         began = time.monotonic()
         try:
-            size = write_checkpoint(self.root, self.attempt, self.rank, self.world_size, snapshot)
-            if size is not None:
-                prune(self.root, self.keep_last, snapshot.step)
+            facts = write_checkpoint(self.root, self.attempt, self.rank, self.world_size, part)
+            if facts is not None:
                 seconds = round(time.monotonic() - began, 3)
-                self.events.write("checkpoint", step=snapshot.step, seconds=seconds, bytes=size)
-        except BaseException as error:  # handed to the training thread by wait()
+                self.events.write("checkpoint", step=part.step, seconds=seconds, **facts)
+                self._say_blocking(facts["blocking"])
+                if self.mirror is not None:
+                    self.mirror.copy(self.root / step_name(part.step))
+                self._prune(part.step)
+        except BaseException as error:  # handed to the training thread by check()
             self._error.append(error)
 
+    def _say_blocking(self, blocking: bool) -> None:
+        if blocking and not self._said:
+            self._said = True
+            print(
+                "memory has no room for a copy of the state, so training waits while a checkpoint is written"
+                " (events.jsonl: blocking); with more machines each would have less to copy",
+                file=sys.stderr,
+            )
 
-def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, snapshot: Snapshot) -> int | None:
-    """Writes this rank's part; on rank 0 it also waits for the others', names the checkpoint, and returns its bytes."""
-    folder = root / f".{step_name(snapshot.step)}.attempt-{attempt}"
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_part(folder, rank, snapshot.elements)
-    return _commit(folder, attempt, world_size, snapshot) if rank == 0 else None
-
-
-def _snapshot(engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> Snapshot:
-    elements = {
-        (stretch.name, kind, stretch.start): _on_host(values)
-        for stretch in stretches(engine, average is not None)
-        for kind, values in stretch.values.items()
-    }
-    buffers = {f"weight:{name}": _on_host(values) for name, values in statistics(engine.module).items()}
-    buffers |= {f"ema:{name}": _on_host(values) for name, values in (average or {}).items()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
-    return Snapshot(state["step"], elements, shapes, buffers, json.dumps(state))
+    def _prune(self, step: int) -> None:
+        spared = self.mirror.in_use() if self.mirror is not None else set()
+        prune(self.root, self.settings.keep_last, self.settings.keep_every, step, spared)
 
 
-def _write_part(folder: Path, rank: int, elements: Elements) -> None:
-    file = f"rank-{rank:05d}.safetensors"
-    named = {f"{name}:{kind}:{start}": values for (name, kind, start), values in elements.items()}
-    checksums, offsets = _write_safetensors(folder / file, named)
+def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part: Part) -> dict[str, Any] | None:
+    """Writes this rank's part; rank 0 also waits for the others', names the checkpoint, and returns its `bytes` and
+    whether training waited for any part (`blocking`).
+
+    RunFailed, on rank 0 too, where a file can't be written; nothing half-written is left then.
+    """
+    folder = root / f".{step_name(part.step)}.attempt-{attempt}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_part(folder, rank, part)
+        return _commit(folder, attempt, world_size, part.step, part.common) if part.common is not None else None
+    except BaseException as error:
+        if rank == 0:
+            given_up = folder.with_name(f"{folder.name}.failed")
+            with suppress(OSError):
+                folder.rename(given_up)  # so that no other rank writes into it any more
+            shutil.rmtree(given_up, ignore_errors=True)
+        failed = _in_words(root, part, world_size, error) if isinstance(error, OSError) else None
+        if rank > 0:
+            with suppress(OSError):
+                (folder / _file(rank)).unlink()  # which makes room for the note
+            with suppress(OSError):  # without a note, rank 0 waits until the launcher ends it
+                _write_durably(folder / _part(rank), json.dumps({"error": f"rank {rank}: {failed or error}"}).encode())
+        if failed is None:
+            raise
+        raise RunFailed(failed) from error
+
+
+def _in_words(root: Path, part: Part, world_size: int, error: OSError) -> str:
+    if part.common is None and isinstance(error, FileNotFoundError):
+        return f"{root / step_name(part.step)} was given up by rank 0, which says why"
+    written = checkpoints(root) if root.is_dir() else []
+    goes_on = f"goes on from step {step_of(written[-1])}" if written else "begins again"
+    if error.errno in _SPACE:
+        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        free, needed = shutil.disk_usage(existing).free, world_size * part.image.bytes
+        way_out = f"it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room, then the same command"
+    else:
+        way_out = f"mend that ({error.filename or root}), then the same command"
+    return f"{root / step_name(part.step)} cannot be written: {error.strerror or error}; {way_out} {goes_on}"
+
+
+def _common(engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> Common:
+    named = {f"weight:{name}": values for name, values in statistics(engine.module).items()}
+    named |= {f"ema:{name}": values for name, values in (average or {}).items()}
+    buffers = {name: values.detach().to("cpu", copy=True) for name, values in named.items()}
+    return Common(shapes(engine), buffers, json.dumps(state))
+
+
+def _write_part(folder: Path, rank: int, part: Part) -> None:
+    file = _file(rank)
+    checksums = _write_chunks(folder / file, part.image.chunks())
     found = [
-        {"parameter": name, "kind": kind, "file": file, "offset": offset, "start": start, "count": values.numel()}
-        for ((name, kind, start), values), offset in zip(elements.items(), offsets, strict=True)
+        {"parameter": name, "kind": kind, "file": file, "offset": offset, "start": start, "count": count}
+        for (name, kind, start, count), offset in zip(part.titles, part.image.offsets, strict=True)
     ]
-    _write_durably(folder / _part(rank), json.dumps({"files": {file: checksums}, "stretches": found}).encode())
+    facts = {"files": {file: checksums}, "stretches": found, "blocking": part.blocking}
+    _write_durably(folder / _part(rank), json.dumps(facts).encode())
 
 
-def _commit(folder: Path, attempt: int, world_size: int, snapshot: Snapshot) -> int:
-    """Completes a checkpoint's folder and gives it its name; returns its bytes."""
+def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Common) -> dict[str, Any]:
+    """Completes a checkpoint's folder and gives it its name."""
     files = {
-        "buffers.safetensors": _write_safetensors(folder / "buffers.safetensors", snapshot.buffers)[0],
-        "state.json": _write_durably(folder / "state.json", snapshot.state.encode()),
+        "buffers.safetensors": _write_chunks(folder / "buffers.safetensors", Image(common.buffers).chunks()),
+        "state.json": _write_durably(folder / "state.json", common.state.encode()),
     }
-    parts = [_await_json(folder / _part(rank)) for rank in range(world_size)]
+    parts = [_await_part(folder / _part(rank)) for rank in range(world_size)]
     for part in parts:
         files |= part["files"]
     manifest = {
         "format": FORMAT,
-        "step": snapshot.step,
+        "step": step,
         "attempt": attempt,
         "world_size": world_size,
         "block_bytes": BLOCK_BYTES,
-        "parameters": snapshot.shapes,
+        "parameters": common.shapes,
         "files": files,
         "stretches": [stretch for part in parts for stretch in part["stretches"]],
     }
     _write_durably(folder / "manifest.json", json.dumps({"sha256": digest_of(manifest), **manifest}).encode())
     for rank in range(world_size):
         (folder / _part(rank)).unlink()
-    _sync_folder(folder)
-    _give_name(folder, folder.parent / step_name(snapshot.step))
-    return sum(entry["bytes"] for entry in files.values())
+    sync_folder(folder)
+    _give_name(folder, folder.parent / step_name(step))
+    size = sum(entry["bytes"] for entry in files.values())
+    return {"bytes": size, "blocking": any(part["blocking"] for part in parts)}
 
 
 def _give_name(folder: Path, final: Path) -> None:
@@ -150,16 +335,19 @@ def _give_name(folder: Path, final: Path) -> None:
     if final.exists():  # damaged: an earlier one was gone back to, and this is that stretch again
         final.rename(aside)
     folder.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int, step: int) -> None:
-    """Removes all but the newest checkpoints up to this step; later ones are damaged, or of a stretch gone back on."""
-    for folder in [each for each in checkpoints(root) if step_of(each) <= step][:-keep_last]:
-        hidden = root / f".{folder.name}.pruned"  # renamed first: under its name a checkpoint is complete
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+def prune(root: Path, keep_last: int, keep_every: int | None, step: int, spared: Iterable[Path] = ()) -> None:
+    """Removes the checkpoints that the one of this step supersedes, but for those that are spared."""
+    folders = {step_of(folder): folder for folder in checkpoints(root)}
+    for old in superseded(folders, step, keep_last, keep_every):
+        folder = folders[old]
+        if folder not in spared:
+            hidden = root / f".{folder.name}.pruned"  # renamed first: under its name a checkpoint is complete
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
 
 
 def remove_leftovers(root: Path) -> None:
@@ -172,68 +360,66 @@ def _part(rank: int) -> str:
     return f"part-{rank:05d}.json"
 
 
-def _on_host(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().to("cpu", copy=True)
-
-
-def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], list[int]]:
-    """Writes the tensors durably; returns the file's checksums and the byte offset of each tensor."""
-    header, sizes = {}, []
-    for name, values in tensors.items():
-        begin = sum(sizes)
-        sizes.append(values.numel() * values.element_size())
-        header[name] = {
-            "dtype": {torch.float32: "F32", torch.int64: "I64"}[values.dtype],
-            "shape": list(values.shape),
-            "data_offsets": [begin, begin + sizes[-1]],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    chunks = [len(text).to_bytes(8, "little"), text]
-    chunks += [memoryview(values.contiguous().numpy().reshape(-1)).cast("B") for values in tensors.values()]
-    starts = np.cumsum([8 + len(text), *sizes])[:-1].tolist() if sizes else []
-    return _write_chunks(path, chunks), starts
+def _file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
 def _write_durably(path: Path, content: bytes) -> dict[str, Any]:
     """Writes under a temporary name, makes it durable, renames; returns the file's checksums."""
     hidden = path.with_name(f".{path.name}")
-    checksums = _write_chunks(hidden, [content])
+    checksums = _write_chunks(hidden, [np.frombuffer(content, np.uint8)])
     hidden.rename(path)
     return checksums
 
 
-def _write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    digests, current, filled, total = [], hashlib.sha256(), 0, 0
-    with path.open("wb") as file:
+def _write_chunks(path: Path, chunks: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Writes chunks of whole blocks, each durable before the next is asked for; returns the file's checksums.
+
+    Other threads hash a chunk while this one writes it, and this one too while the disk takes it.
+    """
+    digests, total = [], 0
+    hashing = max(1, min(4, processor_share() - 1))
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(hashing + 1) as pool:
         for chunk in chunks:
-            view = memoryview(chunk)
-            file.write(view)
-            total += len(view)
-            while len(view):
-                taken = view[: BLOCK_BYTES - filled]
-                current.update(taken)
-                view, filled = view[len(taken) :], filled + len(taken)
-                if filled == BLOCK_BYTES:
-                    digests.append(current.hexdigest())
-                    current, filled = hashlib.sha256(), 0
-        file.flush()
-        os.fsync(file.fileno())
-    if filled:
-        digests.append(current.hexdigest())
+            blocks = _Blocks(chunk)
+            others = [pool.submit(blocks.hash_the_rest) for _ in range(hashing)]
+            for begin in range(0, len(chunk), WRITTEN_AT_ONCE):
+                _write_all(file.fileno(), chunk[begin : begin + WRITTEN_AT_ONCE])
+            others.append(pool.submit(os.fsync, file.fileno()))
+            blocks.hash_the_rest()
+            for other in others:
+                other.result()
+            digests += blocks.digests
+            total += len(chunk)
     return {"bytes": total, "sha256": digests}
 
 
-def _await_json(path: Path) -> Any:
+def _write_all(file: int, content: np.ndarray) -> None:
+    while len(content):
+        content = content[os.write(file, content) :]
+
+
+class _Blocks:
+    """The blocks of a chunk, which several threads hash, each taking the next that none has begun."""
+
+    def __init__(self, chunk: np.ndarray) -> None:
+        self._blocks = [chunk[begin : begin + BLOCK_BYTES] for begin in range(0, len(chunk), BLOCK_BYTES)]
+        self._left = iter(range(len(self._blocks)))
+        self.digests = [""] * len(self._blocks)
+
+    def hash_the_rest(self) -> None:
+        for number in self._left:
+            self.digests[number] = hashlib.sha256(self._blocks[number]).hexdigest()
+
+
+def _await_part(path: Path) -> Any:
+    """What a rank says of its part; RunFailed with its words where it could not write it."""
     deadline = time.monotonic() + PART_TIMEOUT_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path}: not written within {PART_TIMEOUT_SECONDS:.0f} s; look at that rank's log")
+            raise TimeoutError(f"{path.name} was not written within {PART_TIMEOUT_SECONDS:.0f} s, see that rank's log")
         time.sleep(0.02)
-    return json.loads(path.read_bytes())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    part = json.loads(path.read_bytes())
+    if "error" in part:
+        raise RunFailed(part["error"])
+    return part

@@ -64,15 +64,16 @@ def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> 
     import torch
 
     from data.loader import Share
+    from pipeline.ema import assign
     from pipeline.engine import start_process_group
     from pipeline.evaluate import evaluate
-    from pipeline.finetune import take_weights
-    from pipeline.network import build_network
+    from pipeline.finetune import weights_from
+    from pipeline.network import build_network, no_values
 
     device = start_process_group()
-    model = build_network(config.model, config.train, len(manifest.classes), config.run.seed, device)
-    take_weights(model, reader, manifest.classes, kind)
-    model.eval()
+    values, statistics = weights_from(reader, kind, manifest.classes, no_values)
+    model = build_network(config.model, config.train, len(manifest.classes), device, values).eval()
+    assign(model, statistics)
     rank, world_size = rank_and_world_size()
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):

@@ -5,23 +5,30 @@ Next: launch.py.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import stopping
 from pipeline.config import Config
+from pipeline.errors import BadRequest
 from pipeline.launch import is_rank, local_world_size, rank_and_world_size, run_ranks
+from pipeline.mirror import bring_back
 from pipeline.prepare import Plan, check_ranks, prepare
 
 
 def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
     """Does `work` with the plan as every rank of a training run; returns the exit status."""
+    bring_back(config)
     world_size = rank_and_world_size()[1] if is_rank() else procs
     plan = prepare(config, command, world_size, local_world_size(procs))
     if plan.finished:
         print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps; nothing was changed")
         return 0
+    _check_attention(config)
+    _check_compiler(config)
     if not is_rank():
         return run_ranks(sys.argv[1:], procs, Path(config.run.dir) / "logs")
     stopping.listen()
@@ -44,3 +51,27 @@ def check_config(config: Config, procs: int) -> int:
         f" {procs} ranks x {passes} micro batches x {train.micro_batch} samples"
     )
     return 0
+
+
+def _check_attention(config: Config) -> None:
+    """BadRequest where this machine cannot train the attention; only for the one kind in doubt is torch imported."""
+    if config.model.attention != "flex":
+        return
+    import torch
+
+    from models.backends import check_backend
+
+    try:
+        check_backend(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise BadRequest(f"model.{error}") from None
+
+
+def _check_compiler(config: Config) -> None:
+    """BadRequest where torch.compile would find no compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and shutil.which(compiler) is None:
+        raise BadRequest(
+            f"train.compile is true, and there is no compiler {compiler} on this machine; install it, name another one"
+            " in the environment's CXX, or set train.compile=false"
+        )

@@ -27,14 +27,31 @@ from pipeline import ancestry, ema, stopping
 from pipeline.attempt import begin_attempt
 from pipeline.checkpoint import step_name
 from pipeline.config import Config
-from pipeline.engine import build_engine, evaluation_mode, set_rates, start_process_group, sum_over_ranks, summed
+from pipeline.engine import (
+    build_engine,
+    evaluation_mode,
+    on_rank_zero,
+    set_rates,
+    sharding,
+    start_process_group,
+    sum_over_ranks,
+    summed,
+)
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate
 from pipeline.faults import Replaced, record_read_faults, record_replaced, record_skipped, taken
 from pipeline.launch import processor_share, rank_and_world_size
 from pipeline.losses import loss_of, targets
 from pipeline.mixing import mixed
-from pipeline.network import attention_backends, build_network, inputs, survival
+from pipeline.network import (
+    Shard,
+    attention_backends,
+    build_network,
+    initial_values,
+    inputs,
+    no_values,
+    survival,
+)
 from pipeline.optim import ema_decay, learning_rate
 from pipeline.prepare import Plan, augmentation
 from pipeline.progress import reporter
@@ -47,24 +64,27 @@ def train(
     config: Config,
     plan: Plan,
     ancestors: list[dict[str, Any]],
-    first_weights: Callable[[CoAtNet], None] | None = None,
+    first_network: Callable[[torch.device, Shard | None], CoAtNet] | None = None,
 ) -> None:
     """Trains to the plan's last step, beginning or going on; RunStopped where it was asked to stop before.
 
-    `first_weights` changes the initial weights of a run that begins (fine-tuning); `ancestors` are its ancestry.
+    `first_network` makes the network of a run that begins (fine-tuning; else weights are drawn); `ancestors` are its
+    ancestry.
     """
     run, seed, global_batch = Path(config.run.dir), config.run.seed, config.train.global_batch
     rank, world_size = rank_and_world_size()
     device = start_process_group()
     attempt, events = begin_attempt(run, config, plan)
 
-    # Model, and the engine that shards its optimizer states over the ranks.
-    classes = len(plan.train.classes)
-    model = build_network(config.model, config.train, classes, seed, device)
-    if first_weights is not None and plan.begins:
-        first_weights(model)
+    # Model, and the engine that shards its states over the ranks.
+    classes, shard = len(plan.train.classes), sharding(config.train, config.optim, config.zero)
+    if plan.begins and first_network is not None:
+        model = first_network(device, shard)
+    else:
+        values = initial_values(seed) if plan.begins else no_values
+        model = build_network(config.model, config.train, classes, device, values, shard)
     drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
-    engine = build_engine(model, config.train, config.optim)
+    engine = build_engine(model, config.train, config.optim, config.zero)
     average = ema.copied(ema.statistics(model)) if config.train.ema else None
 
     # Go on from the newest good checkpoint, or begin.
@@ -78,7 +98,7 @@ def train(
     # What the run writes about itself.
     metrics = Metrics(run, rank, config.log.every, global_batch, plan.train.samples, first_step)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
-    writer = CheckpointWriter(run / "checkpoints", attempt, rank, world_size, config.checkpoint.keep_last, events)
+    writer = CheckpointWriter(run / "checkpoints", attempt, rank, world_size, config.checkpoint, events)
 
     # Data: this rank's micro batches of every step from here on, read, decoded and augmented ahead of time.
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
@@ -148,6 +168,7 @@ def train(
                 metrics.evaluation(done, figures, "model" if evaluated is None else "ema")
                 report.say(f"step {done}/{plan.steps}  top-1 {100 * figures.top1:.2f} %  loss {figures.loss:.4f}")
 
+            writer.check()
             if last or stop or done % config.checkpoint.every == 0:
                 state = {
                     "step": done,
@@ -164,8 +185,10 @@ def train(
             if stop and not last:
                 writer.wait()
                 events.write("stop", step=done)
+                on_rank_zero(writer.close)
                 raise RunStopped(f"stopped after step {done} of {plan.steps}; the same command goes on from there")
 
         writer.wait()
         events.write("done", step=plan.steps)
+        writer.close()
         report.say(f"done: {plan.steps} steps, the last checkpoint is {run}/checkpoints/{step_name(plan.steps)}")

@@ -35,12 +35,14 @@ class WeightsFile:
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 said = json.loads((file.metadata() or {}).get(KEY, "null"))
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise BadRequest(f"{path} is no whole safetensors file: {error}") from None
+            raise BadRequest(f"{path} is no whole safetensors file ({error}); export it again") from None
         if not isinstance(said, dict) or said.get("format") != FORMAT:
-            raise BadRequest(f"{path} was not made by this version of coatnet export or coatnet import")
+            raise BadRequest(f"{path} was not made by this version of coatnet export or coatnet import; make it again")
         self._said = said
         self.step: int = said["step"]
+        self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith(STATISTICS)}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's state.json says of these weights; `ancestry` is None where nobody knows it."""
@@ -51,24 +53,23 @@ class WeightsFile:
 
     def tensors(self, kind: str) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter, if the file has this kind: `weight` or `ema`."""
-        return self._verified(kind, statistics=False)
+        return ((name, self.tensor(name, kind)) for name in self.shapes if self.has(kind))
+
+    def tensor(self, name: str, kind: str) -> np.ndarray:
+        """One parameter or statistic, of the kind that the file has; BadRequest where its bytes are damaged."""
+        if not self.has(kind):
+            raise BadRequest(f"{self.folder} has no {kind} of {name}")
+        with safetensors.safe_open(self.folder, "numpy") as file:
+            values = file.get_tensor(name)
+        if _digest(values) != self._said["sha256"].get(name):
+            raise BadRequest(f"{self.folder}: the bytes of {name} are not those that were written; export it again")
+        return values
 
     def buffers(self) -> dict[str, np.ndarray]:
         """The statistics, named as a checkpoint's: `weight:NAME` or `ema:NAME`."""
         kind = "ema" if self.has("ema") else "weight"
-        return {f"{kind}:{name}": values for name, values in self._verified(kind, statistics=True)}
-
-    def _verified(self, kind: str, statistics: bool) -> Iterator[tuple[str, np.ndarray]]:
-        if not self.has(kind):
-            return
-        with safetensors.safe_open(self.folder, "numpy") as file:
-            for name, digest in self._said["sha256"].items():
-                if name.endswith(STATISTICS) != statistics:
-                    continue
-                values = file.get_tensor(name)
-                if _digest(values) != digest:
-                    raise BadRequest(f"{self.folder}: the bytes of {name} are not those that were written")
-                yield name, values
+        statistics = (name for name in self._said["sha256"] if name.endswith(STATISTICS))
+        return {f"{kind}:{name}": self.tensor(name, kind) for name in statistics}
 
 
 Weights = CheckpointReader | WeightsFile

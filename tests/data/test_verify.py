@@ -36,7 +36,7 @@ def copy(packed, tmp_path) -> Path:
 
 def test_what_was_packed_is_whole(packed):
     manifest = packed.manifest
-    assert verified(packed.folder) == Report(5, 40, sum(shard.bytes for shard in manifest.shards), 4, ())
+    assert verified(packed.folder) == Report(5, 40, sum(shard.bytes for shard in manifest.shards), 4, (), 0)
 
 
 @pytest.mark.parametrize("decode", [False, True])
@@ -158,8 +158,12 @@ def test_the_commands_print_one_document_and_their_exit_status_says_whether_all_
     broken = [{"shard": "a.tar", "key": "1", "reason": "does not decode: truncated or damaged"}]
     size = (folder / "a.tar").stat().st_size
     found = {"shards": 1, "samples": 2, "bytes": size, "classes": 2}
-    assert said("index", str(folder), "--out", str(tmp_path / "out")) == (0, {**found, "broken": []})
-    assert said("verify", str(tmp_path / "out")) == (1, {**found, "broken": broken})
+    assert said("index", str(folder), "--out", str(tmp_path / "out")) == (0, {**found, "broken": [], "unchecked": 2})
+    assert said("verify", str(tmp_path / "out")) == (1, {**found, "broken": broken, "unchecked": 2})
+    assert (
+        "hint: 2 samples have no checksum" in CliRunner().invoke(app, ["data", "verify", str(tmp_path / "out")]).stdout
+    )
+    found["unchecked"] = 0
     assert said("index", str(folder), "--decode") == (0, {**found, "broken": broken})
     assert said("verify", str(folder)) == (1, {**found, "broken": broken})
     assert verified(folder).broken == (Broken(**broken[0]),)

@@ -83,6 +83,7 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
     free += (
         "train.precision",
         "train.activation_checkpointing",
+        "train.compile",
         "model.attention",
         "zero.",
         "evaluate.",
@@ -108,7 +109,7 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
         ("train.warmup_steps=1", "train.warmup_steps: unknown; did you mean optim.warmup_steps?"),
         ("augment.randaugment.layer=1", "augment.randaugment.layer: unknown; did you mean augment.randaugment.layers?"),
         ("model.stage=1", "model.stage: unknown; did you mean model.stages?"),
-        ("zero.nothing=1", "zero.nothing: unknown; zero has stage"),
+        ("zero.nothing=1", "zero.nothing: unknown; zero has stage, offload"),
         ("nothing=1", "nothing: unknown; the configuration has run, data, model, augment, train, optim, zero,"),
         (f"model.stages=[{{{BLOCKS}, wdth: 8}}]", "model.stages.0.wdth: unknown; did you mean model.stages.0.width?"),
         ("base=small.yaml", "base: unknown"),
@@ -152,7 +153,7 @@ def test_a_key_with_one_letter_changed_is_never_taken_and_is_recognised(small, k
         ("optim.learning_rate=.nan", "optim.learning_rate is NaN; it must be a number above 0"),
         ("optim.learning_rate=[1]", "optim.learning_rate is [1]; it must be a number above 0"),
         ("train.precision=fp16", 'train.precision is "fp16"; it must be fp32 or bf16'),
-        ("zero.stage=2", "zero.stage is 2; it must be 1"),
+        ("zero.stage=4", "zero.stage is 4; it must be 1 or 2 or 3"),
         ("model.stride=dw", 'model.stride is "dw"; it must be expand or depthwise, or null'),
         ("model.pool=null", "model.pool is null; it must be max or average"),
         (
@@ -192,6 +193,11 @@ def test_a_wrong_value_is_refused_in_one_line_with_the_key_the_value_and_what_is
 def test_an_override_that_is_no_key_and_value_is_refused_in_one_line_that_repeats_it(small, text):
     (line,) = refused(small, text)
     assert text in line
+
+
+def test_a_compiled_network_whose_weights_are_gathered_between_its_layers_is_refused(small):
+    (line,) = refused(small, "train.compile=true", "zero.stage=3")
+    assert "train.compile is true and zero.stage is 3" in line and "set zero.stage=2, or train.compile=false" in line
 
 
 def test_every_fault_is_named_at_once(small):

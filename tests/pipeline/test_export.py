@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.export import export, import_from_timm
 from pipeline.finetune import finetune
-from pipeline.network import build_network
+from pipeline.network import build_network, initial_values
 from pipeline.overrides import validate
 from pipeline.weights_file import WeightsFile
 from tests.pipeline.runs import ROOT, coatnet, contents, events
@@ -116,10 +116,35 @@ def test_weights_of_unknown_ancestry_are_finetuned_with_a_warning_and_that_is_re
     assert events(tmp_path / "run", "begin")[0]["new_augmentations"] == []
 
 
-@pytest.mark.parametrize("key", ["model.pool=average", "model.stride=depthwise", "model.layer_norm_eps=1e-3"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.pool=average",
+        "model.stride=depthwise",
+        "model.layer_norm_eps=1e-3",
+        "model.stages=[{kind: mbconv, blocks: 1, width: 8}]",
+    ],
+)
 def test_weights_are_not_finetuned_as_another_function(exported: Path, digits: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(BadRequest, match=key.partition("=")[0]):
         finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), 1, check=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "refusal"),
+    [
+        ("model.attention=flex", r"model\.attention is 'flex'"),
+        ("train.compile=true", "no compiler no-such-compiler on this machine"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused_before_the_run_has_a_folder(
+    exported: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, refusal: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BadRequest, match=refusal):
+        finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), 1, check=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_whose_configuration_is_older_than_some_keys_are_read_with_the_defaults(
@@ -148,6 +173,16 @@ def test_what_stands_at_out_is_replaced_only_on_request_and_only_an_export(
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("folder", ["a file", "/proc"])
+def test_a_place_that_cannot_be_written_is_a_wrong_request_that_names_it(
+    exported: Path, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "a file").touch()
+    out = tmp_path / folder / "out.safetensors"
+    with pytest.raises(BadRequest, match=f"{out} cannot be written: .*; choose a folder that can be"):
+        export(str(exported), str(out), None, None, overwrite=False)
+
+
 def test_a_spelled_out_network_is_refused_for_timm_with_the_reason(run: Path, tmp_path: Path) -> None:
     refused = coatnet("export", run, tmp_path / "out", "--layout", "timm")
     assert refused.returncode == 2 and "model.name is null; of these networks timm has coatnet_0" in refused.stderr
@@ -158,7 +193,10 @@ def test_a_spelled_out_network_is_refused_for_timm_with_the_reason(run: Path, tm
     ("damage", "said"),
     [
         (lambda content: content[:-5], "is no whole safetensors file"),
-        (lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "are not those that were written"),
+        (
+            lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+            "are not those that were written; export it again",
+        ),
         (lambda content: b"not a file of ours", "is no whole safetensors file"),
     ],
 )
@@ -185,7 +223,7 @@ def coatnet_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"name": "coatnet_0", "resolution": 32, "batch_norm_eps": 1e-2, "stride": "expand", "head_size": 32}
     config = validate({"data": {"train": "somewhere"}, "train": {"steps": 1}, "model": model}, "test")
     classes = ["cat", "dog", "newt"]
-    network = build_network(config.model, config.train, len(classes), 0, torch.device("cpu"))
+    network = build_network(config.model, config.train, len(classes), torch.device("cpu"), initial_values(0))
     said = {
         "format": weights_file.FORMAT,
         "weights": "ema",
@@ -203,7 +241,9 @@ def coatnet_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def network_of(file: Path) -> tuple[torch.nn.Module, Config]:
     reader = WeightsFile(file)
     config = validate(reader.state()["config"], "test")
-    network = build_network(config.model, config.train, len(reader.state()["classes"]), 1, torch.device("cpu"))
+    network = build_network(
+        config.model, config.train, len(reader.state()["classes"]), torch.device("cpu"), initial_values(1)
+    )
     network.load_state_dict({name: torch.from_numpy(values) for name, values in load_file(file).items()})
     return network.eval(), config
 
@@ -251,9 +291,9 @@ def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
     [
         ({"architecture": "coatnet_0_rw_224"}, "coatnet_0_rw_224 is another network than the paper's"),
         ({"num_classes": 3}, "config.json: 'architecture'"),
-        ({"architecture": "coatnet_0_224"}, "is absent in the weights"),
+        ({"architecture": "coatnet_0_224"}, "is absent in the weights; .* save the folder again by timm"),
         ({"architecture": "coatnet_0_224", "model_args": {"img_size": [32, 64]}}, "is absent in the weights"),
-        ([], "is no folder of timm's"),
+        ([], "is no folder of timm's: .*save_for_hf.* writes one"),
     ],
 )
 def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(config: Any, said: str, tmp_path: Path) -> None:

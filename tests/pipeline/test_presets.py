@@ -29,9 +29,9 @@ def test_every_preset_is_good_and_its_run_folder_its_own(preset: str) -> None:
     assert config.run.dir not in others
 
 
-def test_the_guide_uses_every_preset_of_the_ablations_that_is_a_row_of_the_paper() -> None:
+def test_the_guide_uses_every_preset_of_the_ablations() -> None:
     used = {command.split()[0] for command in COMMANDS}
-    assert {preset for preset in PRESETS if "ablations/" in preset} - used == {"configs/ablations/post_softmax.yaml"}
+    assert {preset for preset in PRESETS if "ablations/" in preset} <= used
 
 
 @pytest.mark.parametrize("command", COMMANDS)

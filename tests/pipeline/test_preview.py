@@ -143,6 +143,7 @@ def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count
         ("nowhere/sheet.png", "run.seed=0", "cannot be written"),
         ("folder.png", "run.seed=0", "cannot be written"),
         ("sheet.png", "augment.flop=true", "augment.flop: unknown; did you mean augment.flip?"),
+        ("sheet.png", "train.micro_batch=x", 'train.micro_batch=x: train.micro_batch is "x"'),
         ("sheet.png", "data.train=elsewhere", "data.train=elsewhere"),
         ("sheet.png", "data.train_samples=44", "has 45"),
     ],

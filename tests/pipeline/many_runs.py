@@ -1,0 +1,96 @@
+"""Many short trainings in the same ranks, since starting ranks is what takes the time: `python -m` this, as a rank.
+
+Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`: a `coatnet pretrain` without its start.
+With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
+`"resave": FOLDER` nothing is trained: the checkpoint is loaded into an engine, evaluated by the model's weights and by
+their average, and saved again in FOLDER, with the losses in FOLDER/losses.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import step_name
+from pipeline.launch import processor_share, rank_and_world_size, run_ranks
+from tests.pipeline.runs import PATIENCE_SECONDS, ROOT
+
+PROGRAM = (sys.executable, "-m", "tests.pipeline.many_runs")
+
+
+def on_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Does the jobs one after the other on so many ranks."""
+    file = folder / f"jobs-{world_size}-{len(list(folder.glob('jobs-*')))}.json"
+    file.write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [*PROGRAM, str(world_size), str(file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def do(job: dict[str, Any]) -> None:
+    from pipeline.engine import on_rank_zero, start_process_group
+    from pipeline.overrides import read_config
+    from pipeline.prepare import prepare
+    from pipeline.train import train
+
+    config = read_config(job["arguments"][0], job["arguments"][1:])
+    world_size = rank_and_world_size()[1]
+    if "source" in job:
+        start_process_group()
+        on_rank_zero(lambda: copy_run(Path(job["source"]), job["step"], Path(config.run.dir)))
+    plan = prepare(config, "pretrain", world_size, world_size)
+    if "resave" in job:
+        resave(config, plan, Path(job["resave"]))
+    else:
+        train(config, plan, [])
+
+
+def copy_run(source: Path, step: int, run: Path) -> None:
+    name = Path("checkpoints") / step_name(step)
+    shutil.copytree(source / name, run / name)
+    shutil.copy(source / "config.yaml", run)
+
+
+def resave(config: Any, plan: Any, folder: Path) -> None:
+    from data.loader import Share
+    from pipeline import ema
+    from pipeline.config import Checkpoint
+    from pipeline.engine import build_engine, evaluation_mode, sharding, start_process_group
+    from pipeline.evaluate import evaluate
+    from pipeline.network import build_network, no_values
+    from pipeline.record import Events
+    from pipeline.restore import restore
+    from pipeline.save import CheckpointWriter
+
+    device, (rank, world_size) = start_process_group(), rank_and_world_size()
+    shard = sharding(config.train, config.optim, config.zero)
+    model = build_network(config.model, config.train, len(plan.train.classes), device, no_values, shard)
+    engine = build_engine(model, config.train, config.optim, config.zero)
+    average = ema.copied(ema.statistics(model))
+    folder.mkdir(parents=True, exist_ok=True)
+    events = Events(folder, 0, rank)
+    state = restore(engine, Path(config.run.dir), average, plan.train.fingerprint, events)
+    assert state is not None
+    share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
+    losses = {}
+    for kind, swapped in (("ema", average), ("model", None)):
+        with evaluation_mode(engine, swapped):
+            losses[kind] = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, share).loss
+    (folder / "losses.json").write_text(json.dumps(losses))
+    writer = CheckpointWriter(folder / "checkpoints", 0, rank, world_size, Checkpoint(keep_last=1), events)
+    writer.save(engine, average, state)
+    writer.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        jobs_file = Path(sys.argv[2])
+        sys.exit(run_ranks([str(jobs_file)], int(sys.argv[1]), jobs_file.parent / "logs", PROGRAM))
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        do(each)

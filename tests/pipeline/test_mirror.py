@@ -1,0 +1,262 @@
+"""Laws of the mirror: what is there is whole, what fails is said and stops nothing, and a lost run comes back."""
+
+import json
+import multiprocessing
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.storage import locate, write_file
+from pipeline.checkpoint import CheckpointReader, checkpoints, digest_of, step_name
+from pipeline.config import Config
+from pipeline.errors import BadRequest, DataError, RunFailed
+from pipeline.mirror import Mirror, bring_back, complete, copies, send
+from pipeline.overrides import read_config
+from pipeline.run_folder import claim
+from tests.data.servers import Server, forever, s3_server
+from tests.pipeline.runs import ROOT
+from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, written
+
+URL = "s3://data/runs/tiny"
+
+
+@pytest.fixture
+def s3() -> Iterator[Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with its small files and the checkpoints of steps 1 to 4."""
+    folder = tmp_path / "run"
+    for step in range(1, 5):
+        written(folder / "checkpoints", two_ranks(), step)
+    for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
+        (folder / name).write_text(f"{name} of the run\n")
+    return folder
+
+
+def config_of(run: Path, mirror: str | None = URL) -> Config:
+    more = [f"run.dir={run}", "data.train=nowhere", f"checkpoint.mirror={'null' if mirror is None else mirror}"]
+    return read_config(str(ROOT / "configs" / "tiny.yaml"), more)
+
+
+class Told(list[dict[str, Any]]):
+    """The events that were written."""
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        self.append({"event": event, **facts})
+
+    def steps(self, event: str) -> list[int]:
+        return [row["step"] for row in self if row["event"] == event]
+
+
+def mirrored(run: Path, url: str, steps: list[int], keep_last: int = 9, keep_every: int | None = None) -> Told:
+    """Copies these checkpoints, each after the one before is done."""
+    told = Told()
+    mirror = Mirror(url, run, keep_last, keep_every, told)
+    for step in steps:
+        mirror.copy(run / "checkpoints" / step_name(step))
+        mirror.wait()
+    return told
+
+
+def damage(url: str) -> None:
+    fs, path = locate(url)
+    content = bytearray(fs.cat_file(path))
+    content[len(content) // 2] ^= 1
+    write_file(fs, path, bytes(content))
+
+
+# -------------------------------------------------------------------------------------------------------------- copying
+
+
+def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_going_on_needs(run, s3):
+    told = mirrored(run, URL, [4])
+    assert told.steps("mirrored") == [4] and len(told) == 1
+    assert sorted(copies(URL)[4]) == FILES
+    put = [request.path.removeprefix("/data/runs/tiny/") for request in s3.requests if request.method == "PUT"]
+    assert set(put) == {f"checkpoints/{step_name(4)}/{file}" for file in FILES} | {
+        "config.yaml", "metrics.jsonl", "events.jsonl"
+    }  # fmt: skip
+    assert put[-1] == f"checkpoints/{step_name(4)}/manifest.json"
+
+
+@pytest.mark.parametrize("place", ["s3", "folder"])
+def test_old_copies_go_by_the_rule_for_local_ones_and_so_do_halves(run, s3, tmp_path, place):
+    url = URL if place == "s3" else str(tmp_path / "mirror")
+    fs, top = locate(url)
+    fs.makedirs(f"{top}/checkpoints/{step_name(3)}", exist_ok=True)
+    write_file(fs, f"{top}/checkpoints/{step_name(3)}/state.json", b"half a copy")
+    mirrored(run, url, [1, 2, 4], keep_last=1, keep_every=2)
+    assert sorted(copies(url)) == sorted(complete(copies(url))) == [2, 4]
+
+
+def test_a_checkpoint_written_again_takes_the_place_of_its_copy(run, s3, tmp_path):
+    mirrored(run, URL, [4])
+    shutil.rmtree(run / "checkpoints" / step_name(4))
+    (rank,) = [{**two_ranks()[0], **two_ranks()[1]}]
+    written(run / "checkpoints", [rank], 4)
+    mirrored(run, URL, [4])
+    assert "rank-00001.safetensors" not in copies(URL)[4]
+    bring_back(config_of(tmp_path / "other"))
+    read_everything(tmp_path / "other" / "checkpoints" / step_name(4))
+
+
+def test_a_copy_that_fails_is_said_without_credentials_and_the_next_is_tried(run, s3, capsys):
+    s3.plan = forever("403", step_name(3))
+    told = mirrored(run, URL, [3, 4])
+    assert [(row["event"], row["step"]) for row in told] == [("mirror_failed", 3), ("mirrored", 4)]
+    assert "cannot be written" in told[0]["reason"] and "\n" not in told[0]["reason"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {step_name(3)} has no good copy at the mirror: ")
+    assert sorted(complete(copies(URL))) == [4]
+    told = mirrored(run, "no-such-protocol://user:secret@host/place", [4])
+    assert told.steps("mirror_failed") == [4] and "secret" not in str(told) + capsys.readouterr().err
+
+
+def test_the_newest_is_copied_next_and_what_was_complete_in_between_is_left_out_unless_it_is_kept_for_ever(run, s3):
+    told, asked, go_on = Told(), threading.Event(), threading.Event()
+
+    def hold(path: str, _range: str | None, _before: int) -> None:
+        asked.set()
+        assert go_on.wait(60)
+
+    s3.plan = hold
+    mirror = Mirror(URL, run, 9, 2, told)
+    folders = checkpoints(run / "checkpoints")
+    mirror.copy(folders[0])
+    assert asked.wait(60)
+    for folder in folders[1:]:
+        mirror.copy(folder)
+    assert mirror.in_use() == {folders[0], folders[1], folders[3]}
+    go_on.set()
+    mirror.wait()
+    assert told.steps("mirrored") == [1, 2, 4] and mirror.in_use() == set()
+
+
+# ---------------------------------------------------------------------------------------------------------- coming back
+
+
+def test_a_run_that_is_gone_comes_back_with_its_newest_checkpoint_and_small_files_said_in_one_line(run, s3, capsys):
+    mirrored(run, URL + "/", [3, 4])
+    small = {name: (run / name).read_text() for name in ("config.yaml", "metrics.jsonl", "events.jsonl")}
+    shutil.rmtree(run)
+    bring_back(config_of(run, URL + "/"))
+    assert [folder.name for folder in checkpoints(run / "checkpoints")] == [step_name(4)]
+    read_everything(run / "checkpoints" / step_name(4))
+    assert {name: (run / name).read_text() for name in small} == small
+    assert capsys.readouterr().out == f"{run} had no checkpoint: {step_name(4)} was brought back from {URL}\n"
+
+
+def test_what_the_folder_still_has_is_left_as_it_is(run, s3):
+    mirrored(run, URL, [4])
+    shutil.rmtree(run / "checkpoints")
+    (run / "events.jsonl").write_text("longer than the mirror's\n")
+    bring_back(config_of(run))
+    assert (run / "events.jsonl").read_text() == "longer than the mirror's\n"
+    asked = len(s3.requests)
+    bring_back(config_of(run))
+    assert len(s3.requests) == asked  # there is a checkpoint now: nobody is asked
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing", "no manifest"])
+def test_a_copy_that_is_not_whole_is_passed_over_for_the_one_before(run, s3, capsys, harm):
+    mirrored(run, URL, [3, 4])
+    file = "manifest.json" if harm == "no manifest" else "rank-00001.safetensors"
+    place = f"{URL}/checkpoints/{step_name(4)}/{file}"
+    if harm == "flipped":
+        damage(place)
+    else:
+        fs, path = locate(place)
+        fs.rm_file(path)
+    shutil.rmtree(run)
+    bring_back(config_of(run))
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [step_name(3)]
+    assert (f"the mirror's {step_name(4)} is damaged" in capsys.readouterr().err) == (harm != "no manifest")
+
+
+def test_where_no_copy_is_good_it_stops_rather_than_begin_again_and_a_newer_format_is_no_damage(run, s3):
+    mirrored(run, URL, [3, 4])
+    for step in (3, 4):
+        damage(f"{URL}/checkpoints/{step_name(step)}/state.json")
+    shutil.rmtree(run)
+    with pytest.raises(RunFailed, match=f"none of {step_name(3)}, {step_name(4)} is good") as error:
+        bring_back(config_of(run))
+    assert "\n" not in str(error.value)
+    fs, path = locate(f"{URL}/checkpoints/{step_name(4)}/manifest.json")
+    manifest = json.loads(fs.cat_file(path))
+    del manifest["sha256"]
+    manifest["format"] = 2
+    write_file(fs, path, json.dumps({**manifest, "sha256": digest_of(manifest)}).encode())
+    with pytest.raises(BadRequest, match="made by a newer coatnet"):
+        bring_back(config_of(run))
+    assert checkpoints(run / "checkpoints") == []
+
+
+def test_a_mirror_without_checkpoints_means_a_first_start(tmp_path, s3):
+    for url in (URL, str(tmp_path / "nowhere"), None):
+        bring_back(config_of(tmp_path / "run", url))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_mirror_that_cannot_be_read_stops_a_run_without_checkpoints_and_no_other(run, s3):
+    s3.plan = forever("403")
+    bring_back(config_of(run))
+    shutil.rmtree(run)
+    with pytest.raises(DataError, match=r"try again, or begin without it by checkpoint\.mirror=null"):
+        bring_back(config_of(run))
+    assert not run.exists()
+
+
+def test_a_run_that_is_alive_elsewhere_is_not_written_into(run, s3, monkeypatch):
+    monkeypatch.setattr("pipeline.run_folder.LOCK_PATIENCE_SECONDS", 0.2)
+    mirrored(run, URL, [4])
+    shutil.rmtree(run)
+    with claim(run).lock, pytest.raises(BadRequest, match="is alive"):
+        bring_back(config_of(run))
+    assert not (run / "checkpoints").exists()
+
+
+def start(config: Config, together: Any) -> None:
+    together.wait()
+    bring_back(config)
+    read_everything(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
+
+
+def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
+    send(run / "checkpoints" / step_name(4), run, URL)
+    shutil.rmtree(run)
+    s3.forget()
+    server = multiprocessing.get_context("spawn")
+    together = server.Barrier(3)
+    ranks = [server.Process(target=start, args=(config_of(run), together)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    fetched = [request for request in s3.requests if request.method == "GET" and "rank-00000" in request.path]
+    assert len(fetched) == 1
+    assert CheckpointReader(checkpoints(run / "checkpoints")[-1]).step == 4
+
+
+# --------------------------------------------------------------------------------------------------- what cannot be one
+
+
+def test_a_password_in_the_url_is_refused_without_repeating_it():
+    with pytest.raises(BadRequest, match=r"checkpoint\.mirror holds a password") as error:
+        bring_back(config_of(Path("run"), "ftp://user:secret@host/place"))
+    assert "secret" not in str(error.value)
+
+
+def test_the_runs_own_folder_is_refused_and_so_is_what_nothing_reads(run):
+    with pytest.raises(BadRequest, match=r"is run\.dir itself"):
+        bring_back(config_of(run, f"file://{run}"))
+    with pytest.raises(BadRequest, match="cannot be opened"):
+        bring_back(config_of(run, "no-such-protocol://place"))

@@ -1,0 +1,139 @@
+"""Going on where something is wrong, as a person meets it: whole runs of two ranks that took six steps."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import checkpoints, digest_of, step_name
+from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, curve, events, last_state, pack_digits
+
+Arguments = Callable[..., list[object]]
+
+
+@pytest.fixture(scope="module")
+def request_of(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
+    digits = pack_digits(tmp_path_factory.mktemp("digits"))
+
+    def arguments(run: Path, *more: object, procs: int = 2) -> list[object]:
+        length = ["train.steps=6", "checkpoint.every=2", "checkpoint.keep_last=9", "log.every=1", "data.val=null"]
+        return [
+            "pretrain",
+            "configs/tiny.yaml",
+            "--procs",
+            procs,
+            f"data.train={digits}/train",
+            f"run.dir={run}",
+            *length,
+            *more,
+        ]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request_of: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a mirror beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = coatnet(*request_of(folder / "run", f"checkpoint.mirror={folder}/mirror"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(undisturbed: Path, tmp_path: Path) -> Path:
+    """The run as it was after step 4."""
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / step_name(6))
+    return run
+
+
+def rewritten(checkpoint: Path, **changed: Any) -> None:
+    """Changes what a manifest says, with a checksum that agrees."""
+    file = checkpoint / "manifest.json"
+    manifest = {**json.loads(file.read_text()), **changed}
+    del manifest["sha256"]
+    file.write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
+
+
+def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror_as_if_nothing_had_been(
+    undisturbed: Path, request_of: Arguments, tmp_path: Path
+) -> None:
+    mirror = Path(shutil.copytree(undisturbed.parent / "mirror", tmp_path / "mirror"))
+    assert [row["step"] for row in events(undisturbed, "mirrored")] == [2, 4, 6]
+    shutil.rmtree(mirror / "checkpoints" / step_name(6))
+    run = tmp_path / "run"
+    done = coatnet(*request_of(run, f"checkpoint.mirror={mirror}"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("was brought back from") == 1
+    assert [row["step"] for row in events(run, "resume")] == [4]
+    assert [row["attempt"] for row in events(run, "start")] == [0, 1]
+    assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
+
+
+@pytest.mark.parametrize("wrong", ["another network", "newer"])
+def test_another_networks_checkpoint_and_a_newer_programs_are_refused_and_never_gone_back_past(
+    copy: Path, request_of: Arguments, wrong: str
+) -> None:
+    newest = checkpoints(copy / "checkpoints")[-1]
+    if wrong == "newer":
+        rewritten(newest, format=2)
+    else:
+        shapes = json.loads((newest / "manifest.json").read_text())["parameters"]
+        rewritten(newest, parameters={**shapes, "stem.first.weight": [8, 3, 5, 5]})
+    refused = coatnet(*request_of(copy))
+    said = (
+        "stem.first.weight is [8, 3, 5, 5] there and" if wrong != "newer" else "made by a newer coatnet than this one"
+    )
+    assert refused.returncode == 2 and said in refused.stderr, refused.stderr
+    assert len([line for line in refused.stderr.splitlines() if line.startswith("coatnet: ")]) == 1
+    assert events(copy, "damaged_checkpoint") == []
+    assert [folder.name for folder in checkpoints(copy / "checkpoints")] == [step_name(2), step_name(4)]
+
+
+def test_where_a_copy_does_not_fit_in_memory_the_live_state_is_written_and_that_is_said_once(
+    undisturbed: Path, request_of: Arguments, tmp_path: Path
+) -> None:
+    """As a single rank of a launcher's, whose copies may take nothing of the memory."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    assert coatnet(*request_of(alone, procs=1)).returncode == 0
+    program = "from pipeline import cli, save; save.COPY_SHARE = 0; save.CHUNK_BYTES = 1 << 20; cli.main()"
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", program, *map(str, request_of(run))]
+    environment = {**os.environ, **rank}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("memory has no room for a copy of the state") == 1
+    assert [row["blocking"] for row in events(run, "checkpoint")] == [True, True, True]
+    assert [row["blocking"] for row in events(alone, "checkpoint")] == [False, False, False]
+    assert last_state(run) == last_state(alone)
+
+
+def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
+    undisturbed: Path, request_of: Arguments, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(file.stat().st_size for file in (undisturbed / "checkpoints" / step_name(2)).iterdir())
+    small = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk]
+    if subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        ended = coatnet(*request_of(disk / "run"))
+        assert ended.returncode == 1, ended.stderr
+        assert "step-00000004 cannot be written: No space left on device; it needs" in ended.stderr
+        assert "make room, then the same command goes on from step 2" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert [folder.name for folder in (disk / "run" / "checkpoints").iterdir()] == [step_name(2)]
+        subprocess.run(["mount", "-o", f"remount,size={9 * size}", disk], check=True)
+        done = coatnet(*request_of(disk / "run"))
+        assert done.returncode == 0, done.stderr
+        assert last_state(disk / "run") == last_state(undisturbed)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)

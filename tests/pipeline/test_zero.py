@@ -1,0 +1,307 @@
+"""Laws of sharding: the stage and the number of ranks change where numbers lie, and not what is trained.
+
+All of it is real: real ranks, the real training loop, the digits of the demo. Adam's epsilon is 1e-3, since a smaller
+one makes steps of the size of the learning rate out of rounding noise.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Share, training_batches
+from models.coatnet import CoAtNet, stochastic_depth_rates
+from models.initial import decay_exempt
+from models.norm import apply_statistics, take_statistics
+from pipeline.checkpoint import CheckpointReader, checkpoint_of, step_name
+from pipeline.losses import loss_of
+from pipeline.network import build_network, initial_values, inputs, survival
+from pipeline.optim import ema_decay, learning_rate
+from pipeline.overrides import read_config
+from pipeline.prepare import augmentation, prepare
+from tests.pipeline.many_runs import on_ranks
+from tests.pipeline.runs import ROOT, command, last_state, pack_digits, rows
+
+STAGES = (1, 2, 3)
+WHERE = ("host", "device")
+KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_digits(tmp_path_factory.mktemp("zero"))
+
+
+def of_micro_batches(digits: Path, number: int) -> Path:
+    """A folder for runs of so many micro batches a step, beside the data."""
+    folder = digits / str(number)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def job(folder: Path, name: str, *more: object) -> dict[str, Any]:
+    """A training in fp32 into folder/name, of as many micro batches of 4 samples a step as the folder's name says."""
+    data = [f"data.train={folder.parent}/train", f"run.dir={folder}/{name}", "run.seed=3"]
+    batches = ["train.global_batch=48", "train.micro_batch=4", "train.precision=fp32", "optim.eps=1e-3"]
+    rate = [
+        "optim.learning_rate=1e-3",
+        "optim.warmup_steps=4",
+        "optim.decay=none",
+        "train.activation_checkpointing=[2]",
+    ]
+    saving = ["checkpoint.every=4", "checkpoint.keep_last=100", "evaluate.every=null", "data.val=null"]
+    return {"arguments": list(map(str, ["configs/tiny.yaml", *data, *batches, *rate, *saving, *more]))}
+
+
+def going_on(folder: Path, name: str, source: str, step: int, *more: object) -> dict[str, Any]:
+    """The same from a copy of what a run had when it had saved a step."""
+    return {**job(folder, name, *more), "source": str(folder / source), "step": step}
+
+
+def resaved(folder: Path, name: str, source: str, step: int, *more: object) -> dict[str, Any]:
+    """Loading such a copy, evaluating and saving it again into folder/name/again."""
+    made = going_on(folder, name, source, step, f"data.val={folder.parent}/val", "train.steps=100", *more)
+    return {**made, "resave": str(folder / name / "again")}
+
+
+def steps_of(folder: Path, name: str, first: int = 1, last: int = 10**9) -> list[dict[str, Any]]:
+    return [row for row in rows(folder / name / "metrics.jsonl") if first <= row["step"] <= last]
+
+
+def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, float]:
+    """The largest relative differences of two curves: of losses, of gradient norms."""
+    assert [row["step"] for row in one] == [row["step"] for row in other] and one
+    return tuple(  # pyrefly: ignore
+        max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(one, other, strict=True))
+        for key in ("loss", "grad_norm")
+    )
+
+
+# ------------------------------------------------------------------------------------ beside a plain loop of PyTorch
+
+
+def plain_loop(arguments: list[str]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """The training as anybody would write it: one process, torch's AdamW, no engine. Its curve and its average."""
+    config = read_config(arguments[0], arguments[1:])
+    plan = prepare(config, "pretrain", 1, 1)
+    cpu, seed = torch.device("cpu"), config.run.seed
+    model: CoAtNet = build_network(config.model, config.train, 10, cpu, initial_values(seed))
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if decay_exempt(n, p.shape) == exempt], "weight_decay": decay}
+        for exempt, decay in ((False, config.optim.weight_decay), (True, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    average = {name: parameter.detach().clone() for name, parameter in named}
+    share = Share(0, 1, config.train.micro_batch, config.model.resolution, cpu, 1)
+    rates, curve = stochastic_depth_rates(model, config.train.stochastic_depth), []
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+    with training_batches(plan.train, plan.order, augmentation(config.augment), share, seed, 0, plan.steps) as steps:
+        for step, micro_batches in enumerate(steps):
+            total = 0.0
+            for batch in micro_batches:
+                with autocast:
+                    logits = model(inputs(batch.images), survival(seed, batch.positions, rates, cpu))
+                loss = loss_of(logits, batch.labels, "softmax", config.train.label_smoothing) / len(micro_batches)
+                loss.backward()
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, step, plan.steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            apply_statistics(model, take_statistics(model))
+            for name, parameter in named:
+                average[name].lerp_(parameter.detach(), 1 - ema_decay(config.train.ema or 0, step))
+            curve.append({"step": step + 1, "loss": total, "grad_norm": float(norm)})
+    return curve, average
+
+
+# Of a step's micro batches, and of ranks that trained at other stages than 3, where four did. 12 can be dealt to any.
+LONG = [pytest.param((12, ranks), marks=pytest.mark.torture) for ranks in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module", params=[(4, 2), *LONG], ids=lambda case: f"{case[0]} micro batches, {case[1]} ranks")
+def case(request: pytest.FixtureRequest) -> tuple[int, int]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def wide(digits: Path, case: tuple[int, int]) -> Path:
+    """Where the runs are: four ranks at stage 3, loaded again from step 4."""
+    folder = of_micro_batches(digits, case[0])
+    if not (folder / "wide").exists():
+        trained = job(folder, "wide", "train.steps=14", "zero.stage=3")
+        on_ranks(4, [trained, resaved(folder, "wide-loaded", "wide", 4, "zero.stage=3")], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def narrow(case: tuple[int, int], wide: Path) -> int:
+    """A number of ranks that trained: from the start at each stage, and from what four ranks had saved at stage 3.
+
+    Two of them in bf16 too, and each run once more from its second step.
+    """
+    ranks, jobs = case[1], []
+    for stage in STAGES:
+        at = f"zero.stage={stage}"
+        for precision in ("fp32", "bf16") if ranks == 2 else ("fp32",):
+            name, how = f"{precision}-{stage}-{ranks}", ("train.steps=4", at, f"train.precision={precision}")
+            jobs.append(job(wide, name, *how, "checkpoint.every=2"))
+            if ranks == 2:
+                jobs.append(going_on(wide, f"again-{name}", name, 2, *how))
+        if stage < 3:
+            jobs.append(resaved(wide, f"loaded-{stage}-{ranks}", "wide", 4, at))
+            jobs.append(going_on(wide, f"narrow-{stage}-{ranks}", "wide", 4, "train.steps=18", at))
+            if stage == stage_back(ranks):
+                jobs.append(resaved(wide, f"narrow-loaded-{ranks}", f"narrow-{stage}-{ranks}", 8, at))
+    on_ranks(ranks, jobs, wide)
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def back(wide: Path, narrow: int) -> Path:
+    """Four ranks at stage 3 again, from what others had saved at another stage after step 8."""
+    source, at = f"narrow-{stage_back(narrow)}-{narrow}", "zero.stage=3"
+    loaded = resaved(wide, f"back-loaded-{narrow}", source, 8, at)
+    on_ranks(4, [loaded, going_on(wide, f"back-{narrow}", source, 8, "train.steps=18", at)], wide)
+    return wide
+
+
+def stage_back(ranks: int) -> int:
+    """The stage that so many ranks save at what four then load."""
+    return 2 if ranks == 2 else 1
+
+
+def check_agrees(folder: Path, name: str, curve: list[dict[str, Any]], average: dict[str, torch.Tensor]) -> None:
+    """Losses within 1e-5, gradient norms within 1e-3, the average's values within 1e-6 (where it was saved)."""
+    losses, norms = differences(steps_of(folder, name, 1, len(curve)), curve)
+    assert losses < 1e-5 and norms < 1e-3, (name, losses, norms)
+    for parameter, values in CheckpointReader(folder / name / "checkpoints" / step_name(4)).tensors("ema"):
+        assert np.abs(values - average[parameter].numpy()).max() < 1e-6, (name, parameter)
+
+
+Curve = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def plain(digits: Path, case: tuple[int, int]) -> Curve:
+    return plain_loop(job(of_micro_batches(digits, case[0]), "plain", "train.steps=4")["arguments"])
+
+
+def test_every_stage_on_any_number_of_ranks_is_the_plain_loop_of_one_process(
+    wide: Path, narrow: int, plain: Curve
+) -> None:
+    for stage in STAGES:
+        check_agrees(wide, f"fp32-{stage}-{narrow}", *plain)
+
+
+def test_every_stage_in_bf16_is_the_plain_loop_within_bf16s_own_rounding(wide: Path, narrow: int) -> None:
+    """bf16 has 8 bits: within 1e-2 of the losses, 5e-2 of the gradient norms."""
+    if narrow != 2:
+        return
+    curve, _ = plain_loop(job(wide, "plain", "train.steps=4", "train.precision=bf16")["arguments"])
+    for stage in STAGES:
+        losses, norms = differences(steps_of(wide, f"bf16-{stage}-2"), curve)
+        assert losses < 1e-2 and norms < 5e-2, (stage, losses, norms)
+
+
+def test_going_on_at_the_same_world_size_and_stage_is_the_same_to_the_bit(wide: Path, narrow: int) -> None:
+    names = ("step", "loss", "lr", "grad_norm")
+    for run in [f"{precision}-{stage}-{narrow}" for stage in STAGES for precision in ("fp32", "bf16") if narrow == 2]:
+        whole, again = wide / run, wide / f"again-{run}"
+        expected = [[row[name] for name in names] for row in rows(whole / "metrics.jsonl") if row["step"] > 2]
+        assert [[row[name] for name in names] for row in rows(again / "metrics.jsonl")] == expected, run
+        assert last_state(again) == last_state(whole), run
+
+
+# ------------------------------------------------------------------ from any world size and stage to any other and back
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_four_ranks_saved_at_stage_3_goes_on_on_any_others(wide: Path, narrow: int, stage: int) -> None:
+    check_loaded(wide, "wide", 4, f"loaded-{stage}-{narrow}", "wide-loaded")
+    check_ten_steps(wide, f"narrow-{stage}-{narrow}", "wide", 4)
+
+
+def test_and_what_others_saved_goes_on_on_four_ranks_at_stage_3(back: Path, narrow: int) -> None:
+    source = f"narrow-{stage_back(narrow)}-{narrow}"
+    check_loaded(back, source, 8, f"back-loaded-{narrow}", f"narrow-loaded-{narrow}")
+    check_ten_steps(back, f"back-{narrow}", source, 8)
+
+
+def check_loaded(folder: Path, source: str, step: int, loaded: str, alike: str) -> None:
+    """Every weight, moment, average and buffer to the bit; evaluation's losses of both weights to 1e-6."""
+    saved = tensors(CheckpointReader(folder / source / "checkpoints" / step_name(step)))
+    assert tensors(checkpoint_of(folder / loaded / "again")) == saved
+    losses, others = (json.loads((folder / run / "again" / "losses.json").read_text()) for run in (loaded, alike))
+    assert losses.keys() == others.keys() == {"model", "ema"} and losses["model"] != losses["ema"]
+    for kind, loss in losses.items():
+        assert loss == pytest.approx(others[kind], rel=1e-6), kind
+
+
+def check_ten_steps(folder: Path, changed: str, same: str, after: int) -> None:
+    losses, norms = differences(*(steps_of(folder, run, after + 1, after + 10) for run in (changed, same)))
+    assert losses < 1e-5 and norms < 1e-3, (losses, norms)
+
+
+def tensors(reader: CheckpointReader) -> dict[str, bytes]:
+    values = {f"{name} {kind}": part.tobytes() for kind in KINDS for name, part in reader.tensors(kind)}
+    return values | {name: part.tobytes() for name, part in reader.buffers().items()}
+
+
+# ---------------------------------------------------------------------------------------------- other ways of stepping
+
+
+@pytest.mark.torture
+def test_four_ranks_at_every_stage_offloaded_and_compiled_ones_are_the_plain_loop_too(digits: Path) -> None:
+    """Optimizer states in the host's memory change no bit."""
+    folder = of_micro_batches(digits, 8)
+    plain = plain_loop(job(folder, "plain", "train.steps=4")["arguments"])
+    jobs: dict[int, list[dict[str, Any]]] = {4: [], 1: []}
+    for stage in STAGES:
+        length = ("train.steps=4", f"zero.stage={stage}")
+        jobs[4].append(job(folder, f"wide-{stage}", *length))
+        jobs[1] += [job(folder, f"{where}-{stage}", *length, f"zero.offload={where == 'host'}") for where in WHERE]
+    jobs[1] += [
+        job(folder, f"compiled-{stage}", "train.steps=4", f"zero.stage={stage}", "train.compile=true")
+        for stage in (1, 2)
+    ]
+    for ranks, of_ranks in jobs.items():
+        on_ranks(ranks, of_ranks, folder)
+    for stage in STAGES:
+        check_agrees(folder, f"wide-{stage}", *plain)
+        check_agrees(folder, f"host-{stage}", *plain)
+        assert last_state(folder / f"host-{stage}") == last_state(folder / f"device-{stage}")
+    for stage in (1, 2):
+        check_agrees(folder, f"compiled-{stage}", *plain)
+
+
+# ------------------------------------------------------------------------------------------------------ a large network
+
+
+@pytest.mark.torture
+def test_688_million_parameters_train_on_two_cpu_ranks_and_go_on_on_one(digits: Path) -> None:
+    """CoAtNet-5 at 224 under stage 3, in a machine of 24 GiB: three copies of its state would not fit."""
+    run, name = digits / "large", ["model.name=coatnet_5", "model.resolution=224"]
+    layout = ["model.stem=null", "model.stages=null", "model.head_size=null"]
+    batches = ["train.global_batch=2", "train.micro_batch=1", "train.ema=null", "data.window=4"]
+    data = [f"data.train={digits}/train", "data.val=null", f"run.dir={run}"]
+    how = ["zero.stage=3", "train.activation_checkpointing=all", "checkpoint.keep_last=1", "train.precision=fp32"]
+    for ranks, steps in ((2, 1), (1, 2)):
+        request = command(
+            "pretrain", "configs/tiny.yaml", "--procs", ranks, *data, *name, *layout, *batches, *how,
+            f"train.steps={steps}",
+        )  # fmt: skip
+        done = subprocess.run(request, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert sum(np.prod(shape) for shape in checkpoint_of(run).shapes.values()) > 680e6
+    assert [row["step"] for row in rows(run / "metrics.jsonl") if np.isfinite(row["loss"])] == [1, 2]
+    shutil.rmtree(run)
