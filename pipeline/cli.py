@@ -8,6 +8,7 @@ Next: config.py.
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 from typing import Annotated
@@ -244,6 +245,7 @@ def main() -> None:
         sys.exit(_ended(error))
     finally:
         _leave_process_group()
+        gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second
 
 
 def _leave_process_group() -> None:

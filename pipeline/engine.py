@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ def start_process_group() -> torch.device:
     import deepspeed
     import deepspeed.ops
 
+    with mock.patch("torch.compile", lambda function: function):  # its import would load a compiler: a second or two
+        import deepspeed.runtime.zero.muon.original_muon  # which we never use, and initialize imports
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets a level of its own
     zero_state.check_version(deepspeed.__version__)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
