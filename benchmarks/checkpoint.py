@@ -57,20 +57,22 @@ def measure(folder: Path) -> tuple[dict[str, float], int, bool]:
     writer = CheckpointWriter(run / "checkpoints", 0, 0, 1, Checkpoint(), events)
     content, rounds, cold = None, [], True
     for step in range(1, ROUNDS + 2):
+        # Each piece of work begins with nothing of the files in memory, and so finds pages that the one before let go.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        use_free_pages(content)
         state = {"step": step, "applied_steps": step, "train_fingerprint": ""}
         stall = timed(partial(writer.save, engine, average, state))
         save = stall + timed(writer.wait)
         files = list((run / "checkpoints" / step_name(step)).iterdir())
         if content is None:
             content = np.fromfile(max(files, key=lambda file: file.stat().st_size), np.uint8)
+        cold &= dropped(files)
         plain.unlink(missing_ok=True)
-        use_free_pages(content)
         plain_write = timed(partial(write, plain, content))
-        cold &= dropped([*files, plain])
+        cold &= dropped([plain])
         load = timed(partial(restore, engine, run, average, "", events))
+        cold &= dropped(files)
         plain_read = timed(partial(read, plain, content))
+        cold &= dropped([plain])
         rounds.append((stall, save, plain_write, load, plain_read))
     names = ("stall", "save", "plain_write", "load", "plain_read")
     medians = [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
@@ -94,12 +96,6 @@ def read(path: Path, content: np.ndarray) -> None:
     with path.open("rb", buffering=0) as file:
         for begin in range(0, len(content), PIECE_BYTES):
             file.readinto(content[begin : begin + PIECE_BYTES])
-
-
-def use_free_pages(content: np.ndarray | None) -> None:
-    """Makes the pages that a file of this size will take the same for all: a virtual machine's first use is slow."""
-    if content is not None:
-        np.full(2 * len(content), 1, np.uint8)
 
 
 def dropped(files: Iterable[Path]) -> bool:

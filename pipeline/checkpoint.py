@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import xxhash
 
 from pipeline.errors import BadRequest, RunFailed
 
-FORMAT = 1
+FORMAT = 2
 READING_THREADS = 8
-"""More than processors: while some wait for the disk, others hash."""
+"""More than processors: most wait for the disk."""
 BLOCKS_AT_ONCE = 16
 """Blocks that a thread reads one after the other, so that a disk sees long reads."""
 
@@ -83,8 +84,9 @@ class CheckpointReader:
         if digest != digest_of(manifest):
             raise DamagedCheckpoint(f"{folder}/manifest.json: its checksum does not agree")
         if manifest["format"] != FORMAT:  # every format has this key and this checksum, so this is no damage
+            age = "a newer" if manifest["format"] > FORMAT else "an older"
             raise BadRequest(
-                f"{folder} is of format {manifest['format']}, made by a newer coatnet than this one, which reads format"
+                f"{folder} is of format {manifest['format']}, made by {age} coatnet than this one, which reads format"
                 f" {FORMAT}: take that one, and the same command goes on; nothing was changed"
             )
         self.step: int = manifest["step"]
@@ -188,7 +190,7 @@ class CheckpointReader:
                 for _, block in of_file:
                     begin = opened.seek(block * self._block_bytes)
                     found = content[: opened.readinto(content)]
-                    if hashlib.sha256(found).hexdigest() != self._files[file]["sha256"][block]:
+                    if checksum(found) != self._files[file]["xxh3"][block]:
                         where = f"{self.folder / file}: bytes {begin} ff."
                         raise DamagedCheckpoint(f"{where} are not those that were written")
 
@@ -203,6 +205,11 @@ class CheckpointReader:
                 yield opened
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+
+
+def checksum(block: np.ndarray | memoryview) -> str:
+    """XXH3, 128 bits: against faults, not forgers, it sees every change that SHA-256 would, at 15 times the speed."""
+    return xxhash.xxh3_128_hexdigest(block)
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:

@@ -238,6 +238,9 @@ def main() -> None:
     end_with_launcher()
     try:
         app()
+    except SystemExit:
+        gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second
+        raise
     except KeyboardInterrupt:
         print("coatnet: stopped by Ctrl-C; the same command begins again, or goes on", file=sys.stderr)
         sys.exit(3)
@@ -245,7 +248,6 @@ def main() -> None:
         sys.exit(_ended(error))
     finally:
         _leave_process_group()
-        gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second
 
 
 def _leave_process_group() -> None:

@@ -11,7 +11,6 @@ Next: mirror.py.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name, step_of, superseded, sync_folder
+from pipeline.checkpoint import FORMAT, checkpoints, checksum, digest_of, step_name, step_of, superseded, sync_folder
 from pipeline.config import Checkpoint
 from pipeline.ema import Statistics, statistics
 from pipeline.errors import RunFailed
@@ -43,7 +42,6 @@ from pipeline.zero_state import shapes, stretches
 BLOCK_BYTES = 1 << 20
 CHUNK_BYTES = 64 << 20
 """Whole blocks that are on the host at once where there is no copy of everything."""
-WRITTEN_AT_ONCE = 8 << 20
 COPY_SHARE = 0.75
 """Share of the available memory that the copies of a machine's ranks may take."""
 PART_TIMEOUT_SECONDS = 1800.0
@@ -373,43 +371,22 @@ def _write_durably(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _write_chunks(path: Path, chunks: Iterable[np.ndarray]) -> dict[str, Any]:
-    """Writes chunks of whole blocks, each durable before the next is asked for; returns the file's checksums.
-
-    Other threads hash a chunk while this one writes it, and this one too while the disk takes it.
-    """
-    digests, total = [], 0
-    hashing = max(1, min(4, processor_share() - 1))
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(hashing + 1) as pool:
+    """Writes chunks of whole blocks, each durable before the next is asked for; returns the file's checksums."""
+    checksums, total = [], 0
+    with path.open("wb", buffering=0) as file:
         for chunk in chunks:
-            blocks = _Blocks(chunk)
-            others = [pool.submit(blocks.hash_the_rest) for _ in range(hashing)]
-            for begin in range(0, len(chunk), WRITTEN_AT_ONCE):
-                _write_all(file.fileno(), chunk[begin : begin + WRITTEN_AT_ONCE])
-            others.append(pool.submit(os.fsync, file.fileno()))
-            blocks.hash_the_rest()
-            for other in others:
-                other.result()
-            digests += blocks.digests
+            for begin in range(0, len(chunk), BLOCK_BYTES):
+                block = chunk[begin : begin + BLOCK_BYTES]
+                checksums.append(checksum(block))
+                _write_all(file.fileno(), block)
+            os.fsync(file.fileno())
             total += len(chunk)
-    return {"bytes": total, "sha256": digests}
+    return {"bytes": total, "xxh3": checksums}
 
 
 def _write_all(file: int, content: np.ndarray) -> None:
     while len(content):
         content = content[os.write(file, content) :]
-
-
-class _Blocks:
-    """The blocks of a chunk, which several threads hash, each taking the next that none has begun."""
-
-    def __init__(self, chunk: np.ndarray) -> None:
-        self._blocks = [chunk[begin : begin + BLOCK_BYTES] for begin in range(0, len(chunk), BLOCK_BYTES)]
-        self._left = iter(range(len(self._blocks)))
-        self.digests = [""] * len(self._blocks)
-
-    def hash_the_rest(self) -> None:
-        for number in self._left:
-            self.digests[number] = hashlib.sha256(self._blocks[number]).hexdigest()
 
 
 def _await_part(path: Path) -> Any:

@@ -236,10 +236,10 @@ def test_a_manifest_that_is_none_is_damage(checkpoint, manifest):
 def test_a_newer_format_is_no_damage_but_a_request_for_a_newer_program(checkpoint):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["format"] = 2
+    manifest["format"] = 3
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
-    with pytest.raises(BadRequest, match="is of format 2, made by a newer coatnet than this one, which reads format 1"):
+    with pytest.raises(BadRequest, match="is of format 3, made by a newer coatnet than this one, which reads format 2"):
         CheckpointReader(checkpoint)
 
 

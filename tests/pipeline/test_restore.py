@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import checkpoints, digest_of, step_name
+from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, curve, events, last_state, pack_digits
 
 Arguments = Callable[..., list[object]]
@@ -83,7 +83,7 @@ def test_another_networks_checkpoint_and_a_newer_programs_are_refused_and_never_
 ) -> None:
     newest = checkpoints(copy / "checkpoints")[-1]
     if wrong == "newer":
-        rewritten(newest, format=2)
+        rewritten(newest, format=FORMAT + 1)
     else:
         shapes = json.loads((newest / "manifest.json").read_text())["parameters"]
         rewritten(newest, parameters={**shapes, "stem.first.weight": [8, 3, 5, 5]})
