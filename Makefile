@@ -35,7 +35,7 @@ test: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
 
 torture: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long .venv/bin/pytest -m 'torture or not gpu'
