@@ -35,7 +35,7 @@ from pipeline.record import Events
 from pipeline.restore import restore
 from pipeline.save import CheckpointWriter
 
-ROUNDS, PIECE_BYTES = 5, 8 << 20
+ROUNDS, PIECE_BYTES = 5, 1 << 20
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 LIMITS = {"save": ("plain_write", 1.3), "stall": ("plain_write", 0.2), "load": ("plain_read", 1.5)}
 
