@@ -51,11 +51,15 @@ def test_a_run_killed_on_a_gpu_goes_on_with_the_losses_of_the_undisturbed_run(di
     np.testing.assert_allclose(losses(tmp_path / "killed"), losses(tmp_path / "whole"), rtol=0.05)
 
 
+@pytest.mark.parametrize(
+    "how", [(), ("zero.stage=2",), ("zero.stage=3",), ("zero.stage=3", "zero.offload=true"), ("train.compile=true",)]
+)
 def test_the_first_losses_on_a_gpu_are_those_of_the_cpu_to_rounding(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
 ) -> None:
     precise = ["train.precision=fp32", "train.steps=4", "augment.randaugment.layers=0", "optim.eps=1e-3"]
-    assert coatnet(*request(digits, tmp_path / "gpu", *precise)).returncode == 0
+    done = coatnet(*request(digits, tmp_path / "gpu", *precise, *how))
+    assert done.returncode == 0, done.stderr
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert coatnet(*request(digits, tmp_path / "cpu", *precise)).returncode == 0
     # the digits are PNG, which both backends decode exactly; resizing differs by a level
