@@ -247,18 +247,23 @@ def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part:
     RunFailed, on rank 0 too, where a file can't be written; nothing half-written is left then.
     """
     folder = root / f".{step_name(part.step)}.attempt-{attempt}"
+    given_up = folder.with_name(f"{folder.name}.failed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_part(folder, rank, part)
+        if given_up.exists():  # before this rank had begun
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         return _commit(folder, attempt, world_size, part.step, part.common) if part.common is not None else None
     except BaseException as error:
+        failed = _in_words(root, part, world_size, error) if isinstance(error, OSError) else None
         if rank == 0:
-            given_up = folder.with_name(f"{folder.name}.failed")
             with suppress(OSError):
                 folder.rename(given_up)  # so that no other rank writes into it any more
-            shutil.rmtree(given_up, ignore_errors=True)
-        failed = _in_words(root, part, world_size, error) if isinstance(error, OSError) else None
-        if rank > 0:
+                for file in given_up.iterdir():
+                    file.unlink()  # the empty folder stays as a sign until the next start
+        elif given_up.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
             with suppress(OSError):
                 (folder / _file(rank)).unlink()  # which makes room for the note
             with suppress(OSError):  # without a note, rank 0 waits until the launcher ends it

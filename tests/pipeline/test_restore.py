@@ -130,7 +130,8 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
         assert "step-00000004 cannot be written: No space left on device; it needs" in ended.stderr
         assert "make room, then the same command goes on from step 2" in ended.stderr
         assert "Traceback" not in ended.stderr
-        assert [folder.name for folder in (disk / "run" / "checkpoints").iterdir()] == [step_name(2)]
+        left = [file.parent.name for file in (disk / "run" / "checkpoints").rglob("*") if file.is_file()]
+        assert set(left) == {step_name(2)}
         subprocess.run(["mount", "-o", f"remount,size={9 * size}", disk], check=True)
         done = coatnet(*request_of(disk / "run"))
         assert done.returncode == 0, done.stderr
