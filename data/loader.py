@@ -30,7 +30,7 @@ from data.augment import Augmentation, Recipe
 from data.decode import Decoder
 from data.errors import DataError
 from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES
-from data.order import Order, Stretch, Window, deal, positions_of_step
+from data.order import Order, Stretch, Window, deal, passes, positions_of_step
 from data.reader import Sample, read_stretches
 from data.shards import Broken, Manifest
 from data.threads import in_order
@@ -85,17 +85,12 @@ def training_batches(
     last_step: int,
 ) -> Iterator[Iterator[list[Batch]]]:
     """This rank's micro batches of each step from `first_step` up to `last_step` (excluded), in the order of passes."""
-    micro_batches = order.global_batch // share.micro_batch
-    mine = np.concatenate(
-        [
-            np.arange(m * share.micro_batch, (m + 1) * share.micro_batch)
-            for m in deal(micro_batches, share.rank, share.world_size)
-        ]
-    )
+    own = deal(order.global_batch // share.micro_batch, share.rank, share.world_size)
+    mine = np.concatenate([np.arange(m * share.micro_batch, (m + 1) * share.micro_batch) for m in own])
     positions = (positions_of_step(step, order.global_batch)[mine].tolist() for step in range(first_step, last_step))
     flat = itertools.chain.from_iterable(positions)
     with batches_at(manifest, order, augmentation, share, seed, flat) as batches:
-        yield _steps(batches, len(mine) // share.micro_batch)
+        yield _steps(batches, len(own))
 
 
 @contextmanager
@@ -106,7 +101,8 @@ def batches_at(
     per_chunk = max(1, DECODED_AT_ONCE // share.micro_batch) * share.micro_batch
     most = manifest.labels_per_sample
     with _reading_threads() as pool:
-        places = _placed_ahead(_Windows(manifest, order, pool), positions, per_chunk, share.world_size)
+        slots = passes(order.global_batch // share.micro_batch, share.world_size) * share.micro_batch
+        places = _placed_ahead(_Windows(manifest, order, pool), positions, per_chunk, slots)
         chunks = map(partial(_assembled, augmentation, seed), places)
         with _in_background(lambda: _decoded(chunks, augmentation, share, per_chunk, most)) as batches:
             yield batches
@@ -227,15 +223,14 @@ def _neighbours(order: Order, window: Window) -> Iterator[Window]:
         yield epoch.window_at((first + number + rows_on * batch) % order.samples)
 
 
-def _placed_ahead(
-    windows: _Windows, positions: Iterable[int], per_chunk: int, world_size: int
-) -> Iterator[list[_Place]]:
-    """The places of the positions, in chunks; windows are read ahead of them within the byte budget.
+def _placed_ahead(windows: _Windows, positions: Iterable[int], per_chunk: int, slots: int) -> Iterator[list[_Place]]:
+    """The places of the positions, which are of so many slots at most, in chunks; windows are read ahead of them
+    within the byte budget.
 
     The budget is what a window of each slot takes, and READ_AHEAD_BYTES. Since the last windows of an epoch are
     shorter, it reaches further ahead towards the epoch's end, where all slots begin a window with the next row.
     """
-    in_use = windows.order.global_batch // world_size * windows.order.window
+    in_use = slots * windows.order.window
     most_held = in_use + READ_AHEAD_BYTES / windows.manifest.mean_sample_bytes
     most_ahead = 2 * per_chunk  # grows from chunk to chunk, so that the first is soon there
     ahead: deque[_Place] = deque()

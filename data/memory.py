@@ -15,12 +15,13 @@ RUNS_IN_MEMORY = 6
 """Such runs whose images, with the bytes they come from, are under way at once, DALI's operators included: measured."""
 
 
-def check_memory(
-    manifest: Manifest, global_batch: int, window: int, resolution: int, world_size: int, local_world_size: int
-) -> None:
-    """Raises BadRequest where what this machine's ranks hold of their data would not fit its memory."""
+def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, local_world_size: int) -> None:
+    """Raises BadRequest where what this machine's ranks hold of their data would not fit its memory.
+
+    `slots` is how many samples of a step the busiest rank takes.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    of_all_slots = global_batch / world_size * manifest.mean_sample_bytes
+    of_all_slots = slots * manifest.mean_sample_bytes
     decoded = RUNS_IN_MEMORY * DECODED_AT_ONCE * (3 * resolution**2 + manifest.mean_sample_bytes)
     held = local_world_size * (window * of_all_slots + READ_AHEAD_BYTES + decoded)
     if held <= MEMORY_SHARE * memory:
@@ -28,6 +29,6 @@ def check_memory(
     fitting = int((MEMORY_SHARE * memory / local_world_size - READ_AHEAD_BYTES - decoded) / of_all_slots)
     way_out = f"data.window={fitting} would fit" if fitting > 0 else "no window fits: take a smaller train.global_batch"
     raise BadRequest(
-        f"data.window={window} with train.global_batch={global_batch} keeps {held / 2**30:.1f} GiB of images"
+        f"data.window={window} with {slots} samples a step on a rank keeps {held / 2**30:.1f} GiB of images"
         f" in this machine's {memory / 2**30:.1f} GiB of memory; {way_out}, or take more machines"
     )

@@ -45,6 +45,11 @@ def deal(micro_batches: int, rank: int, world_size: int) -> range:
     return range(rank, micro_batches, world_size)
 
 
+def passes(micro_batches: int, world_size: int) -> int:
+    """Passes that a step takes; in the last one some ranks may have no micro batch."""
+    return -(-micro_batches // world_size)
+
+
 class Stretch(NamedTuple):
     """Neighbouring samples of one shard: `rows` of them from `first_row` on."""
 

@@ -26,7 +26,7 @@ from .backends import Backend, check_backend
 from .blocks import MBConv, Norm, Pool, TransformerBlock, gelu
 from .family import Layout, Stage, Stem, StridePlace, layout_of
 from .initial import Normal, convolution, from_torch, initialize, linear
-from .norm import BatchNorm2d, LayerNorm2d, recomputing
+from .norm import BatchNorm2d, LayerNorm2d, without_statistics
 
 Block = MBConv | TransformerBlock
 Grid = tuple[int, int]
@@ -191,7 +191,7 @@ def _recomputed(block: nn.Module, *inputs: Any) -> Tensor:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), recomputing()
+    return nullcontext(), without_statistics()
 
 
 def _stage_numbers(chosen: str | Collection[int], stages: int) -> set[int]:

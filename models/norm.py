@@ -1,17 +1,20 @@
 """Batch normalisation over groups of samples, whose running statistics move once per step and not once per forward.
 
 A group is a fixed set of consecutive samples, so what a sample is normalised by does not depend on the number of ranks,
-nor on how many groups a forward holds. Each training forward adds up its groups' statistics; whoever runs the step
-takes the sums (`take_statistics`), adds them over the ranks, and applies them (`apply_statistics`), or drops them with
-the step. A forward that only recomputes another (activation checkpointing) is run under `recomputing` and adds none.
+nor on how many groups a forward holds; where a group lies on several ranks, they synchronise (`across_ranks`). Each
+training forward adds up its groups' statistics; whoever runs the step takes the sums (`take_statistics`), adds them
+over the ranks, and applies them (`apply_statistics`), or drops them with the step. A forward that repeats another
+(activation checkpointing), or that only keeps other ranks company, is run under `without_statistics` and adds none.
 Layer normalisation of maps is here too. Next: initial.py.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +22,8 @@ _adds_statistics: ContextVar[bool] = ContextVar("_adds_statistics", default=True
 
 
 @contextmanager
-def recomputing() -> Iterator[None]:
-    """Inside, forwards repeat what an earlier one did: their statistics are counted already."""
+def without_statistics() -> Iterator[None]:
+    """Inside, forwards count for nothing in the running statistics."""
     before = _adds_statistics.set(False)
     try:
         yield
@@ -32,7 +35,8 @@ class BatchNorm2d(nn.Module):
     """Maps [n, width, h, w], normalised per group of `group` consecutive samples in training (None: all n are one).
 
     In evaluation by the running statistics, as `nn.BatchNorm2d`, whose parameter and buffer names it has. `momentum`
-    is the weight of the new statistics. ValueError where n is not a multiple of the group.
+    is the weight of the new statistics. `ranks` is set by `across_ranks`. ValueError where n is not a multiple of the
+    group, or not each rank's equal part of it.
     """
 
     weight: Tensor
@@ -46,6 +50,7 @@ class BatchNorm2d(nn.Module):
     def __init__(self, width: int, eps: float = 1e-3, momentum: float = 0.01, group: int | None = None) -> None:
         super().__init__()
         self.eps, self.momentum, self.group = eps, momentum, group
+        self.ranks: dist.ProcessGroup | None = None
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("running_mean", torch.empty(width))
@@ -65,6 +70,8 @@ class BatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if self.ranks is not None:
+            return self._normalize_with_others(x, self.ranks)
         group = self.group or len(x)
         if len(x) % group:
             raise ValueError(f"{len(x)} samples are no whole groups of {group}; make the micro batch a multiple of it")
@@ -77,14 +84,84 @@ class BatchNorm2d(nn.Module):
         # it is given. They must start finite: the kernel computes 0 x old + new.
         mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = F.batch_norm(part, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        self._add(mean, variance)
+        return y
+
+    def _normalize_with_others(self, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+        if self.group is None or len(x) * ranks.size() != self.group:
+            raise ValueError(f"{len(x)} samples on each of {ranks.size()} ranks are no group of {self.group}")
+        with torch.autocast(x.device.type, enabled=False):
+            y, mean, variance = _AcrossRanks.apply(x, self.weight, self.bias, self.eps, ranks)
+        if ranks.rank() == 0:  # the group counts once
+            self._add(mean, variance)
+        return y
+
+    def _add(self, mean: Tensor, variance: Tensor) -> None:
         if _adds_statistics.get():
             self.mean_sum += mean
             self.variance_sum += variance
             self.group_count += 1
-        return y
 
     def extra_repr(self) -> str:
         return f"{len(self.running_mean)}, eps={self.eps}, momentum={self.momentum}, group={self.group}"
+
+
+class _AcrossRanks(torch.autograd.Function):
+    """One group whose samples lie in equal parts on several ranks; also gives its mean and unbiased variance.
+
+    Variances are put together from deviations (Chan et al. 1983), since E[x^2] - E[x]^2 cancels. torch's own
+    SyncBatchNorm takes CUDA tensors only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        own = wide.numel() // wide.shape[1]
+        parts = _gathered(torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0)), ranks)
+        variances, means = parts[:, 0], parts[:, 1]
+        mean = means.mean(0)
+        variance = (variances + (means - mean) ** 2).mean(0)
+        scale = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.ranks, ctx.elements = ranks, own * ranks.size()
+        factor = scale * weight.to(scale.dtype)
+        y = torch.addcmul(_by_channel(bias.to(scale.dtype) - mean * factor), wide, _by_channel(factor)).to(x.dtype)
+        unbiased = variance * (ctx.elements / max(1, ctx.elements - 1))
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y, mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        wide, gradient = x.to(scale.dtype), gradients[0].to(scale.dtype)
+        normalized = (wide - _by_channel(mean)) * _by_channel(scale)
+        own = torch.stack([gradient.sum((0, 2, 3)), (gradient * normalized).sum((0, 2, 3))])
+        of_bias, of_weight = _gathered(own, ctx.ranks).sum(0) / ctx.elements  # means over the group
+        of_x = gradient - _by_channel(of_bias) - normalized * _by_channel(of_weight)
+        of_x *= _by_channel(scale * weight.to(scale.dtype))
+        return of_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None, None
+
+
+def _gathered(own: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """Every rank's tensor, by rank, on all of them: sums of it have the same order, and so the same bits, on each."""
+    parts = [torch.empty_like(own) for _ in range(ranks.size())]
+    dist.all_gather(parts, own, group=ranks)
+    return torch.stack(parts)
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def across_ranks(model: nn.Module, ranks: dist.ProcessGroup) -> None:
+    """From now on the model's batch-norm groups lie on all of these ranks, an equal part of consecutive samples each.
+
+    A training forward holds one part and is collective among the ranks, its backward and recomputations too.
+    """
+    for norm in _batch_norms(model):
+        norm.ranks = ranks
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data.order import passes
+
 Change = Literal["fixed", "recorded", "free"]
 """What going on with another value does: refused (it defines the run), recorded in events.jsonl, or nothing."""
 
@@ -134,7 +136,7 @@ class Train(Section):
     global_batch: int = key(4096, "samples per optimizer step on all ranks together", ge=1)
     micro_batch: int = key(64, "samples per forward pass on one rank", ge=1)
     batch_norm_group: int | None = key(
-        None, "consecutive samples that share batch statistics; null: a micro batch", ge=2
+        None, "consecutive samples that share batch statistics, on one rank or on several; null: a micro batch", ge=2
     )
     precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights and masters)", "free")
     activation_checkpointing: Literal["none", "all"] | tuple[int, ...] = key(
@@ -157,24 +159,32 @@ class Train(Section):
         if (self.epochs is None) == (self.steps is None):
             both = "neither is" if self.epochs is None else "both are"
             raise ValueError(f"exactly one of train.epochs and train.steps must be set; {both}")
+        group = self.batch_norm_group or self.micro_batch
         if self.global_batch % self.micro_batch:
-            whole_groups = self.micro_batch % (self.batch_norm_group or 1) == 0
-            below = self.global_batch // self.micro_batch * self.micro_batch
+            unit = math.lcm(self.micro_batch, group)
+            below = self.global_batch // unit * unit
+            splits = self.micro_batch % group == 0 or group % self.micro_batch == 0
             raise ValueError(
                 f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch}; "
                 + ways_out(
                     choices("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
-                    choices("train.global_batch", [b for b in (below, below + self.micro_batch) if b and whole_groups]),
+                    choices("train.global_batch", [batch for batch in (below, below + unit) if batch and splits]),
                 )
             )
-        if self.batch_norm_group and self.micro_batch % self.batch_norm_group:
+        if self.micro_batch % group and group % self.micro_batch:
             raise ValueError(
-                f"train.micro_batch={self.micro_batch} holds no whole groups of"
-                f" train.batch_norm_group={self.batch_norm_group}; "
+                f"train.micro_batch={self.micro_batch} holds no whole groups of train.batch_norm_group={group}, nor a"
+                " group whole micro batches; "
                 + ways_out(
-                    choices("train.batch_norm_group", divisors(self.micro_batch)[1:], self.batch_norm_group),
+                    choices("train.batch_norm_group", divisors(self.micro_batch)[1:], group),
                     choices("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
                 )
+            )
+        if self.global_batch % group:
+            fitting = [each for each in divisors(self.global_batch) if each % self.micro_batch == 0]
+            raise ValueError(
+                f"train.global_batch={self.global_batch} holds no whole groups of train.batch_norm_group={group}; "
+                + ways_out(choices("train.batch_norm_group", fitting, group))
             )
         return self
 
@@ -256,24 +266,64 @@ class Config(Section):
         return self
 
 
+def micro_batches_of(train: Train) -> int:
+    """Micro batches of a step, on all ranks together."""
+    return train.global_batch // train.micro_batch
+
+
+def ranks_of_group(train: Train) -> int:
+    """How many ranks a batch-norm group lies on: 1, or as many as it has micro batches."""
+    return max(1, (train.batch_norm_group or 1) // train.micro_batch)
+
+
 def check_world_size(train: Train, world_size: int) -> None:
-    """Raises ValueError unless the micro batches of a step can be dealt evenly to `world_size` ranks."""
-    micro_batches = train.global_batch // train.micro_batch
-    if micro_batches % world_size:
-        share = train.global_batch // world_size if train.global_batch % world_size == 0 else 0
+    """Raises ValueError where a step cannot be dealt to `world_size` ranks."""
+    micro_batches, together = micro_batches_of(train), ranks_of_group(train)
+    possible = choices("ranks", list(range(together, micro_batches + 1, together)), world_size)
+    if world_size > micro_batches:
+        group = train.batch_norm_group or 1
+        enough = [
+            size
+            for size in fitting_micro_batches(train, train.global_batch)
+            if train.global_batch // size >= world_size and world_size % max(1, group // size) == 0
+        ]
         raise ValueError(
             f"{micro_batches} micro batches a step (train.global_batch={train.global_batch} /"
-            f" train.micro_batch={train.micro_batch}) cannot be dealt evenly to {world_size} ranks; "
+            f" train.micro_batch={train.micro_batch}) are too few for {world_size} ranks; "
+            + ways_out(possible, choices("train.micro_batch", enough, train.micro_batch))
+        )
+    if world_size % together:
+        raise ValueError(
+            f"train.batch_norm_group={train.batch_norm_group} lies on {together} ranks (a micro batch of"
+            f" {train.micro_batch} on each), and {world_size} ranks are no multiple of that; "
             + ways_out(
-                choices("ranks", divisors(micro_batches), world_size),
-                choices("train.micro_batch", fitting_micro_batches(train, share), train.micro_batch),
+                possible,
+                choices("train.batch_norm_group", divisors(train.micro_batch)[1:], train.micro_batch),
             )
         )
 
 
+def waste(train: Train, world_size: int) -> str | None:
+    """What a number of ranks wastes that a step's micro batches cannot be dealt to evenly, in words."""
+    micro_batches = micro_batches_of(train)
+    rounds = passes(micro_batches, world_size)
+    empty = rounds * world_size - micro_batches
+    if not empty:
+        return None
+    even = [ranks for ranks in divisors(micro_batches) if ranks % ranks_of_group(train) == 0]
+    return (
+        f"{micro_batches} micro batches a step on {world_size} ranks take {rounds} passes of each, and in the last one"
+        f" {empty} have nothing to do: {100 * empty / (rounds * world_size):.0f} % of their time is wasted;"
+        f" {_nearest(even, world_size)} ranks would waste none"
+    )
+
+
 def fitting_micro_batches(train: Train, samples: int) -> list[int]:
-    """Micro batches that divide so many samples and hold whole batch-norm groups."""
-    return [size for size in divisors(samples) if size % (train.batch_norm_group or 1) == 0]
+    """Micro batches that divide so many samples and hold whole batch-norm groups, or are equal parts of one."""
+    group = train.batch_norm_group or 1
+    if samples % group:
+        return []
+    return [size for size in divisors(samples) if size % group == 0 or group % size == 0]
 
 
 def divisors(number: int) -> list[int]:
@@ -284,8 +334,11 @@ def divisors(number: int) -> list[int]:
 
 def choices(name: str, values: list[int], wanted: int = 0) -> str:
     """The up to four values nearest to what was wanted, in words; empty where there are none."""
-    nearest = sorted(sorted(values, key=lambda v: abs(v - wanted))[:4])
-    return f"{name} would do with {', '.join(map(str, nearest))}" if nearest else ""
+    return f"{name} would do with {_nearest(values, wanted)}" if values else ""
+
+
+def _nearest(values: list[int], wanted: int) -> str:
+    return ", ".join(map(str, sorted(sorted(values, key=lambda value: abs(value - wanted))[:4])))
 
 
 def ways_out(*ways: str) -> str:

@@ -21,10 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from data.order import passes
+from models.norm import across_ranks, without_statistics
 from pipeline import zero_state
-from pipeline.config import Optim, Train, Zero
+from pipeline.config import Optim, Train, Zero, micro_batches_of, ranks_of_group
 from pipeline.ema import Statistics, swapped_in
 from pipeline.errors import BadRequest, DataError, RunFailed
+from pipeline.launch import rank_and_world_size
 from pipeline.network import Shard
 from pipeline.optim import AveragingAdamW, parameter_groups
 
@@ -85,6 +88,9 @@ def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> An
     """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
     import deepspeed
 
+    if (together := ranks_of_group(train)) > 1:
+        neighbours: Any = dist.new_subgroups(together)[0]
+        across_ranks(model, neighbours)
     groups = parameter_groups(model, optim.weight_decay)
     optimizer = AveragingAdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, zero))
@@ -96,8 +102,8 @@ def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> An
 def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
     """What DeepSpeed is told, with its own defaults spelled out where they are not ours."""
     settings: dict[str, Any] = {
-        "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": passes(micro_batches_of(train), rank_and_world_size()[1]),
         "gradient_clipping": optim.clip,
         "zero_optimization": {
             "stage": zero.stage,
@@ -125,6 +131,25 @@ def set_rates(engine: Any, learning_rate: float, ema_decay: float | None) -> Non
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.decay = ema_decay
+
+
+def loss_scale(train: Train) -> float:
+    """What makes DeepSpeed's mean of gradients, over all passes of all ranks, one over the micro batches alone."""
+    micro_batches, world_size = micro_batches_of(train), rank_and_world_size()[1]
+    return passes(micro_batches, world_size) * world_size / micro_batches
+
+
+def idle_pass(engine: Any, images: torch.Tensor, survival: torch.Tensor | None) -> None:
+    """A pass of a rank that has no micro batch left: collective like any other, and nothing of it counts.
+
+    Its gradients are replaced by zeros; times 0 they could still be NaN.
+    """
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in engine.module.parameters()]
+    with without_statistics():
+        engine.backward(engine(images, survival).sum())
+    engine.step()
+    for hook in hooks:
+        hook.remove()
 
 
 @contextmanager

@@ -18,10 +18,10 @@ import numpy as np
 from data.augment import Augmentation
 from data.cache import with_cache
 from data.memory import check_memory
-from data.order import Order, steps
+from data.order import Order, passes, steps
 from data.shards import Manifest, read_manifest
 from data.storage import PLAIN, Fault, Storage
-from pipeline.config import Augment, Config, check_world_size
+from pipeline.config import Augment, Config, check_world_size, micro_batches_of
 from pipeline.errors import BadRequest
 from pipeline.run_folder import compare, newest_step
 
@@ -53,8 +53,8 @@ def prepare(config: Config, command: str, world_size: int, local_world_size: int
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
         raise BadRequest(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
-    size, window = config.model.resolution, config.data.window
-    check_memory(train, config.train.global_batch, window, size, world_size, local_world_size)
+    slots = passes(micro_batches_of(config.train), world_size) * config.train.micro_batch
+    check_memory(train, slots, config.data.window, config.model.resolution, local_world_size)
     length = config.train.steps or steps_of(config.train.epochs or 0, train.samples, config.train.global_batch)
     newest = newest_step(Path(config.run.dir))
     finished = (newest or 0) >= length
@@ -81,7 +81,7 @@ def augmentation(augment: Augment) -> Augmentation:
 
 
 def check_ranks(config: Config, world_size: int) -> None:
-    """BadRequest where the micro batches cannot be dealt evenly."""
+    """BadRequest where a step's micro batches cannot be dealt to so many ranks."""
     try:
         check_world_size(config.train, world_size)
     except ValueError as error:

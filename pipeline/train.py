@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 -m pipeline.cli pretrain ...  # any launcher that sets RANK and WORLD_SIZE
 
 A step is one global batch: `global_batch / micro_batch` micro batches, dealt to the ranks; each of a rank's passes is
-one micro batch. Nothing here draws random numbers with a state, so a run that goes on from a checkpoint at step k is,
-from there, the run that was never stopped.
+one micro batch. Where the last pass has too few for all ranks, the others do one that counts for nothing. Nothing here
+draws random numbers with a state, so a run that goes on from a checkpoint at step k is, from there, the run that was
+never stopped, on any number of ranks.
 
 Next: ../data/order.py.
 """
@@ -21,15 +22,18 @@ from typing import Any
 import torch
 
 from data.loader import Share, training_batches
+from data.order import passes
 from models.coatnet import CoAtNet, stochastic_depth_rates
 from models.norm import apply_statistics, take_statistics
 from pipeline import ancestry, ema, stopping
 from pipeline.attempt import begin_attempt
 from pipeline.checkpoint import step_name
-from pipeline.config import Config
+from pipeline.config import Config, micro_batches_of
 from pipeline.engine import (
     build_engine,
     evaluation_mode,
+    idle_pass,
+    loss_scale,
     on_rank_zero,
     set_rates,
     sharding,
@@ -100,6 +104,10 @@ def train(
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     writer = CheckpointWriter(run / "checkpoints", attempt, rank, world_size, config.checkpoint, events)
 
+    # A step's micro batches, in as many rounds of one pass a rank as that takes.
+    micro_batches_a_step = micro_batches_of(config.train)
+    rounds, scale = passes(micro_batches_a_step, world_size), loss_scale(config.train)
+
     # Data: this rank's micro batches of every step from here on, read, decoded and augmented ahead of time.
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
     drawn = augmentation(config.augment)
@@ -116,7 +124,7 @@ def train(
             decay = ema_decay(config.train.ema, step) if config.train.ema else None
             set_rates(engine, rate, decay)
 
-            # Forward and backward, one pass a micro batch; the engine adds up gradients and steps after the last.
+            # Forward and backward, one pass a micro batch; the engine adds up gradients and steps after the last pass.
             losses = torch.zeros((), device=device)
             for batch in micro_batches:
                 images, wanted = inputs(batch.images), batch.labels
@@ -125,9 +133,12 @@ def train(
                     images, wanted = mixed(images, wanted, config.augment.mixup, seed, batch.positions)
                 logits = engine(images, survival(seed, batch.positions, drop_rates, device))
                 loss = loss_of(logits, wanted, config.train.loss, config.train.label_smoothing)
-                engine.backward(loss)
+                engine.backward(scale * loss)
                 engine.step()
                 losses += loss.detach()
+            if len(micro_batches) < rounds:
+                again = micro_batches[0]
+                idle_pass(engine, inputs(again.images), survival(seed, again.positions, drop_rates, device))
             applied = engine.was_step_applied()
 
             # What all ranks must know of each other, in one small all-reduce.
@@ -136,7 +147,7 @@ def train(
             loss_sum, broken, failed_reads, stops = sum_over_ranks(
                 [losses.item(), broken_here, len(read_faults), stopping.requested()], device
             )
-            mean_loss, stop = loss_sum / (global_batch // config.train.micro_batch), stops > 0
+            mean_loss, stop = loss_sum / micro_batches_a_step, stops > 0
 
             # Batch-norm statistics and their average move with an applied step, never with a skipped one.
             group_statistics = summed(take_statistics(model))

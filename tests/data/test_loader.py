@@ -441,7 +441,7 @@ def handed_over(pool: NothingIsRead, order: Order, per_chunk: int, world_size: i
     windows = loader._Windows(Manifest("nowhere", ("class",), shards, ""), order, pool)
     slots = np.arange(order.global_batch // world_size)
     positions = (p for step in range(steps) for p in (step * order.global_batch + slots).tolist())
-    return loader._placed_ahead(windows, positions, per_chunk, world_size)
+    return loader._placed_ahead(windows, positions, per_chunk, order.global_batch // world_size)
 
 
 @given(
@@ -472,17 +472,17 @@ def test_the_many_windows_of_an_epochs_first_row_are_begun_before_the_one_before
     assert sum(each.epoch == 1 and each.number == 0 for each in pool.held.values()) > 0.7 * 64
 
 
-@given(st.integers(1, 2**20), st.integers(1, 2**12), st.integers(1, 64), st.integers(1, 8), st.integers(1, 512))
+@given(st.integers(1, 2**20), st.integers(1, 2**12), st.integers(1, 8), st.integers(1, 512))
 def test_windows_that_do_not_fit_the_memory_are_refused_with_the_figure_and_what_would_fit(
-    window, global_batch, machines, ranks, resolution
+    window, slots, ranks, resolution
 ):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     manifest = Manifest("nowhere", ("class",), (Shard("0.tar", 1000, 1000 * 10**6),), "")
     decoded = RUNS_IN_MEMORY * DECODED_AT_ONCE * (3 * resolution**2 + 10**6)
-    held = global_batch * window * 10**6 / machines + ranks * (READ_AHEAD_BYTES + decoded)
+    held = ranks * (slots * window * 10**6 + READ_AHEAD_BYTES + decoded)
 
     def check(window: int) -> None:
-        check_memory(manifest, global_batch, window, resolution, machines * ranks, ranks)
+        check_memory(manifest, slots, window, resolution, ranks)
 
     if held <= memory / 2:
         return check(window)

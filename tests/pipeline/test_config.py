@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config import Config, Section, Train, allowed, check_world_size, documented_keys, item_of, section_of
+from pipeline.config import (
+    Config,
+    Section,
+    Train,
+    allowed,
+    check_world_size,
+    documented_keys,
+    item_of,
+    section_of,
+    waste,
+)
 from pipeline.errors import BadRequest
 from pipeline.overrides import changes, read_config, read_resolved, to_yaml, validate
 
@@ -401,7 +411,8 @@ def test_an_impossible_batch_is_refused_with_splits_that_would_do(global_batch, 
         "micro_batch": micro_batch,
         "batch_norm_group": group,
     }
-    possible = global_batch % micro_batch == 0 and micro_batch % (group or 1) == 0
+    one_holds_the_other = micro_batch % (group or 1) == 0 or (group or 1) % micro_batch == 0
+    possible = global_batch % micro_batch == 0 and global_batch % (group or 1) == 0 and one_holds_the_other
     try:
         Train(**wanted)
         assert possible
@@ -414,25 +425,38 @@ def test_an_impossible_batch_is_refused_with_splits_that_would_do(global_batch, 
             Train(**wanted_then)
 
 
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 4), st.integers(1, 40))
-def test_ranks_that_cannot_share_a_step_are_refused_with_splits_that_would_do(micro_batches, groups, group, ranks):
-    micro_batch = groups * group
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40))
+def test_ranks_that_cannot_share_a_step_are_refused_with_splits_that_would_do(batches, groups, group, parts, ranks):
+    """A micro batch of some groups, or, where there is one group, a group of some micro batches."""
+    micro_batch, micro_batches = groups * group, batches * (parts if groups == 1 else 1)
+    group_size, together = (group * parts, parts) if groups == 1 else (group, 1)
     wanted: dict[str, Any] = {"steps": 1, "global_batch": micro_batches * micro_batch, "micro_batch": micro_batch}
-    wanted |= {"batch_norm_group": group if group > 1 else None}
+    wanted |= {"batch_norm_group": group_size if group_size > 1 else None}
     try:
         check_world_size(Train(**wanted), ranks)
-        assert micro_batches % ranks == 0
+        assert ranks <= micro_batches and ranks % together == 0
     except ValueError as error:
-        assert micro_batches % ranks
-        assert f"{micro_batches} micro batches a step" in str(error) and f"{ranks} ranks" in str(error)
+        assert ranks > micro_batches or ranks % together
+        assert f"{ranks} ranks" in str(error)
         offered = offers(str(error))
-        assert ("ranks", 1) in offered or len(offered) >= 4
+        assert offered
         for key, number in offered:
             if key == "ranks":
                 check_world_size(Train(**wanted), number)
             else:
                 wanted_then: dict[str, Any] = {**wanted, key.removeprefix("train."): number}
                 check_world_size(Train(**wanted_then), ranks)
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_ranks_that_wait_for_others_are_told_of_numbers_that_would_not(micro_batches, ranks):
+    train = Train(steps=1, global_batch=2 * micro_batches, micro_batch=2)
+    assume(ranks <= micro_batches)
+    said = waste(train, ranks)
+    assert (said is None) == (micro_batches % ranks == 0)
+    if said is not None:
+        better = re.search(r"; ([\d, ]+) ranks would waste none", said)
+        assert better and all(waste(train, int(number)) is None for number in better[1].split(", "))
 
 
 def test_what_is_allowed_can_be_said_of_every_key():
