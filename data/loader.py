@@ -48,15 +48,18 @@ class Batch:
     """A micro batch: `images` uint8 [n, height, width, 3] and `labels` int64 [n, most] on the device, rest by sample.
 
     `most` is the manifest's labels_per_sample; what a sample has fewer is -1.
-    `positions` are places in the endless stream (in evaluation: sample numbers), `keys` those of the places, `broken`
-    the samples that were replaced (in evaluation: left out), `shapes` int64 [n, 2] heights and widths of the images
-    that `recipe` was drawn for.
+    `positions` are places in the endless stream (in evaluation: sample numbers), `keys` and `numbers` the keys and
+    numbers of the samples that belong there, `replaced` bool [n] whether another stood in, `broken` those that could
+    not be used (replaced; in evaluation: left out), `shapes` int64 [n, 2] heights and widths of the images that
+    `recipe` was drawn for.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     positions: np.ndarray
     keys: list[str]
+    numbers: np.ndarray
+    replaced: np.ndarray
     broken: list[Broken]
     shapes: np.ndarray
     recipe: Recipe
@@ -125,9 +128,9 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float, share: Share) -
         samples = [sample for _, sample in good]
         recipe = augment.fixed(crop_fraction, *_shapes(samples))
         broken: list[Broken | None] = [sample for sample in found if isinstance(sample, Broken)]
-        return _Chunk(
-            np.array([number for number, _ in good], np.int64), samples, [s.key for s in samples], recipe, broken
-        )
+        used = np.array([number for number, _ in good], np.int64)
+        replaced = np.zeros(len(used), bool)
+        return _Chunk(used, samples, [s.key for s in samples], used, replaced, recipe, broken)
 
     augmentation = Augmentation(crop="center", center_fraction=crop_fraction, flip=False, layers=0, magnitude=0.0)
     with _reading_threads() as pool:
@@ -256,6 +259,8 @@ class _Chunk:
     positions: np.ndarray
     samples: list[Sample]
     keys: list[str]
+    numbers: np.ndarray
+    replaced: np.ndarray
     recipe: Recipe
     broken: list[Broken | None]  # by place; in evaluation those that were left out
 
@@ -268,7 +273,9 @@ def _assembled(augmentation: Augmentation, seed: int, places: list[_Place]) -> _
     epochs = np.array([place.epoch for place in places])
     numbers = np.array([place.window.numbers[place.window.indices[place.row]] for place in places])
     recipe = augment.draw(augmentation, seed, epochs, numbers, *_shapes(samples))
-    return _Chunk(np.array([place.position for place in places]), samples, keys, recipe, broken)
+    replaced = np.array([bad is not None for bad in broken])
+    positions = np.array([place.position for place in places])
+    return _Chunk(positions, samples, keys, numbers, replaced, recipe, broken)
 
 
 def _good_sample(place: _Place) -> tuple[Sample, Broken | None]:
@@ -310,8 +317,8 @@ def _decoded(
             part = slice(first, first + share.micro_batch)
             broken = [bad for bad in chunk.broken[part] if bad is not None]
             recipe = Recipe(*(getattr(chunk.recipe, field.name)[part] for field in fields(Recipe)))
-            positions, keys = chunk.positions[part], chunk.keys[part]
-            yield Batch(images[part], labels[part], positions, keys, broken, shapes[part], recipe)
+            places = chunk.positions[part], chunk.keys[part], chunk.numbers[part], chunk.replaced[part]
+            yield Batch(images[part], labels[part], *places, broken, shapes[part], recipe)
 
 
 def _steps(batches: Iterator[Batch], passes: int) -> Iterator[list[Batch]]:

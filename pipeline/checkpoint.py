@@ -27,7 +27,7 @@ import xxhash
 
 from pipeline.errors import BadRequest, RunFailed
 
-FORMAT = 2
+FORMAT = 3
 READING_THREADS = 8
 """More than processors: most wait for the disk."""
 BLOCKS_AT_ONCE = 16
@@ -60,17 +60,6 @@ def superseded(steps: Collection[int], newest: int, keep_last: int, keep_every: 
     return [step for step in older if keep_every is None or step % keep_every]
 
 
-def checkpoint_of(source: Path) -> CheckpointReader:
-    """The checkpoint that a path names: itself, or a run's newest; BadRequest where there is none."""
-    if (source / "manifest.json").exists():
-        return CheckpointReader(source)
-    folders = checkpoints(source / "checkpoints")
-    if not folders:
-        what = "has no checkpoint yet" if (source / "config.yaml").exists() else "is no run"
-        raise BadRequest(f"{source} {what}; give a run's folder, one of its checkpoints/step-..., or an exported file")
-    return CheckpointReader(folders[-1])
-
-
 class CheckpointReader:
     """Reads parts of one checkpoint; every byte that it hands out has been verified."""
 
@@ -90,6 +79,7 @@ class CheckpointReader:
                 f" {FORMAT}: take that one, and the same command goes on; nothing was changed"
             )
         self.step: int = manifest["step"]
+        self.attempt: int = manifest["attempt"]
         self.shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
         self._files, self._block_bytes = manifest["files"], manifest["block_bytes"]
         self._verified: set[tuple[str, int]] = set()

@@ -31,6 +31,9 @@ class Section(BaseModel):
 class Run(Section):
     dir: str = key("runs/default", "folder of this run, on a POSIX file system", "free", min_length=1)
     seed: int = key(0, "what every draw is a function of, 0 to 2**48 - 1", ge=0, lt=2**48)
+    hang_timeout: float = key(
+        1800, "seconds without a sign of life from a rank after which it is named and the run ends", "free", ge=1
+    )
 
 
 class Cache(Section):
@@ -262,6 +265,11 @@ class Config(Section):
             raise ValueError(
                 "train.compile is true and zero.stage is 3, which gathers weights between a network's layers: nothing"
                 " could be fused across them; set zero.stage=2, or train.compile=false"
+            )
+        if self.train.compile and ranks_of_group(self.train) > 1:
+            raise ValueError(
+                "train.compile is true and train.batch_norm_group lies on several ranks, which must speak between a"
+                " network's layers; set train.batch_norm_group to a micro batch or less, or train.compile=false"
             )
         return self
 

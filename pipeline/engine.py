@@ -32,15 +32,18 @@ from pipeline.network import Shard
 from pipeline.optim import AveragingAdamW, parameter_groups
 
 Item = TypeVar("Item")
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+PATIENCE_SECONDS = 1800.0
 BUCKET_ELEMENTS = 50_000_000
 """Elements that travel in one collective: 200 MB, enough for any network, and little beside a model that is sharded."""
 LIVE_ELEMENTS = 200_000_000
 """Elements of gathered parameters that stage 3 keeps at a time, a large layer and what is fetched ahead."""
 
 
-def start_process_group() -> torch.device:
-    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device."""
+def start_process_group(patience: float = PATIENCE_SECONDS) -> torch.device:
+    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device.
+
+    A collective fails after twice that many seconds: before, a frozen rank is named (signs_of_life.py).
+    """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -58,7 +61,8 @@ def start_process_group() -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         _check_gpu(device)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    timeout = datetime.timedelta(seconds=2 * patience)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return device
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from data.loader import Batch
 from data.storage import Fault
@@ -16,29 +16,19 @@ from pipeline.errors import RunFailed
 from pipeline.record import Events
 
 
-@dataclass(frozen=True)
-class Replaced:
-    """How many samples of an epoch have been replaced so far."""
-
-    epoch: int
-    count: int
-
-    def and_more(self, epoch: int, count: int) -> Replaced:
-        return Replaced(epoch, count + (self.count if epoch == self.epoch else 0))
-
-
 def record_replaced(
-    events: Events, step: int, batches: list[Batch], replaced: Replaced, samples: int, most: float
+    events: Events, step: int, batches: list[Batch], replaced: dict[int, int], samples: int, most: float
 ) -> None:
     """Writes each replaced sample of a step; RunFailed where more than this share of an epoch were. Collective."""
     for broken in gathered([broken for batch in batches for broken in batch.broken]):
         events.write("replaced", step=step, **asdict(broken))
-    if replaced.count > most * samples:
-        raise RunFailed(
-            f"{replaced.count} of {samples} samples of epoch {replaced.epoch} are broken, more than"
-            f" data.max_bad_fraction={most}; events.jsonl lists them:"
-            " mend or pack the data again, or raise the fraction"
-        )
+    for epoch, count in replaced.items():
+        if count > most * samples:
+            raise RunFailed(
+                f"{count} of {samples} samples of epoch {epoch} are broken, more than"
+                f" data.max_bad_fraction={most}; events.jsonl lists them:"
+                " mend or pack the data again, or raise the fraction"
+            )
 
 
 def taken(faults: list[Fault]) -> list[Fault]:

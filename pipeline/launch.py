@@ -33,6 +33,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that a person's command began as, or rank 0 of another launcher's."""
+    return LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0"
+
+
 def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -48,13 +53,13 @@ def processor_share(procs: int = 1) -> int:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel to kill this rank when its launcher's process ends."""
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None:
+    """Asks the kernel to kill this rank when its launcher's process ends, ours or torchrun's."""
+    if not is_rank():
         return
     prctl_set_parent_death_signal = 1
     ctypes.CDLL(None, use_errno=True).prctl(prctl_set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it ended before we asked
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and os.getppid() != int(launcher):  # it ended before we asked
         sys.exit(1)
 
 

@@ -30,7 +30,7 @@ from data.threads import in_order
 from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, step_name, step_of, superseded, sync_folder
 from pipeline.config import Config
 from pipeline.errors import BadRequest, DataError, RunFailed
-from pipeline.run_folder import claim, newest_step
+from pipeline.run_folder import hold, newest_step
 
 SMALL_FILES = ("config.yaml", "source.json", "metrics.jsonl", "events.jsonl")
 PIECE_BYTES, PIECES_AT_ONCE = 16 << 20, 8
@@ -185,7 +185,7 @@ def bring_back(config: Config) -> None:
         with (run / ".mirror.lock").open("a") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             if newest_step(run) is None:
-                with claim(run).lock:
+                with hold(run):
                     _bring(run, url.rstrip("/"), found)
     except OSError as error:
         raise RunFailed(

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from pipeline import zero_state
-from pipeline.checkpoint import READING_THREADS, CheckpointReader, DamagedCheckpoint, checkpoints
+from pipeline.attempts import trusted
+from pipeline.checkpoint import READING_THREADS, CheckpointReader, DamagedCheckpoint
 from pipeline.ema import Statistics, assign, statistics
 from pipeline.engine import gathered, on_rank_zero
 from pipeline.errors import BadRequest, RunFailed
@@ -36,7 +37,7 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
     Collective. RunFailed where checkpoints exist and none is good; BadRequest where the training set or the network is
     another one, or the checkpoint a newer program's.
     """
-    folders = on_rank_zero(lambda: checkpoints(run / "checkpoints"))
+    folders = on_rank_zero(lambda: trusted(run))
     if not folders:
         return None
     owned, shapes = zero_state.stretches(engine, average is not None), zero_state.shapes(engine)

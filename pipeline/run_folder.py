@@ -1,7 +1,8 @@
 """Claiming a run's folder, and deciding what a start of it is: the first, going on, done already, or refused.
 
 A run is alive while rank 0 of it holds an exclusive lock on RUN/.lock; the kernel lets go of it when the process
-ends, however it ends, so a killed run can be started again at once. Each start is an attempt with the next number.
+ends, however it ends, so a killed run can be started again at once. Each start is an attempt with the next number
+(attempts.py).
 
 Next: train.py.
 """
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.checkpoint import checkpoints, step_of
+from pipeline.attempts import take_number, trusted
+from pipeline.checkpoint import step_of
 from pipeline.config import Config
 from pipeline.errors import BadRequest
-from pipeline.json_lines import read_lines
 from pipeline.overrides import changes, read_resolved, to_yaml
 
 LOCK_PATIENCE_SECONDS = 10.0
@@ -27,7 +28,7 @@ LOCK_PATIENCE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Claim:
-    """A run's folder that this process holds; `attempt` counts the starts before this one."""
+    """A run's folder that this process holds, and the number of this start."""
 
     path: Path
     attempt: int
@@ -35,7 +36,13 @@ class Claim:
 
 
 def claim(path: Path) -> Claim:
-    """The run's folder, held until this process ends; BadRequest where another process holds it."""
+    """The run's folder, held until this process ends, for a new attempt; BadRequest where another process holds it."""
+    lock = hold(path)
+    return Claim(path, take_number(path), lock)
+
+
+def hold(path: Path) -> TextIO:
+    """The run's lock, until it is closed; BadRequest where another process has it for longer than it takes to end."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
@@ -51,13 +58,12 @@ def claim(path: Path) -> Claim:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     lock.flush()
-    attempt = sum(row["event"] == "start" for row in read_lines(path / "events.jsonl"))
-    return Claim(path, attempt, lock)
+    return lock
 
 
 def newest_step(path: Path) -> int | None:
     """The step of the newest checkpoint in a run's folder."""
-    folders = checkpoints(path / "checkpoints")
+    folders = trusted(path)
     return step_of(folders[-1]) if folders else None
 
 

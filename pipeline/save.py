@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.attempts import check_newest
 from pipeline.checkpoint import FORMAT, checkpoints, checksum, digest_of, step_name, step_of, superseded, sync_folder
 from pipeline.config import Checkpoint
 from pipeline.ema import Statistics, statistics
@@ -244,7 +245,8 @@ def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part:
     """Writes this rank's part; rank 0 also waits for the others', names the checkpoint, and returns its `bytes` and
     whether training waited for any part (`blocking`).
 
-    RunFailed, on rank 0 too, where a file can't be written; nothing half-written is left then.
+    RunFailed, on rank 0 too, where a file can't be written, nothing half-written is left then; and where a newer
+    attempt has begun.
     """
     folder = root / f".{step_name(part.step)}.attempt-{attempt}"
     given_up = folder.with_name(f"{folder.name}.failed")
@@ -255,6 +257,7 @@ def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         return _commit(folder, attempt, world_size, part.step, part.common) if part.common is not None else None
     except BaseException as error:
+        check_newest(root.parent, attempt)  # which removes what older ones have not finished
         failed = _in_words(root, part, world_size, error) if isinstance(error, OSError) else None
         if rank == 0:
             with suppress(OSError):
@@ -274,7 +277,7 @@ def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part:
 
 
 def _in_words(root: Path, part: Part, world_size: int, error: OSError) -> str:
-    if part.common is None and isinstance(error, FileNotFoundError):
+    if part.common is None and isinstance(error, FileNotFoundError | FileExistsError):  # its folder just went
         return f"{root / step_name(part.step)} was given up by rank 0, which says why"
     written = checkpoints(root) if root.is_dir() else []
     goes_on = f"goes on from step {step_of(written[-1])}" if written else "begins again"
@@ -328,6 +331,7 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Comm
     for rank in range(world_size):
         (folder / _part(rank)).unlink()
     sync_folder(folder)
+    check_newest(folder.parent.parent, attempt)
     _give_name(folder, folder.parent / step_name(step))
     size = sum(entry["bytes"] for entry in files.values())
     return {"bytes": size, "blocking": any(part["blocking"] for part in parts)}

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data.order import passes
 from pipeline import stopping
-from pipeline.config import Config
+from pipeline.config import Config, micro_batches_of, waste
 from pipeline.errors import BadRequest
-from pipeline.launch import is_rank, local_world_size, rank_and_world_size, run_ranks
+from pipeline.launch import is_first_process, is_rank, local_world_size, rank_and_world_size, run_ranks
 from pipeline.mirror import bring_back
 from pipeline.prepare import Plan, check_ranks, prepare
 
@@ -29,6 +30,8 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         return 0
     _check_attention(config)
     _check_compiler(config)
+    if is_first_process() and (wasted := waste(config.train, world_size)):
+        print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
         return run_ranks(sys.argv[1:], procs, Path(config.run.dir) / "logs")
     stopping.listen()
@@ -43,13 +46,15 @@ def check_config(config: Config, procs: int) -> int:
     check_ranks(config, procs)
     classes = config.model.classes or 1000
     millions = check_model(config.model, config.train, classes) / 1e6
-    train, passes = config.train, config.train.global_batch // config.train.micro_batch // procs
+    train, micro_batches = config.train, micro_batches_of(config.train)
     length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps} steps"
     print(
         f"good: {config.model.name or 'a spelled-out CoAtNet'}, {millions:.2f}M parameters with {classes} classes,"
         f" {config.model.resolution} x {config.model.resolution}, {length} of {train.global_batch} samples a step:"
-        f" {procs} ranks x {passes} micro batches x {train.micro_batch} samples"
+        f" {micro_batches} micro batches of {train.micro_batch}, {passes(micro_batches, procs)} passes on {procs} ranks"
     )
+    if wasted := waste(train, procs):
+        print(f"warning: {wasted}", file=sys.stderr)
     return 0
 
 

@@ -27,6 +27,7 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from models.norm import apply_statistics, take_statistics
 from pipeline import ancestry, ema, stopping
 from pipeline.attempt import begin_attempt
+from pipeline.attempts import Lookout, check_newest
 from pipeline.checkpoint import step_name
 from pipeline.config import Config, micro_batches_of
 from pipeline.engine import (
@@ -41,9 +42,10 @@ from pipeline.engine import (
     sum_over_ranks,
     summed,
 )
+from pipeline.epochs import EpochCount
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate
-from pipeline.faults import Replaced, record_read_faults, record_replaced, record_skipped, taken
+from pipeline.faults import record_read_faults, record_replaced, record_skipped, taken
 from pipeline.launch import processor_share, rank_and_world_size
 from pipeline.losses import loss_of, targets
 from pipeline.mixing import mixed
@@ -62,6 +64,7 @@ from pipeline.progress import reporter
 from pipeline.record import Metrics, Samples
 from pipeline.restore import restore
 from pipeline.save import CheckpointWriter
+from pipeline.signs_of_life import frozen_ranks_are_named
 
 
 def train(
@@ -77,7 +80,7 @@ def train(
     """
     run, seed, global_batch = Path(config.run.dir), config.run.seed, config.train.global_batch
     rank, world_size = rank_and_world_size()
-    device = start_process_group()
+    device = start_process_group(config.run.hang_timeout)
     attempt, events = begin_attempt(run, config, plan)
 
     # Model, and the engine that shards its states over the ranks.
@@ -95,13 +98,14 @@ def train(
     state = restore(engine, run, average, plan.train.fingerprint, events)
     first_step = state["step"] if state else 0
     applied_steps = state["applied_steps"] if state else 0
-    replaced = Replaced(**state["replaced"]) if state else Replaced(0, 0)
     lineage = [*ancestors, ancestry.entry(config, plan.steps, ancestors)]
     events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
 
     # What the run writes about itself.
     metrics = Metrics(run, rank, config.log.every, global_batch, plan.train.samples, first_step)
+    epochs = EpochCount(plan.train.samples, global_batch, state["epochs"] if state else None)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
+    lookout = Lookout(run, attempt)
     writer = CheckpointWriter(run / "checkpoints", attempt, rank, world_size, config.checkpoint, events)
 
     # A step's micro batches, in as many rounds of one pass a rank as that takes.
@@ -113,7 +117,9 @@ def train(
     drawn = augmentation(config.augment)
     loading = training_batches(plan.train, plan.order, drawn, share, seed, first_step, plan.steps)
 
-    with loading as steps_of_batches, reporter(rank, run / "logs", plan.steps, first_step) as report:
+    watching = frozen_ranks_are_named(config.run.hang_timeout, events)
+    reporting = reporter(rank, run / "logs", plan.steps, first_step)
+    with watching, loading as steps_of_batches, reporting as report:
         report.say(attention_backends(model, config.train, device))
         for step in range(first_step, plan.steps):
             before_waiting = time.perf_counter()
@@ -144,9 +150,12 @@ def train(
             # What all ranks must know of each other, in one small all-reduce.
             broken_here = sum(len(batch.broken) for batch in micro_batches)
             read_faults = taken(plan.read_faults)
-            loss_sum, broken, failed_reads, stops = sum_over_ranks(
-                [losses.item(), broken_here, len(read_faults), stopping.requested()], device
+            newer = rank == 0 and lookout.sees_newer()
+            loss_sum, broken, failed_reads, stops, overtaken = sum_over_ranks(
+                [losses.item(), broken_here, len(read_faults), stopping.requested(), newer], device
             )
+            if overtaken:
+                on_rank_zero(lambda: check_newest(run, attempt))
             mean_loss, stop = loss_sum / micro_batches_a_step, stops > 0
 
             # Batch-norm statistics and their average move with an applied step, never with a skipped one.
@@ -162,13 +171,16 @@ def train(
             last = done == plan.steps
             if samples is not None:
                 samples.write(done, micro_batches, global_batch, plan.train.samples)
+            epochs.add(micro_batches, applied)
             if broken:
-                replaced = replaced.and_more(step * global_batch // plan.train.samples, int(broken))
-                record_replaced(events, done, micro_batches, replaced, plan.train.samples, config.data.max_bad_fraction)
+                most = config.data.max_bad_fraction
+                record_replaced(events, done, micro_batches, epochs.replaced(), plan.train.samples, most)
             if failed_reads:
                 record_read_faults(events, done, read_faults)
             if not applied:
                 record_skipped(events, done, micro_batches, mean_loss)
+            for line in epochs.completed(done, events):
+                report.say(line)
             if row := metrics.step(done, mean_loss, rate, float(engine.get_global_grad_norm()), waited_seconds, last):
                 report.show(row)
 
@@ -185,7 +197,7 @@ def train(
                     "step": done,
                     "samples": done * global_batch,
                     "applied_steps": applied_steps,
-                    "replaced": vars(replaced),
+                    "epochs": epochs.state(),
                     "classes": plan.train.classes,
                     "train_fingerprint": plan.train.fingerprint,
                     "config": config.model_dump(mode="json"),

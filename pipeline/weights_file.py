@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from pipeline.checkpoint import CheckpointReader, checkpoint_of
+from pipeline.attempts import trusted
+from pipeline.checkpoint import CheckpointReader
 from pipeline.errors import BadRequest
 
 FORMAT = 1
@@ -73,6 +74,17 @@ class WeightsFile:
 
 
 Weights = CheckpointReader | WeightsFile
+
+
+def checkpoint_of(source: Path) -> CheckpointReader:
+    """The checkpoint that a path names: itself, or a run's newest; BadRequest where there is none."""
+    if (source / "manifest.json").exists():
+        return CheckpointReader(source)
+    folders = trusted(source)
+    if not folders:
+        what = "has no checkpoint yet" if (source / "config.yaml").exists() else "is no run"
+        raise BadRequest(f"{source} {what}; give a run's folder, one of its checkpoints/step-..., or an exported file")
+    return CheckpointReader(folders[-1])
 
 
 def weights_of(source: Path) -> Weights:

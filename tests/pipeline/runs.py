@@ -96,12 +96,14 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds_between: float = 0.02
+) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         assert process is None or process.poll() is None, process.stderr.read() if process and process.stderr else ""
-        time.sleep(0.02)
+        time.sleep(seconds_between)
 
 
 def last_step(run: Path) -> int:

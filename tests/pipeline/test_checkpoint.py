@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 
 from pipeline import save
 from pipeline.checkpoint import (
+    FORMAT,
     CheckpointReader,
     DamagedCheckpoint,
-    checkpoint_of,
     checkpoints,
     step_name,
     step_of,
@@ -38,6 +38,7 @@ from pipeline.checkpoint import (
 from pipeline.errors import BadRequest, RunFailed
 from pipeline.host_memory import available_bytes, of_group
 from pipeline.save import Common, Part, part_of, prune, remove_leftovers, write_checkpoint
+from pipeline.weights_file import checkpoint_of
 
 KINDS = ("weight", "exp_avg", "ema")
 SHAPES = {"stem.weight": (7, 3, 2, 2), "stages.0.bias": (5,), "scale": (), "head.weight": (40, 6)}
@@ -236,10 +237,10 @@ def test_a_manifest_that_is_none_is_damage(checkpoint, manifest):
 def test_a_newer_format_is_no_damage_but_a_request_for_a_newer_program(checkpoint):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["format"] = 3
+    manifest["format"] = FORMAT + 1
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
-    with pytest.raises(BadRequest, match="is of format 3, made by a newer coatnet than this one, which reads format 2"):
+    with pytest.raises(BadRequest, match=f"is of format {FORMAT + 1}, made by a newer coatnet than this one"):
         CheckpointReader(checkpoint)
 
 

@@ -89,7 +89,7 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
     of_change: dict[str, set[str]] = {}
     for name, facts in documented_keys().items():
         of_change.setdefault(facts["change"], set()).add(name)
-    free = ("run.dir", "data.val", "data.max_bad_fraction", "data.cache.", "augment.allow_new")
+    free = ("run.dir", "run.hang_timeout", "data.val", "data.max_bad_fraction", "data.cache.", "augment.allow_new")
     free += (
         "train.precision",
         "train.activation_checkpointing",

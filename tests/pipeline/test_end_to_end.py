@@ -310,7 +310,7 @@ def test_finetuning_for_other_classes_takes_a_new_classifier_and_keeps_the_rest(
             'train.micro_batch is "fast"; it must be a whole number',
         ),
         (["pretrain", "configs/tiny.yaml", "train.micro_batch=24"], "train.micro_batch would do with 4, 8, 16, 32"),
-        (["pretrain", "configs/tiny.yaml", "--procs", "4"], "cannot be dealt evenly to 4 ranks"),
+        (["pretrain", "configs/tiny.yaml", "--procs", "4"], "are too few for 4 ranks; ranks would do with 1, 2, or"),
         (["pretrain", "configs/tiny.yaml", "data.train=no/such/data"], "no/such/data"),
         (["pretrain", "configs/tiny.yaml", "--check", "model.head_size=7"], "must divide the transformer width"),
         (["evaluate", "no/such/run", "--data", "no/such/data"], "no/such/run"),
@@ -332,7 +332,7 @@ def test_a_wrong_request_is_answered_with_status_2_and_one_line(
 
 def test_check_needs_no_data_and_says_what_would_be_trained() -> None:
     good = coatnet("pretrain", "configs/tiny.yaml", "--check", "--procs", 2)
-    assert good.returncode == 0 and "2 ranks x 1 micro batches x 32 samples" in good.stdout
+    assert good.returncode == 0 and "2 micro batches of 32, 1 passes on 2 ranks" in good.stdout
 
 
 def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_tells_of_the_reads_it_made_again(

@@ -14,14 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.peers import import_timm
 from pipeline import ancestry, weights_file
-from pipeline.checkpoint import CheckpointReader, checkpoint_of, checkpoints
+from pipeline.checkpoint import CheckpointReader, checkpoints
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.export import export, import_from_timm
 from pipeline.finetune import finetune
 from pipeline.network import build_network, initial_values
 from pipeline.overrides import validate
-from pipeline.weights_file import WeightsFile
+from pipeline.weights_file import WeightsFile, checkpoint_of
 from tests.pipeline.runs import ROOT, coatnet, contents, events
 
 TINY = str(ROOT / "configs" / "tiny.yaml")

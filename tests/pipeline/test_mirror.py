@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.storage import locate, write_file
-from pipeline.checkpoint import CheckpointReader, checkpoints, digest_of, step_name
+from pipeline.checkpoint import FORMAT, CheckpointReader, checkpoints, digest_of, step_name
 from pipeline.config import Config
 from pipeline.errors import BadRequest, DataError, RunFailed
 from pipeline.mirror import Mirror, bring_back, complete, copies, send
@@ -192,7 +192,7 @@ def test_where_no_copy_is_good_it_stops_rather_than_begin_again_and_a_newer_form
     fs, path = locate(f"{URL}/checkpoints/{step_name(4)}/manifest.json")
     manifest = json.loads(fs.cat_file(path))
     del manifest["sha256"]
-    manifest["format"] = 3
+    manifest["format"] = FORMAT + 1
     write_file(fs, path, json.dumps({**manifest, "sha256": digest_of(manifest)}).encode())
     with pytest.raises(BadRequest, match="made by a newer coatnet"):
         bring_back(config_of(run))

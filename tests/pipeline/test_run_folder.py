@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.json_lines import JsonLines, cut_back, read_lines
 from pipeline.overrides import read_config, read_resolved
-from pipeline.run_folder import claim, compare, newest_step, write_config
+from pipeline.run_folder import claim, compare, hold, newest_step, write_config
 
 ROOT = Path(__file__).parents[2]
 HOLDING = """
@@ -61,7 +61,7 @@ def test_a_run_that_another_process_holds_is_refused_with_the_holder_and_free_at
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.3)
-    claim(tmp_path).lock.close()  # an earlier holder is not named
+    hold(tmp_path).close()  # an earlier holder is not named
     with holder(tmp_path) as process:
         for _ in range(2):  # being refused does not spoil the note
             with pytest.raises(BadRequest, match=rf"this run is alive \(process {process.pid} on \S+\); end it first"):

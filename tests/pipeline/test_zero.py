@@ -20,12 +20,13 @@ from data.loader import Share, training_batches
 from models.coatnet import CoAtNet, stochastic_depth_rates
 from models.initial import decay_exempt
 from models.norm import apply_statistics, take_statistics
-from pipeline.checkpoint import CheckpointReader, checkpoint_of, step_name
+from pipeline.checkpoint import CheckpointReader, step_name
 from pipeline.losses import loss_of
 from pipeline.network import build_network, initial_values, inputs, survival
 from pipeline.optim import ema_decay, learning_rate
 from pipeline.overrides import read_config
 from pipeline.prepare import augmentation, prepare
+from pipeline.weights_file import checkpoint_of
 from tests.pipeline.many_runs import on_ranks
 from tests.pipeline.runs import ROOT, command, last_state, pack_digits, rows
 

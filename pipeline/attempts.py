@@ -1,0 +1,96 @@
+"""Attempts: each start of a run takes the next number, and what an older one finishes after that is not used.
+
+A process that was thought dead (its node unreachable, its memory frozen) can wake up and write; nothing can prevent
+that. So a start notes which checkpoints it found, in RUN/attempts/N.json. A checkpoint is trusted if the start after
+the one that wrote it had found it, or if there was none: the writer was the newest.
+
+Next: run_folder.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, checkpoints
+from pipeline.errors import RunFailed
+from pipeline.json_lines import read_lines
+
+SECONDS_BETWEEN_LOOKS = 3.0
+
+
+def take_number(run: Path) -> int:
+    """The next attempt's number, taken so that no two starts get the same, on any file system that has links."""
+    records = run / "attempts"
+    records.mkdir(parents=True, exist_ok=True)
+    begun = sum(row["event"] == "start" for row in read_lines(run / "events.jsonl"))  # of a run without records, too
+    number = max(newest_attempt(run) + 1, begun)
+    facts = {"process": os.getpid(), "host": os.uname().nodename, "found": [c.name for c in trusted(run)]}
+    hidden = records / f".{facts['host']}-{facts['process']}"
+    hidden.write_text(json.dumps(facts) + "\n")
+    while True:
+        try:
+            os.link(hidden, records / f"{number}.json")  # whole, or not there
+        except FileExistsError:
+            number += 1
+        else:
+            break
+    hidden.unlink()
+    return number
+
+
+def newest_attempt(run: Path) -> int:
+    """The number of the newest attempt; -1 where none has begun."""
+    return max(_numbers(run), default=-1)
+
+
+def check_newest(run: Path, attempt: int) -> None:
+    """RunFailed where a newer attempt than this one has begun."""
+    if (newest := newest_attempt(run)) > attempt:
+        raise RunFailed(
+            f"{run}: attempt {newest} of this run has begun while this one, attempt {attempt}, was still there;"
+            " this one ends, and nothing that it has done since then is used"
+        )
+
+
+class Lookout:
+    """Tells rank 0, which asks at every step, whether a newer attempt has begun; it looks every few seconds."""
+
+    def __init__(self, run: Path, attempt: int) -> None:
+        self._run, self._attempt, self._next, self._newer = run, attempt, 0.0, False
+
+    def sees_newer(self) -> bool:
+        if time.monotonic() >= self._next:
+            self._newer = newest_attempt(self._run) > self._attempt
+            self._next = time.monotonic() + SECONDS_BETWEEN_LOOKS
+        return self._newer
+
+
+def trusted(run: Path) -> list[Path]:
+    """The complete checkpoints by rising step, but for those that an attempt finished after the next one had begun."""
+    found = checkpoints(run / "checkpoints")
+    if not (numbers := sorted(_numbers(run))):
+        return found
+    known = set(_record(run, numbers[-1])["found"])
+    return [folder for folder in found if folder.name in known or not is_stale(run, folder, numbers)]
+
+
+def is_stale(run: Path, folder: Path, numbers: list[int]) -> bool:
+    """Whether an attempt finished this checkpoint after the next of `numbers` had begun."""
+    try:
+        wrote = CheckpointReader(folder).attempt
+    except DamagedCheckpoint:
+        return False  # whoever takes it will see what is wrong with it
+    later = [number for number in numbers if number > wrote]
+    return bool(later) and folder.name not in _record(run, later[0])["found"]
+
+
+def _numbers(run: Path) -> list[int]:
+    return [int(file.stem) for file in (run / "attempts").glob("*.json") if file.stem.isdigit()]
+
+
+def _record(run: Path, number: int) -> dict[str, Any]:
+    return json.loads((run / "attempts" / f"{number}.json").read_text())

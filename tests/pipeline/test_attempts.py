@@ -1,0 +1,178 @@
+"""Attempts of one run can't harm each other: numbers are taken once, what a stale process finishes is never used."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.attempts import check_newest, newest_attempt, take_number, trusted
+from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
+from pipeline.errors import RunFailed
+from pipeline.json_lines import JsonLines
+from pipeline.weights_file import checkpoint_of
+from tests.pipeline.runs import (
+    PATIENCE_SECONDS,
+    ROOT,
+    alive,
+    coatnet,
+    contents,
+    curve,
+    events,
+    last_state,
+    last_step,
+    pack_digits,
+    ranks_of,
+    started,
+    wait_until,
+)
+
+
+def finish_checkpoint(run: Path, step: int, attempt: int) -> Path:
+    """A checkpoint that says who wrote it, and holds nothing."""
+    folder = run / "checkpoints" / step_name(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "format": FORMAT, "step": step, "attempt": attempt, "world_size": 1, "block_bytes": 1,
+        "parameters": {}, "files": {}, "stretches": [],
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps({"sha256": digest_of(manifest), **manifest}))
+    return folder
+
+
+@given(st.lists(st.none() | st.integers(0, 5), max_size=25))
+def test_a_checkpoint_is_trusted_if_the_newest_attempt_of_its_time_finished_it(history):
+    """None begins an attempt; a number lets the attempt of this age finish its next step, 0 is the newest."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, begun, good = Path(folder), -1, []
+        for step, age in enumerate(history):
+            if age is None:
+                begun = take_number(run)
+            elif begun - age >= 0:
+                made = finish_checkpoint(run, step, begun - age)
+                good += [made] * (age == 0)
+            assert trusted(run) == good
+            assert newest_attempt(run) == begun
+
+
+def test_a_checkpoint_that_a_person_puts_back_is_trusted(tmp_path):
+    take_number(tmp_path)
+    saved = finish_checkpoint(tmp_path, 4, 0)
+    take_number(tmp_path)
+    hidden = saved.rename(tmp_path / "elsewhere")
+    take_number(tmp_path)
+    assert trusted(tmp_path) == []
+    hidden.rename(saved)
+    assert trusted(tmp_path) == [saved]
+
+
+def test_what_reads_a_run_passes_a_stale_checkpoint_over(tmp_path):
+    take_number(tmp_path)
+    good = finish_checkpoint(tmp_path, 4, 0)
+    take_number(tmp_path)
+    finish_checkpoint(tmp_path, 8, 0)
+    assert checkpoint_of(tmp_path).folder == good
+
+
+def test_numbers_go_on_from_a_run_that_kept_no_records(tmp_path):
+    lines = JsonLines(tmp_path / "events.jsonl")
+    for event in ("start", "resume", "start"):
+        lines.write({"event": event})
+    assert [take_number(tmp_path), take_number(tmp_path)] == [2, 3]
+
+
+def test_processes_that_start_at_once_take_different_numbers(tmp_path):
+    program = "import sys; from pathlib import Path; from pipeline.attempts import take_number\n"
+    program += "for _ in range(20): print(take_number(Path(sys.argv[1])))"
+
+    def taken(_: int) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [int(line) for line in done.stdout.split()]
+
+    with ThreadPoolExecutor(4) as pool:
+        numbers = [number for each in pool.map(taken, range(4)) for number in each]
+    assert sorted(numbers) == list(range(80))
+
+
+def test_an_older_attempt_is_told_which_one_has_begun(tmp_path):
+    first = take_number(tmp_path)
+    check_newest(tmp_path, first)
+    take_number(tmp_path)
+    with pytest.raises(RunFailed, match="attempt 1 of this run has begun while this one, attempt 0, was still there"):
+        check_newest(tmp_path, first)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def request_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[object]]:
+    digits = pack_digits(tmp_path_factory.mktemp("digits"))
+
+    def arguments(run: Path) -> list[object]:
+        data = [f"data.train={digits}/train", "data.val=null", f"run.dir={run}", "log.every=1"]
+        length = ["train.steps=30", "checkpoint.every=3", "checkpoint.keep_last=100"]
+        return ["pretrain", "configs/tiny.yaml", "--procs", 2, *data, *length]
+
+    return arguments
+
+
+def test_a_frozen_attempt_that_wakes_up_after_another_one_finished_ends_and_changes_nothing(
+    request_of: Callable[[Path], list[object]], tmp_path: Path
+) -> None:
+    """As where a node was cut off: its lock is gone, its processes are not."""
+    run = tmp_path / "run"
+    stale = started(*request_of(run))
+    wait_until(lambda: last_step(run) >= 6 and any((run / "checkpoints").glob(".step-*")), stale, 0.001)
+    frozen = [stale.pid, *ranks_of(stale)]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    (run / ".lock").unlink()
+    goes_on = coatnet(*request_of(run))
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert events(run, "resume")[-1]["attempt"] == 1
+    state, kept, logged = last_state(run), contents(run / "checkpoints"), curve(run)
+    for pid in reversed(frozen):
+        os.kill(pid, signal.SIGCONT)
+    assert stale.wait(PATIENCE_SECONDS) == 1
+    assert stale.stderr is not None and "attempt 1 of this run has begun" in stale.stderr.read()
+    assert last_state(run) == state and curve(run) == logged
+    assert {name: kept[name] for name in kept if name.startswith("step-")} == {
+        name: what for name, what in contents(run / "checkpoints").items() if name.startswith("step-")
+    }
+    assert trusted(run) == checkpoints(run / "checkpoints")
+
+
+def test_ranks_of_torchrun_end_with_it(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pipeline.launch import end_with_launcher\n"
+        "end_with_launcher()\n"
+        f"open(f'{tmp_path}/pid-{{os.getpid()}}', 'w').close()\n"
+        "time.sleep(600)\n"
+    )
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", rank],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    ranks = [int(file.name[4:]) for file in tmp_path.glob("pid-*")]
+    time.sleep(1)
+    assert torchrun.poll() is None and all(map(alive, ranks))
+    torchrun.kill()
+    torchrun.wait()
+    wait_until(lambda: not any(map(alive, ranks)))
