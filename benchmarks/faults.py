@@ -47,7 +47,8 @@ from tests.pipeline.runs import (
 )
 
 TOLERANCES = {"ten steps, loss": 1e-5, "ten steps, gradient norm": 1e-3, "whole curve, loss": 1e-3}
-"""Relative, in fp32 with optim.eps=1e-3: a smaller one makes whole steps out of rounding."""
+"""Relative, in fp32. Training amplifies rounding: with a smaller optim.eps than 1e-3 by steps made of it, with max
+pooling by maxima that jump; so here eps is 1e-3 and pooling averages."""
 CHECKPOINT_EVERY, MICRO_BATCHES, DAMAGED_SAMPLES = 4, 4, 2
 STEPS_COMPARED = 10
 MOST_STEPS_MORE = 12
@@ -112,7 +113,7 @@ def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
     ]
     kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
     told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=4", f"zero.stage={place.stage}"]
-    return ["configs/tiny.yaml", *data, *batch, *exact, *kept, *told]
+    return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
 
 
 def start(setting: Setting, run: Path, place: Place) -> Process:
@@ -268,7 +269,8 @@ def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str]
             wait_until(lambda: bool(checkpoints(run / "checkpoints")[1:]), process)  # one to lose, one to go back to
         meet(kind, process, run, chance)
         outcome.faults.append(Fault(kind, last_step(run), place))
-        print(f"{run.name}: {kind} at step {last_step(run)} on {place.ranks} ranks, ZeRO {place.stage}", flush=True)
+        where = f"on {place.ranks} ranks at ZeRO {place.stage}"
+        print(f"{run.name}: {kind} at step {last_step(run)} {where}", file=sys.stderr, flush=True)
         if kind == "shard gone":
             lose_a_shard(setting, run, place)
     raise AssertionError("the last start has no fault")

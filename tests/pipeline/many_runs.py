@@ -3,17 +3,25 @@
 Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`: a `coatnet pretrain` without its start.
 With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
 `"resave": FOLDER` nothing is trained: the checkpoint is loaded into an engine, evaluated by the model's weights and by
-their average, and saved again in FOLDER, with the losses in FOLDER/losses.json.
+their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_idle_passes"` the
+passes of ranks that have no micro batch see NaN. No training may draw from a random generator that has a state.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
 
 from pipeline.checkpoint import step_name
 from pipeline.launch import processor_share, rank_and_world_size, run_ranks
@@ -47,8 +55,25 @@ def do(job: dict[str, Any]) -> None:
     plan = prepare(config, "pretrain", world_size, world_size)
     if "resave" in job:
         resave(config, plan, Path(job["resave"]))
-    else:
+        return
+    before = generators()
+    with poisoned_idle_passes() if job.get("poison_idle_passes") else nullcontext():
         train(config, plan, [])
+    assert generators() == before
+
+
+def generators() -> tuple[object, ...]:
+    """The states of all random generators that a program might use without saying so."""
+    return random.getstate(), repr(np.random.get_state()), torch.get_rng_state().numpy().tobytes()
+
+
+@contextmanager
+def poisoned_idle_passes() -> Iterator[None]:
+    from pipeline import train as loop
+
+    idle_pass = loop.idle_pass
+    with mock.patch.object(loop, "idle_pass", lambda engine, images, kept: idle_pass(engine, images * np.nan, kept)):
+        yield
 
 
 def copy_run(source: Path, step: int, run: Path) -> None:
