@@ -104,13 +104,8 @@ def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
     """A command's: some micro batches a step, every step logged, a checkpoint every few steps."""
     data = [f"data.train={setting.folder}/train", "data.val=null", "data.max_bad_fraction=0.01", f"run.dir={run}"]
     batch = ["train.global_batch=64", f"train.micro_batch={64 // MICRO_BATCHES}", f"train.steps={setting.steps}"]
-    exact = [
-        "train.precision=fp32",
-        "optim.eps=1e-3",
-        "optim.decay=none",
-        "optim.warmup_steps=20",
-        "evaluate.every=null",
-    ]
+    exact = ["train.precision=fp32", "optim.eps=1e-3", "model.pool=average"]
+    rate = ["optim.learning_rate=5e-4", "optim.decay=none", "evaluate.every=null"]
     kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
     told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=4", f"zero.stage={place.stage}"]
     return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
