@@ -2,7 +2,7 @@
 
 Every step is a command that a person could type; it is echoed before it runs. All output goes to demo/out.
 
-    unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL and started again
+    unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL, gone on with on one rank
     -> count the samples, compare the losses -> fine-tune at a higher resolution -> evaluate
 
 Next: ../README.md.
@@ -75,10 +75,10 @@ def main() -> None:
     run(f"coatnet data pack {OUT}/digits/train {OUT}/train")
     run(f"coatnet data pack {OUT}/digits/val {OUT}/val")
 
-    pretrain = f"coatnet pretrain configs/tiny.yaml --procs 2 {DATA}"
-    run(f"{pretrain} run.dir={WHOLE}")
-    run_and_kill(f"{pretrain} run.dir={KILLED}", KILLED, KILL_AT_STEP)
-    run(f"{pretrain} run.dir={KILLED}")
+    pretrain = f"coatnet pretrain configs/tiny.yaml {DATA}"
+    run(f"{pretrain} --procs 2 run.dir={WHOLE}")
+    run_and_kill(f"{pretrain} --procs 2 run.dir={KILLED}", KILLED, KILL_AT_STEP)
+    run(f"{pretrain} --procs 1 run.dir={KILLED}")
 
     counted = run(f"python demo/audit.py {KILLED} {OUT}/train")
     compared = run(f"python demo/curves.py {WHOLE} {KILLED} {OUT}/curves.png")
