@@ -329,7 +329,10 @@ def check_changing(outcome: Outcome, whole: Path, setting: Setting) -> None:
 
 def check_epochs(outcome: Outcome) -> None:
     """The lines that epochs end with: each sample once, and those replaced that are damaged."""
-    for event in events(outcome.run, "epoch"):
+    complete = events(outcome.run, "epoch")
+    if not complete:
+        outcome.wrong.append("no epoch was completed")
+    for event in complete:
         if not event["each_once"] or event["samples"] != event["of"] or event["replaced"] != DAMAGED_SAMPLES:
             outcome.wrong.append(f"epoch {event['epoch']}: {event}")
 
@@ -372,15 +375,18 @@ CHANGING = [
 ]
 
 
-def campaign(folder: Path, faults: int, seed: int) -> list[Outcome]:
-    """So many faults, every other one in steady runs, each kind as often as any other."""
+def drawn(faults: int, seed: int) -> list[str]:
+    """So many faults, each kind as often as any other."""
+    chance, rounds = random.Random(seed), -(-faults // len(FAULTS))
+    return [kind for _ in range(rounds) for kind in chance.sample(list(FAULTS), len(FAULTS))][:faults]
+
+
+def campaign(folder: Path, faults: list[str], seed: int) -> list[Outcome]:
+    """Meets these faults, every other one in steady runs, the rest in changing ones."""
     pack_digits(folder)
     damage_samples(folder / "train")
-    chance, outcomes = random.Random(seed), []
-    drawn = [kind for _ in range(-(-faults // len(FAULTS))) for kind in chance.sample(list(FAULTS), len(FAULTS))][
-        :faults
-    ]
-    for number, (places, kinds) in enumerate(runs_of(drawn)):
+    outcomes = []
+    for number, (places, kinds) in enumerate(runs_of(faults)):
         steady = len(places) == 1
         few = 2 if steady else STEPS_COMPARED
         setting = Setting(folder, len(kinds) * (few + MOST_STEPS_MORE))
@@ -430,7 +436,7 @@ def main() -> int:
     wanted = parser.parse_args()
     folder = wanted.out or Path(tempfile.mkdtemp(prefix="coatnet-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = campaign(folder, wanted.faults, wanted.seed)
+    outcomes = campaign(folder, drawn(wanted.faults, wanted.seed), wanted.seed)
     print(machine(), *table(outcomes), sep="\n")
     if wanted.out is None:
         shutil.rmtree(folder)

@@ -9,8 +9,10 @@ Next: train.py.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.overrides import changes, read_resolved, to_yaml
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 LOCK_PATIENCE_SECONDS = 10.0
 """How long a killed process may take to disappear."""
 
@@ -97,4 +100,12 @@ def _locked(lock: TextIO) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"{lock.name}: this file system has no locks, so a run that is alive elsewhere is not refused: the newer"
+            " start goes on, and the older one ends",
+            file=sys.stderr,
+        )
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -21,6 +23,7 @@ from pipeline.attempts import check_newest, newest_attempt, take_number, trusted
 from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
 from pipeline.errors import RunFailed
 from pipeline.json_lines import JsonLines
+from pipeline.run_folder import claim
 from pipeline.weights_file import checkpoint_of
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
@@ -176,3 +179,16 @@ def test_ranks_of_torchrun_end_with_it(tmp_path: Path) -> None:
     torchrun.kill()
     torchrun.wait()
     wait_until(lambda: not any(map(alive, ranks)))
+
+
+def test_where_a_file_system_has_no_locks_a_start_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as Lustre without its option flock; here the kernel's answer is put in its mouth."""
+
+    def answer(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", answer)
+    assert [claim(tmp_path).attempt, claim(tmp_path).attempt] == [0, 1]
+    assert "has no locks" in capsys.readouterr().err

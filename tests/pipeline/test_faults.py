@@ -1,0 +1,34 @@
+"""A campaign of faults: what survives is, to the bit or to rounding, the run that nothing happened to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import FAULTS, campaign, drawn, table
+
+SHORT = [
+    "killed while saving", "a rank killed",
+    "byte flipped", "killed in a collective",
+    "disk full", "a rank frozen",
+]  # fmt: skip
+"""Those on the left meet a run that stays on two ranks, those on the right one that changes from two to 1, 3 and 4."""
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [SHORT, pytest.param(drawn(100, 0), marks=pytest.mark.torture)],
+    ids=lambda faults: f"{len(faults)} faults",
+)
+def test_every_fault_is_survived(faults: list[str], tmp_path: Path) -> None:
+    outcomes = campaign(tmp_path, faults, seed=0)
+    told = "\n".join(table(outcomes))
+    assert not any(outcome.wrong for outcome in outcomes), told
+    assert told.startswith(f"{len(faults)} of {len(faults)} faults survived")
+    assert sum(len(outcome.changes) for outcome in outcomes) >= len(faults) // 2
+
+
+def test_each_kind_of_fault_is_drawn_as_often_as_any_other() -> None:
+    counts = {kind: drawn(10 * len(FAULTS), 1).count(kind) for kind in FAULTS}
+    assert set(counts.values()) == {10}
