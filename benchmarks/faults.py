@@ -38,7 +38,6 @@ from tests.pipeline.runs import (
     curve,
     events,
     last_state,
-    last_step,
     pack_digits,
     ranks_of,
     rows,
@@ -246,7 +245,7 @@ def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str]
         process = start(setting, run, place)
         first = step_begun_at(run, attempt, process)
         if kind != "killed while reading":
-            wait_until(lambda first=first: last_step(run) > first, process)
+            wait_until(lambda attempt=attempt: last_step_of(run, attempt) > 0, process)
         if outcome.faults:
             before = outcome.faults[-1]
             before.resumed, before.seconds = first, time.monotonic() - began
@@ -260,12 +259,12 @@ def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str]
             kind = "a rank killed"  # nobody would see that it is
         if kind != "killed while reading":
             at = first + apart + chance.randrange(CHECKPOINT_EVERY + 1)
-            wait_until(lambda at=at: last_step(run) >= at, process)
+            wait_until(lambda at=at, attempt=attempt: last_step_of(run, attempt) >= at, process)
             wait_until(lambda: bool(checkpoints(run / "checkpoints")[1:]), process)  # one to lose, one to go back to
         meet(kind, process, run, chance)
-        outcome.faults.append(Fault(kind, last_step(run), place))
-        where = f"on {place.ranks} ranks at ZeRO {place.stage}"
-        print(f"{run.name}: {kind} at step {last_step(run)} {where}", file=sys.stderr, flush=True)
+        outcome.faults.append(Fault(kind, max(first, last_step_of(run, attempt)), place))
+        where = f"at step {outcome.faults[-1].at} on {place.ranks} ranks at ZeRO {place.stage}"
+        print(f"{run.name}: {kind} {where}", file=sys.stderr, flush=True)
         if kind == "shard gone":
             lose_a_shard(setting, run, place)
     raise AssertionError("the last start has no fault")
@@ -290,6 +289,11 @@ def step_begun_at(run: Path, attempt: int, process: Process) -> int:
 
     wait_until(lambda: bool(begun()), process)
     return begun()[0]
+
+
+def last_step_of(run: Path, attempt: int) -> int:
+    """The last step that rank 0 did in an attempt; metrics.jsonl may still have the one's before."""
+    return max((row["step"] for row in rows(run / "samples" / "rank-0.jsonl") if row["attempt"] == attempt), default=0)
 
 
 def lose_a_shard(setting: Setting, run: Path, place: Place) -> None:

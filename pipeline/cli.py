@@ -269,6 +269,9 @@ def _ended(error: Exception) -> int:
     if is_rank() and "Connection closed by peer" in str(error):  # gloo's, when another rank is gone
         print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
         return 1
+    if is_rank() and "Timed out waiting" in str(error):  # gloo's, too
+        print(f"coatnet: rank {rank_and_world_size()[0]} waited in vain for another rank", file=sys.stderr)
+        return 1
     traceback.print_exception(error)
     return 1
 

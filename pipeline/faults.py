@@ -48,7 +48,8 @@ def record_read_faults(events: Events, step: int, faults: list[Fault]) -> None:
         counts[kind] += count
         examples.setdefault(kind, fault)
     for kind, fault in examples.items():
-        events.write("read_fault", step=step, count=counts[kind], **asdict(fault))
+        where = {"url": fault.url, "begin": fault.begin, "end": fault.end}
+        events.write("read_fault", step=step, count=counts[kind], reason=fault.reason, **where)
 
 
 def _kind(fault: Fault) -> str:

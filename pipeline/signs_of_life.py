@@ -14,8 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -29,13 +28,12 @@ _VERDICT = "verdict"
 _LEFT = "left"
 
 
-@contextmanager
-def frozen_ranks_are_named(patience: float, events: Events) -> Iterator[None]:
-    """Inside, the process ends with status 1 where a rank has given no sign of life for so many seconds. Collective."""
+def watch_ranks(patience: float, events: Events) -> AbstractContextManager[None]:
+    """From now on until the context ends, the process ends with status 1 where a rank has given no sign of life for so
+    many seconds. Collective."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
-        yield
-        return
+        return nullcontext()
     host = os.environ["MASTER_ADDR"]
     served = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = on_rank_zero(lambda: served.port if served is not None else 0)
@@ -43,16 +41,12 @@ def frozen_ranks_are_named(patience: float, events: Events) -> Iterator[None]:
     watch = _Watch(store, rank, world_size, patience, events)
     watch.show()
     dist.barrier()  # so that each finds what the others show
-    threads = [threading.Thread(target=work, daemon=True) for work in (watch.talk, watch.judge)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        watch.leave()
+    for work in (watch.talk, watch.judge):
+        threading.Thread(target=work, daemon=True).start()
+    return watch
 
 
-class _Watch:
+class _Watch(AbstractContextManager[None]):
     """What a rank knows of the others. Talking may block, where rank 0 is frozen, so another thread judges."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, patience: float, events: Events) -> None:
@@ -69,7 +63,10 @@ class _Watch:
         facts = {"sign": _LEFT if left else self._signs, "process": os.getpid(), "host": os.uname().nodename}
         self._store.set(f"{self._rank}", json.dumps(facts))
 
-    def leave(self) -> None:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         self._left.set()
         with suppress(dist.DistError):  # rank 0 may have left before
             self.show(left=True)

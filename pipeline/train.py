@@ -64,7 +64,7 @@ from pipeline.progress import reporter
 from pipeline.record import Metrics, Samples
 from pipeline.restore import restore
 from pipeline.save import CheckpointWriter
-from pipeline.signs_of_life import frozen_ranks_are_named
+from pipeline.signs_of_life import watch_ranks
 
 
 def train(
@@ -82,6 +82,7 @@ def train(
     rank, world_size = rank_and_world_size()
     device = start_process_group(config.run.hang_timeout)
     attempt, events = begin_attempt(run, config, plan)
+    watching = watch_ranks(config.run.hang_timeout, events)
 
     # Model, and the engine that shards its states over the ranks.
     classes, shard = len(plan.train.classes), sharding(config.train, config.optim, config.zero)
@@ -117,7 +118,6 @@ def train(
     drawn = augmentation(config.augment)
     loading = training_batches(plan.train, plan.order, drawn, share, seed, first_step, plan.steps)
 
-    watching = frozen_ranks_are_named(config.run.hang_timeout, events)
     reporting = reporter(rank, run / "logs", plan.steps, first_step)
     with watching, loading as steps_of_batches, reporting as report:
         report.say(attention_backends(model, config.train, device))
