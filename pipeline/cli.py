@@ -15,7 +15,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.launch import end_with_launcher, is_rank, rank_and_world_size
+from pipeline import stopping
+from pipeline.failures import note_failure
+from pipeline.launch import adopt_srun, end_with_launcher, is_rank, rank_and_world_size
 
 app = typer.Typer(
     name="coatnet",
@@ -235,7 +237,10 @@ def verify(
 
 def main() -> None:
     """The console script: runs the command and turns how it ended into lines and an exit status."""
+    adopt_srun()
     end_with_launcher()
+    if is_rank() and sys.argv[1:2] in (["pretrain"], ["finetune"]):
+        stopping.listen()  # before anything heavy: until then a signal would end this rank
     try:
         app()
     except SystemExit:
@@ -257,6 +262,10 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""gloo's words when another rank is gone, which is no fault of this one."""
+
+
 def _ended(error: Exception) -> int:
     """Says why a command ended; one line for what a person can act on, all of it for what is a fault of ours."""
     from pipeline.errors import BadRequest, DataError, RunFailed, RunStopped
@@ -265,13 +274,16 @@ def _ended(error: Exception) -> int:
     for kind, status in statuses.items():
         if isinstance(error, kind):
             print(f"coatnet: {error}", file=sys.stderr)
+            if status < 3:
+                note_failure(status, str(error))
             return status
-    if is_rank() and "Connection closed by peer" in str(error):  # gloo's, when another rank is gone
+    if is_rank() and any(words in str(error) for words in _LOST):
         print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
         return 1
     if is_rank() and "Timed out waiting" in str(error):  # gloo's, too
         print(f"coatnet: rank {rank_and_world_size()[0]} waited in vain for another rank", file=sys.stderr)
         return 1
+    note_failure(1, f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
     return 1
 

@@ -247,6 +247,37 @@ class Log(Section):
     )
 
 
+class Slurm(Section):
+    nodes: int = key(1, "nodes of the job", "free", ge=1)
+    min_nodes: int | None = key(None, "nodes that it may start on where fewer are left; null: all", "free", ge=1)
+    gpus_per_node: int | None = key(None, "GPUs of each node; null: none", "free", ge=1)
+    tasks_per_node: int | None = key(None, "ranks on each node; null: one for each GPU, or 1", "free", ge=1)
+    cpus_per_task: int | None = key(None, "processors of each rank; null: what the cluster gives", "free", ge=1)
+    memory: str | None = key(None, "memory of each node, as 200G; null: what the cluster gives", "free")
+    time: str | int = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "free")
+    partition: str | None = key(None, "partition; null: the cluster's default", "free")
+    account: str | None = key(None, "account that is charged; null: the user's default", "free")
+    qos: str | None = key(None, "quality of service; null: the default", "free")
+    constraint: str | None = key(None, "features that nodes must have", "free")
+    exclude: str | None = key(None, "nodes that are not wanted", "free")
+    sbatch: dict[str, str | int | bool] = key({}, "any other option of sbatch, as {reservation: mine}", "free")
+    setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "free")
+    command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "free")
+    srun_args: tuple[str, ...] = key((), "further options of srun", "free")
+    lead: int = key(300, "seconds before the time limit at which the ranks are told to save and stop", "free", ge=1)
+    max_restarts: int = key(20, "failures (crash, killed rank, hang) after which a run is given up", "free", ge=0)
+    backoff: float = key(60, "seconds before a restart after a failure; doubled while no step is gained", "free", ge=0)
+    requeue: Literal["scontrol", "array"] = key(
+        "scontrol", "how a job starts again: scontrol requeue, or array, where a site forbids that in jobs", "free"
+    )
+
+    @model_validator(mode="after")
+    def _fewer_nodes_are_fewer(self) -> Slurm:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"slurm.min_nodes is {self.min_nodes} and slurm.nodes {self.nodes}; it must not be larger")
+        return self
+
+
 class Config(Section):
     run: Run = Run()
     data: Data
@@ -258,6 +289,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="after")
     def _compiles(self) -> Config:

@@ -1,4 +1,4 @@
-"""Ranks: N processes of this machine started by `--procs N`, or this process as one rank of torchrun's.
+"""Ranks: N processes of this machine started by `--procs N`, or this process as one rank of torchrun's or srun's.
 
 A launched rank runs the same command line again with RANK, WORLD_SIZE ... set, as torchrun would. When the launcher
 ends, however it ends, the kernel kills its ranks; when a rank ends with an error, the launcher kills the others.
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import BadRequest
+from pipeline.failures import START
 
 LAUNCHER = "COATNET_LAUNCHER"
 """Environment variable of a launched rank: its launcher's process id."""
@@ -29,8 +31,43 @@ GRACE_SECONDS = 10.0
 
 
 def is_rank() -> bool:
-    """Whether this process is one rank of a launcher's (ours or torchrun's)."""
+    """Whether this process is one rank of a launcher's (ours, torchrun's or srun's)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_srun() -> None:
+    """Takes rank, world size and meeting place from srun's environment, where it started several tasks, or a job's.
+
+    A shell that srun opened is one task, and what is typed there starts its own ranks.
+    """
+    environment = os.environ
+    alone = int(environment.get("SLURM_NTASKS", 1)) < 2 and START not in environment
+    if is_rank() or "SLURM_PROCID" not in environment or alone:
+        return
+    on_nodes = tasks_on_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"])
+    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = str(on_nodes[int(environment["SLURM_NODEID"])])
+    environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", str(processor_share())))
+    if "MASTER_ADDR" not in environment:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+    environment.setdefault("MASTER_PORT", str(slurm_port(environment)))
+
+
+def tasks_on_nodes(text: str) -> list[int]:
+    """Tasks by node, as Slurm writes them: `2(x3),1` is 2, 2, 2, 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """The ranks' port, another one for each restart, so that none waits for a port that the last start still holds."""
+    job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", 0))
+    return 20000 + (7 * job + restart) % 10000
 
 
 def is_first_process() -> bool:
@@ -82,10 +119,11 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path, program: Sequence[st
         nonlocal interrupted
         again = interrupted and number == signal.SIGINT
         interrupted = interrupted or number == signal.SIGINT
+        told = signal.SIGTERM if interrupted else number  # Ctrl-C has reached them too: a second SIGINT would end them
         for process in processes:
-            process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+            process.send_signal(signal.SIGKILL if again else told)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, hand_on)
     return _wait(processes, logs)
 
@@ -134,7 +172,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: Path) -> int:
 def _report(rank: int, status: int, logs: Path) -> int:
     if status < 0:
         number = signal.Signals(-status)
-        asked = number in (signal.SIGINT, signal.SIGTERM)  # before there was anything to save
+        asked = number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # before there was anything to save
         print(
             f"rank {rank} was {'stopped' if asked else 'killed'} by {number.name};"
             " the same command goes on from the last checkpoint, if there is one",

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.order import passes
-from pipeline import stopping
 from pipeline.config import Config, micro_batches_of, waste
 from pipeline.errors import BadRequest
 from pipeline.launch import is_first_process, is_rank, local_world_size, rank_and_world_size, run_ranks
@@ -34,12 +33,11 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
         return run_ranks(sys.argv[1:], procs, Path(config.run.dir) / "logs")
-    stopping.listen()
     work(plan)
     return 0
 
 
-def check_config(config: Config, procs: int) -> int:
+def check_config(config: Config, procs: int, quiet: bool = False) -> int:
     """Checks what can be checked without data, and says what would be trained."""
     from pipeline.network import check_model
 
@@ -47,6 +45,8 @@ def check_config(config: Config, procs: int) -> int:
     classes = config.model.classes or 1000
     millions = check_model(config.model, config.train, classes) / 1e6
     train, micro_batches = config.train, micro_batches_of(config.train)
+    if quiet:
+        return 0
     length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps} steps"
     print(
         f"good: {config.model.name or 'a spelled-out CoAtNet'}, {millions:.2f}M parameters with {classes} classes,"

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import signal
 
-_requested = False
+_reason: str | None = None
 
 
 def listen() -> None:
-    """From now on SIGTERM and SIGINT ask for a stop in place of ending the process; a second SIGINT ends it."""
+    """From now on SIGTERM, SIGUSR2 and SIGINT ask for a stop in place of ending the process; a second SIGINT ends it.
+
+    SIGUSR2 is what Slurm sends some time before a job's end, if asked to.
+    """
 
     def note(number: int, _frame: object) -> None:
-        global _requested
+        global _reason
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        _requested = True
+        _reason = _reason or signal.Signals(number).name
 
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, note)
 
 
-def requested() -> bool:
-    """Whether this process was asked to stop."""
-    return _requested
+def reason() -> str | None:
+    """The signal by which this process was asked to stop, if it was."""
+    return _reason

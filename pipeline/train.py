@@ -33,6 +33,7 @@ from pipeline.config import Config, micro_batches_of
 from pipeline.engine import (
     build_engine,
     evaluation_mode,
+    gathered,
     idle_pass,
     loss_scale,
     on_rank_zero,
@@ -152,7 +153,7 @@ def train(
             read_faults = taken(plan.read_faults)
             newer = rank == 0 and lookout.sees_newer()
             loss_sum, broken, failed_reads, stops, overtaken = sum_over_ranks(
-                [losses.item(), broken_here, len(read_faults), stopping.requested(), newer], device
+                [losses.item(), broken_here, len(read_faults), stopping.reason() is not None, newer], device
             )
             if overtaken:
                 on_rank_zero(lambda: check_newest(run, attempt))
@@ -207,7 +208,7 @@ def train(
 
             if stop and not last:
                 writer.wait()
-                events.write("stop", step=done)
+                events.write("stop", step=done, reason=gathered(list(filter(None, [stopping.reason()])))[0])
                 on_rank_zero(writer.close)
                 raise RunStopped(f"stopped after step {done} of {plan.steps}; the same command goes on from there")
 

@@ -59,6 +59,7 @@ def test_a_requeued_job_keeps_its_id_and_counts_its_restarts(cluster: Cluster, t
     assert "DUE TO JOB REQUEUE" in " ".join(between)
 
 
+@pytest.mark.torture
 def test_jobs_outlive_a_dead_daemon_and_a_node_without_power(cluster: Cluster, tmp_path: Path) -> None:
     rank = f"exec {sys.executable} rank.py"
     jobs = {node: submit(cluster, tmp_path, rank, f"--nodelist={node}") for node in cluster.nodes}
@@ -84,6 +85,7 @@ def test_jobs_outlive_a_dead_daemon_and_a_node_without_power(cluster: Cluster, t
     cluster.nodes_idle(2)
 
 
+@pytest.mark.torture
 def test_a_job_of_high_preempts_one_of_main_after_its_grace(cluster: Cluster, tmp_path: Path) -> None:
     whole = ("--nodes=2", "--ntasks-per-node=2", "--exclusive")
     low = submit(cluster, tmp_path, f"srun {sys.executable} rank.py", *whole)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +16,8 @@ from data.draws import SEEDS, Purpose, permutation
 from data.order import deal, positions_of_step
 from pipeline.losses import targets
 from pipeline.mixing import mixed, strength
-from tests.pipeline.runs import (
-    coatnet,
-    curve,
-    last_state,
-    last_step,
-    pack_digits,
-    ranks_of,
-    rows,
-    started,
-    wait_until,
-)
+from tests.pipeline.many_runs import on_ranks
+from tests.pipeline.runs import coatnet, curve, last_state, pack_digits, rows
 
 seeds = st.integers(0, SEEDS - 1)
 alphas = st.sampled_from([1e-3, 0.2, 0.8, 1.0, 5.0, 1e6])
@@ -112,30 +102,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
-def request(digits: Path, run: Path, procs: int) -> list[object]:
-    """The tiny configuration, shortened, with mixup and the sigmoid loss."""
-    data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}", "run.seed=7"]
-    length = [f"train.steps={STEPS}", "checkpoint.every=4", "log.every=1", "evaluate.weights=model"]
-    recipe = ["augment.mixup=0.8", "train.loss=sigmoid", "train.label_smoothing=1e-4"]
+def job(digits: Path, name: str) -> dict[str, Any]:
+    """The tiny configuration, shortened, with mixup and the sigmoid loss, into the digits' folder."""
+    data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={digits}/{name}", "run.seed=7"]
+    length = [f"train.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep_last=9", "log.every=1"]
+    recipe = ["augment.mixup=0.8", "train.loss=sigmoid", "train.label_smoothing=1e-4", "evaluate.weights=model"]
     precise = ["train.precision=fp32", "optim.eps=1e-3"]
-    return ["pretrain", "configs/tiny.yaml", "--procs", procs, *data, *length, *recipe, *precise]
+    return {"arguments": ["configs/tiny.yaml", *data, *length, *recipe, *precise]}
 
 
-def test_a_run_with_mixup_and_the_sigmoid_loss_survives_a_kill_and_is_the_same_on_one_rank_and_two(
-    digits: Path, tmp_path: Path
+def test_a_run_with_mixup_and_the_sigmoid_loss_goes_on_as_itself_and_is_the_same_on_one_rank_and_two(
+    digits: Path,
 ) -> None:
-    whole, killed, shared = (tmp_path / name for name in ("whole", "killed", "shared"))
-    done = coatnet(*request(digits, whole, procs=1))
-    assert done.returncode == 0, done.stderr
-
-    process = started(*request(digits, killed, procs=1))
-    wait_until(lambda: last_step(killed) >= 5, process)
-    os.kill(ranks_of(process)[0], signal.SIGKILL)
-    assert process.wait(60) != 0
-    assert coatnet(*request(digits, killed, procs=1)).returncode == 0
-    assert curve(killed) == curve(whole) and last_state(killed) == last_state(whole)
-
-    assert coatnet(*request(digits, shared, procs=2)).returncode == 0
+    whole, again, shared = (digits / name for name in ("whole", "again", "shared"))
+    on_ranks(1, [job(digits, "whole"), {**job(digits, "again"), "source": str(whole), "step": 4}], digits)
+    on_ranks(2, [job(digits, "shared")], digits)
+    assert curve(again) == curve(whole)[-len(curve(again)) :] and len(curve(again)) >= STEPS - 4
+    assert last_state(again) == last_state(whole)
     one, two = (np.array([row[3] for row in curve(run) if row[3] is not None][:6]) for run in (whole, shared))
     np.testing.assert_allclose(one, two, rtol=1e-5)
 

@@ -1,0 +1,90 @@
+"""The console script: pipeline's commands, and those that know Slurm. No logic.
+
+Next: submit.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import AsJson, ConfigFile, Overrides, app, main
+
+submit_app = typer.Typer(help="Hand a run to Slurm, through preemption to its end.", no_args_is_help=True)
+app.add_typer(submit_app, name="submit")
+
+Then = Annotated[
+    str | None, typer.Option(metavar="'CONFIG [KEY=VALUE]...'", help="fine-tune and evaluate when this has succeeded")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch script and stop")]
+Cluster = Annotated[str, typer.Option(metavar="slurm|local", help="local: this machine, detached")]
+Source = Annotated[str, typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
+
+
+@submit_app.command("pretrain", epilog="Example: coatnet submit pretrain tiny.yaml run.dir=runs/a slurm.nodes=2")
+def submit_pretrain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    then: Then = None,
+    cluster: Cluster = "slurm",
+    dry_run: DryRun = False,
+) -> None:
+    """Pretrain, or go on, in a job of slurm.nodes nodes."""
+    from slurm.submit import submit
+
+    raise typer.Exit(submit("pretrain", config, overrides or [], None, then, cluster, dry_run))
+
+
+@submit_app.command("finetune", epilog="Example: coatnet submit finetune fine.yaml --from runs/a run.dir=runs/b")
+def submit_finetune(
+    config: ConfigFile,
+    source: Source,
+    overrides: Overrides = None,
+    then: Then = None,
+    cluster: Cluster = "slurm",
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune, or go on, in a job of slurm.nodes nodes."""
+    from slurm.submit import submit
+
+    raise typer.Exit(submit("finetune", config, overrides or [], source, then, cluster, dry_run))
+
+
+@app.command(epilog="Example: coatnet status runs/")
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, or a folder of runs")],
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again every few seconds, until Ctrl-C")] = False,
+) -> None:
+    """What runs are doing: job, step, loss, speed, time left, restarts."""
+    from slurm.status import status
+
+    raise typer.Exit(status(runs, as_json, watch))
+
+
+@app.command(epilog="Example: coatnet logs runs/a --rank 3 --follow")
+def logs(
+    run: Run,
+    rank: Annotated[int | None, typer.Option(min=0, help="whose log; default: rank 0's")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as lines come")] = False,
+    lines: Annotated[int, typer.Option(min=1, help="how many of the last lines")] = 40,
+) -> None:
+    """The end of a run's log."""
+    from slurm.logs import logs
+
+    raise typer.Exit(logs(run, rank, follow, lines))
+
+
+@app.command(epilog="Example: coatnet cancel runs/a")
+def cancel(run: Run) -> None:
+    """End a run's jobs; it goes on when it is submitted again."""
+    from slurm.cancel import cancel
+
+    raise typer.Exit(cancel(run))
+
+
+if __name__ == "__main__":
+    main()

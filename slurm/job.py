@@ -1,0 +1,295 @@
+"""What a batch script runs: starts the ranks, sees how they ended, and starts its own job again where that helps.
+
+    python -m slurm.job RUN REQUEST.json
+
+There is no daemon: the job requeues itself. It does not catch SIGTERM, so that a job that is cancelled ends here.
+Where the batch script is killed (Slurm requeues the job itself, or its node is gone), the next start finds a start
+without an end, and says what it was. Next: cause.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pipeline import failures
+from pipeline.json_lines import JsonLines, read_lines
+from pipeline.launch import slurm_port
+from pipeline.run_folder import newest_step
+from slurm import records
+from slurm.cause import FAILURES, Cause, Decision, Ending, cause_of, decide
+
+CLIENT_SECONDS = 60
+DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "DRAIN", "POWER", "UNKNOWN")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a submission wants: the ranks' command and how they are started and started again."""
+
+    command: list[str]
+    python: str
+    code: str
+    nodes: int
+    min_nodes: int
+    tasks_per_node: int
+    cpus_per_task: int | None
+    command_prefix: str | None
+    srun_args: list[str]
+    lead: int
+    max_restarts: int
+    backoff: float
+    requeue: str
+    evaluate: str | None
+    """Of a chain's last run: the set that it is evaluated on in the end."""
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_request(path: Path) -> Request:
+    return Request(**json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Where a start of a job runs; without Slurm this machine, `nodes` empty."""
+
+    job: str
+    restart: int
+    nodes: tuple[str, ...]
+
+    @property
+    def start(self) -> str:
+        return f"{self.job}.{self.restart}"
+
+
+def allocation(restart: int = 0) -> Allocation:
+    """This process's own."""
+    environment = os.environ
+    if "SLURM_JOB_ID" not in environment:
+        return Allocation(f"local-{os.getpid()}", restart, ())
+    nodes = _client("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return Allocation(environment["SLURM_ARRAY_JOB_ID"], int(environment["SLURM_ARRAY_TASK_ID"]), tuple(nodes))
+    return Allocation(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", 0)), tuple(nodes))
+
+
+def main(run: Path, request: Request) -> int:
+    """One start, or without Slurm as many as it takes; returns the exit status of the batch script."""
+    restart = 0
+    while True:
+        where = allocation(restart)
+        say(run, f"start {where.start} on {', '.join(where.nodes) or 'this machine'}")
+        close_open_starts(run, where)
+        if records.is_cancelled(run):
+            return 1
+        records.note_start(run, where.start, where.nodes, newest_step(run) or 0)
+        status = run_ranks(run, request, where, request.command)
+        ending = ending_of(run, request, where, status)
+        decision = conclude(run, request, where, cause_of(ending))
+        say(run, f"end of {where.start}: {decision.why}")
+        if not decision.again:
+            if request.requeue == "array":
+                _client("scancel", "--state=PENDING", where.job)  # the elements that nobody needs any more
+            if decision.why == "done" and request.evaluate is not None:
+                return evaluate(run, request, where)
+            return 0 if decision.why == "done" else max(1, min(status, 125))
+        if where.nodes:
+            return start_again(run, request, where, decision)
+        time.sleep(decision.after)
+        restart += 1
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+
+
+def run_ranks(run: Path, request: Request, where: Allocation, command: list[str], output: Path | None = None) -> int:
+    """Runs a command as the ranks of a start, to its end; returns the exit status."""
+    program = [*shlex.split(request.command_prefix or ""), request.python, "-P", "-m", "pipeline.cli", *command]
+    environment = dict(os.environ) | {
+        "PYTHONPATH": request.code,
+        failures.START: where.start,
+        failures.FILE: str(records.folder(run).resolve() / "failures.jsonl"),
+    }
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    if where.nodes:
+        tasks = len(where.nodes) * request.tasks_per_node
+        sizes = [f"--nodes={len(where.nodes)}", f"--ntasks={tasks}", f"--ntasks-per-node={request.tasks_per_node}"]
+        sizes += [f"--cpus-per-task={request.cpus_per_task}"] if request.cpus_per_task else []
+        ends = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--open-mode=append"]
+        ends += [f"--output={run}/logs/{where.job}-%t.log"] if output is None else []
+        program = ["srun", *sizes, *ends, *request.srun_args, *program]
+        for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE"):  # of the job as it was submitted
+            environment.pop(name, None)
+        environment |= {"MASTER_ADDR": where.nodes[0], "MASTER_PORT": str(slurm_port(os.environ))}
+    else:
+        program += ["--procs", str(request.tasks_per_node)]
+    if output is None:
+        return subprocess.run(program, env=environment, check=False).returncode
+    with output.open("wb") as file:
+        return subprocess.run(program, env=environment, stdout=file, check=False).returncode
+
+
+def evaluate(run: Path, request: Request, where: Allocation) -> int:
+    """Writes RUN/evaluation.json; returns the exit status."""
+    hidden = run / ".evaluation.json"
+    wanted = ["evaluate", str(run), "--data", str(request.evaluate), "--json"]
+    status = run_ranks(run, request, where, wanted, hidden)
+    if status == 0:
+        hidden.rename(run / "evaluation.json")
+    say(run, f"evaluated: {run}/evaluation.json" if status == 0 else f"evaluation failed with status {status}")
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------------- conclusions
+
+
+def ending_of(run: Path, request: Request, where: Allocation, status: int) -> Ending:
+    """What can be known of a start that just ended."""
+    began = records.starts(run)[-1].began
+    told = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
+    ends = [row for row in told if row["event"] in ("done", "stop", "frozen")]
+    last = ends[-1] if ends else {}
+    noted = tuple(row["status"] for row in records.failures(run, where.start))
+    finished = status == 0 and not ends  # there was nothing left to do
+    return Ending(
+        status,
+        "done" if finished else last.get("event"),
+        last.get("reason"),
+        noted,
+        records.is_cancelled(run),
+        bool(lost_nodes(where.nodes)),
+        seconds_left(where),
+        request.lead,
+    )
+
+
+def conclude(run: Path, request: Request, where: Allocation, cause: Cause) -> Decision:
+    """Writes down why a start ended and what follows; returns that."""
+    own = [start for start in records.starts(run) if start.name.rpartition(".")[0] == where.job]
+    last_step, failed = last_step_done(run), failed_nodes(run, where, cause)
+    ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
+    decision = decide(cause, ended, request.max_restarts, request.backoff)
+    records.note_end(run, where.start, cause, last_step, failed, decision.why)
+    if decision.again:
+        note_restart(run, where.start, cause, last_step)
+    return decision
+
+
+def close_open_starts(run: Path, where: Allocation) -> None:
+    """Says how starts ended whose batch script was killed before it could."""
+    for start in records.starts(run):
+        if start.ended is None and start.name != where.start:
+            lost = lost_nodes(start.nodes)
+            cause = Cause.NODE_LOST if lost else Cause.PREEMPTED
+            why, at = f"{cause}: Slurm started it again", last_sign_of_life(run, start.began)
+            records.note_end(run, start.name, cause, last_step_done(run), lost, why, at)
+            note_restart(run, start.name, cause, last_step_done(run))
+
+
+def note_restart(run: Path, start: str, cause: Cause, last_step: int) -> None:
+    """In events.jsonl, with the steps that have to be done again."""
+    lost = max(0, last_step - (newest_step(run) or 0))
+    lines = JsonLines(run / "events.jsonl")
+    lines.write({"time": round(time.time(), 3), "event": "restart", "start": start, "cause": cause, "steps_lost": lost})
+    lines.close()
+
+
+def last_sign_of_life(run: Path, began: float) -> float:
+    """When a start that was killed last wrote something, in seconds since 1970."""
+    files = [run / "metrics.jsonl", run / "events.jsonl"]
+    return max([began, *(file.stat().st_mtime for file in files if file.exists())])
+
+
+def last_step_done(run: Path) -> int:
+    return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)
+
+
+def failed_nodes(run: Path, where: Allocation, cause: Cause) -> tuple[str, ...]:
+    """Nodes that are down, or that of the rank that failed first."""
+    if cause is Cause.NODE_LOST:
+        return lost_nodes(where.nodes)
+    noted = sorted(records.failures(run, where.start), key=lambda row: row["time"]) if cause in FAILURES else []
+    return tuple(row["host"] for row in noted[:1])
+
+
+# --------------------------------------------------------------------------------------------------------------- Slurm
+
+
+def start_again(run: Path, request: Request, where: Allocation, decision: Decision) -> int:
+    """Requeues this job; with an array the next of its elements follows by itself."""
+    if request.requeue == "array":
+        time.sleep(decision.after)
+        return 1
+    if _client("squeue", "-h", "-j", where.job, "-o", "%T").strip() != "RUNNING":
+        say(run, "cancelled meanwhile, so it is not started again")
+        return 1
+    if decision.exclude:
+        _client("scontrol", "update", f"jobid={where.job}", f"ExcNodeList={','.join(decision.exclude)}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too; live until the time is set
+    _client("scontrol", "requeue", where.job)
+    if request.min_nodes < request.nodes:  # Slurm would wait for as many as this start had
+        fewest = request.min_nodes * request.tasks_per_node
+        _client(
+            "scontrol",
+            "update",
+            f"jobid={where.job}",
+            f"NumTasks={fewest}",
+            f"NumNodes={request.min_nodes}-{request.nodes}",
+        )
+    if decision.after > 0:
+        _client("scontrol", "update", f"jobid={where.job}", f"StartTime=now+{round(decision.after)}")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)  # not reached
+    return 1
+
+
+def lost_nodes(nodes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the nodes that Slurm does not count on any more."""
+    if not nodes:
+        return ()
+    states = _client("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    pairs = [line.split() for line in states.splitlines()]
+    return tuple(sorted({name for name, state in pairs if state.endswith("*") or state.upper().startswith(DOWN)}))
+
+
+def seconds_left(where: Allocation) -> float | None:
+    """Of the job's time limit; None without one."""
+    if not where.nodes:
+        return None
+    ends = _client("squeue", "-h", "-j", where.job, "-o", "%L").strip().splitlines()
+    days, _, clock = (ends[0] if ends else "").rpartition("-")
+    if not clock or not all(part.isdigit() for part in clock.split(":")):
+        return None
+    seconds = 0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + int(part)
+    return 86400 * int(days or 0) + seconds
+
+
+def _client(*command: str) -> str:
+    """A client program's answer; what it says instead goes to the job's log, and the answer is empty."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"{command[0]}: {error}", file=sys.stderr, flush=True)
+        return ""
+    if done.returncode:
+        print(f"{shlex.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+    return done.stdout
+
+
+def say(run: Path, line: str) -> None:
+    print(f"{time.strftime('%F %T')} {run.name}: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), read_request(Path(sys.argv[2]))))

@@ -1,0 +1,143 @@
+"""What is alive of a run: its jobs, as Slurm's client programs (or /proc) tell, and whoever holds its lock.
+
+A job `local-PID` was submitted with `--cluster local`: it is that process of the host that submitted it. Without
+accounting Slurm forgets a job minutes after its end; what is known then stands in the run's folder (records.py).
+
+Next: status.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from pipeline.errors import BadRequest, RunFailed
+from slurm import records
+
+PATIENCE_SECONDS = 10
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+"""States of a job that is to start, or to start again."""
+BUSY = {"RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+"""States of a job that has nodes."""
+_LOCAL = "local-"
+_FORGOTTEN = "Invalid job id"
+_OVER = (_FORGOTTEN, "already completing or completed")
+
+
+def is_installed() -> bool:
+    """Whether this machine has Slurm's client programs."""
+    return shutil.which("scontrol") is not None
+
+
+def can_ask(job_id: str, host: str | None = None) -> bool:
+    """Whether this machine can say anything of a job; of a local one only its `host` can."""
+    return host in (None, os.uname().nodename) if job_id.startswith(_LOCAL) else is_installed()
+
+
+def show_job(job_id: str) -> dict[str, str] | None:
+    """What Slurm knows of a job, by its own names (JobState, Reason, Restarts ...); None where it knows nothing.
+
+    Of a job array the element that is most alive. RunFailed where Slurm does not answer.
+    """
+    if job_id.startswith(_LOCAL):
+        return {"JobId": job_id, "JobState": "RUNNING"} if _is_batch_process(int(job_id.removeprefix(_LOCAL))) else None
+    if not is_installed():
+        return None
+    done = _client("scontrol", "-o", "show", "job", job_id)
+    if _FORGOTTEN in done.stderr:
+        return None
+    _check(done)
+    elements = [parsed(line) for line in done.stdout.splitlines() if line.strip()]
+    return max(elements, key=lambda job: (job["JobState"] in BUSY, job["JobState"] in WAITING), default=None)
+
+
+def parsed(line: str) -> dict[str, str]:
+    """KEY=VALUE pairs; values may hold blanks (names, commands) and equal signs (TRES)."""
+    pairs = re.split(r"(?:^|\s)([A-Za-z][\w/:]*)=", line.strip())[1:]
+    return {key: value.strip() for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
+def estimated_start(job_id: str) -> str | None:
+    """When Slurm thinks that a pending job starts; None where it does not say. RunFailed where it does not answer."""
+    if job_id.startswith(_LOCAL) or not is_installed():
+        return None
+    done = _client("squeue", "--start", "--noheader", f"--jobs={job_id}", "--format=%S")
+    if _FORGOTTEN in done.stderr:
+        return None
+    _check(done)
+    times = [word for word in done.stdout.split() if word[:1].isdigit()]
+    return min(times, default=None)
+
+
+def cancel_job(job_id: str) -> None:
+    """Ends a job; one that is over already is left alone. RunFailed where Slurm refuses or does not answer."""
+    if not job_id.startswith(_LOCAL):
+        done = _client("scancel", job_id)
+        if not any(words in done.stderr for words in _OVER):
+            _check(done)
+    elif _is_batch_process(process := int(job_id.removeprefix(_LOCAL))):
+        os.killpg(process, signal.SIGTERM)
+
+
+def living(run: Path) -> dict[str, dict[str, str]]:
+    """The run's jobs that wait or run, newest last, each with what show_job says."""
+    asked = {row["job"]: row.get("host") for row in records.submissions(run)}
+    shown = {job: show_job(job) for job, host in asked.items() if can_ask(job, host)}
+    return {job: facts for job, facts in shown.items() if facts and facts["JobState"] in WAITING | BUSY}
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process is training it now: holds RUN/.lock. A start that comes at this very moment tries again."""
+    try:
+        with (run / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system has no locks, and a start refuses nobody either
+        return False
+    return False
+
+
+def check_run(run: Path) -> None:
+    """BadRequest where a folder is no run."""
+    if not is_run(run):
+        raise BadRequest(f"{run} is no run: it has neither events.jsonl nor slurm/jobs.jsonl; name a run's folder")
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "events.jsonl").exists() or (folder / "slurm" / "jobs.jsonl").exists()
+
+
+def _is_batch_process(process: int) -> bool:
+    """Whether it lives, leads its process group, and is the script or the program of a local submission."""
+    folder = Path(f"/proc/{process}")
+    try:
+        state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        words = (folder / "cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    ours = b"slurm.job" in words or any(word.endswith(b"/slurm/local.sh") for word in words)
+    return state not in "ZX" and int(group) == process and ours
+
+
+def _client(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_SECONDS, check=False,
+            env=dict(os.environ) | {"SLURM_TIME_FORMAT": "standard"},
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise RunFailed(f"{command[0]} is not on this machine's PATH: ask from a login node") from None
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s: is Slurm's controller up?") from None
+
+
+def _check(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RunFailed(f"Slurm does not answer: {said[-1].strip() if said else f'exit status {done.returncode}'}")

@@ -1,0 +1,102 @@
+"""The table of causes and decisions, row by row, and what holds for every history."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurm.cause import FAILURES, SAME_STEP, Cause, Ending, bad_nodes, cause_of, decide
+from slurm.records import Start
+
+LONG = 10**5
+"""Seconds left of a job that has hardly begun."""
+
+
+@pytest.mark.parametrize(
+    ("ending", "cause"),
+    [
+        (Ending(0, "done"), Cause.DONE),
+        (Ending(0, "done", cancelled=True), Cause.DONE),
+        (Ending(3, "stop", "SIGTERM", seconds_left=LONG, lead=300), Cause.PREEMPTED),
+        (Ending(3, "stop", "SIGUSR2", seconds_left=LONG, lead=300), Cause.PREEMPTED),
+        (Ending(3, "stop", "SIGUSR2", seconds_left=290, lead=300), Cause.TIME_LIMIT),
+        (Ending(143, "stop", "SIGTERM", seconds_left=None), Cause.PREEMPTED),
+        (Ending(3, "stop", "SIGINT"), Cause.CANCELLED),
+        (Ending(3, "stop", "SIGTERM", cancelled=True), Cause.CANCELLED),
+        (Ending(137, cancelled=True), Cause.CANCELLED),
+        (Ending(1, statuses=(1, 1)), Cause.CRASH),
+        (Ending(143, statuses=(2, 2)), Cause.BAD_REQUEST),
+        (Ending(143, statuses=(1, 2)), Cause.BAD_REQUEST),
+        (Ending(2), Cause.BAD_REQUEST),
+        (Ending(1, "frozen"), Cause.HANG),
+        (Ending(1, "frozen", statuses=(1,)), Cause.HANG),
+        (Ending(137), Cause.KILLED_RANK),
+        (Ending(137, node_lost=True), Cause.NODE_LOST),
+        (Ending(1, statuses=(1,), node_lost=True), Cause.NODE_LOST),
+        (Ending(1, "frozen", node_lost=True), Cause.NODE_LOST),
+    ],
+)
+def test_why_a_start_ended(ending: Ending, cause: Cause) -> None:
+    assert cause_of(ending) is cause
+
+
+def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[Start]:
+    return [
+        Start(f"7.{number}", (node,), 0.0, 0, 1.0, cause, step, (node,) if cause in FAILURES else (), "")
+        for number, (cause, step) in enumerate(causes_and_steps)
+    ]
+
+
+def decided(*history: tuple[Cause, int], max_restarts: int = 20) -> tuple[bool, float]:
+    decision = decide(history[-1][0], ended(*history), max_restarts, backoff=60)
+    assert decision.why
+    return decision.again, decision.after
+
+
+@pytest.mark.parametrize(
+    ("cause", "again", "after"),
+    [
+        (Cause.DONE, False, 0), (Cause.CANCELLED, False, 0), (Cause.BAD_REQUEST, False, 0),
+        (Cause.PREEMPTED, True, 0), (Cause.TIME_LIMIT, True, 0), (Cause.NODE_LOST, True, 0),
+        (Cause.CRASH, True, 60), (Cause.KILLED_RANK, True, 60), (Cause.HANG, True, 60),
+    ],
+)  # fmt: skip
+def test_what_follows_from_a_first_end(cause: Cause, again: bool, after: float) -> None:
+    assert decided((cause, 40)) == (again, after)
+
+
+def test_the_table_has_every_cause() -> None:
+    assert {cause for cause in Cause if decided((cause, 1))} == set(Cause)
+
+
+def test_waiting_doubles_while_no_step_is_gained_and_begins_anew_with_one() -> None:
+    crash = Cause.CRASH
+    assert decided((crash, 40), (crash, 40)) == (True, 120)
+    assert decided((crash, 40), (crash, 40), (crash, 44)) == (True, 60)
+
+
+def test_the_same_step_failing_three_times_is_the_end_whatever_came_between() -> None:
+    crash, killed = (Cause.CRASH, 40), (Cause.KILLED_RANK, 40)
+    assert decided(crash, killed, crash) == (False, 0)
+    assert decided(crash, (Cause.PREEMPTED, 40), killed, (Cause.TIME_LIMIT, 40), crash) == (False, 0)
+    assert decided(crash, (Cause.CRASH, 44), killed, crash)[0]
+
+
+@given(st.lists(st.sampled_from([Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_LOST]), min_size=1, max_size=200))
+def test_preemptions_time_limits_and_lost_nodes_never_use_up_the_restarts(causes: list[Cause]) -> None:
+    assert decided(*((cause, 0) for cause in causes), max_restarts=0) == (True, 0)
+
+
+@given(st.integers(0, 10), st.integers(0, 12))
+def test_failures_are_restarted_as_often_as_was_asked_for(most: int, failures: int) -> None:
+    history = [(Cause.CRASH, step) for step in range(failures + 1)]
+    assert decided(*history, max_restarts=most)[0] == (failures + 1 <= most)
+
+
+def test_a_node_that_failed_twice_is_excluded_and_another_is_not() -> None:
+    once = ended((Cause.CRASH, 1), node="n1") + ended((Cause.CRASH, 2), node="n2")
+    assert bad_nodes(once) == ()
+    twice = [*once, *ended((Cause.KILLED_RANK, 3), node="n2")]
+    assert decide(Cause.KILLED_RANK, twice, 20, 60).exclude == ("n2",)
+    assert SAME_STEP == 3

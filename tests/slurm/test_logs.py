@@ -1,0 +1,121 @@
+"""The end of the right log, and what is added to it, across restarts and submissions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import BadRequest
+from slurm import queue
+from slurm.logs import last_words, logs, newest_log, tail
+from tests.pipeline.runs import ROOT, wait_until
+
+NOW = time.time()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for folder in ("logs", "slurm"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "events.jsonl").touch()
+    return tmp_path
+
+
+def write(run: Path, name: str, text: str, seconds_ago: float) -> Path:
+    (run / name).write_text(text)
+    os.utime(run / name, (NOW - seconds_ago, NOW - seconds_ago))
+    return run / name
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 99])
+@pytest.mark.parametrize("text", ["", "a\n", "a\nb", "a\r50 %\nb\nc\n", "long " * 50_000 + "\nb\n" + "c" * 200_000])
+def test_the_last_lines_are_found_from_the_end_however_long_they_are(tmp_path: Path, text: str, lines: int) -> None:
+    (tmp_path / "log").write_text(text)
+    size, found = tail(tmp_path / "log", lines)
+    whole = text.split("\n")
+    whole = [line + "\n" for line in whole[:-1]] + ([whole[-1]] if whole[-1] else [])
+    assert (size, found.decode()) == (len(text), "".join(whole[-lines:]))
+
+
+def test_the_newest_start_s_log_of_a_rank_is_taken_and_without_ranks_the_batch_script_s(run: Path) -> None:
+    assert newest_log(run, None) is None
+    batch = write(run, "slurm/7_0_log.out", "srun: no\n", 500)
+    assert (newest_log(run, None), newest_log(run, 0)) == (batch, None)
+    plain = write(run, "logs/rank-0.log", "by hand\n", 400)
+    assert newest_log(run, None) == plain
+    job = write(run, "logs/7-0.log", "7\n", 300)
+    write(run, "logs/7-10.log", "7\n", 200)
+    assert newest_log(run, None) == newest_log(run, 0) == job
+    write(run, "logs/rank-0.log", "the job's rank 0, without what it said as it ended\n", 299)
+    assert newest_log(run, 0) == job
+    newer = write(run, "logs/8-0.log", "8\n", 100)
+    assert newest_log(run, 0) == newer
+    assert newest_log(run, 3) is None
+    assert newest_log(run, 10) == run / "logs" / "7-10.log"
+    write(run, "logs/rank-0.log", "by hand\n", 1)
+    assert newest_log(run, 0) == plain
+
+
+def test_last_words_are_the_command_s_or_the_batch_script_s(run: Path) -> None:
+    assert last_words(run) is None
+    write(run, "slurm/7_0_log.out", "module: not found\n\n", 9)
+    assert last_words(run) == "module: not found"
+    write(run, "logs/7-0.log", "coatnet: no such data\n", 8)
+    assert last_words(run) == "coatnet: no such data"
+
+
+def test_what_there_is_is_printed_and_where_there_is_nothing_that_is_said(
+    run: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    with pytest.raises(BadRequest, match="no log of any rank"):
+        logs(run, None, False, 9)
+    with pytest.raises(BadRequest, match="no log of any rank"):
+        logs(run, None, True, 9)
+    with pytest.raises(BadRequest, match="is no run"):
+        logs(run / "logs", None, False, 9)
+    (run / "logs" / "rank-0.log").write_bytes(b"a\nb \xff\nc\n")
+    assert logs(run, 0, True, 2) == 0, "the run is over, so there is nothing to wait for"
+    assert capfdbinary.readouterr().out == b"b \xff\nc\n"
+    with pytest.raises(BadRequest, match="no log of rank 3"):
+        logs(run, 3, False, 9)
+
+
+def test_following_goes_on_through_restarts_and_into_the_next_job_until_the_run_is_over(run: Path) -> None:
+    """Someone else holds the run's lock for as long as it is alive."""
+    first = write(run, "logs/7-1.log", "old\none\n", 60)
+    (run / ".lock").touch()
+    holding = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", holding, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None and holder.stdout is not None and holder.stdout.readline()
+    assert queue.is_held(run)
+    said = run / "said"
+    following = "import sys; from pathlib import Path; from slurm import logs; logs.SECONDS_BETWEEN_QUESTIONS = 0.1\n"
+    following += "sys.exit(logs.logs(Path(sys.argv[1]), 1, True, 1))"
+    with said.open("wb") as output:
+        follower = subprocess.Popen([sys.executable, "-c", following, run], cwd=ROOT, stdout=output, text=True)
+    try:
+        wait_until(lambda: said.read_text() == "one\n", follower)
+        with first.open("a") as log:
+            log.write("two\nthr")
+            log.flush()
+            wait_until(lambda: said.read_text() == "one\ntwo\nthr", follower)
+            log.write("ee\n")
+        wait_until(lambda: said.read_text().endswith("three\n"), follower)
+        second = write(run, "logs/8-1.log", "four\n", -60)
+        wait_until(lambda: said.read_text().endswith(f"==> {second} <==\nfour\n"), follower)
+        with second.open("a") as log:
+            log.write("five\n")
+    finally:
+        holder.stdin.close()
+        holder.wait()
+    assert follower.wait(60) == 0
+    assert said.read_text() == f"one\ntwo\nthree\n==> {second} <==\nfour\nfive\n"

@@ -1,0 +1,106 @@
+"""What a real Slurm says of jobs in every stage, through to a cancelled run that stays cancelled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import BadRequest
+from slurm import queue, records
+from slurm.cancel import cancel
+from slurm.status import status
+from tests.cluster.slurm import Cluster, missing, running_cluster
+from tests.pipeline.runs import wait_until
+
+SCRIPT = '#!/bin/bash\n[ "$1" = end ] || sleep 600\n'
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node of four CPUs; skipped where no cluster can run, but a failure in CI."""
+    if reason := missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm for tests: {reason}")
+    with running_cluster(tmp_path_factory.mktemp("slurm"), nodes=1, cpus=4) as it:
+        yield it
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The cluster as this process's Slurm; no job outlives a test."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    yield cluster
+    cluster.run("scancel", "--me")
+    cluster.nodes_idle(1)
+
+
+def submit(slurm: Cluster, run: Path, *options: str, argument: str = "") -> str:
+    (run / "job.sh").write_text(SCRIPT)
+    request = ["--parsable", "--mem=100", "--requeue", "--cpus-per-task=4", f"--output={run}/%j_0_log.out", *options]
+    job = slurm.run("sbatch", *request, run / "job.sh", argument).partition(";")[0]
+    records.note_submission(run, job=job, command="pretrain", nodes=1, after=None, host=os.uname().nodename)
+    return job
+
+
+def stands(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str | None]:
+    assert status([run], True, False) == 0
+    found = json.loads(capsys.readouterr().out)
+    return found["state"], found["reason"]
+
+
+def test_a_job_from_the_queue_to_cancelled(slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = submit(slurm, tmp_path, "--job-name=with blanks = signs", "--time=5")
+    slurm.wait(job, "RUNNING")
+    after = submit(slurm, tmp_path, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    slurm.wait(after, "PENDING")
+    facts = queue.show_job(job)
+    assert facts is not None and (facts["JobName"], facts["JobState"]) == ("with blanks = signs", "RUNNING")
+    assert list(queue.living(tmp_path)) == [job, after]
+    assert stands(tmp_path, capsys) == ("running", None)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    waiting = submit(slurm, other)
+    slurm.wait(waiting, "PENDING")
+    wait_until(lambda: (stands(other, capsys)[1] or "").split(",")[0] in ("Resources", "Priority"))
+    assert stands(other, capsys)[0] == "pending"
+    assert (queue.estimated_start(waiting) or "2") > "2", "a time, or nothing yet"
+
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(job, "PENDING", "RUNNING")
+    assert stands(tmp_path, capsys)[0] in ("requeued", "running")
+    assert cancel(tmp_path) == 0
+    assert records.is_cancelled(tmp_path) and f"cancelled job {after}" in capsys.readouterr().out
+    slurm.wait(job, "CANCELLED")
+    slurm.wait(after, "CANCELLED")
+    assert stands(tmp_path, capsys)[0] == "cancelled"
+    with pytest.raises(BadRequest, match="no job to cancel"):
+        cancel(tmp_path)
+    queue.cancel_job(job)  # again is no error
+    queue.cancel_job(waiting)
+    slurm.wait(waiting, "CANCELLED")
+    assert stands(other, capsys)[0] == "cancelled", "also by hand, with scancel"
+
+
+def test_jobs_that_ended_or_were_never_there(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = submit(slurm, tmp_path, argument="end")
+    slurm.wait(job, "COMPLETED")
+    assert queue.living(tmp_path) == {}
+    (tmp_path / f"{job}_0_log.out").unlink()
+    assert queue.show_job("999999") is None and queue.estimated_start("999999") is None
+    queue.cancel_job("999999")
+    assert stands(tmp_path, capsys) == ("failed", f"job {job} ended as COMPLETED"), "without having noted a start"
+
+
+def test_of_an_array_the_element_that_is_most_alive_counts(slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "--array=0-5%1")
+    slurm.wait(job, "RUNNING", "PENDING")
+    wait_until(lambda: (queue.show_job(job) or {}).get("JobState") == "RUNNING")
+    assert (queue.show_job(job) or {})["ArrayTaskId"] == "0"
+    assert cancel(tmp_path) == 0
+    wait_until(lambda: not queue.living(tmp_path))

@@ -1,0 +1,427 @@
+"""Where a run stands, told from folders written by hand and from what Slurm would say of their jobs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import BadRequest, RunFailed
+from slurm import queue, records
+from slurm.cancel import cancel
+from slurm.cause import Cause
+from slurm.status import Queue, Status, lines, look, status, status_of
+from tests.pipeline.runs import ROOT, wait_until
+
+NOW = time.time()
+STATES = {"pending", "running", "requeued", "stopped", "done", "failed", "cancelled"}
+PENDING, RUNNING, COMPLETING, GONE = {"JobState": "PENDING"}, {"JobState": "RUNNING"}, {"JobState": "COMPLETING"}, None
+
+
+class Run:
+    """A run's folder in the making; `at` is minutes before now."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        (folder / "slurm").mkdir(parents=True)
+
+    def _add(self, file: str, row: dict[str, Any]) -> Run:
+        with (self.path / file).open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        return self
+
+    def config(self, **train: Any) -> Run:
+        text = json.dumps({"data": {"train_samples": None}, "train": {"steps": None, "epochs": None, **train}})
+        (self.path / "config.yaml").write_text(text)
+        return self
+
+    def submitted(self, at: float, job: str = "7", **facts: Any) -> Run:
+        return self._add("slurm/jobs.jsonl", {"time": NOW - 60 * at, "job": job, "host": os.uname().nodename, **facts})
+
+    def start(self, at: float, name: str = "7.0", nodes: tuple[str, ...] = ("n1", "n2"), step: int = 0) -> Run:
+        facts = {"start": name, "event": "start", "nodes": nodes, "step": step}
+        return self._add("slurm/starts.jsonl", {"time": NOW - 60 * at, **facts})
+
+    def end(
+        self, at: float, cause: Cause, name: str = "7.0", step: int = 0, decision: str = "so it was decided"
+    ) -> Run:
+        facts = {"start": name, "event": "end", "cause": cause, "step": step, "failed_nodes": [], "decision": decision}
+        return self._add("slurm/starts.jsonl", {"time": NOW - 60 * at, **facts})
+
+    def failure(self, at: float, rank: int, message: str, name: str = "7.0", host: str = "n1") -> Run:
+        facts = {"start": name, "rank": rank, "host": host, "status": 1, "message": message}
+        return self._add("slurm/failures.jsonl", {"time": NOW - 60 * at, **facts})
+
+    def event(self, at: float, event: str, **facts: Any) -> Run:
+        return self._add("events.jsonl", {"time": NOW - 60 * at, "attempt": 0, "event": event, **facts})
+
+    def begun(self, at: float) -> Run:
+        return self.event(at, "start").event(at, "begin", step=0)
+
+    def rows(self, *steps: int, seconds: float = 1.0, **facts: Any) -> Run:
+        for step in steps:
+            row = {"step": step, "samples": 8 * step, "epoch": 8 * step / 100, "loss": 1 / step, **facts}
+            self._add("metrics.jsonl", {**row, "images_per_second": 8 / seconds, "step_seconds": seconds})
+        return self
+
+    def checkpoint(self, *steps: int) -> Run:
+        for step in steps:
+            (self.path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        return self
+
+    def status(self, jobs: Queue | None = None) -> Status:
+        return status_of(look(self.path), jobs or {}, NOW)
+
+    def stands(self, jobs: Queue | None = None) -> tuple[str, str | None]:
+        found = self.status(jobs)
+        return found.state, found.reason
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+@pytest.fixture
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "is_installed", lambda: False)
+
+
+# -------------------------------------------------------------------------------------------------------- without Slurm
+
+
+def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) -> None:
+    run.begun(9).checkpoint(5)
+    (run.path / ".lock").write_text("process 1 on here\n")
+    with (run.path / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run.stands() == ("running", None)
+    state, why = run.stands()
+    assert state == "failed" and why == "its process ended without a word; the same command goes on from step 5"
+    assert run.event(8, "stop", step=5, reason="SIGTERM").stands()[0] == "stopped"
+    assert run.event(7, "start").event(7, "resume", step=5).stands()[0] == "failed"
+    assert run.event(6, "frozen", ranks=[{"rank": 1, "host": "n2"}]).stands()[0] == "failed"
+    assert "rank 1 on n2" in str(run.stands()[1])
+    assert run.event(5, "start").event(5, "resume", step=5).event(4, "done", step=9).stands() == ("done", None)
+    assert run.status().restarts == 2
+    assert run.status().goodput is None
+
+
+def test_looking_whether_a_run_is_alive_changes_nothing_and_never_keeps_a_start_from_its_lock(run: Run) -> None:
+    run.begun(1)
+    assert not queue.is_held(run.path) and not (run.path / ".lock").exists()
+    (run.path / ".lock").write_text("process 1 on here\n")
+    assert not queue.is_held(run.path)
+    with (run.path / ".lock").open() as mine:
+        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert (run.path / ".lock").read_text() == "process 1 on here\n"
+
+
+# ---------------------------------------------------------------------------------------------------- the life of a job
+
+
+def test_status_follows_a_job_from_the_queue_through_a_preemption_to_its_end(run: Run) -> None:
+    run.submitted(90).config(steps=40)
+    waiting = {"7": {"JobState": "PENDING", "Reason": "Priority", "EstimatedStart": "2026-01-02T03:04:05"}}
+    assert run.stands(waiting) == ("pending", "Priority, expected to start 2026-01-02 03:04:05")
+    assert run.status(waiting).steps == 40
+
+    run.start(80).begun(79).rows(10, 20).checkpoint(15)
+    first = run.status({"7": RUNNING})
+    assert (first.state, first.reason, first.step, first.seconds_left) == ("running", None, 20, 20.0)
+    assert first.checkpoints == {"newest": 15, "count": 1}
+
+    run.event(70, "stop", step=20, reason="SIGUSR2").end(70, Cause.PREEMPTED, decision="preempted: it goes on")
+    assert run.stands({"7": COMPLETING})[0] == "requeued"
+    begin = {"7": {"JobState": "PENDING", "Reason": "BeginTime", "Restarts": "1"}}
+    again = run.status(begin)
+    assert (again.state, again.reason, again.restarts) == ("requeued", "preempted: it goes on; BeginTime", 1)
+    assert again.jobs == [
+        {"job": "7", "state": "PENDING", "reason": "BeginTime", "restarts": 1, "nodes": []},
+    ]
+
+    run.start(60, "7.1", nodes=("n2",), step=20).event(59, "start").event(59, "resume", step=20).rows(30, 40)
+    assert run.status({"7": RUNNING}).state == "running"
+    run.event(50, "done", step=40).end(50, Cause.DONE, "7.1", 40, "done")
+    assert run.stands({"7": RUNNING}) == ("running", "evaluating")
+    for facts in (COMPLETING, {"JobState": "COMPLETED"}, GONE):
+        last = run.status({"7": facts})
+        assert (last.state, last.step, last.seconds_left, last.restarts) == ("done", 40, 0.0, 1)
+    assert run.status().state == "done", "Slurm could not be asked"
+    assert last.jobs[0]["nodes"] == ["n2"]
+    assert last.goodput == pytest.approx(40 / (10 + 10) / 60)
+
+
+def test_a_failed_run_shows_the_first_error_of_the_first_failing_rank(run: Run) -> None:
+    run.submitted(9).start(8, "7.3").begun(7)
+    run.failure(6.0, 0, "an old one", "7.2").failure(5.0, 0, "it lost rank 3", "7.3")
+    run.failure(5.5, 3, "out of\nmemory", "7.3", "n2").end(4, Cause.CRASH, "7.3", 9, "it failed 21 times")
+    expected = ("failed", "rank 3 on n2: out of memory; it failed 21 times")
+    for jobs in ({"7": {"JobState": "FAILED"}}, {"7": GONE}, {}):
+        assert run.stands(jobs) == expected
+
+
+def test_a_bad_request_that_only_the_batch_log_knows_is_shown(run: Run) -> None:
+    (run.path / "slurm" / "7_0_log.out").write_text(
+        "start 7.0\ncoatnet: data.train=x: is not there\nend of 7.0: wrong\n"
+    )
+    run.submitted(9).start(8).end(7, Cause.BAD_REQUEST, decision="the request is wrong")
+    assert run.stands({"7": GONE}) == ("failed", "coatnet: data.train=x: is not there; the request is wrong")
+    assert run.stands({"7": COMPLETING})[0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("cause", "job", "state"),
+    [
+        (None, RUNNING, "running"),
+        (None, {"JobState": "PENDING", "Restarts": "1"}, "requeued"),
+        (None, {"JobState": "CANCELLED"}, "cancelled"),
+        (None, {"JobState": "TIMEOUT"}, "stopped"),
+        (None, {"JobState": "PREEMPTED"}, "stopped"),
+        (None, {"JobState": "NODE_FAIL"}, "stopped"),
+        (None, {"JobState": "FAILED"}, "failed"),
+        (None, {"JobState": "OUT_OF_MEMORY"}, "failed"),
+        (None, GONE, "failed"),
+        (Cause.PREEMPTED, RUNNING, "requeued"),
+        (Cause.PREEMPTED, GONE, "stopped"),
+        (Cause.TIME_LIMIT, {"JobState": "TIMEOUT"}, "stopped"),
+        (Cause.NODE_LOST, GONE, "stopped"),
+        (Cause.CRASH, PENDING, "requeued"),
+        (Cause.CRASH, RUNNING, "requeued"),
+        (Cause.CRASH, {"JobState": "CANCELLED"}, "cancelled"),
+        (Cause.CRASH, GONE, "failed"),
+        (Cause.KILLED_RANK, GONE, "failed"),
+        (Cause.HANG, {"JobState": "FAILED"}, "failed"),
+        (Cause.CANCELLED, GONE, "cancelled"),
+        (Cause.CANCELLED, COMPLETING, "cancelled"),
+        (Cause.BAD_REQUEST, GONE, "failed"),
+        (Cause.BAD_REQUEST, {"JobState": "PENDING", "Restarts": "1"}, "requeued"),  # somebody requeued it by hand
+        (Cause.DONE, PENDING, "done"),  # the rest of an array
+        (Cause.DONE, {"JobState": "FAILED"}, "done"),  # its evaluation failed
+    ],
+)
+def test_the_state_by_how_a_start_ended_and_what_slurm_says(
+    run: Run, cause: Cause | None, job: Any, state: str
+) -> None:
+    run.submitted(9).start(8).begun(7)
+    if cause is not None:
+        run.end(6, cause)
+    assert run.stands({"7": job})[0] == state
+
+
+@pytest.mark.parametrize(
+    ("job", "state"),
+    [
+        (PENDING, "pending"),
+        ({"JobState": "PENDING", "Reason": "DependencyNeverSatisfied"}, "pending"),
+        ({"JobState": "CONFIGURING"}, "running"),
+        (RUNNING, "running"),
+        ({"JobState": "CANCELLED", "Reason": "DependencyNeverSatisfied"}, "cancelled"),
+        ({"JobState": "FAILED"}, "failed"),
+        (GONE, "cancelled"),
+    ],
+)
+def test_the_state_of_a_job_that_never_came_to_start(run: Run, job: Any, state: str) -> None:
+    assert run.submitted(9).stands({"7": job})[0] == state
+
+
+@pytest.mark.parametrize(
+    ("cause", "state"),
+    [(None, "running"), (Cause.PREEMPTED, "requeued"), (Cause.CRASH, "failed"), (Cause.DONE, "done")],
+)
+def test_where_slurm_can_not_be_asked_the_folder_is_enough(
+    run: Run, no_slurm: None, capsys: pytest.CaptureFixture[str], cause: Cause | None, state: str
+) -> None:
+    run.submitted(9)
+    assert status([run.path], True, False) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "pending"
+    run.start(8).begun(7)
+    if cause is not None:
+        run.end(6, cause)
+    assert status([run.path], True, False) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == state
+
+
+def test_what_was_cancelled_stays_so_until_it_is_started_again_by_whatever_means(run: Run) -> None:
+    run.submitted(9).start(8).begun(7)
+    records.cancel(run.path)
+    os.utime(run.path / "slurm" / "cancelled", (NOW - 300, NOW - 300))
+    assert run.stands({"7": RUNNING}) == ("running", "it is being cancelled")
+    assert run.stands({"7": GONE})[0] == "cancelled"
+    by_hand = run.event(3, "start").event(3, "resume", step=0).event(2, "stop", step=4)
+    assert by_hand.stands({"7": GONE})[0] in ("stopped", "failed")
+    records.note_submission(run.path, job="8")
+    assert run.stands({"7": GONE, "8": PENDING})[0] == "pending"
+
+
+def test_a_run_that_was_finished_by_hand_after_its_job_had_failed_is_done(run: Run) -> None:
+    run.submitted(9).start(8).begun(7).end(6, Cause.CRASH).event(5, "start").event(5, "resume", step=0)
+    assert run.stands({"7": GONE})[0] == "failed"
+    assert run.event(4, "stop", step=3).stands({"7": GONE})[0] == "stopped"
+    assert run.event(3, "start").event(2, "done", step=9).stands({"7": GONE}) == ("done", None)
+    assert run.status({"7": GONE}).goodput is None, "steps outside of the jobs' time"
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(("train", "steps"), [({"epochs": 3, "global_batch": 8}, 38), ({"steps": 5}, 5), ({}, None)])
+def test_the_length_of_a_run_in_epochs_is_known_once_the_number_of_samples_is(
+    run: Run, train: dict[str, Any], steps: int | None
+) -> None:
+    run.config(**train).begun(1)
+    assert run.status().steps == train.get("steps")
+    assert run.rows(2).status().steps == steps
+
+
+def test_half_lines_evaluations_and_losses_that_are_no_numbers_do_no_harm(run: Run, no_slurm: None) -> None:
+    run.config(steps=9).submitted(3).start(2).begun(1).rows(3)
+    run._add("metrics.jsonl", {"step": 3, "top1": 0.5, "eval_loss": 1.0, "weights": "ema"}).rows(4, loss="nan")
+    for file in ("metrics.jsonl", "events.jsonl", "slurm/jobs.jsonl", "slurm/starts.jsonl", "slurm/failures.jsonl"):
+        with (run.path / file).open("a") as lines:
+            lines.write('{"step": 5, "time": 1')
+    (run.path / "slurm" / "config-0.yaml").write_text("train: {steps: [")
+    found = run.status({"7": RUNNING})
+    assert (found.state, found.step, found.loss) == ("running", 4, "nan")
+    assert status([run.path], False, False) == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.1, 60)), min_size=1, max_size=8))
+def test_goodput_is_what_still_counts_of_the_time_of_all_starts(
+    tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, float]]
+) -> None:
+    """Starts of so many steps and minutes, each of which goes on from where the one before was; then half are lost."""
+    run, at, step = Run(tmp_path_factory.mktemp("lives") / "run"), sum(length for _, length in lives) + 1, 0
+    run.submitted(at + 1)
+    for number, (steps, minutes) in enumerate(lives):
+        name = f"7.{number}"
+        run.start(at, name, step=step).event(at, "start").end(at - minutes, Cause.CRASH, name)
+        at, step = at - minutes, step + steps
+    run.rows(*range(1, step + 1), seconds=0.01)
+    allocated = 60 * sum(minutes for _, minutes in lives)
+    assert run.status({"7": PENDING}).goodput == pytest.approx(min(1, 0.01 * step / allocated), rel=1e-3)
+
+
+JOB = st.sampled_from([*sorted(queue.WAITING | queue.BUSY), "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NEW", None])
+
+
+@given(st.lists(st.sampled_from(["start", "end", "plain", "stop", "done", "cancel", "submit"]), max_size=9), JOB)
+def test_whatever_happened_there_is_a_state_and_json_and_lines_to_read(
+    tmp_path_factory: pytest.TempPathFactory, history: list[str], job: str | None
+) -> None:
+    run, number, jobs = Run(tmp_path_factory.mktemp("any") / "run").event(99, "x"), 0, 0
+    for at, what in zip(range(90, 0, -10), history, strict=False):
+        if what == "submit":
+            jobs += 1
+            run.submitted(at, str(jobs))
+        elif what == "cancel":
+            records.cancel(run.path)
+        elif what in ("start", "end"):
+            number += what == "start"
+            name = f"{jobs}.{number}"
+            run.start(at, name) if what == "start" else run.end(at, Cause.CRASH, name)
+        else:
+            run.event(at, "start" if what == "plain" else what, step=at)
+    facts = None if job is None else {"JobState": job}
+    for jobs_known in ({}, {str(jobs): facts} if jobs else {}):
+        found = run.status(jobs_known)
+        assert found.state in STATES and json.dumps(asdict(found)) and lines(found)
+        if jobs_known and job == "PENDING":
+            assert found.state in ("pending", "requeued")
+        if jobs_known and job == "RUNNING":
+            assert found.state in ("running", "requeued")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_several_runs_are_a_table_or_a_list_and_one_is_lines_or_an_object(
+    tmp_path: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Run(tmp_path / "a").config(steps=9).begun(3).rows(9).event(2, "done", step=9)
+    Run(tmp_path / "b").submitted(1)
+    (tmp_path / "neither").mkdir()
+    assert status([tmp_path], False, False) == 0
+    title, first, second = capsys.readouterr().out.splitlines()
+    assert title.split()[:2] == ["run", "state"]
+    assert ("done" in first and "9/9" in first) and ("pending" in second)
+    assert status([tmp_path], True, False) == 0
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["done", "pending"]
+    assert status([tmp_path / "a"], True, False) == 0
+    keys = {"run", "state", "step", "steps", "loss", "images_per_second", "seconds_left", "restarts", "jobs"}
+    assert keys < json.loads(capsys.readouterr().out).keys()
+    assert status([tmp_path / "a"], False, False) == 0
+    assert f"{tmp_path}/a: done, step 9/9" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(BadRequest, match="is no run"):
+        status([tmp_path / "neither"], False, False)
+
+
+def test_a_slurm_that_does_not_answer_is_asked_once_and_the_folders_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The client hangs, as it does where the controller is down."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.2)
+    (tmp_path / "bin").mkdir()
+    for program in ("scontrol", "scancel"):
+        (tmp_path / "bin" / program).write_text("#!/bin/sh\necho >> $0.asked\nexec sleep 60\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    runs = [Run(tmp_path / "runs" / name).submitted(2).start(1).begun(1) for name in "ab"]
+    assert status([tmp_path / "runs"], True, False) == 1
+    said = capsys.readouterr()
+    assert [row["state"] for row in json.loads(said.out)] == ["running", "running"]
+    assert "scontrol gave no answer" in said.err and len(said.err.splitlines()) == 1
+    assert (tmp_path / "bin" / "scontrol.asked").read_text() == "\n"
+    with pytest.raises(RunFailed, match="not to be started again"):
+        cancel(runs[0].path)
+    assert records.is_cancelled(runs[0].path)
+
+
+def test_a_job_on_this_machine_is_told_by_its_process_and_cancelled_with_its_group(run: Run, no_slurm: None) -> None:
+    script = run.path / "slurm" / "local.sh"
+    script.write_text("sleep 600 & wait\n")
+    with subprocess.Popen(["bash", script], start_new_session=True) as process:
+        job = f"local-{process.pid}"
+        run.submitted(1, job)
+        wait_until(lambda: queue.show_job(job) is not None)
+        assert run.stands({job: queue.show_job(job)})[0] == "running"
+        assert cancel(run.path) == 0
+        process.wait(20)
+    assert queue.show_job(job) is None and queue.show_job(f"local-{os.getpid()}") is None
+    assert run.stands({job: queue.show_job(job)})[0] == "cancelled"
+    with pytest.raises(BadRequest, match="no job to cancel"):
+        cancel(run.path)
+    run.submitted(0, "local-1", host="elsewhere")
+    with pytest.raises(BadRequest, match="submitted on elsewhere"):
+        cancel(run.path)
+
+
+def test_nothing_is_cancelled_where_no_job_is(run: Run, no_slurm: None) -> None:
+    run.begun(1)
+    with pytest.raises(BadRequest, match="no job to cancel"):
+        cancel(run.path)
+    assert not records.is_cancelled(run.path)
+
+
+def test_slurm_s_own_lines_are_parsed_with_blanks_and_equal_signs_in_values() -> None:
+    line = "JobId=7 JobName=a b UserId=root(0) JobState=PENDING TRES=cpu=4,mem=1G NtasksPerN:B:S:C=0:0:*:*"
+    assert queue.parsed(f"{line} Comment=(null) Command=/x/y z.sh \n") == {
+        "JobId": "7", "JobName": "a b", "UserId": "root(0)", "JobState": "PENDING", "TRES": "cpu=4,mem=1G",
+        "NtasksPerN:B:S:C": "0:0:*:*", "Comment": "(null)", "Command": "/x/y z.sh",
+    }  # fmt: skip
+
+
+def test_status_imports_nothing_heavy() -> None:
+    code = "import sys, slurm.status, slurm.logs, slurm.cancel; print({'torch', 'deepspeed'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
