@@ -260,7 +260,7 @@ class Slurm(Section):
     qos: str | None = key(None, "quality of service; null: the default", "free")
     constraint: str | None = key(None, "features that nodes must have", "free")
     exclude: str | None = key(None, "nodes that are not wanted", "free")
-    sbatch: dict[str, str | int | bool] = key({}, "any other option of sbatch, as {reservation: mine}", "free")
+    sbatch: tuple[str, ...] = key((), "any other options of sbatch, as [--reservation=ours]", "free")
     setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "free")
     command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "free")
     srun_args: tuple[str, ...] = key((), "further options of srun", "free")
@@ -270,6 +270,12 @@ class Slurm(Section):
     requeue: Literal["scontrol", "array"] = key(
         "scontrol", "how a job starts again: scontrol requeue, or array, where a site forbids that in jobs", "free"
     )
+
+    @model_validator(mode="after")
+    def _options_are_options(self) -> Slurm:
+        if wrong := [option for option in self.sbatch if not option.startswith("--")]:
+            raise ValueError(f"slurm.sbatch has {wrong[0]!r}; its options begin with --, as --reservation=ours")
+        return self
 
     @model_validator(mode="after")
     def _fewer_nodes_are_fewer(self) -> Slurm:

@@ -22,7 +22,9 @@ def tasks_per_node(slurm: Slurm) -> int:
 
 def parameters(slurm: Slurm, name: str, after: str | None = None) -> dict[str, Any]:
     """submitit's parameters; `after` is the job that must have succeeded before."""
-    more: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", **slurm.sbatch}
+    options = (option.removeprefix("--").partition("=") for option in slurm.sbatch)
+    more: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    more |= {name: value if equals else True for name, equals, value in options}
     if slurm.min_nodes is not None and slurm.min_nodes < slurm.nodes:
         # Slurm counts tasks, so it may only count those of the fewest nodes; then each node is wanted whole. A job that
         # lives on when a node is lost can ask for fewer itself (job.py): after its start Slurm would wait for as many.

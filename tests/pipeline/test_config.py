@@ -99,6 +99,7 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
         "evaluate.",
         "checkpoint.",
         "log.",
+        "slurm.",
     )
     assert of_change["free"] == {name for name in documented_keys() if name.startswith(free)}
     assert of_change["recorded"] == {
