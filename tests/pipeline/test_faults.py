@@ -8,12 +8,8 @@ import pytest
 
 from benchmarks.faults import FAULTS, campaign, drawn, table
 
-SHORT = [
-    "killed while saving", "a rank killed",
-    "byte flipped", "killed in a collective",
-    "disk full", "a rank frozen",
-]  # fmt: skip
-"""Those on the left meet a run that stays on two ranks, those on the right one that changes from two to 1, 3 and 4."""
+SHORT = ["killed while saving", "a rank frozen", "byte flipped", "a rank killed"]
+"""The first and third meet a run that stays on two ranks, the others one that changes from two to one to three."""
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
     assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
+@pytest.mark.torture
 def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkout_meanwhile(
     cluster: Cluster,  # noqa: F811
     digits: Path,
