@@ -117,6 +117,7 @@ def causes(run: Path) -> list[str | None]:
     return [start.cause for start in starts(run)]
 
 
+@pytest.mark.torture
 def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
     cluster: Cluster,  # noqa: F811
     submitted: Callable[..., str],

@@ -110,7 +110,8 @@ def test_following_goes_on_through_restarts_and_into_the_next_job_until_the_run_
             wait_until(lambda: said.read_text() == "one\ntwo\nthr", follower)
             log.write("ee\n")
         wait_until(lambda: said.read_text().endswith("three\n"), follower)
-        second = write(run, "logs/8-1.log", "four\n", -60)
+        second = write(run, "logs/8-1.log", "four\n", 0)
+        os.utime(second, (time.time() + 60, time.time() + 60))  # newer than what was just written
         wait_until(lambda: said.read_text().endswith(f"==> {second} <==\nfour\n"), follower)
         with second.open("a") as log:
             log.write("five\n")
