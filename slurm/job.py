@@ -174,7 +174,7 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int) -> En
 
 def conclude(run: Path, request: Request, where: Allocation, cause: Cause) -> Decision:
     """Writes down why a start ended and what follows; returns that."""
-    own = [start for start in records.starts(run) if start.name.rpartition(".")[0] == where.job]
+    own = [start for start in records.starts(run) if start.job == where.job]
     last_step, failed = last_step_done(run), failed_nodes(run, where, cause)
     ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
     decision = decide(cause, ended, request.max_restarts, request.backoff)
@@ -190,7 +190,7 @@ def close_open_starts(run: Path, where: Allocation) -> None:
         if start.ended is None and start.name != where.start:
             lost = lost_nodes(start.nodes)
             cause = Cause.NODE_LOST if lost else Cause.PREEMPTED
-            why, at = f"{cause}: Slurm started it again", last_sign_of_life(run, start.began)
+            why, at = f"{cause}: Slurm started it again", max(start.began, records.last_sign_of_life(run))
             records.note_end(run, start.name, cause, last_step_done(run), lost, why, at)
             note_restart(run, start.name, cause, last_step_done(run))
 
@@ -201,12 +201,6 @@ def note_restart(run: Path, start: str, cause: Cause, last_step: int) -> None:
     lines = JsonLines(run / "events.jsonl")
     lines.write({"time": round(time.time(), 3), "event": "restart", "start": start, "cause": cause, "steps_lost": lost})
     lines.close()
-
-
-def last_sign_of_life(run: Path, began: float) -> float:
-    """When a start that was killed last wrote something, in seconds since 1970."""
-    files = [run / "metrics.jsonl", run / "events.jsonl"]
-    return max([began, *(file.stat().st_mtime for file in files if file.exists())])
 
 
 def last_step_done(run: Path) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ class Start:
     last_step: int | None = None
     failed_nodes: tuple[str, ...] = ()
     decision: str | None = None
+
+    @property
+    def job(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def restart(self) -> int:
+        return int(self.name.rpartition(".")[2])
 
 
 def folder(run: Path) -> Path:
@@ -78,9 +86,9 @@ def starts(run: Path) -> list[Start]:
         if row["event"] == "start":
             found[row["start"]] = Start(row["start"], tuple(row["nodes"]), row["time"], row["step"])
         elif (begun := found.get(row["start"])) is not None:
-            found[row["start"]] = Start(
-                begun.name, begun.nodes, begun.began, begun.first_step, row["time"], row["cause"], row["step"],
-                tuple(row["failed_nodes"]), row["decision"],
+            found[row["start"]] = replace(
+                begun, ended=row["time"], cause=row["cause"], last_step=row["step"],
+                failed_nodes=tuple(row["failed_nodes"]), decision=row["decision"],
             )  # fmt: skip
     return list(found.values())
 
@@ -88,6 +96,12 @@ def starts(run: Path) -> list[Start]:
 def failures(run: Path, start: str) -> Iterator[dict[str, Any]]:
     """What ranks of a start said as they ended: `start`, `time`, `rank`, `host`, `status`, `message`."""
     return (row for row in read_lines(folder(run) / "failures.jsonl") if row["start"] == start)
+
+
+def last_sign_of_life(run: Path) -> float:
+    """When a run last wrote metrics or events, in seconds since 1970; 0 where it never has."""
+    files = [run / "metrics.jsonl", run / "events.jsonl"]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
 def cancel(run: Path) -> None:

@@ -63,7 +63,7 @@ class Seen:
     last_words: str | None
 
     def of_job(self, job: str) -> list[Start]:
-        return [start for start in self.starts if start.name.rpartition(".")[0] == job]
+        return [start for start in self.starts if start.job == job]
 
     def last(self, *names: str) -> dict[str, Any]:
         """The newest event of these names, or {}."""
@@ -137,7 +137,6 @@ def look(run: Path) -> Seen:
     events = [row for row in read_lines(run / "events.jsonl") if "event" in row and "time" in row]
     starts, submissions = records.starts(run), records.submissions(run)
     failures = sorted(records.failures(run, starts[-1].name), key=lambda row: row["time"]) if starts else []
-    signs = [run / "metrics.jsonl", run / "events.jsonl"]
     cancelled = records.folder(run) / "cancelled"
     return Seen(
         run,
@@ -150,7 +149,7 @@ def look(run: Path) -> Seen:
         _checkpoints(run),
         queue.is_held(run),
         cancelled.stat().st_mtime if records.is_cancelled(run) else None,
-        max((file.stat().st_mtime for file in signs if file.exists()), default=0.0),
+        records.last_sign_of_life(run),
         last_words(run) if submissions and not failures else None,
     )
 
@@ -224,7 +223,7 @@ def state_of(seen: Seen, jobs: Queue) -> tuple[str, str | None]:
 def _of_living(seen: Seen, job: str, facts: Mapping[str, str]) -> tuple[str, str | None]:
     own, state, restarts = seen.of_job(job), facts["JobState"], int(facts.get("Restarts", 0))
     last = own[-1] if own else None
-    if last is not None and last.cause is not None and int(last.name.rpartition(".")[2]) >= restarts:
+    if last is not None and last.cause is not None and last.restart >= restarts:
         if last.cause == Cause.DONE:
             return ("done", None) if state in WAITING or state == "COMPLETING" else ("running", "evaluating")
         if last.cause == Cause.CANCELLED:
@@ -319,7 +318,7 @@ def _goodput(seen: Seen, jobs: Queue, now: float) -> float | None:
     """None where there were no jobs, or steps were done outside of them: metrics have no times to tell those apart."""
     spans = []
     for start in seen.starts:
-        facts = jobs.get(start.name.rpartition(".")[0])
+        facts = jobs.get(start.job)
         lives = start is seen.starts[-1] and (seen.held or bool(facts and facts["JobState"] in BUSY))
         ended = start.ended or (now if lives else max(start.began, seen.last_sign))
         spans.append((start.began, ended))
