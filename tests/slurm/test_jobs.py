@@ -15,7 +15,6 @@ import pytest
 
 from pipeline.json_lines import read_lines
 from slurm.records import Start, starts
-from tests.cluster.conftest import cluster, slurm_here  # noqa: F401
 from tests.cluster.slurm import Cluster
 from tests.pipeline.runs import (
     ROOT,
@@ -63,7 +62,7 @@ def undisturbed(digits: Path) -> Path:
 
 
 @pytest.fixture
-def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:  # noqa: F811
+def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Submits a run of this name, and returns its job; what is left is cancelled in the end."""
     jobs: list[str] = []
 
@@ -79,7 +78,7 @@ def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Callab
         cluster.wait(job, "COMPLETED", "CANCELLED", "FAILED")
 
 
-def command(cluster: Cluster, *words: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:  # noqa: F811
+def command(cluster: Cluster, *words: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**cluster.environment, "PYTHONPATH": str(checkout)}
     program = [sys.executable, "-P", "-m", "slurm.cli", *words]
     return subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -119,7 +118,7 @@ def causes(run: Path) -> list[str | None]:
 
 @pytest.mark.torture
 def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     submitted: Callable[..., str],
     undisturbed: Path,
     tmp_path: Path,
@@ -140,7 +139,7 @@ def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
 
 @pytest.mark.torture
 def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkout_meanwhile(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     digits: Path,
     tmp_path: Path,
 ) -> None:
@@ -167,7 +166,7 @@ def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkou
 
 @pytest.mark.torture
 def test_a_run_goes_on_on_the_node_that_is_left(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     submitted: Callable[..., str],
     undisturbed: Path,
     tmp_path: Path,
@@ -189,7 +188,7 @@ def test_a_run_goes_on_on_the_node_that_is_left(
 
 @pytest.mark.torture
 def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     submitted: Callable[..., str],
     undisturbed: Path,
     tmp_path: Path,
@@ -205,7 +204,7 @@ def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(
 
 @pytest.mark.torture
 def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     submitted: Callable[..., str],
     tmp_path: Path,
 ) -> None:
@@ -222,7 +221,7 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(
 
 @pytest.mark.torture
 def test_a_cancelled_run_stays_cancelled_and_goes_on_when_it_is_submitted_again(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     submitted: Callable[..., str],
     undisturbed: Path,
     tmp_path: Path,
@@ -242,7 +241,7 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_when_it_is_submitted_again(
 
 
 def test_a_request_that_is_wrong_fails_once_and_status_says_why(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     submitted: Callable[..., str],
     tmp_path: Path,
 ) -> None:
@@ -255,7 +254,7 @@ def test_a_request_that_is_wrong_fails_once_and_status_says_why(
 
 
 def test_what_the_cluster_could_never_give_is_refused_before_anything_is_submitted(
-    cluster: Cluster,  # noqa: F811
+    cluster: Cluster,
     digits: Path,
     tmp_path: Path,
 ) -> None:
