@@ -4,6 +4,9 @@ A run is alive while rank 0 of it holds an exclusive lock on RUN/.lock; the kern
 ends, however it ends, so a killed run can be started again at once. Each start is an attempt with the next number
 (attempts.py).
 
+Whoever wants to start a run that is alive is refused, but for the next start of the same Slurm job: Slurm has given the
+start before up, whose rank 0 may live on where nobody reaches it. That one ends when it sees the new attempt's number.
+
 Next: train.py.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -22,11 +26,16 @@ from pipeline.attempts import take_number, trusted
 from pipeline.checkpoint import step_of
 from pipeline.config import Config
 from pipeline.errors import BadRequest
+from pipeline.failures import START
 from pipeline.overrides import changes, read_resolved, to_yaml
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 LOCK_PATIENCE_SECONDS = 10.0
 """How long a killed process may take to disappear."""
+
+
+class Alive(BadRequest):
+    """Another process holds the run."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,24 @@ class Claim:
 
 
 def claim(path: Path) -> Claim:
-    """The run's folder, held until this process ends, for a new attempt; BadRequest where another process holds it."""
-    lock = hold(path)
-    return Claim(path, take_number(path), lock)
+    """The run's folder, held until this process ends, for a new attempt; Alive where another process holds it."""
+    try:
+        lock = hold(path)
+    except Alive:
+        if not _is_of_our_job(path):
+            raise
+    else:
+        return Claim(path, take_number(path), lock)
+    attempt = take_number(path)
+    try:
+        return Claim(path, attempt, hold(path))
+    except Alive as error:
+        print(f"{error}. It is an earlier start of this job, and what it does is not used any more: going on")
+        return Claim(path, attempt, (path / ".lock").open())
 
 
 def hold(path: Path) -> TextIO:
-    """The run's lock, until it is closed; BadRequest where another process has it for longer than it takes to end."""
+    """The run's lock, until it is closed; Alive where another process has it for longer than it takes to end."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
@@ -56,10 +76,11 @@ def hold(path: Path) -> TextIO:
         if time.monotonic() > deadline:
             lock.seek(0)
             holder = lock.read().strip()
-            raise BadRequest(f"run.dir={path}: this run is alive ({holder}); end it first, or choose another run.dir")
+            raise Alive(f"run.dir={path}: this run is alive ({holder}); end it first, or choose another run.dir")
         time.sleep(0.1)
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    start = f", start {os.environ[START]}" if START in os.environ else ""
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}{start}\n")
     lock.flush()
     return lock
 
@@ -93,6 +114,13 @@ def write_config(path: Path, config: Config) -> None:
     hidden = path / ".config.yaml"
     hidden.write_text(to_yaml(config), encoding="utf-8")
     os.replace(hidden, path / "config.yaml")
+
+
+def _is_of_our_job(path: Path) -> bool:
+    """Whether the holder of the lock is an earlier start, as 4711.0, of the Slurm job whose start this process is."""
+    job, _, restart = os.environ.get(START, "").rpartition(".")
+    found = re.search(r", start (.+)\.(\d+)$", (path / ".lock").read_text().strip())
+    return found is not None and found[1] == job and int(found[2]) < int(restart)
 
 
 def _locked(lock: TextIO) -> bool:

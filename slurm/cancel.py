@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import BadRequest, RunFailed
-from slurm import queue, records
+from slurm import client, queue, records
 
 
 def cancel(run: Path) -> int:
@@ -21,7 +21,7 @@ def cancel(run: Path) -> int:
         )
     try:
         jobs = queue.living(run)
-    except RunFailed as error:
+    except client.ERRORS as error:
         records.cancel(run)
         raise RunFailed(f"{error}; noted that {run} is not to be started again: cancel again to end it now") from None
     if not jobs:

@@ -49,7 +49,8 @@ class Ending:
     statuses: tuple[int, ...] = ()
     """Exit statuses that ranks noted as they failed."""
     cancelled: bool = False
-    node_lost: bool = False
+    lost: tuple[str, ...] = ()
+    """Nodes of the job that Slurm does not count on any more."""
     seconds_left: float | None = None
     """Of the job's time when it was told to stop."""
     lead: float = 0.0
@@ -65,7 +66,7 @@ def cause_of(ending: Ending) -> Cause:
     if ending.event == "stop":
         left = ending.seconds_left
         return Cause.TIME_LIMIT if left is not None and left <= ending.lead + 60 else Cause.PREEMPTED
-    if ending.node_lost:
+    if ending.lost:
         return Cause.NODE_LOST
     if 2 in (ending.status, *ending.statuses):
         return Cause.BAD_REQUEST

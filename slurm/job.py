@@ -23,11 +23,11 @@ from pipeline import failures
 from pipeline.json_lines import JsonLines, read_lines
 from pipeline.launch import slurm_port
 from pipeline.run_folder import newest_step
-from slurm import records
+from slurm import client, records
 from slurm.cause import FAILURES, Cause, Decision, Ending, cause_of, decide
 
-CLIENT_SECONDS = 60
-DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "DRAIN", "POWER", "UNKNOWN")
+DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED", "POWERING", "UNKNOWN")
+"""How states begin of nodes that jobs die on; one that drains ends what it has begun."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Request:
     max_restarts: int
     backoff: float
     requeue: str
+    exclude: str | None
     evaluate: str | None
     """Of a chain's last run: the set that it is evaluated on in the end."""
 
@@ -76,7 +77,7 @@ def allocation(restart: int = 0) -> Allocation:
     environment = os.environ
     if "SLURM_JOB_ID" not in environment:
         return Allocation(f"local-{os.getpid()}", restart, ())
-    nodes = _client("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+    nodes = client.ask("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
     if "SLURM_ARRAY_JOB_ID" in environment:
         return Allocation(environment["SLURM_ARRAY_JOB_ID"], int(environment["SLURM_ARRAY_TASK_ID"]), tuple(nodes))
     return Allocation(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", 0)), tuple(nodes))
@@ -94,11 +95,11 @@ def main(run: Path, request: Request) -> int:
         records.note_start(run, where.start, where.nodes, newest_step(run) or 0)
         status = run_ranks(run, request, where, request.command)
         ending = ending_of(run, request, where, status)
-        decision = conclude(run, request, where, cause_of(ending))
+        decision = conclude(run, request, where, cause_of(ending), ending.lost)
         say(run, f"end of {where.start}: {decision.why}")
         if not decision.again:
             if request.requeue == "array":
-                _client("scancel", "--state=PENDING", where.job)  # the elements that nobody needs any more
+                client.insist("scancel", "--state=PENDING", where.job)  # the elements that nobody needs any more
             if decision.why == "done" and request.evaluate is not None:
                 return evaluate(run, request, where)
             return 0 if decision.why == "done" else max(1, min(status, 125))
@@ -166,19 +167,20 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int) -> En
         last.get("reason"),
         noted,
         records.is_cancelled(run),
-        bool(lost_nodes(where.nodes)),
+        lost_nodes(where.nodes),
         seconds_left(where),
         request.lead,
     )
 
 
-def conclude(run: Path, request: Request, where: Allocation, cause: Cause) -> Decision:
+def conclude(run: Path, request: Request, where: Allocation, cause: Cause, lost: tuple[str, ...]) -> Decision:
     """Writes down why a start ended and what follows; returns that."""
     own = [start for start in records.starts(run) if start.job == where.job]
-    last_step, failed = last_step_done(run), failed_nodes(run, where, cause)
+    last_step = last_step_done(run)
+    failed = lost if cause is Cause.NODE_LOST else first_failed(run, where) if cause in FAILURES else ()
     ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
     decision = decide(cause, ended, request.max_restarts, request.backoff)
-    records.note_end(run, where.start, cause, last_step, failed, decision.why)
+    records.note_end(run, where.start, cause, last_step, failed, decision.why, decision.again)
     if decision.again:
         note_restart(run, where.start, cause, last_step)
     return decision
@@ -191,7 +193,7 @@ def close_open_starts(run: Path, where: Allocation) -> None:
             lost = lost_nodes(start.nodes)
             cause = Cause.NODE_LOST if lost else Cause.PREEMPTED
             why, at = f"{cause}: Slurm started it again", max(start.began, records.last_sign_of_life(run))
-            records.note_end(run, start.name, cause, last_step_done(run), lost, why, at)
+            records.note_end(run, start.name, cause, last_step_done(run), lost, why, True, at)
             note_restart(run, start.name, cause, last_step_done(run))
 
 
@@ -207,12 +209,10 @@ def last_step_done(run: Path) -> int:
     return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)
 
 
-def failed_nodes(run: Path, where: Allocation, cause: Cause) -> tuple[str, ...]:
-    """Nodes that are down, or that of the rank that failed first."""
-    if cause is Cause.NODE_LOST:
-        return lost_nodes(where.nodes)
-    noted = sorted(records.failures(run, where.start), key=lambda row: row["time"]) if cause in FAILURES else []
-    return tuple(row["host"] for row in noted[:1])
+def first_failed(run: Path, where: Allocation) -> tuple[str, ...]:
+    """The node of the rank that failed first; the others fail because of it."""
+    first = min(records.failures(run, where.start), key=lambda row: row["time"], default=None)
+    return (first["host"],) if first is not None else ()
 
 
 # --------------------------------------------------------------------------------------------------------------- Slurm
@@ -223,24 +223,20 @@ def start_again(run: Path, request: Request, where: Allocation, decision: Decisi
     if request.requeue == "array":
         time.sleep(decision.after)
         return 1
-    if _client("squeue", "-h", "-j", where.job, "-o", "%T").strip() != "RUNNING":
+    if client.insist("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%T").strip() != "RUNNING":
         say(run, "cancelled meanwhile, so it is not started again")
         return 1
+    change = ("scontrol", "update", f"jobid={where.job}")
     if decision.exclude:
-        _client("scontrol", "update", f"jobid={where.job}", f"ExcNodeList={','.join(decision.exclude)}")
+        unwanted = [request.exclude] if request.exclude else []
+        client.insist(*change, f"ExcNodeList={','.join([*unwanted, *decision.exclude])}")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too; live until the time is set
-    _client("scontrol", "requeue", where.job)
+    client.insist("scontrol", "requeue", where.job)
     if request.min_nodes < request.nodes:  # Slurm would wait for as many as this start had
         fewest = request.min_nodes * request.tasks_per_node
-        _client(
-            "scontrol",
-            "update",
-            f"jobid={where.job}",
-            f"NumTasks={fewest}",
-            f"NumNodes={request.min_nodes}-{request.nodes}",
-        )
+        client.insist(*change, f"NumTasks={fewest}", f"NumNodes={request.min_nodes}-{request.nodes}")
     if decision.after > 0:
-        _client("scontrol", "update", f"jobid={where.job}", f"StartTime=now+{round(decision.after)}")
+        client.insist(*change, f"StartTime=now+{round(decision.after)}")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(600)  # not reached
     return 1
@@ -250,7 +246,7 @@ def lost_nodes(nodes: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the nodes that Slurm does not count on any more."""
     if not nodes:
         return ()
-    states = _client("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    states = client.insist("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
     pairs = [line.split() for line in states.splitlines()]
     return tuple(sorted({name for name, state in pairs if state.endswith("*") or state.upper().startswith(DOWN)}))
 
@@ -259,8 +255,8 @@ def seconds_left(where: Allocation) -> float | None:
     """Of the job's time limit; None without one."""
     if not where.nodes:
         return None
-    ends = _client("squeue", "-h", "-j", where.job, "-o", "%L").strip().splitlines()
-    days, _, clock = (ends[0] if ends else "").rpartition("-")
+    left = client.insist("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L").strip()
+    days, _, clock = left.rpartition("-")
     if not clock or not all(part.isdigit() for part in clock.split(":")):
         return None
     seconds = 0
@@ -269,21 +265,12 @@ def seconds_left(where: Allocation) -> float | None:
     return 86400 * int(days or 0) + seconds
 
 
-def _client(*command: str) -> str:
-    """A client program's answer; what it says instead goes to the job's log, and the answer is empty."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"{command[0]}: {error}", file=sys.stderr, flush=True)
-        return ""
-    if done.returncode:
-        print(f"{shlex.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
-    return done.stdout
-
-
 def say(run: Path, line: str) -> None:
     print(f"{time.strftime('%F %T')} {run.name}: {line}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), read_request(Path(sys.argv[2]))))
+    try:
+        sys.exit(main(Path(sys.argv[1]), read_request(Path(sys.argv[2]))))
+    except client.ERRORS as error:
+        sys.exit(f"coatnet: {error}")

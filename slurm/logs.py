@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import BadRequest, RunFailed
-from slurm import queue, records
+from pipeline.errors import BadRequest
+from slurm import client, queue, records
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_QUESTIONS = 5.0
@@ -125,7 +125,7 @@ def _is_over(run: Path) -> bool:
     """Whether nothing of the run is alive, as far as Slurm answers."""
     try:
         return not queue.is_held(run) and not queue.living(run)
-    except RunFailed as error:
+    except client.ERRORS as error:
         print(f"coatnet: {error}", file=sys.stderr)
         return False
 

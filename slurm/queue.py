@@ -11,48 +11,36 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 
-from pipeline.errors import BadRequest, RunFailed
-from slurm import records
+from pipeline.errors import BadRequest
+from slurm import client, records
 
-PATIENCE_SECONDS = 10
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 """States of a job that is to start, or to start again."""
 BUSY = {"RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
 """States of a job that has nodes."""
 _LOCAL = "local-"
-_FORGOTTEN = "Invalid job id"
-_OVER = (_FORGOTTEN, "already completing or completed")
-
-
-def is_installed() -> bool:
-    """Whether this machine has Slurm's client programs."""
-    return shutil.which("scontrol") is not None
+_OVER = ("Invalid job id", "already completing or completed")
 
 
 def can_ask(job_id: str, host: str | None = None) -> bool:
     """Whether this machine can say anything of a job; of a local one only its `host` can."""
-    return host in (None, os.uname().nodename) if job_id.startswith(_LOCAL) else is_installed()
+    return host in (None, os.uname().nodename) if job_id.startswith(_LOCAL) else client.is_installed()
 
 
 def show_job(job_id: str) -> dict[str, str] | None:
     """What Slurm knows of a job, by its own names (JobState, Reason, Restarts ...); None where it knows nothing.
 
-    Of a job array the element that is most alive. RunFailed where Slurm does not answer.
+    Of a job array the element that is most alive. Unanswered where Slurm does not answer.
     """
     if job_id.startswith(_LOCAL):
         return {"JobId": job_id, "JobState": "RUNNING"} if _is_batch_process(int(job_id.removeprefix(_LOCAL))) else None
-    if not is_installed():
+    if not client.is_installed():
         return None
-    done = _client("scontrol", "-o", "show", "job", job_id)
-    if _FORGOTTEN in done.stderr:
-        return None
-    _check(done)
-    elements = [parsed(line) for line in done.stdout.splitlines() if line.strip()]
+    said = _unless_forgotten("scontrol", "-o", "show", "job", job_id)
+    elements = [parsed(line) for line in said.splitlines() if line.strip()]
     return max(elements, key=lambda job: (job["JobState"] in BUSY, job["JobState"] in WAITING), default=None)
 
 
@@ -63,25 +51,30 @@ def parsed(line: str) -> dict[str, str]:
 
 
 def estimated_start(job_id: str) -> str | None:
-    """When Slurm thinks that a pending job starts; None where it does not say. RunFailed where it does not answer."""
-    if job_id.startswith(_LOCAL) or not is_installed():
+    """When Slurm thinks that a pending job starts; None where it does not say. Unanswered where it does not answer."""
+    if job_id.startswith(_LOCAL) or not client.is_installed():
         return None
-    done = _client("squeue", "--start", "--noheader", f"--jobs={job_id}", "--format=%S")
-    if _FORGOTTEN in done.stderr:
-        return None
-    _check(done)
-    times = [word for word in done.stdout.split() if word[:1].isdigit()]
+    said = _unless_forgotten("squeue", "--start", "--noheader", f"--jobs={job_id}", "--format=%S")
+    times = [word for word in said.split() if word[:1].isdigit()]
     return min(times, default=None)
 
 
 def cancel_job(job_id: str) -> None:
-    """Ends a job; one that is over already is left alone. RunFailed where Slurm refuses or does not answer."""
+    """Ends a job; one that is over already is left alone. Refused or Unanswered by Slurm."""
     if not job_id.startswith(_LOCAL):
-        done = _client("scancel", job_id)
-        if not any(words in done.stderr for words in _OVER):
-            _check(done)
+        _unless_forgotten("scancel", job_id)
     elif _is_batch_process(process := int(job_id.removeprefix(_LOCAL))):
         os.killpg(process, signal.SIGTERM)
+
+
+def _unless_forgotten(*command: str) -> str:
+    """The answer, empty where Slurm does not know the job (any more)."""
+    try:
+        return client.ask(*command)
+    except client.Refused as error:
+        if any(words in str(error) for words in _OVER):
+            return ""
+        raise
 
 
 def living(run: Path) -> dict[str, dict[str, str]]:
@@ -123,21 +116,3 @@ def _is_batch_process(process: int) -> bool:
         return False
     ours = b"slurm.job" in words or any(word.endswith(b"/slurm/local.sh") for word in words)
     return state not in "ZX" and int(group) == process and ours
-
-
-def _client(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_SECONDS, check=False,
-            env=dict(os.environ) | {"SLURM_TIME_FORMAT": "standard"},
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise RunFailed(f"{command[0]} is not on this machine's PATH: ask from a login node") from None
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s: is Slurm's controller up?") from None
-
-
-def _check(done: subprocess.CompletedProcess[str]) -> None:
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RunFailed(f"Slurm does not answer: {said[-1].strip() if said else f'exit status {done.returncode}'}")

@@ -36,6 +36,8 @@ class Start:
     last_step: int | None = None
     failed_nodes: tuple[str, ...] = ()
     decision: str | None = None
+    again: bool = False
+    """Whether the job was to start once more."""
 
     @property
     def job(self) -> str:
@@ -72,11 +74,13 @@ def note_end(
     last_step: int,
     failed_nodes: tuple[str, ...] = (),
     decision: str = "",
+    again: bool = False,
     at: float | None = None,
 ) -> None:
     """`at` is when it ended, by seconds since 1970; None: now."""
     facts = {"start": name, "event": "end", "cause": cause, "step": last_step, "failed_nodes": failed_nodes}
-    _add(folder(run) / "starts.jsonl", {"time": round(at or time.time(), 3), **facts, "decision": decision})
+    facts |= {"decision": decision, "again": again}
+    _add(folder(run) / "starts.jsonl", {"time": round(at or time.time(), 3), **facts})
 
 
 def starts(run: Path) -> list[Start]:
@@ -88,7 +92,7 @@ def starts(run: Path) -> list[Start]:
         elif (begun := found.get(row["start"])) is not None:
             found[row["start"]] = replace(
                 begun, ended=row["time"], cause=row["cause"], last_step=row["step"],
-                failed_nodes=tuple(row["failed_nodes"]), decision=row["decision"],
+                failed_nodes=tuple(row["failed_nodes"]), decision=row["decision"], again=row["again"],
             )  # fmt: skip
     return list(found.values())
 

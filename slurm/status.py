@@ -25,10 +25,10 @@ from rich.text import Text
 
 from pipeline.attempts import trusted
 from pipeline.checkpoint import checkpoints, step_of
-from pipeline.errors import BadRequest, RunFailed
+from pipeline.errors import BadRequest
 from pipeline.json_lines import read_lines
-from slurm import queue, records
-from slurm.cause import Cause
+from slurm import client, queue, records
+from slurm.cause import FAILURES, Cause
 from slurm.logs import last_words
 from slurm.queue import BUSY, WAITING
 from slurm.records import Start
@@ -36,7 +36,6 @@ from slurm.records import Start
 SECONDS_BETWEEN_LOOKS = 5.0
 ROWS_FOR_SPEED = 10
 DECIDING = ("start", "begin", "resume", "stop", "done", "frozen")
-GOES_ON = (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_LOST)
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
 """What show_job says by job; a job that is not there could not be asked for."""
@@ -126,7 +125,7 @@ def look_at(runs: Sequence[Path]) -> tuple[list[Status], str | None]:
         if problem is None:
             try:
                 jobs = ask(seen)
-            except RunFailed as error:
+            except client.ERRORS as error:
                 problem = str(error)
         found.append(status_of(seen, jobs, time.time()))
     return found, problem
@@ -155,7 +154,7 @@ def look(run: Path) -> Seen:
 
 
 def ask(seen: Seen) -> Queue:
-    """What Slurm knows of a run's jobs, but for older ones whose end is known. RunFailed where it does not answer."""
+    """What Slurm knows of a run's jobs, but for older ones whose end is known. Raises client.ERRORS."""
     final, jobs = {Cause.DONE, Cause.CANCELLED, Cause.BAD_REQUEST}, {}
     for row in {row["job"]: row for row in seen.submissions}.values():
         own, newest = seen.of_job(row["job"]), row["job"] == seen.submissions[-1]["job"]
@@ -257,9 +256,9 @@ def _of_ended(seen: Seen, job: str, jobs: Queue) -> tuple[str, str | None]:
         return "failed", seen.last_words or f"job {job} ended as {state}"
     if last.cause is None and unknown:
         return "running", here
-    if last.cause in GOES_ON and unknown:
+    if last.again and unknown:
         return "requeued", f"{last.decision}; {here}"
-    if last.cause in GOES_ON or state in ENDED_BY_SLURM:
+    if (last.again and last.cause not in FAILURES) or state in ENDED_BY_SLURM:
         why = last.cause or ENDED_BY_SLURM.get(state)
         return "stopped", f"{why}, and Slurm did not start it again: submit it again"
     if last.cause is None and (stop := seen.last(*DECIDING)).get("event") == "stop" and stop["time"] >= last.began:

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import BadRequest, RunFailed
+from pipeline.errors import BadRequest
 from pipeline.json_lines import read_lines
 from pipeline.overrides import read_config, to_yaml
 from pipeline.run_folder import compare
 from pipeline.start import check_config
-from slurm import records
+from slurm import client, queue, records
 from slurm.job import Request
 from slurm.request import batch_command, parameters, script, tasks_per_node
 from slurm.snapshot import snapshot
-
-CLIENT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,11 @@ def submit(
         raise BadRequest(
             "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
         )
-    if cluster == "slurm" and not dry_run:
-        check_cluster(works[0].config)
+    if not dry_run:
+        for work in works:
+            check_idle(work.run)
+        if cluster == "slurm":
+            check_cluster(works[0].config)
     before: str | None = None
     for work in works:
         before = submit_one(work, before, cluster, dry_run)
@@ -85,11 +85,25 @@ def check(work: Work) -> None:
     compare(work.run, work.config, work.command)
 
 
+def check_idle(run: Path) -> None:
+    """BadRequest where the run is alive: it has a job that waits or runs, or a process trains it."""
+    for job, facts in queue.living(run).items():
+        raise BadRequest(
+            f"{run}: its job {job} is {facts['JobState'].lower()} and starts again by itself;"
+            f" `coatnet cancel {run}` ends it, if another is to take its place"
+        )
+    if queue.is_held(run):
+        holder = (run / ".lock").read_text().strip()
+        raise BadRequest(f"{run}: this run is alive ({holder}); end it first, or choose another run.dir")
+
+
 def check_cluster(config: Config) -> None:
-    """BadRequest where the cluster could never give what is asked for; RunFailed where it does not answer."""
+    """BadRequest where the cluster could never give what is asked for; Unanswered where it does not answer."""
+    if not client.is_installed():
+        raise BadRequest("no Slurm on this machine's PATH: submit from a login node, or with --cluster local")
     slurm = config.slurm
     where = ["-p", slurm.partition] if slurm.partition else []
-    counts = client("sinfo", "-h", "-o", "%P %D", *where).split("\n")
+    counts = client.ask("sinfo", "-h", "-o", "%P %D", *where).split("\n")
     nodes = {name.rstrip("*"): int(count) for name, count in map(str.split, filter(None, counts))}
     if not nodes:
         raise BadRequest(f"slurm.partition={slurm.partition} does not exist here; sinfo lists those that do")
@@ -140,6 +154,7 @@ def prepare(work: Work, folder: Path, after: str | None) -> tuple[dict[str, Any]
         slurm.max_restarts,
         slurm.backoff,
         slurm.requeue,
+        slurm.exclude,
         work.config.data.val if work.evaluate else None,
     ).write(request)
     command = batch_command(sys.executable, code, work.run, request)
@@ -148,10 +163,10 @@ def prepare(work: Work, folder: Path, after: str | None) -> tuple[dict[str, Any]
 
 
 def submit_to_slurm(folder: Path, wanted: dict[str, Any], text: str, command: str) -> str:
-    """The id that sbatch gives; BadRequest with its words where it refuses."""
+    """The id that sbatch gives; Refused with its words where it refuses."""
     checked = folder / ".check.sh"
     checked.write_text(text)
-    client("sbatch", "--test-only", str(checked))
+    client.ask("sbatch", "--test-only", str(checked))
     checked.unlink()
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
@@ -197,19 +212,5 @@ def warnings(work: Work) -> list[str]:
 
 def kill_wait() -> float:
     """Seconds between the cluster's SIGTERM and SIGKILL."""
-    found = re.search(r"^KillWait\s*=\s*(\d+)", client("scontrol", "show", "config"), re.MULTILINE)
+    found = re.search(r"^KillWait\s*=\s*(\d+)", client.ask("scontrol", "show", "config"), re.MULTILINE)
     return float(found[1]) if found else math.inf
-
-
-def client(*command: str) -> str:
-    """A client program's answer; BadRequest with its words where it refuses."""
-    if shutil.which(command[0]) is None:
-        raise BadRequest(f"{command[0]} is not on this machine's PATH: submit from a login node, or --cluster local")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"{command[0]} gave no answer within {CLIENT_SECONDS} s; is the Slurm controller up?") from None
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise BadRequest(f"{command[0]}: {said[-1] if said else f'status {done.returncode}'}")
-    return done.stdout

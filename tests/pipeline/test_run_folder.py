@@ -21,6 +21,7 @@ from pipeline import run_folder
 from pipeline.checkpoint import step_name
 from pipeline.config import Config
 from pipeline.errors import BadRequest
+from pipeline.failures import START
 from pipeline.json_lines import JsonLines, cut_back, read_lines
 from pipeline.overrides import read_config, read_resolved
 from pipeline.run_folder import claim, compare, hold, newest_step, write_config
@@ -76,6 +77,25 @@ def test_a_killed_holder_may_take_a_moment_to_disappear(tmp_path):
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         claim(tmp_path).lock.close()
+
+
+@pytest.mark.parametrize(
+    ("holders", "ours", "is_refused"),
+    [("7.0", "7.2", False), ("7.2", "7.0", True), ("7.0", "8.0", True), ("7.0", None, True), (None, "7.1", True)],
+)
+def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
+    tmp_path, monkeypatch, holders: str | None, ours: str | None, is_refused: bool
+):
+    """Slurm has given it up, but it lives on, and ends when it sees that there is a newer attempt."""
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setenv(START, holders) if holders else monkeypatch.delenv(START, raising=False)
+    with holder(tmp_path):
+        monkeypatch.setenv(START, ours) if ours else monkeypatch.delenv(START, raising=False)
+        if is_refused:
+            with pytest.raises(BadRequest, match="this run is alive"):
+                claim(tmp_path)
+        else:
+            assert claim(tmp_path).attempt == 1
 
 
 def test_a_claim_ends_with_its_lock(tmp_path, monkeypatch):

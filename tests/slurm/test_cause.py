@@ -32,9 +32,9 @@ LONG = 10**5
         (Ending(1, "frozen"), Cause.HANG),
         (Ending(1, "frozen", statuses=(1,)), Cause.HANG),
         (Ending(137), Cause.KILLED_RANK),
-        (Ending(137, node_lost=True), Cause.NODE_LOST),
-        (Ending(1, statuses=(1,), node_lost=True), Cause.NODE_LOST),
-        (Ending(1, "frozen", node_lost=True), Cause.NODE_LOST),
+        (Ending(137, lost=("n2",)), Cause.NODE_LOST),
+        (Ending(1, statuses=(1,), lost=("n2",)), Cause.NODE_LOST),
+        (Ending(1, "frozen", lost=("n2",)), Cause.NODE_LOST),
     ],
 )
 def test_why_a_start_ended(ending: Ending, cause: Cause) -> None:

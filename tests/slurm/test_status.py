@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadRequest, RunFailed
-from slurm import queue, records
+from slurm import client, queue, records
 from slurm.cancel import cancel
 from slurm.cause import Cause
 from slurm.status import Queue, Status, lines, look, status, status_of
@@ -53,9 +53,17 @@ class Run:
         return self._add("slurm/starts.jsonl", {"time": NOW - 60 * at, **facts})
 
     def end(
-        self, at: float, cause: Cause, name: str = "7.0", step: int = 0, decision: str = "so it was decided"
+        self,
+        at: float,
+        cause: Cause,
+        name: str = "7.0",
+        step: int = 0,
+        decision: str = "so it was decided",
+        again: bool | None = None,
     ) -> Run:
+        again = cause in (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_LOST) if again is None else again
         facts = {"start": name, "event": "end", "cause": cause, "step": step, "failed_nodes": [], "decision": decision}
+        facts |= {"again": again}
         return self._add("slurm/starts.jsonl", {"time": NOW - 60 * at, **facts})
 
     def failure(self, at: float, rank: int, message: str, name: str = "7.0", host: str = "n1") -> Run:
@@ -94,7 +102,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "is_installed", lambda: False)
+    monkeypatch.setattr(client, "is_installed", lambda: False)
 
 
 # -------------------------------------------------------------------------------------------------------- without Slurm
@@ -236,18 +244,24 @@ def test_the_state_of_a_job_that_never_came_to_start(run: Run, job: Any, state: 
 
 
 @pytest.mark.parametrize(
-    ("cause", "state"),
-    [(None, "running"), (Cause.PREEMPTED, "requeued"), (Cause.CRASH, "failed"), (Cause.DONE, "done")],
+    ("cause", "again", "state"),
+    [
+        (None, False, "running"),
+        (Cause.PREEMPTED, True, "requeued"),
+        (Cause.CRASH, True, "requeued"),
+        (Cause.CRASH, False, "failed"),
+        (Cause.DONE, False, "done"),
+    ],
 )
 def test_where_slurm_can_not_be_asked_the_folder_is_enough(
-    run: Run, no_slurm: None, capsys: pytest.CaptureFixture[str], cause: Cause | None, state: str
+    run: Run, no_slurm: None, capsys: pytest.CaptureFixture[str], cause: Cause | None, again: bool, state: str
 ) -> None:
     run.submitted(9)
     assert status([run.path], True, False) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "pending"
     run.start(8).begun(7)
     if cause is not None:
-        run.end(6, cause)
+        run.end(6, cause, again=again)
     assert status([run.path], True, False) == 0
     assert json.loads(capsys.readouterr().out)["state"] == state
 
@@ -371,7 +385,7 @@ def test_a_slurm_that_does_not_answer_is_asked_once_and_the_folders_are_shown(
 ) -> None:
     """The client hangs, as it does where the controller is down."""
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(queue, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.2)
     (tmp_path / "bin").mkdir()
     for program in ("scontrol", "scancel"):
         (tmp_path / "bin" / program).write_text("#!/bin/sh\necho >> $0.asked\nexec sleep 60\n")
