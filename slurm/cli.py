@@ -53,6 +53,14 @@ def submit_finetune(
     raise typer.Exit(submit("finetune", config, overrides or [], source, then, cluster, dry_run))
 
 
+@submit_app.command("doctor", epilog="Example: coatnet submit doctor tiny.yaml run.dir=runs/a slurm.nodes=2")
+def submit_doctor(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Examine all nodes of an allocation as a run would get it, and wait for the report."""
+    from slurm.doctor import submit_doctor
+
+    raise typer.Exit(submit_doctor(config, overrides or [], dry_run))
+
+
 @app.command(epilog="Example: coatnet status runs/")
 def status(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, or a folder of runs")],

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,9 +26,10 @@ from pipeline import failures
 from pipeline.json_lines import JsonLines, read_lines
 from pipeline.launch import slurm_port
 from pipeline.run_folder import newest_step
-from slurm import client, records
+from slurm import client, queue, records
 from slurm.cause import FAILURES, Cause, Decision, Ending, cause_of, decide
 
+MOST_WORDS = 1000
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED", "POWERING", "UNKNOWN")
 """How states begin of nodes that jobs die on; one that drains ends what it has begun."""
 
@@ -93,9 +97,9 @@ def main(run: Path, request: Request) -> int:
         if records.is_cancelled(run):
             return 1
         records.note_start(run, where.start, where.nodes, newest_step(run) or 0)
-        status = run_ranks(run, request, where, request.command)
+        status, said = run_ranks(run, request, where, request.command)
         ending = ending_of(run, request, where, status)
-        decision = conclude(run, request, where, cause_of(ending), ending.lost)
+        decision = conclude(run, request, where, ending, said)
         say(run, f"end of {where.start}: {decision.why}")
         if not decision.again:
             if request.requeue == "array":
@@ -112,8 +116,13 @@ def main(run: Path, request: Request) -> int:
 # -------------------------------------------------------------------------------------------------------------- ranks
 
 
-def run_ranks(run: Path, request: Request, where: Allocation, command: list[str], output: Path | None = None) -> int:
-    """Runs a command as the ranks of a start, to its end; returns the exit status."""
+def run_ranks(
+    run: Path, request: Request, where: Allocation, command: list[str], output: Path | None = None
+) -> tuple[int, list[str]]:
+    """Runs a command as the ranks of a start, to its end; returns the exit status, and srun's own last words.
+
+    With `output` all that the ranks print on standard output goes there, else it is logged by rank.
+    """
     program = [*shlex.split(request.command_prefix or ""), request.python, "-P", "-m", "pipeline.cli", *command]
     environment = dict(os.environ) | {
         "PYTHONPATH": request.code,
@@ -133,17 +142,23 @@ def run_ranks(run: Path, request: Request, where: Allocation, command: list[str]
         environment |= {"MASTER_ADDR": where.nodes[0], "MASTER_PORT": str(slurm_port(os.environ))}
     else:
         program += ["--procs", str(request.tasks_per_node)]
-    if output is None:
-        return subprocess.run(program, env=environment, check=False).returncode
-    with output.open("wb") as file:
-        return subprocess.run(program, env=environment, stdout=file, check=False).returncode
+    said: deque[str] = deque(maxlen=MOST_WORDS)
+    with output.open("wb") if output else nullcontext() as file:
+        process = subprocess.Popen(
+            program, env=environment, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            said.append(line)
+    return process.wait(), list(said)
 
 
 def evaluate(run: Path, request: Request, where: Allocation) -> int:
     """Writes RUN/evaluation.json; returns the exit status."""
     hidden = run / ".evaluation.json"
     wanted = ["evaluate", str(run), "--data", str(request.evaluate), "--json"]
-    status = run_ranks(run, request, where, wanted, hidden)
+    status, _ = run_ranks(run, request, where, wanted, hidden)
     if status == 0:
         hidden.rename(run / "evaluation.json")
     say(run, f"evaluated: {run}/evaluation.json" if status == 0 else f"evaluation failed with status {status}")
@@ -173,11 +188,15 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int) -> En
     )
 
 
-def conclude(run: Path, request: Request, where: Allocation, cause: Cause, lost: tuple[str, ...]) -> Decision:
+def conclude(run: Path, request: Request, where: Allocation, ending: Ending, said: list[str]) -> Decision:
     """Writes down why a start ended and what follows; returns that."""
+    cause = cause_of(ending)
     own = [start for start in records.starts(run) if start.job == where.job]
     last_step = last_step_done(run)
-    failed = lost if cause is Cause.NODE_LOST else first_failed(run, where) if cause in FAILURES else ()
+    failed = ending.lost if cause is Cause.NODE_LOST else ()
+    if cause in FAILURES:
+        noted = sorted(records.failures(run, where.start), key=lambda row: row["time"])
+        failed = tuple([*killed_on(said), *(row["host"] for row in noted)][:1])  # others fail because of the first
     ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
     decision = decide(cause, ended, request.max_restarts, request.backoff)
     records.note_end(run, where.start, cause, last_step, failed, decision.why, decision.again)
@@ -209,12 +228,6 @@ def last_step_done(run: Path) -> int:
     return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)
 
 
-def first_failed(run: Path, where: Allocation) -> tuple[str, ...]:
-    """The node of the rank that failed first; the others fail because of it."""
-    first = min(records.failures(run, where.start), key=lambda row: row["time"], default=None)
-    return (first["host"],) if first is not None else ()
-
-
 # --------------------------------------------------------------------------------------------------------------- Slurm
 
 
@@ -223,15 +236,18 @@ def start_again(run: Path, request: Request, where: Allocation, decision: Decisi
     if request.requeue == "array":
         time.sleep(decision.after)
         return 1
-    if client.insist("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%T").strip() != "RUNNING":
-        say(run, "cancelled meanwhile, so it is not started again")
+    facts = queue.parsed(client.insist("scontrol", "-o", "show", "job", where.job))
+    if (facts["JobState"], facts["Restarts"]) != ("RUNNING", str(where.restart)):
+        say(run, "cancelled, or started again, meanwhile: this start does nothing more")
         return 1
-    change = ("scontrol", "update", f"jobid={where.job}")
-    if decision.exclude:
-        unwanted = [request.exclude] if request.exclude else []
-        client.insist(*change, f"ExcNodeList={','.join([*unwanted, *decision.exclude])}")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too; live until the time is set
+    exclude = decision.exclude if len(usable_nodes() - set(decision.exclude)) >= request.min_nodes else ()
+    if exclude != decision.exclude:
+        say(run, f"{', '.join(decision.exclude)} failed repeatedly, but there are too few other nodes")
+    change = ("scontrol", "update", f"jobid={where.job}")  # of a job that is to start, not of one that runs
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too; live until all is changed
     client.insist("scontrol", "requeue", where.job)
+    if exclude:
+        client.insist(*change, f"ExcNodeList={','.join([*([request.exclude] if request.exclude else []), *exclude])}")
     if request.min_nodes < request.nodes:  # Slurm would wait for as many as this start had
         fewest = request.min_nodes * request.tasks_per_node
         client.insist(*change, f"NumTasks={fewest}", f"NumNodes={request.min_nodes}-{request.nodes}")
@@ -247,8 +263,28 @@ def lost_nodes(nodes: tuple[str, ...]) -> tuple[str, ...]:
     if not nodes:
         return ()
     states = client.insist("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
-    pairs = [line.split() for line in states.splitlines()]
-    return tuple(sorted({name for name, state in pairs if state.endswith("*") or state.upper().startswith(DOWN)}))
+    return tuple(sorted(name for name, state in node_states(states) if is_down(state)))
+
+
+def usable_nodes() -> set[str]:
+    """Of this job's partition those that it may start on, now or later."""
+    states = client.insist("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N %T")
+    return {name for name, state in node_states(states) if not is_down(state) and not state.startswith("drain")}
+
+
+def node_states(text: str) -> set[tuple[str, str]]:
+    """Name and state of each node, from sinfo's lines, which repeat a node for each partition."""
+    return {(name, state) for name, state in (line.split() for line in text.splitlines())}
+
+
+def is_down(state: str) -> bool:
+    return state.endswith("*") or state.upper().startswith(DOWN)
+
+
+def killed_on(said: list[str]) -> list[str]:
+    """The nodes of tasks that srun saw killed, as `srun: error: n2: task 3: Killed`, the first one first."""
+    found = [re.match(r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated)\w+", line) for line in said]
+    return [match[1] for match in found if match and "Exited" not in match[0]]
 
 
 def seconds_left(where: Allocation) -> float | None:

@@ -55,9 +55,9 @@ def parameters(slurm: Slurm, name: str, after: str | None = None) -> dict[str, A
     return {key: value for key, value in wanted.items() if value is not None}
 
 
-def batch_command(python: str, code: Path, run: Path, request: Path) -> str:
+def batch_command(python: str, code: Path, module: str, run: Path, request: Path) -> str:
     """The script's last line: the program that starts the ranks and decides what follows from how they ended."""
-    words = ["env", f"PYTHONPATH={code}", python, "-P", "-m", "slurm.job", str(run), str(request)]
+    words = ["env", f"PYTHONPATH={code}", python, "-P", "-m", module, str(run), str(request)]
     return f"exec {shlex.join(words)}"
 
 

@@ -157,7 +157,8 @@ def prepare(work: Work, folder: Path, after: str | None) -> tuple[dict[str, Any]
         slurm.exclude,
         work.config.data.val if work.evaluate else None,
     ).write(request)
-    command = batch_command(sys.executable, code, work.run, request)
+    module = "slurm.doctor" if work.command == "doctor" else "slurm.job"
+    command = batch_command(sys.executable, code, module, work.run, request)
     wanted = parameters(slurm, f"coatnet-{work.run.name}", after)
     return wanted, script(folder, command, wanted), command
 

@@ -6,51 +6,22 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.json_lines import read_lines
-from slurm.records import Start, starts
+from slurm.records import starts, submissions
 from tests.cluster.slurm import Cluster
-from tests.pipeline.runs import (
-    ROOT,
-    alive,
-    coatnet,
-    curve,
-    events,
-    last_state,
-    last_step,
-    pack_digits,
-    wait_until,
-)
+from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, pack_digits, wait_until
+from tests.slurm.jobs import JOB, causes, command, keys, ranks, read, status, trains
 
-STEPS = 60
+Submit = Callable[..., tuple[Path, str]]
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_digits(tmp_path_factory.mktemp("digits"))
-
-
-def keys(digits: Path, run: Path, *more: str) -> list[str]:
-    """A training of four micro batches a step."""
-    data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
-    length = [f"train.steps={STEPS}", "train.micro_batch=16", "checkpoint.every=5", "checkpoint.keep_last=100"]
-    return [*data, *length, "log.every=1", "evaluate.every=null", "run.hang_timeout=10", *more]
-
-
-JOB = [
-    "slurm.nodes=2",
-    "slurm.tasks_per_node=2",
-    "slurm.memory=1500M",
-    "slurm.time=10",
-    "slurm.lead=60",
-    "slurm.backoff=1",
-]
 
 
 @pytest.fixture(scope="module")
@@ -62,86 +33,61 @@ def undisturbed(digits: Path) -> Path:
 
 
 @pytest.fixture
-def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Submits a run of this name, and returns its job; what is left is cancelled in the end."""
+def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Submit]:
+    """Submits a run, and returns it and its job; what is left is cancelled in the end."""
     jobs: list[str] = []
 
-    def submit(name: str, *more: str) -> str:
-        said = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(digits, tmp_path / name), *JOB, *more)
+    def submit(*more: str) -> tuple[Path, str]:
+        run = tmp_path / "run"
+        said = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(digits, run), *JOB, *more)
         assert said.returncode == 0, said.stderr
-        jobs.append(next(read_lines(tmp_path / name / "slurm" / "jobs.jsonl"))["job"])
-        return jobs[-1]
+        jobs.append(submissions(run)[-1]["job"])
+        return run, jobs[-1]
 
     yield submit
     for job in jobs:
         cluster.run("scancel", job)
-        cluster.wait(job, "COMPLETED", "CANCELLED", "FAILED")
+        wait_until(lambda job=job: not cluster.run("squeue", "-h", "-j", job))
 
 
-def command(cluster: Cluster, *words: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**cluster.environment, "PYTHONPATH": str(checkout)}
-    program = [sys.executable, "-P", "-m", "slurm.cli", *words]
-    return subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def training(submitted: Submit) -> Submit:
+    """Submits a run, and returns it and its job once it trains."""
+
+    def submit(*more: str) -> tuple[Path, str]:
+        run, job = submitted(*more)
+        wait_until(trains(run))
+        return run, job
+
+    return submit
 
 
-def ranks(run: Path) -> list[int]:
-    """Processes of a run's ranks, on whichever node."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            words = _read(entry / "cmdline").split(b"\0")
-            if b"pipeline.cli" in words and str(run).encode() in b" ".join(words) and b"srun" not in words[0]:
-                found.append(int(entry.name))
-    return found
+def end(cluster: Cluster, job: str) -> str:
+    return cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=240)["JobState"]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def trains(run: Path, starts_before: int = 0) -> Callable[[], bool]:
-    """Whether a start after so many others has done some steps."""
-
-    def does() -> bool:
-        went_on = [row["step"] for row in [*events(run, "begin"), *events(run, "resume")]]
-        return len(went_on) > starts_before and last_step(run) >= went_on[-1] + 3
-
-    return does
-
-
-def causes(run: Path) -> list[str | None]:
-    return [start.cause for start in starts(run)]
+def is_as_if_nothing_had_happened(run: Path, undisturbed: Path) -> bool:
+    return curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
 @pytest.mark.torture
 def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
-    cluster: Cluster,
-    submitted: Callable[..., str],
-    undisturbed: Path,
-    tmp_path: Path,
+    cluster: Cluster, training: Submit, undisturbed: Path
 ) -> None:
-    run = tmp_path / "run"
-    job = submitted("run")
-    wait_until(trains(run))
+    run, job = training()
     cluster.run("scontrol", "requeue", job)
     wait_until(lambda: bool(events(run, "stop")))
     wait_until(trains(run, 1))
     os.kill(ranks(run)[-1], signal.SIGKILL)
-    ended = cluster.wait(job, "COMPLETED", "FAILED", seconds=240)
-    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] == "2"
+    assert end(cluster, job) == "COMPLETED" and cluster.job(job)["Restarts"] == "2"
     assert causes(run) == ["preempted", "killed rank", "done"]
     assert [row["cause"] for row in events(run, "restart")] == ["preempted", "killed rank"]
-    assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
+    assert is_as_if_nothing_had_happened(run, undisturbed)
 
 
 @pytest.mark.torture
 def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkout_meanwhile(
-    cluster: Cluster,
-    digits: Path,
-    tmp_path: Path,
+    cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:
     checkout = tmp_path / "checkout"
     for package in ("pipeline", "models", "data", "slurm", "configs"):
@@ -150,33 +96,29 @@ def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkou
     fine = ["configs/tiny_finetune.yaml", *keys(digits, second, "train.steps=10", "train.micro_batch=16"), *JOB]
     said = command(
         cluster, "submit", "pretrain", str(checkout / "configs" / "tiny.yaml"),
-        *keys(digits, first, "train.steps=10"), *JOB, "--then", " ".join(fine), checkout=checkout,
+        *keys(digits, first, "train.steps=20"), *JOB, "--then", " ".join(fine), checkout=checkout,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     for module in ("train.py", "cli.py"):
         (checkout / "pipeline" / module).write_text("raise SystemExit('edited')\n")
-    jobs = [next(read_lines(run / "slurm" / "jobs.jsonl"))["job"] for run in (first, second)]
-    assert cluster.job(jobs[1])["Reason"] == "Dependency"
-    assert cluster.wait(jobs[0], "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
-    assert cluster.wait(jobs[1], "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+    jobs = [submissions(run)[0]["job"] for run in (first, second)]
+    assert (status(cluster, second)["state"], status(cluster, second)["reason"]) == ("pending", "Dependency")
+    wait_until(trains(first))
+    assert status(cluster, first)["state"] == "running" and 0 < status(cluster, first)["step"] <= 20
+    assert end(cluster, jobs[0]) == "COMPLETED" and status(cluster, first)["state"] == "done"
+    assert end(cluster, jobs[1]) == "COMPLETED" and status(cluster, second)["state"] == "done"
+    assert status(cluster, second)["step"] == 10
     figures = json.loads((second / "evaluation.json").read_text())
     assert figures["samples"] == 360 and 0 <= figures["top1"] <= 1
     assert causes(first) == causes(second) == ["done"]
 
 
 @pytest.mark.torture
-def test_a_run_goes_on_on_the_node_that_is_left(
-    cluster: Cluster,
-    submitted: Callable[..., str],
-    undisturbed: Path,
-    tmp_path: Path,
-) -> None:
-    run = tmp_path / "run"
-    job = submitted("run", "slurm.min_nodes=1")
-    wait_until(trains(run))
+def test_a_run_goes_on_on_the_node_that_is_left(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
+    run, job = training("slurm.min_nodes=1")
     cluster.power_off("n2")
     try:
-        assert cluster.wait(job, "COMPLETED", "FAILED", seconds=240)["JobState"] == "COMPLETED"
+        assert end(cluster, job) == "COMPLETED"
     finally:
         cluster.start_node("n2")
         cluster.nodes_idle(2)
@@ -187,30 +129,59 @@ def test_a_run_goes_on_on_the_node_that_is_left(
 
 
 @pytest.mark.torture
-def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(
-    cluster: Cluster,
-    submitted: Callable[..., str],
-    undisturbed: Path,
-    tmp_path: Path,
-) -> None:
-    run = tmp_path / "run"
-    job = submitted("run")
-    wait_until(trains(run))
-    os.kill(ranks(run)[-1], signal.SIGSTOP)
-    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=240)["JobState"] == "COMPLETED"
-    assert causes(run) == ["hang", "done"]
-    assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
+def test_a_run_goes_on_when_the_daemon_under_its_batch_script_dies(cluster: Cluster, training: Submit) -> None:
+    """Slurm gives the node up and starts the job again, but the batch script and two ranks on it live on."""
+    run, job = training("train.steps=600")
+    cluster.kill_slurmd("n1")
+    cluster.wait(job, "PENDING")
+    cluster.start_node("n1")
+    assert end(cluster, job) == "COMPLETED"
+    assert causes(run)[0] in ("preempted", "node lost") and causes(run)[1:] == ["done"]
+    assert cluster.job(job)["Restarts"] == "1"
+    assert [row[0] for row in curve(run)] == list(range(1, 601))
 
 
 @pytest.mark.torture
-def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(
-    cluster: Cluster,
-    submitted: Callable[..., str],
-    tmp_path: Path,
+def test_a_node_that_fails_twice_is_left_out(cluster: Cluster, training: Submit) -> None:
+    run, job = training("slurm.min_nodes=1", "slurm.backoff=0")
+    for before in (1, 2):
+        os.kill(ranks(run, "n2")[0], signal.SIGKILL)
+        wait_until(trains(run, before))
+    assert [start.failed_nodes for start in starts(run)] == [("n2",), ("n2",), ()]
+    assert [start.nodes for start in starts(run)] == [("n1", "n2"), ("n1", "n2"), ("n1",)]
+    assert cluster.job(job)["ExcNodeList"] == "n2"
+
+
+@pytest.mark.torture
+def test_where_jobs_must_not_requeue_themselves_an_array_goes_on(
+    cluster: Cluster, training: Submit, undisturbed: Path
 ) -> None:
+    """Also what a site needs around each rank's command: modules, containers, NCCL's settings."""
+    around = ["slurm.setup=[export NCCL_SOCKET_IFNAME=ib0]", "slurm.command_prefix=env CONTAINER=yes"]
+    run, job = training("slurm.requeue=array", *around, "slurm.srun_args=[--cpu-bind=none]")
+    settings = read(Path(f"/proc/{ranks(run)[-1]}/environ")).split(b"\0")
+    assert {b"NCCL_SOCKET_IFNAME=ib0", b"CONTAINER=yes", b"SLURM_CPU_BIND_TYPE=none"} <= set(settings)
+    os.kill(ranks(run)[-1], signal.SIGKILL)
+    wait_until(lambda: causes(run)[-1:] == ["done"])
+    assert causes(run) == ["killed rank", "done"] and [start.name for start in starts(run)] == [f"{job}.0", f"{job}.1"]
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job))
+    assert status(cluster, run)["state"] == "done"
+    assert is_as_if_nothing_had_happened(run, undisturbed)
+
+
+@pytest.mark.torture
+def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
+    run, job = training()
+    os.kill(ranks(run)[-1], signal.SIGSTOP)
+    assert end(cluster, job) == "COMPLETED"
+    assert causes(run) == ["hang", "done"]
+    assert is_as_if_nothing_had_happened(run, undisturbed)
+
+
+@pytest.mark.torture
+def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(cluster: Cluster, training: Submit) -> None:
     """Slurm sends the warning up to a minute early."""
-    run = tmp_path / "run"
-    job = submitted("run", "slurm.time=1", "slurm.lead=20", "train.steps=3000", "checkpoint.every=1000")
+    run, job = training("slurm.time=1", "slurm.lead=20", "train.steps=3000", "checkpoint.every=1000")
     wait_until(lambda: bool(events(run, "stop")))
     assert events(run, "stop")[0]["reason"] == "SIGUSR2"
     wait_until(trains(run, 1))
@@ -221,35 +192,25 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(
 
 @pytest.mark.torture
 def test_a_cancelled_run_stays_cancelled_and_goes_on_when_it_is_submitted_again(
-    cluster: Cluster,
-    submitted: Callable[..., str],
-    undisturbed: Path,
-    tmp_path: Path,
+    cluster: Cluster, training: Submit, submitted: Submit, undisturbed: Path
 ) -> None:
-    run = tmp_path / "run"
-    job = submitted("run")
-    wait_until(trains(run))
+    run, job = training()
+    twice = command(cluster, "submit", "pretrain", str(run / "config.yaml"), *JOB)
+    assert twice.returncode == 2 and f"its job {job} is running" in twice.stderr
     said = command(cluster, "cancel", str(run))
     assert said.returncode == 0, said.stderr
-    assert cluster.wait(job, "CANCELLED", "COMPLETED")["JobState"] == "CANCELLED"
+    assert end(cluster, job) == "CANCELLED"
     wait_until(lambda: not any(map(alive, ranks(run))))
-    assert json.loads(command(cluster, "status", str(run), "--json").stdout)["state"] == "cancelled"
-    again = submitted("run")
-    job = list(read_lines(run / "slurm" / "jobs.jsonl"))[-1]["job"]
-    assert again and cluster.wait(job, "COMPLETED", "FAILED", seconds=240)["JobState"] == "COMPLETED"
-    assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
+    assert status(cluster, run)["state"] == "cancelled"
+    assert end(cluster, submitted()[1]) == "COMPLETED"
+    assert is_as_if_nothing_had_happened(run, undisturbed)
 
 
-def test_a_request_that_is_wrong_fails_once_and_status_says_why(
-    cluster: Cluster,
-    submitted: Callable[..., str],
-    tmp_path: Path,
-) -> None:
-    job = submitted("run", "data.train=no/such/data")
-    assert cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "FAILED"
-    assert causes(tmp_path / "run") == ["bad request"] and isinstance(starts(tmp_path / "run")[0], Start)
-    said = command(cluster, "status", str(tmp_path / "run"), "--json")
-    facts = json.loads(said.stdout)
+def test_a_request_that_is_wrong_fails_once_and_status_says_why(cluster: Cluster, submitted: Submit) -> None:
+    run, job = submitted("data.train=no/such/data")
+    assert end(cluster, job) == "FAILED"
+    assert causes(run) == ["bad request"]
+    facts = status(cluster, run)
     assert facts["state"] == "failed" and "no/such/data" in facts["reason"]
 
 
