@@ -92,13 +92,13 @@ def main(run: Path, request: Request) -> int:
     restart = 0
     while True:
         where = allocation(restart)
-        say(run, f"start {where.start} on {', '.join(where.nodes) or 'this machine'}")
+        say(run, f"{records.BEGINS} {where.start} on {', '.join(where.nodes) or 'this machine'}")
         close_open_starts(run, where)
         if records.is_cancelled(run):
             return 1
         records.note_start(run, where.start, where.nodes, newest_step(run) or 0)
         status, said = run_ranks(run, request, where, request.command)
-        ending = ending_of(run, request, where, status)
+        ending = ending_of(run, request, where, status, said)
         decision = conclude(run, request, where, ending, said)
         say(run, f"end of {where.start}: {decision.why}")
         if not decision.again:
@@ -168,8 +168,8 @@ def evaluate(run: Path, request: Request, where: Allocation) -> int:
 # ---------------------------------------------------------------------------------------------------------- conclusions
 
 
-def ending_of(run: Path, request: Request, where: Allocation, status: int) -> Ending:
-    """What can be known of a start that just ended."""
+def ending_of(run: Path, request: Request, where: Allocation, status: int, said: list[str]) -> Ending:
+    """What can be known of a start that just ended, from its records, Slurm and srun's last words."""
     began = records.starts(run)[-1].began
     told = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
     ends = [row for row in told if row["event"] in ("done", "stop", "frozen")]
@@ -182,7 +182,7 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int) -> En
         last.get("reason"),
         noted,
         records.is_cancelled(run),
-        lost_nodes(where.nodes),
+        tuple(sorted({*lost_nodes(where.nodes), *named_as_failed(said)})),
         seconds_left(where),
         request.lead,
     )
@@ -209,7 +209,10 @@ def close_open_starts(run: Path, where: Allocation) -> None:
     """Says how starts ended whose batch script was killed before it could."""
     for start in records.starts(run):
         if start.ended is None and start.name != where.start:
-            lost = lost_nodes(start.nodes)
+            said = records.batch_log(run, start)
+            silent = bool(said) and not any(" DUE TO " in line for line in said)  # what Slurm says as it kills a script
+            its_own = start.nodes[:1] if silent else ()
+            lost = tuple(sorted({*lost_nodes(start.nodes), *named_as_failed(said), *its_own}))
             cause = Cause.NODE_LOST if lost else Cause.PREEMPTED
             why, at = f"{cause}: Slurm started it again", max(start.began, records.last_sign_of_life(run))
             records.note_end(run, start.name, cause, last_step_done(run), lost, why, True, at)
@@ -279,6 +282,12 @@ def node_states(text: str) -> set[tuple[str, str]]:
 
 def is_down(state: str) -> bool:
     return state.endswith("*") or state.upper().startswith(DOWN)
+
+
+def named_as_failed(said: list[str]) -> list[str]:
+    """The nodes whose failure srun tells, which may be back since."""
+    found = [re.match(r"srun: error: Node failure on (\S+)", line) for line in said]
+    return [match[1] for match in found if match]
 
 
 def killed_on(said: list[str]) -> list[str]:

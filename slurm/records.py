@@ -22,6 +22,9 @@ from typing import Any
 
 from pipeline.json_lines import JsonLines, read_lines
 
+BEGINS = "begins: start"
+"""What the batch script says before it starts the ranks, and the start's name."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -100,6 +103,13 @@ def starts(run: Path) -> list[Start]:
 def failures(run: Path, start: str) -> Iterator[dict[str, Any]]:
     """What ranks of a start said as they ended: `start`, `time`, `rank`, `host`, `status`, `message`."""
     return (row for row in read_lines(folder(run) / "failures.jsonl") if row["start"] == start)
+
+
+def batch_log(run: Path, start: Start) -> list[str]:
+    """What the batch script of a start said; no lines where its log is not there."""
+    file = folder(run) / f"{start.job}_0_log.out"
+    text = file.read_text(errors="replace") if file.exists() else ""
+    return text.partition(f"{BEGINS} {start.name} ")[2].partition(f"{BEGINS} ")[0].splitlines()
 
 
 def last_sign_of_life(run: Path) -> float:

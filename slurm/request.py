@@ -20,8 +20,8 @@ def tasks_per_node(slurm: Slurm) -> int:
     return slurm.tasks_per_node or slurm.gpus_per_node or 1
 
 
-def parameters(slurm: Slurm, name: str, after: str | None = None) -> dict[str, Any]:
-    """submitit's parameters; `after` is the job that must have succeeded before."""
+def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[str, Any]:
+    """submitit's parameters; `dependency` as sbatch has it, afterok:4711."""
     options = (option.removeprefix("--").partition("=") for option in slurm.sbatch)
     more: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
     more |= {name: value if equals else True for name, equals, value in options}
@@ -45,7 +45,7 @@ def parameters(slurm: Slurm, name: str, after: str | None = None) -> dict[str, A
         "qos": slurm.qos,
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
-        "dependency": f"afterok:{after}" if after else None,
+        "dependency": dependency,
         "signal_delay_s": slurm.lead,
         "setup": list(slurm.setup) or None,
         "stderr_to_stdout": True,

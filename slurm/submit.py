@@ -5,7 +5,6 @@ Next: request.py.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -66,9 +65,11 @@ def submit(
             check_idle(work.run)
         if cluster == "slurm":
             check_cluster(works[0].config)
-    before: str | None = None
+    ending = "".join(f":{job}" for job in queue.living(works[0].run)) if cluster == "slurm" and not dry_run else ""
+    dependency = f"afterany{ending}" if ending else None  # cancelled a moment ago
     for work in works:
-        before = submit_one(work, before, cluster, dry_run)
+        job = submit_one(work, dependency, cluster, dry_run)
+        dependency = f"afterok:{job}"
     return 0
 
 
@@ -86,8 +87,11 @@ def check(work: Work) -> None:
 
 
 def check_idle(run: Path) -> None:
-    """BadRequest where the run is alive: it has a job that waits or runs, or a process trains it."""
-    for job, facts in queue.living(run).items():
+    """BadRequest where the run is alive: it has a job that waits or runs, uncancelled, or a process trains it."""
+    living = queue.living(run)
+    if living and records.is_cancelled(run):
+        return
+    for job, facts in living.items():
         raise BadRequest(
             f"{run}: its job {job} is {facts['JobState'].lower()} and starts again by itself;"
             f" `coatnet cancel {run}` ends it, if another is to take its place"
@@ -112,26 +116,27 @@ def check_cluster(config: Config) -> None:
         raise BadRequest(f"slurm.nodes={slurm.nodes} is more than any partition has: {most}")
 
 
-def submit_one(work: Work, after: str | None, cluster: str, dry_run: bool) -> str:
+def submit_one(work: Work, dependency: str | None, cluster: str, dry_run: bool) -> str:
     """Writes what the job needs into the run's folder and submits it; returns the job's id."""
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            text = prepare(work, Path(folder) / "slurm", after or "JOB-BEFORE" if work.evaluate else None)[1]
-        print(text)
+            print(prepare(work, Path(folder) / "slurm", dependency)[1])
         return "JOB-BEFORE"
     if cluster == "slurm":
-        for warning in warnings(work):
+        slurm = work.config.slurm
+        for warning in warnings(seconds_to_stop(work.run), slurm.lead, grace_seconds(slurm.partition)):
             print(f"warning: {warning}", file=sys.stderr)
     folder = records.folder(work.run)
-    wanted, text, command = prepare(work, folder, after)
+    wanted, text, command = prepare(work, folder, dependency)
     job = submit_locally(work.run, text) if cluster == "local" else submit_to_slurm(folder, wanted, text, command)
-    facts = {"command": work.command, "nodes": work.config.slurm.nodes, "after": after, "host": os.uname().nodename}
-    records.note_submission(work.run, job=job, **facts)
-    print(f"{work.run}: job {job}{f' after {after}' if after else ''}; coatnet status {work.run} says where it stands")
+    facts = {"command": work.command, "nodes": work.config.slurm.nodes, "dependency": dependency}
+    records.note_submission(work.run, job=job, **facts, host=os.uname().nodename)
+    waits = f", {dependency}" if dependency else ""
+    print(f"{work.run}: job {job}{waits}; coatnet status {work.run} says where it stands")
     return job
 
 
-def prepare(work: Work, folder: Path, after: str | None) -> tuple[dict[str, Any], str, str]:
+def prepare(work: Work, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
     """Copies program and configuration; returns submitit's parameters, the script, and the script's last line."""
     slurm = work.config.slurm
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +164,7 @@ def prepare(work: Work, folder: Path, after: str | None) -> tuple[dict[str, Any]
     ).write(request)
     module = "slurm.doctor" if work.command == "doctor" else "slurm.job"
     command = batch_command(sys.executable, code, module, work.run, request)
-    wanted = parameters(slurm, f"coatnet-{work.run.name}", after)
+    wanted = parameters(slurm, f"coatnet-{work.run.name}", dependency)
     return wanted, script(folder, command, wanted), command
 
 
@@ -194,24 +199,34 @@ def submit_locally(run: Path, text: str) -> str:
     return f"local-{process.pid}"
 
 
-def warnings(work: Work) -> list[str]:
-    """Where a run has been before: whether a step and a save fit into the time that a stop leaves."""
-    steps = [row["step_seconds"] for row in read_lines(work.run / "metrics.jsonl") if "step_seconds" in row]
-    saves = [row["seconds"] for row in read_lines(work.run / "events.jsonl") if row["event"] == "checkpoint"]
-    needed = max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
+def seconds_to_stop(run: Path) -> float:
+    """The longest of a run's last steps and saves together; 0 where it has never trained."""
+    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl") if "step_seconds" in row]
+    saves = [row["seconds"] for row in read_lines(run / "events.jsonl") if row["event"] == "checkpoint"]
+    return max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
+
+
+def warnings(needed: float, lead: float, grace: float) -> list[str]:
+    """What a stop that needs so many seconds loses, warned `lead` before a time limit, killed `grace` after SIGTERM."""
     found = []
-    if needed > work.config.slurm.lead:
-        found.append(f"a step and a save took up to {needed:.0f} s, and slurm.lead leaves {work.config.slurm.lead} s")
-    grace = kill_wait()
+    if needed > lead:
+        found.append(f"a step and a save took up to {needed:.0f} s, and slurm.lead leaves {lead:.0f} s")
     if needed > grace:
         found.append(
-            f"a step and a save took up to {needed:.0f} s, and this cluster kills {grace} s after a preemption's"
+            f"a step and a save took up to {needed:.0f} s, and this cluster kills {grace:.0f} s after a preemption's"
             " SIGTERM: steps since the last checkpoint would be lost; checkpoint more often"
         )
     return found
 
 
-def kill_wait() -> float:
-    """Seconds between the cluster's SIGTERM and SIGKILL."""
-    found = re.search(r"^KillWait\s*=\s*(\d+)", client.ask("scontrol", "show", "config"), re.MULTILINE)
-    return float(found[1]) if found else math.inf
+def grace_seconds(partition: str | None) -> float:
+    """Seconds from a preemption's SIGTERM to SIGKILL: the partition's grace and the cluster's wait."""
+    config = client.ask("scontrol", "show", "config")
+    partitions = [queue.parsed(line) for line in client.ask("scontrol", "-o", "show", "partition").splitlines()]
+    grace = [
+        p["GraceTime"]
+        for p in partitions
+        if p["PartitionName"] == partition or (not partition and p["Default"] == "YES")
+    ]
+    waits = re.findall(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
+    return sum(float(seconds) for seconds in [*waits, *grace] if seconds.isdigit())

@@ -31,7 +31,7 @@ from pathlib import Path
 
 BOOT_SECONDS = 30
 COMMAND_SECONDS = 60
-GRACE_SECONDS = 8
+GRACE_SECONDS, KILL_SECONDS = 8, 5
 LONGEST_FOLDER = 70
 """Sockets of job steps lie a little deeper, and the path of a socket has at most 107 characters."""
 NAMESPACES = ("--mount", "--uts", "--pid", "--mount-proc")
@@ -136,7 +136,7 @@ class Cluster:
             "SchedulerParameters": "sched_min_interval=100000,bf_interval=1,batch_sched_delay=0",  # at once
             "ReturnToService": 2,
             "MinJobAge": 86400,
-            "KillWait": 5,
+            "KillWait": KILL_SECONDS,
             "SlurmdTimeout": 10,
             "MessageTimeout": 5,
             "TCPTimeout": 2,

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from slurm.records import starts, submissions
-from tests.cluster.slurm import Cluster
+from slurm.submit import grace_seconds, warnings
+from tests.cluster.slurm import GRACE_SECONDS, KILL_SECONDS, Cluster
 from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, pack_digits, wait_until
 from tests.slurm.jobs import JOB, causes, command, keys, ranks, read, status, trains
 
@@ -212,6 +213,17 @@ def test_a_request_that_is_wrong_fails_once_and_status_says_why(cluster: Cluster
     assert causes(run) == ["bad request"]
     facts = status(cluster, run)
     assert facts["state"] == "failed" and "no/such/data" in facts["reason"]
+
+
+def test_a_stop_that_takes_longer_than_the_cluster_leaves_is_warned_of(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    grace = grace_seconds(None)
+    assert grace == GRACE_SECONDS + KILL_SECONDS and grace_seconds("high") == KILL_SECONDS
+    assert warnings(grace, lead=60, grace=grace) == []
+    assert "kills 13 s after" in warnings(14, lead=60, grace=grace)[0]
+    assert ["slurm.lead leaves 60 s" in warning for warning in warnings(61, 60, grace)] == [True, False]
 
 
 def test_what_the_cluster_could_never_give_is_refused_before_anything_is_submitted(

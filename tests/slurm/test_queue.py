@@ -41,7 +41,7 @@ def submit(slurm: Cluster, run: Path, *options: str, argument: str = "") -> str:
     (run / "job.sh").write_text(SCRIPT)
     request = ["--parsable", "--mem=100", "--requeue", "--cpus-per-task=4", f"--output={run}/%j_0_log.out", *options]
     job = slurm.run("sbatch", *request, run / "job.sh", argument).partition(";")[0]
-    records.note_submission(run, job=job, command="pretrain", nodes=1, after=None, host=os.uname().nodename)
+    records.note_submission(run, job=job, command="pretrain", nodes=1, dependency=None, host=os.uname().nodename)
     return job
 
 
