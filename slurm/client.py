@@ -54,6 +54,19 @@ def ask(*command: str) -> str:
     return done.stdout
 
 
+def seconds_of(time: str) -> int | None:
+    """A time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    None where it is no number, as UNLIMITED.
+    """
+    days, dash, clock = time.strip().rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not dash):
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+
+
 def insist(*command: str) -> str:
     """As `ask`, but asks again while Slurm's controller is away, as during its restart."""
     deadline = time.monotonic() + RESTART_SECONDS

@@ -300,14 +300,7 @@ def seconds_left(where: Allocation) -> float | None:
     """Of the job's time limit; None without one."""
     if not where.nodes:
         return None
-    left = client.insist("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L").strip()
-    days, _, clock = left.rpartition("-")
-    if not clock or not all(part.isdigit() for part in clock.split(":")):
-        return None
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = 60 * seconds + int(part)
-    return 86400 * int(days or 0) + seconds
+    return client.seconds_of(client.insist("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L"))
 
 
 def say(run: Path, line: str) -> None:

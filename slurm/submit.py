@@ -11,11 +11,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, Slurm
 from pipeline.errors import BadRequest
 from pipeline.json_lines import read_lines
 from pipeline.overrides import read_config, to_yaml
@@ -105,15 +106,34 @@ def check_cluster(config: Config) -> None:
     """BadRequest where the cluster could never give what is asked for; Unanswered where it does not answer."""
     if not client.is_installed():
         raise BadRequest("no Slurm on this machine's PATH: submit from a login node, or with --cluster local")
-    slurm = config.slurm
-    where = ["-p", slurm.partition] if slurm.partition else []
-    counts = client.ask("sinfo", "-h", "-o", "%P %D", *where).split("\n")
-    nodes = {name.rstrip("*"): int(count) for name, count in map(str.split, filter(None, counts))}
-    if not nodes:
-        raise BadRequest(f"slurm.partition={slurm.partition} does not exist here; sinfo lists those that do")
-    if max(nodes.values()) < (slurm.min_nodes or slurm.nodes):
-        most = ", ".join(f"{name} has {count}" for name, count in sorted(nodes.items()))
-        raise BadRequest(f"slurm.nodes={slurm.nodes} is more than any partition has: {most}")
+    slurm, there = config.slurm, partitions()
+    default = [name for name, facts in there.items() if facts["Default"] == "YES"]
+    names = slurm.partition.split(",") if slurm.partition else default or list(there)
+    if missing := [name for name in names if name not in there]:
+        raise BadRequest(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(there))}")
+    reasons = [why_never(slurm, there[name]) for name in names]
+    if all(reasons):
+        raise BadRequest("; ".join(filter(None, reasons)))
+
+
+def why_never(slurm: Slurm, partition: Mapping[str, str]) -> str | None:
+    """Why a partition will never run the job, which it would let wait all the same. Pure."""
+    name = partition["PartitionName"]
+    most = min(int(partition[limit]) for limit in ("TotalNodes", "MaxNodes") if partition[limit].isdigit())
+    longest, asked = client.seconds_of(partition["MaxTime"]), client.seconds_of(str(slurm.time))
+    if partition["State"] != "UP":
+        return f"partition {name} is {partition['State']}"
+    if (slurm.min_nodes or slurm.nodes) > most:
+        return f"slurm.nodes={slurm.nodes} is more than partition {name} gives: {most}"
+    if longest is not None and (asked is None or asked > longest):
+        return f"slurm.time={slurm.time} is longer than partition {name} allows: {partition['MaxTime']}"
+    return None
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """What Slurm knows of each partition: State, TotalNodes, MaxTime, GraceTime ..."""
+    found = [queue.parsed(line) for line in client.ask("scontrol", "-o", "show", "partition").splitlines()]
+    return {facts["PartitionName"]: facts for facts in found if facts}
 
 
 def submit_one(work: Work, dependency: str | None, cluster: str, dry_run: bool) -> str:
@@ -221,12 +241,8 @@ def warnings(needed: float, lead: float, grace: float) -> list[str]:
 
 def grace_seconds(partition: str | None) -> float:
     """Seconds from a preemption's SIGTERM to SIGKILL: the partition's grace and the cluster's wait."""
-    config = client.ask("scontrol", "show", "config")
-    partitions = [queue.parsed(line) for line in client.ask("scontrol", "-o", "show", "partition").splitlines()]
-    grace = [
-        p["GraceTime"]
-        for p in partitions
-        if p["PartitionName"] == partition or (not partition and p["Default"] == "YES")
+    waits = re.findall(r"^KillWait\s*=\s*(\d+)", client.ask("scontrol", "show", "config"), re.MULTILINE)
+    own = [
+        p for p in partitions().values() if partition == p["PartitionName"] or (not partition and p["Default"] == "YES")
     ]
-    waits = re.findall(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
-    return sum(float(seconds) for seconds in [*waits, *grace] if seconds.isdigit())
+    return sum(float(seconds) for seconds in [*waits, *(p["GraceTime"] for p in own)] if seconds.isdigit())

@@ -153,7 +153,9 @@ class Cluster:
         for node, port in zip(self.nodes, node_ports, strict=True):
             place = f"NodeName={node} NodeHostname={node} NodeAddr={addresses[node]} Port={port}"
             lines.append(f"{place} CPUs={cpus} RealMemory=4000" + (f" Gres=gpu:{gpus}" if gpus else ""))
-        lines.append(f"PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}")
+        lines.append(
+            f"PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} MaxTime=3-0"
+        )
         lines.append("PartitionName=high Nodes=ALL PriorityTier=10")
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 

@@ -234,9 +234,10 @@ def test_what_the_cluster_could_never_give_is_refused_before_anything_is_submitt
     for wanted, told in (
         (
             ["slurm.nodes=3", "train.global_batch=96"],
-            "slurm.nodes=3 is more than any partition has: high has 2, main has 2",
+            "slurm.nodes=3 is more than partition main gives: 2",
         ),
-        (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here"),
+        (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here; there are high, main"),
+        (["slurm.time=3-00:00:01"], "slurm.time=3-00:00:01 is longer than partition main allows: 3-00:00:00"),
         (["slurm.memory=900G"], "sbatch: "),
         (["slurm.nodes=9"], "too few for 18 ranks"),
     ):

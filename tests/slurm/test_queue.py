@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BadRequest
-from slurm import queue, records
+from slurm import client, queue, records
 from slurm.cancel import cancel
 from slurm.status import status
 from tests.cluster.slurm import Cluster, missing, running_cluster
@@ -104,3 +104,14 @@ def test_of_an_array_the_element_that_is_most_alive_counts(slurm: Cluster, tmp_p
     assert (queue.show_job(job) or {})["ArrayTaskId"] == "0"
     assert cancel(tmp_path) == 0
     wait_until(lambda: not queue.living(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-0", 172800), ("1-2:03", 93780), ("1-00:00:01", 86401),
+        ("UNLIMITED", None), ("INVALID", None), ("", None), ("30:00\n", 1800),
+    ],
+)  # fmt: skip
+def test_times_are_read_as_slurm_writes_them(time: str, seconds: int | None) -> None:
+    assert client.seconds_of(time) == seconds
