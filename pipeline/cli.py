@@ -136,12 +136,18 @@ def keys() -> None:
     print(keys_table())
 
 
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has, what fits together, and what is missing."""
+@app.command(epilog="Example: srun -N 2 --ntasks-per-node 8 coatnet doctor configs/tiny.yaml run.dir=/scratch/tiny")
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="also try the storage that it names; ranks need it")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has, what fits together, and what is missing; as ranks, of their whole allocation."""
     from pipeline.describe import doctor_report
 
-    raise typer.Exit(doctor_report(as_json))
+    raise typer.Exit(doctor_report(config, overrides or [], as_json))
 
 
 @app.command(

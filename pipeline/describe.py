@@ -19,9 +19,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.errors import BadRequest
+from pipeline.launch import is_rank, rank_and_world_size
+
 if TYPE_CHECKING:
     from data.index import Report
     from data.shards import Broken
+    from pipeline.doctor import Finding
 
 MOST_LISTED = 20
 
@@ -104,11 +108,13 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
     return 1 if report.broken else 0
 
 
-def doctor_report(as_json: bool) -> int:
-    """Prints what this machine has and what is missing; returns the exit status."""
-    from pipeline.doctor import diagnose, exit_status, rows
+def doctor_report(preset: str | None, overrides: list[str], as_json: bool) -> int:
+    """Prints what this machine, or the allocation that this is a rank of, has and lacks; returns the exit status."""
+    from pipeline.doctor import exit_status, rows
 
-    findings = diagnose()
+    findings = _findings(preset, overrides)
+    if findings is None:
+        return 0
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
         return exit_status(findings)
@@ -117,6 +123,27 @@ def doctor_report(as_json: bool) -> int:
         table.add_row(mark, what, escape(detail + (f"\n-> {advice}" if advice else "")))
     Console(highlight=False).print(table)
     return exit_status(findings)
+
+
+def _findings(preset: str | None, overrides: list[str]) -> list[Finding] | None:
+    """Of this machine alone, or on rank 0 of its whole allocation, and None on the other ranks."""
+    from pipeline.doctor import diagnose
+
+    ranks = rank_and_world_size()[1] if is_rank() else 1
+    if preset is None:
+        if ranks > 1:
+            raise BadRequest("ranks meet in the run's storage: coatnet doctor CONFIG run.dir=... names it")
+        return diagnose()
+    from pipeline.overrides import read_config
+
+    config = read_config(preset, overrides)
+    if ranks > 1:
+        from pipeline.doctor_of_ranks import diagnose_ranks
+
+        return diagnose_ranks(config)
+    from pipeline.storage_doctor import examine_storage
+
+    return [*diagnose(), *examine_storage(config)]
 
 
 def _default(value: object) -> str:

@@ -5,7 +5,7 @@ the doctor. It works where packages are missing or broken: that is its purpose. 
 
     python -m pipeline.doctor        # as `coatnet doctor`, where not even the command line's own packages import
 
-Next: install.py, which makes the environment that is examined here.
+Next: install.py, which makes the environment that is examined here; doctor_of_ranks.py for a whole allocation.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.install import ROOT, driver_cuda
 
@@ -55,6 +56,23 @@ GRAY_JPEG = base64.b64decode(
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What was measured, and differs a little each time and from machine to machine."""
+
+    what: str
+    value: float
+    unit: str
+
+    @property
+    def amount(self) -> str:
+        """The value as it is read, with its unit."""
+        return f"{self.value:{',.0f' if abs(self.value) >= 100 else '.3g'}} {self.unit}"
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.amount}"
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that was looked at. `missing` and `broken` keep the training from working; a `note` does not."""
 
@@ -62,18 +80,30 @@ class Finding:
     state: State
     detail: str
     advice: str = ""
+    figures: tuple[Figure, ...] = ()
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, [self.detail, ", ".join(map(str, self.figures))]))
 
 
 def diagnose() -> list[Finding]:
     """Everything that can be tried on this machine, in some ten seconds of computing; it changes nothing."""
+    findings = examine_node()
+    if any(finding.what == "torch" and finding.state == "ok" for finding in findings):
+        findings += probe_collectives()
+    return [*findings, *probe_slurm()]
+
+
+def examine_node() -> list[Finding]:
+    """What a machine must have to be one of those that train."""
     with ThreadPoolExecutor(2) as pool:
         separate = list(pool.map(in_own_process, ["torch", "packages", "nvImageCodec", "DALI"]))
     findings = [*probe_python(), *(finding for group in separate for finding in group)]
     if any(finding.what == "torch" and finding.state == "ok" for finding in findings):
-        findings += [*in_own_process("DeepSpeed"), *probe_collectives()]
+        findings += in_own_process("DeepSpeed")
     else:
         findings.append(Finding("DeepSpeed", "note", "not tried: it needs torch"))
-    return [*findings, *probe_slurm(), *probe_compilers(), *probe_room()]
+    return [*findings, *probe_compilers(), *probe_room()]
 
 
 def exit_status(findings: list[Finding]) -> int:
@@ -86,15 +116,21 @@ def rows(findings: list[Finding]) -> list[tuple[str, str, str, str]]:
     marks = {"broken": "BROKEN", "missing": "MISSING", "note": "note", "ok": "ok"}
     order = list(marks)
     worst_first = sorted(findings, key=lambda finding: order.index(finding.state))
-    return [(marks[each.state], each.what, each.detail, each.advice) for each in worst_first]
+    return [(marks[each.state], each.what, str(each), each.advice) for each in worst_first]
+
+
+def findings_of(found: list[dict[str, Any]]) -> list[Finding]:
+    """Findings that went through JSON as asdict makes them."""
+    return [replace(Finding(**each), figures=tuple(Figure(**figure) for figure in each["figures"])) for each in found]
 
 
 def probe_python() -> list[Finding]:
     """The interpreter; its bounds are those of pyproject.toml."""
-    version = sys.version.split()[0]
+    version, place = sys.version.split()[0], Finding("interpreter", "ok", sys.executable)
     if (3, 11) <= sys.version_info[:2] < (3, 14):
-        return [Finding("Python", "ok", f"{version}, {sys.executable}")]
-    return [Finding("Python", "broken", f"{version}; it must be 3.11 to 3.13", f"{REINSTALL} PYTHON=python3.11")]
+        return [Finding("Python", "ok", version), place]
+    advice = f"{REINSTALL} PYTHON=python3.11"
+    return [Finding("Python", "broken", f"{version}; it must be 3.11 to 3.13", advice), place]
 
 
 def probe_packages() -> list[Finding]:
@@ -196,24 +232,40 @@ def probe_codec() -> list[Finding]:
 
 
 def probe_dali() -> list[Finding]:
-    """DALI runs a pipeline on the CPU, and its build is the one for this driver."""
+    """DALI decodes on the CPU and, where there is one, on the GPU, and its build is the one for this driver."""
     builds = [name for name in DALI_BUILDS if _version_of(name) != "?"]
     if len(builds) > 1:
         return [Finding("DALI", "broken", f"{' and '.join(builds)} overwrite each other", REINSTALL)]
     if problem := import_problem("nvidia.dali", "DALI"):
         return [problem]
+    from nvidia import dali
+
+    fits = [dali_fit(name) for name in builds]
+    places = {"CPU": "cpu"}
+    if has_gpu() and all(fit.state == "ok" for fit in fits):
+        places["GPU"] = "mixed"
+    for place, device in places.items():
+        if problem := decoding_problem(device):
+            return [Finding("DALI", "broken", f"on the {place} {problem}", REINSTALL), *fits]
+    return [Finding("DALI", "ok", f"{dali.__version__}, decodes on the {' and the '.join(places)}"), *fits]
+
+
+def decoding_problem(device: str) -> str | None:
+    """Why DALI does not decode on a device ("cpu", or "mixed" for the GPU), if it does not."""
     import numpy
     from nvidia import dali
 
-    graph = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
+    graph = dali.Pipeline(batch_size=1, num_threads=1, device_id=0 if device == "mixed" else None)
     with graph:
         encoded = dali.fn.external_source(source=lambda: [numpy.frombuffer(GRAY_JPEG, numpy.uint8)])
-        graph.set_outputs(dali.fn.decoders.image(encoded, device="cpu"))
-    graph.build()
-    (images,) = graph.run()
-    if images.as_array().shape != (1, 8, 8, 3):
-        return [Finding("DALI", "broken", "it does not decode a plain JPEG on the CPU", REINSTALL)]
-    return [Finding("DALI", "ok", f"{dali.__version__}, decodes on the CPU"), *(dali_fit(name) for name in builds)]
+        graph.set_outputs(dali.fn.decoders.image(encoded, device=device))
+    try:
+        graph.build()
+        (images,) = graph.run()
+        shape = images.as_cpu().as_array().shape
+    except RuntimeError as error:
+        return f"it does not decode a plain JPEG: {_one_line(str(error))[:200]}"
+    return None if shape == (1, 8, 8, 3) else f"it makes {shape} of a plain JPEG of 8 x 8"
 
 
 def dali_fit(build: str) -> Finding:
@@ -233,7 +285,7 @@ def probe_collectives() -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         meeting = {"GLOO_SOCKET_IFNAME": "lo", "RENDEZVOUS": f"file://{folder}/rendezvous"}
         ranks = [meeting | {"RANK": str(rank)} for rank in range(2)]
-        groups = list(pool.map(lambda rank: in_own_process("collectives", rank), ranks))
+        groups = list(pool.map(lambda rank: in_own_process("gloo", environment=rank), ranks))
     found = [finding for group in groups for finding in group]
     return [next((finding for finding in found if finding.state != "ok"), found[0])]
 
@@ -280,13 +332,13 @@ def probe_room() -> list[Finding]:
     if limit.exists() and (allowed := limit.read_text().strip()).isdigit():
         memory = min(memory, int(allowed))
     here = f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB of memory"
-    free = shutil.disk_usage(".").free
-    findings = [Finding("machine", "ok", f"{here}, {free / 2**30:,.0f} GiB free in {Path.cwd()}")]
+    free = Figure(f"free in {Path.cwd()}", shutil.disk_usage(".").free / 2**30, "GiB")
+    findings = [Finding("machine", "ok", here, figures=(free,))]
     if (shared := Path("/dev/shm")).exists() and (size := shutil.disk_usage(shared).total) < 2**30:
         detail = f"{size / 2**20:.0f} MiB; NCCL between the GPUs of one machine wants 1 GiB"
         findings.append(Finding("/dev/shm", "note", detail, "in a container: docker run --shm-size=1g, or --ipc=host"))
     elif shared.exists():
-        findings.append(Finding("/dev/shm", "ok", f"{size / 2**30:.1f} GiB"))
+        findings.append(Finding("/dev/shm", "ok", "", figures=(Figure("size", size / 2**30, "GiB"),)))
     return findings
 
 
@@ -303,39 +355,75 @@ def import_problem(name: str, what: str) -> Finding | None:
     return None
 
 
-PROBES: dict[str, Callable[[], list[Finding]]] = {
+def probe_run_folder(path: str) -> list[Finding]:
+    """As examine_run_folder finds it, which is imported where it is tried."""
+    from pipeline.storage_doctor import examine_run_folder
+
+    return [examine_run_folder(Path(path))]
+
+
+def probe_dataset(key: str, url: str) -> list[Finding]:
+    """As examine_dataset finds it, which is imported where it is tried."""
+    from pipeline.storage_doctor import examine_dataset
+
+    return [examine_dataset(key, url)]
+
+
+def probe_group() -> list[Finding]:
+    """What this rank finds together with all others, which needs torch."""
+    from pipeline.collective_doctor import join_and_measure
+
+    return join_and_measure()
+
+
+PROBES: dict[str, Callable[..., list[Finding]]] = {
     "torch": probe_torch,
     "packages": probe_packages,
     "nvImageCodec": probe_codec,
     "DALI": probe_dali,
     "DeepSpeed": probe_deepspeed,
-    "collectives": probe_all_reduce,
+    "gloo": probe_all_reduce,
+    "collectives": probe_group,
+    "run.dir": probe_run_folder,
+    "data.train": partial(probe_dataset, "data.train"),
+    "data.val": partial(probe_dataset, "data.val"),
 }
 
 
-def in_own_process(probe: str, environment: dict[str, str] | None = None) -> list[Finding]:
+def in_own_process(
+    probe: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    seconds: float = PROBE_SECONDS,
+    advice: str = REINSTALL,
+) -> list[Finding]:
     """A probe's findings; if its process dies or hangs, a finding that says how."""
     paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     settings = os.environ | {"PYTHONPATH": paths, "DS_ACCELERATOR": _accelerator()} | (environment or {})
     # -P: a folder that happens to be called torch in the current directory is not torch
-    command = [sys.executable, "-P", "-m", "pipeline.doctor", probe]
+    command = [sys.executable, "-P", "-m", "pipeline.doctor", probe, *arguments]
     try:
-        answer = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        answer = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return [Finding(probe, "broken", f"no answer in {PROBE_SECONDS} s", REINSTALL)]
+        return [Finding(probe, "broken", f"no answer in {seconds:.0f} s", advice)]
     if answer.returncode < 0:
-        return [Finding(probe, "broken", f"trying it crashed: {signal.Signals(-answer.returncode).name}", REINSTALL)]
+        return [Finding(probe, "broken", f"trying it crashed: {signal.Signals(-answer.returncode).name}", advice)]
     if answer.returncode > 0:
-        return [Finding(probe, "broken", _one_line(answer.stderr.strip().rpartition("\n")[2]), REINSTALL)]
-    return [Finding(**finding) for finding in json.loads(answer.stdout.strip().rpartition("\n")[2])]
+        return [Finding(probe, "broken", _one_line(answer.stderr.strip().rpartition("\n")[2]), advice)]
+    return findings_of(json.loads(answer.stdout.strip().rpartition("\n")[2]))
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU, even one whose driver does not say what it supports."""
+    try:
+        return driver_cuda() is not None
+    except RuntimeError:
+        return True
 
 
 def _accelerator() -> str:
     """What DeepSpeed is told to use, as the training tells it: without this it looks around, and says so."""
-    try:
-        return "cuda" if driver_cuda() else "cpu"
-    except RuntimeError:
-        return "cuda"
+    return "cuda" if has_gpu() else "cpu"
 
 
 def _version_of(distribution: str) -> str:
@@ -360,7 +448,7 @@ def _one_line(text: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps([asdict(finding) for finding in PROBES[sys.argv[1]]()]))
+        print(json.dumps([asdict(finding) for finding in PROBES[sys.argv[1]](*sys.argv[2:])]))
     else:
         findings = diagnose()
         for mark, what, detail, advice in rows(findings):

@@ -50,12 +50,22 @@ def adopt_srun() -> None:
     environment["LOCAL_WORLD_SIZE"] = str(on_nodes[int(environment["SLURM_NODEID"])])
     environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", str(processor_share())))
     if "MASTER_ADDR" not in environment:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]],
-            capture_output=True, text=True, check=True, timeout=60,
-        )  # fmt: skip
-        environment["MASTER_ADDR"] = hosts.stdout.split()[0]
+        environment["MASTER_ADDR"] = nodes_of_step()[0]
     environment.setdefault("MASTER_PORT", str(slurm_port(environment)))
+
+
+def nodes_of_step() -> list[str]:
+    """The names of srun's nodes, from the node list that it set."""
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return hosts.stdout.split()
+
+
+def host_name() -> str:
+    """This machine's name, as Slurm calls it where it started us."""
+    return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 
 def tasks_on_nodes(text: str) -> list[int]:

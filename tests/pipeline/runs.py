@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.pack import pack
 from pipeline.checkpoint import CheckpointReader, checkpoints
+from pipeline.doctor import GRAY_JPEG
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 240
@@ -39,6 +41,17 @@ def pack_digits(folder: Path) -> Path:
         packed = coatnet("data", "pack", folder / "digits" / part, folder / part, "--samples-per-shard", 200)
         assert packed.returncode == 0, packed.stderr
     return folder
+
+
+def pack_two(folder: Path) -> Path:
+    """Packs two gray images of two classes, in a shard each: FOLDER/packed."""
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name / "gray.jpg").write_bytes(GRAY_JPEG)
+    sizes = {"samples_per_shard": 1, "bytes_per_shard": 1 << 20}
+    source, packed = str(folder / "images"), folder / "packed"
+    pack(source, str(packed), **sizes, seed=0, workers=1, overwrite=False, progress=lambda done, total: None)
+    return packed
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,127 @@
+"""One report of a whole allocation, by rank 0, of what every rank finds on its node and together with the others.
+
+The ranks say what they found in files of a hidden folder in the run's storage: that works where torch is broken on a
+node, and shows whether the run's folder is the same storage everywhere. Rank 0 makes the folder and takes it away; who
+does not find it makes none, so nothing is left on a node that does not share it.
+
+Next: merged_findings.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.doctor import Finding, examine_node, findings_of, in_own_process
+from pipeline.errors import BadRequest
+from pipeline.launch import host_name, nodes_of_step, rank_and_world_size
+from pipeline.merged_findings import Report, few, merge
+from pipeline.storage_doctor import examine_storage, nearest_folder
+
+PATIENCE_SECONDS = 60.0
+"""How long a rank that has its findings waits for the others': NFS may hide a new file for half a minute."""
+COLLECTIVE_SECONDS = 180.0
+"""What the process that meets the others may take; torch itself waits shorter."""
+START = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
+"""The launchers' variables that together tell one start from another, and are the same on all of its ranks."""
+
+
+def diagnose_ranks(config: Config) -> list[Finding] | None:
+    """What the whole allocation can do, on rank 0; None on the others, which have told rank 0."""
+    rank, ranks = rank_and_world_size()
+    folder = meeting_folder(Path(config.run.dir), os.environ)
+    if rank > 0:
+        say(folder, rank, examine_rank(config))
+        return None
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+        folder.mkdir()
+    except OSError as error:
+        raise BadRequest(f"{folder}: {error.strerror}; choose a run.dir=... that all nodes can write") from None
+    try:
+        say(folder, rank, examine_rank(config))
+        reports = gather(folder, ranks)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [attendance(reports, ranks, _expected_hosts()), *merge(list(reports.values()))]
+
+
+def examine_rank(config: Config) -> list[Finding]:
+    """What this rank finds together with the others and, if it is its node's first, what the node has."""
+    advice = "see whether torch and its NCCL fit this node's driver and network"
+    findings = in_own_process("collectives", seconds=COLLECTIVE_SECONDS, advice=advice)
+    if os.environ["LOCAL_RANK"] == "0":
+        findings += [*examine_node(), *examine_storage(config)]
+    return findings
+
+
+def meeting_folder(run: Path, environment: Mapping[str, str]) -> Path:
+    """Where the ranks of one start leave their findings: in the run's folder, or in the nearest above it."""
+    start = "-".join(environment[name] for name in START if name in environment)
+    return nearest_folder(run) / f".doctor-{re.sub(r'[^A-Za-z0-9.-]', '_', start)}"
+
+
+def say(folder: Path, rank: int, findings: Sequence[Finding], patience: float = PATIENCE_SECONDS) -> None:
+    """Leaves a rank's findings for rank 0; where that cannot be, a line on standard error says so."""
+    deadline = time.monotonic() + patience
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    hidden, report = folder / f".rank-{rank}.json", Report(host_name(), tuple(findings))
+    try:
+        hidden.write_text(json.dumps(asdict(report)))
+        os.replace(hidden, folder / f"rank-{rank}.json")
+    except OSError as error:
+        print(f"rank {rank} on {report.host} cannot tell rank 0: {folder}: {error.strerror}", file=sys.stderr)
+
+
+def gather(folder: Path, ranks: int, patience: float = PATIENCE_SECONDS) -> dict[int, Report]:
+    """What the ranks have said, in their order, once all have or the patience is at its end."""
+    deadline = time.monotonic() + patience
+    while len(files := list(folder.glob("rank-*.json"))) < ranks and time.monotonic() < deadline:
+        time.sleep(0.2)
+    reports = {}
+    for file in sorted(files, key=_rank_of):
+        said = json.loads(file.read_text())
+        reports[_rank_of(file)] = Report(said["host"], tuple(findings_of(said["findings"])))
+    return reports
+
+
+def attendance(reports: Mapping[int, Report], ranks: int, expected_hosts: Sequence[str]) -> Finding:
+    """Whether every rank has said its findings, and if not, which ranks and hosts are missing."""
+    hosts = dict.fromkeys(report.host for report in reports.values())
+    silent = [rank for rank in range(ranks) if rank not in reports]
+    if not silent:
+        return Finding("ranks", "ok", f"{ranks} on {few(hosts)}")
+    lost = [host for host in expected_hosts if host not in hosts]
+    detail = f"{len(silent)} of {ranks} never came: {spans(silent)}" + (f"; nothing from {few(lost)}" if lost else "")
+    advice = "the node did not start them, or run.dir is not the same storage there: see their logs, and the mounts"
+    return Finding("ranks", "broken", detail, advice)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Rising numbers with neighbours put together: 1, 4-6."""
+    there = set(numbers)
+    begins = [each for each in numbers if each - 1 not in there]
+    ends = [each for each in numbers if each + 1 not in there]
+    return few(f"{begin}-{end}" if end > begin else begin for begin, end in zip(begins, ends, strict=True))
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.stem.removeprefix("rank-"))
+
+
+def _expected_hosts() -> list[str]:
+    """srun's nodes, where it started the ranks and Slurm's programs are within reach."""
+    try:
+        return nodes_of_step()
+    except (KeyError, OSError, subprocess.SubprocessError):
+        return []
