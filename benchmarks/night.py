@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.faults import last_step_of
 from benchmarks.machine import machine
 from slurm.records import starts, submissions
 from tests.cluster.slurm import Cluster, running_cluster
@@ -97,8 +98,8 @@ def power_off(cluster: Cluster, job: str, run: Path, chance: random.Random) -> N
 
 
 def come_back(cluster: Cluster, job: str, node: str) -> None:
-    """Once Slurm has given the node up, and it had the time to boot."""
-    wait_until(lambda: cluster.node_state(node).startswith("down"))
+    """Once Slurm has given the node up, so that the job waits, and it had the time to boot."""
+    cluster.wait(job, "PENDING")
     time.sleep(BOOT_SECONDS)
     cluster.start_node(node)
 
@@ -143,12 +144,12 @@ def night(folder: Path, kinds: list[str], seed: int) -> Night:
             met.append(Disturbance(kind, last_step(run), time.time()))
             print(f"{kind} at step {met[-1].step} of {steps}", file=sys.stderr, flush=True)
             KINDS[kind](cluster, job, run, chance)
-            wait_until(lambda number=number: len(starts(run)) > number + 1 and steps_of_this_start(run) > 0)
+            wait_until(lambda number=number: len(starts(run)) > number + 1 and steps_of_this_start(run) > 1)
             measure(run, met[-1], number)
         wait_until(lambda: bool(events(run, "done")))
         ended = cluster.wait(job, "COMPLETED", "FAILED")
         goodput = status(cluster, run)["goodput"]
-    seconds = sorted(row["step_seconds"] for row in rows(whole / "metrics.jsonl"))
+    seconds = sorted(row["step_seconds"] for row in rows(whole / "metrics.jsonl") if "step_seconds" in row)
     told = Night(met, goodput, steps, seconds[len(seconds) // 2], len(starts(run)) - 1 - len(met))
     if ended["JobState"] != "COMPLETED":
         told.wrong.append(f"the job ended as {ended['JobState']}")
@@ -166,14 +167,14 @@ def steps_of_this_start(run: Path) -> int:
     now, went_on = starts(run)[-1:], [*events(run, "begin"), *events(run, "resume")][-1:]
     if not now or now[0].ended is not None or not went_on or went_on[0]["time"] < now[0].began:
         return 0
-    return last_step(run) - went_on[0]["step"]
+    return last_step_of(run, went_on[0]["attempt"]) - went_on[0]["step"]
 
 
 def measure(run: Path, met: Disturbance, number: int) -> None:
     """What the run's own records say of a disturbance that it has got over."""
     before, after = starts(run)[number : number + 2]
     resumed = next(row for row in events(run, "resume") if row["time"] > after.began)
-    first = next(row for row in rows(run / "metrics.jsonl") if row["step"] > resumed["step"])
+    first = next(row for row in rows(run / "metrics.jsonl") if row["step"] > resumed["step"] and "loss" in row)
     ended = before.ended or met.at
     met.cause, met.resumed = str(before.cause), resumed["step"]
     met.to_the_end, met.waited = max(0.0, ended - met.at), after.began - max(ended, met.at)
