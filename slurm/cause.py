@@ -5,6 +5,7 @@ Next: job.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -73,6 +74,38 @@ def cause_of(ending: Ending) -> Cause:
     if ending.event == "frozen":
         return Cause.HANG
     return Cause.CRASH if ending.statuses else Cause.KILLED_RANK
+
+
+def cause_of_silence(said: Sequence[str], nodes: tuple[str, ...], lost: Sequence[str]) -> tuple[Cause, tuple[str, ...]]:
+    """Why a batch script was killed before it could say, and the nodes whose fault that was.
+
+    `said` are the last lines of its log: Slurm's, as it killed it, or none, where the script's node, the first of
+    `nodes`, is gone. `lost` are those that Slurm does not count on now.
+    """
+    text = "".join(said)
+    failed = {*lost, *named_as_failed(said)}
+    if "CANCELLED AT" not in text:
+        failed.add(nodes[0])
+    if failed or "DUE TO NODE FAILURE" in text:
+        return Cause.NODE_LOST, tuple(sorted(failed))
+    if "DUE TO TIME LIMIT" in text:
+        return Cause.TIME_LIMIT, ()
+    return (Cause.PREEMPTED if " DUE TO " in text else Cause.CANCELLED), ()
+
+
+def named_as_failed(said: Sequence[str]) -> list[str]:
+    """The nodes that srun says are gone or cannot start ranks; they may be back since."""
+    found = [
+        re.match(r"srun: error: (?:Node failure on |Task launch for .* failed on node )([^\s:]+)", line)
+        for line in said
+    ]
+    return [match[1] for match in found if match]
+
+
+def killed_on(said: Sequence[str]) -> list[str]:
+    """The nodes of tasks that srun saw killed, as `srun: error: n2: task 3: Killed`, the first one first."""
+    found = [re.match(r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited)\w+", line) for line in said]
+    return [match[1] for match in found if match]
 
 
 @dataclass(frozen=True)

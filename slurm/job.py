@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -27,7 +26,17 @@ from pipeline.json_lines import JsonLines, read_lines
 from pipeline.launch import slurm_port
 from pipeline.run_folder import newest_step
 from slurm import client, queue, records
-from slurm.cause import FAILURES, Cause, Decision, Ending, cause_of, decide
+from slurm.cause import (
+    FAILURES,
+    Cause,
+    Decision,
+    Ending,
+    cause_of,
+    cause_of_silence,
+    decide,
+    killed_on,
+    named_as_failed,
+)
 
 MOST_WORDS = 1000
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED", "POWERING", "UNKNOWN")
@@ -99,14 +108,15 @@ def main(run: Path, request: Request) -> int:
         records.note_start(run, where.start, where.nodes, newest_step(run) or 0)
         status, said = run_ranks(run, request, where, request.command)
         ending = ending_of(run, request, where, status, said)
-        decision = conclude(run, request, where, ending, said)
+        cause = cause_of(ending)
+        decision = conclude(run, request, where, cause, ending.lost or first_failed(run, where, said))
         say(run, f"end of {where.start}: {decision.why}")
         if not decision.again:
             if request.requeue == "array":
                 client.insist("scancel", "--state=PENDING", where.job)  # the elements that nobody needs any more
-            if decision.why == "done" and request.evaluate is not None:
+            if cause is Cause.DONE and request.evaluate is not None:
                 return evaluate(run, request, where)
-            return 0 if decision.why == "done" else max(1, min(status, 125))
+            return 0 if cause is Cause.DONE else max(1, min(status, 125))
         if where.nodes:
             return start_again(run, request, where, decision)
         time.sleep(decision.after)
@@ -188,15 +198,11 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int, said:
     )
 
 
-def conclude(run: Path, request: Request, where: Allocation, ending: Ending, said: list[str]) -> Decision:
-    """Writes down why a start ended and what follows; returns that."""
-    cause = cause_of(ending)
+def conclude(run: Path, request: Request, where: Allocation, cause: Cause, nodes: tuple[str, ...]) -> Decision:
+    """Writes down why a start ended, on which nodes if that was their fault, and what follows; returns that."""
     own = [start for start in records.starts(run) if start.job == where.job]
     last_step = last_step_done(run)
-    failed = ending.lost if cause is Cause.NODE_LOST else ()
-    if cause in FAILURES:
-        noted = sorted(records.failures(run, where.start), key=lambda row: row["time"])
-        failed = tuple([*killed_on(said), *(row["host"] for row in noted)][:1])  # others fail because of the first
+    failed = nodes if cause in {Cause.NODE_LOST, *FAILURES} else ()
     ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
     decision = decide(cause, ended, request.max_restarts, request.backoff)
     records.note_end(run, where.start, cause, last_step, failed, decision.why, decision.again)
@@ -209,14 +215,19 @@ def close_open_starts(run: Path, where: Allocation) -> None:
     """Says how starts ended whose batch script was killed before it could."""
     for start in records.starts(run):
         if start.ended is None and start.name != where.start:
-            said = records.batch_log(run, start)
-            silent = bool(said) and not any(" DUE TO " in line for line in said)  # what Slurm says as it kills a script
-            its_own = start.nodes[:1] if silent else ()
-            lost = tuple(sorted({*lost_nodes(start.nodes), *named_as_failed(said), *its_own}))
-            cause = Cause.NODE_LOST if lost else Cause.PREEMPTED
-            why, at = f"{cause}: Slurm started it again", max(start.began, records.last_sign_of_life(run))
-            records.note_end(run, start.name, cause, last_step_done(run), lost, why, True, at)
-            note_restart(run, start.name, cause, last_step_done(run))
+            cause, nodes = cause_of_silence(records.batch_log(run, start), start.nodes, lost_nodes(start.nodes))
+            again, last_step = start.job == where.job, last_step_done(run)
+            why = f"{cause}: Slurm started it again" if again else f"{cause}: its job ended"
+            at = max(start.began, records.last_sign_of_life(run))
+            records.note_end(run, start.name, cause, last_step, nodes, why, again, at)
+            if again:
+                note_restart(run, start.name, cause, last_step)
+
+
+def first_failed(run: Path, where: Allocation, said: list[str]) -> tuple[str, ...]:
+    """The node of the rank that failed first; others fail because of it."""
+    noted = sorted(records.failures(run, where.start), key=lambda row: row["time"])
+    return tuple([*killed_on(said), *(row["host"] for row in noted)][:1])
 
 
 def note_restart(run: Path, start: str, cause: Cause, last_step: int) -> None:
@@ -282,18 +293,6 @@ def node_states(text: str) -> set[tuple[str, str]]:
 
 def is_down(state: str) -> bool:
     return state.endswith("*") or state.upper().startswith(DOWN)
-
-
-def named_as_failed(said: list[str]) -> list[str]:
-    """The nodes whose failure srun tells, which may be back since."""
-    found = [re.match(r"srun: error: Node failure on (\S+)", line) for line in said]
-    return [match[1] for match in found if match]
-
-
-def killed_on(said: list[str]) -> list[str]:
-    """The nodes of tasks that srun saw killed, as `srun: error: n2: task 3: Killed`, the first one first."""
-    found = [re.match(r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated)\w+", line) for line in said]
-    return [match[1] for match in found if match and "Exited" not in match[0]]
 
 
 def seconds_left(where: Allocation) -> float | None:

@@ -107,9 +107,11 @@ def failures(run: Path, start: str) -> Iterator[dict[str, Any]]:
 
 def batch_log(run: Path, start: Start) -> list[str]:
     """What the batch script of a start said; no lines where its log is not there."""
-    file = folder(run) / f"{start.job}_0_log.out"
-    text = file.read_text(errors="replace") if file.exists() else ""
-    return text.partition(f"{BEGINS} {start.name} ")[2].partition(f"{BEGINS} ")[0].splitlines()
+    for file in folder(run).glob("*_log.out"):  # an array has one for each of its elements
+        _, begins, after = file.read_text(errors="replace").partition(f"{BEGINS} {start.name} ")
+        if begins:
+            return after.partition(f"{BEGINS} ")[0].splitlines()
+    return []
 
 
 def last_sign_of_life(run: Path) -> float:

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.cause import FAILURES, SAME_STEP, Cause, Ending, bad_nodes, cause_of, decide
+from slurm.cause import (
+    FAILURES,
+    SAME_STEP,
+    Cause,
+    Ending,
+    bad_nodes,
+    cause_of,
+    cause_of_silence,
+    decide,
+    killed_on,
+    named_as_failed,
+)
 from slurm.records import Start
 
 LONG = 10**5
@@ -39,6 +50,42 @@ LONG = 10**5
 )
 def test_why_a_start_ended(ending: Ending, cause: Cause) -> None:
     assert cause_of(ending) is cause
+
+
+REQUEUED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:19:18 DUE TO JOB REQUEUE ***\n"
+LOST = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20:11 DUE TO NODE FAILURE, SEE SLURMCTLD LOG\n"
+TOO_LONG = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20:11 DUE TO TIME LIMIT ***\n"
+CANCELLED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20:11 ***\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "lost", "expected"),
+    [
+        ([REQUEUED], (), (Cause.PREEMPTED, ())),
+        ([REQUEUED], ("n2",), (Cause.NODE_LOST, ("n2",))),
+        (["srun: error: Node failure on n2\n", LOST], (), (Cause.NODE_LOST, ("n2",))),  # it is back
+        ([LOST], (), (Cause.NODE_LOST, ())),
+        (["srun: error: n2: task 3: Exited with exit code 1\n"], (), (Cause.NODE_LOST, ("n1",))),
+        ([], (), (Cause.NODE_LOST, ("n1",))),
+        ([TOO_LONG], (), (Cause.TIME_LIMIT, ())),
+        ([CANCELLED], (), (Cause.CANCELLED, ())),
+    ],
+)
+def test_why_a_batch_script_was_killed(said: list[str], lost: tuple[str, ...], expected: object) -> None:
+    assert cause_of_silence(said, ("n1", "n2"), lost) == expected
+
+
+def test_the_first_node_whose_rank_was_killed_is_told_by_srun() -> None:
+    said = [
+        "srun: launch/slurm: _step_signal: Terminating StepId=2.0\n",
+        "srun: error: n1: tasks 0-1: Exited with exit code 1\n",
+        "srun: error: n2: task 3: Segmentation fault (core dumped)\n",
+        "srun: error: n1: task 1: Killed\n",
+        "srun: error: n1: task 0: Terminated\n",
+    ]
+    assert killed_on(said) == ["n2", "n1"]
+    refused = "srun: error: Task launch for StepId=2.0 failed on node n7: Communication connection failure\n"
+    assert named_as_failed([*said, refused]) == ["n7"]
 
 
 def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[Start]:
