@@ -29,10 +29,10 @@ from tests.cluster.slurm import Cluster, running_cluster
 from tests.pipeline.runs import coatnet, curve, events, last_state, last_step, pack_digits, rows, wait_until
 from tests.slurm.jobs import JOB, command, keys, ranks, status
 
-STEPS_APART = 40, 120
+STEPS_APART = 20, 60
 """Least and most steps from a start's first to the next disturbance."""
 CHECKPOINT_EVERY = 20
-STEPS_MORE, STEPS_UNNOTICED = 30, 250
+STEPS_MORE, STEPS_UNNOTICED = 12, 150
 """That are done between two disturbances beyond those; and before Slurm misses a daemon."""
 BOOT_SECONDS = 10
 WHOLE_CLUSTER = ("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--exclusive")
@@ -130,7 +130,7 @@ def night(folder: Path, kinds: list[str], seed: int) -> Night:
     steps = sum(apart) + STEPS_MORE * len(kinds) + STEPS_UNNOTICED * kinds.count("slurmd killed")
     packed, run, whole = pack_digits(folder), folder / "run", folder / "whole"
     length = [f"train.steps={steps}", f"checkpoint.every={CHECKPOINT_EVERY}", "train.precision=fp32"]
-    done = coatnet("pretrain", "configs/tiny.yaml", "--procs", 4, *keys(packed, whole, *length))
+    done = coatnet("pretrain", "configs/tiny.yaml", "--procs", 4, *keys(packed, whole, *length), patience=steps)
     assert done.returncode == 0, done.stderr
     (folder / "slurm").mkdir()
     with running_cluster(folder / "slurm", nodes=2, cpus=4) as cluster:

@@ -24,9 +24,9 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
 
 
-def coatnet(*arguments: object) -> subprocess.CompletedProcess[str]:
+def coatnet(*arguments: object, patience: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=patience)
 
 
 def started(*arguments: object) -> subprocess.Popen[str]:
