@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.faults import last_step_of
 from benchmarks.machine import machine
 from slurm.records import starts, submissions
-from tests.cluster.slurm import Cluster, running_cluster
+from tests.cluster.slurm import Cluster, missing, running_cluster
 from tests.pipeline.runs import coatnet, curve, events, last_state, last_step, pack_digits, rows, wait_until
 from tests.slurm.jobs import JOB, command, keys, ranks, status
 
@@ -212,6 +212,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="an empty folder with a short path, for the run; default: none")
     wanted = parser.parse_args()
+    if reason := missing():
+        sys.exit(f"no Slurm can run here: {reason}")
     folder = wanted.out or Path(tempfile.mkdtemp(prefix="coatnet-night-"))
     folder.mkdir(parents=True, exist_ok=True)
     told = night(folder, drawn(wanted.disturbances, wanted.seed), wanted.seed)

@@ -35,7 +35,6 @@ from tests.pipeline.runs import (
     events,
     last_state,
     last_step,
-    pack_digits,
     ranks_of,
     started,
     wait_until,
@@ -121,9 +120,7 @@ def test_an_older_attempt_is_told_which_one_has_begun(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def request_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[object]]:
-    digits = pack_digits(tmp_path_factory.mktemp("digits"))
-
+def request_of(digits: Path) -> Callable[[Path], list[object]]:
     def arguments(run: Path) -> list[object]:
         data = [f"data.train={digits}/train", "data.val=null", f"run.dir={run}", "log.every=1"]
         length = ["train.steps=30", "checkpoint.every=3", "checkpoint.keep_last=100"]

@@ -28,7 +28,6 @@ from tests.pipeline.runs import (
     events,
     last_state,
     last_step,
-    pack_digits,
     packed_keys,
     ranks_of,
     rows,
@@ -37,12 +36,6 @@ from tests.pipeline.runs import (
 )
 
 STEPS = 40
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits of the demo, packed in shards of 200."""
-    return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.runs import coatnet, curve, events, last_step, pack_digits, ranks_of, rows, started, wait_until
+from tests.pipeline.runs import coatnet, curve, events, last_step, ranks_of, rows, started, wait_until
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 def losses(run: Path) -> np.ndarray:

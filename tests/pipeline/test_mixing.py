@@ -17,7 +17,7 @@ from data.order import deal, positions_of_step
 from pipeline.losses import targets
 from pipeline.mixing import mixed, strength
 from tests.pipeline.many_runs import on_ranks
-from tests.pipeline.runs import coatnet, curve, last_state, pack_digits, rows
+from tests.pipeline.runs import coatnet, curve, last_state, rows
 
 seeds = st.integers(0, SEEDS - 1)
 alphas = st.sampled_from([1e-3, 0.2, 0.8, 1.0, 5.0, 1e6])
@@ -95,11 +95,6 @@ def test_golden_strengths_that_existing_runs_depend_on():
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 def job(digits: Path, name: str) -> dict[str, Any]:

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
-from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, curve, events, last_state, pack_digits
+from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, curve, events, last_state
 
 Arguments = Callable[..., list[object]]
 
 
 @pytest.fixture(scope="module")
-def request_of(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
-    digits = pack_digits(tmp_path_factory.mktemp("digits"))
-
+def request_of(digits: Path) -> Arguments:
     def arguments(run: Path, *more: object, procs: int = 2) -> list[object]:
         length = ["train.steps=6", "checkpoint.every=2", "checkpoint.keep_last=9", "log.every=1", "data.val=null"]
         return [

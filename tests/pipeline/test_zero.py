@@ -29,16 +29,11 @@ from pipeline.overrides import read_config
 from pipeline.prepare import augmentation, prepare
 from pipeline.weights_file import checkpoint_of
 from tests.pipeline.many_runs import on_ranks
-from tests.pipeline.runs import ROOT, command, last_state, pack_digits, rows
+from tests.pipeline.runs import ROOT, command, last_state, rows
 
 STAGES = (1, 2, 3)
 WHERE = ("host", "device")
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_digits(tmp_path_factory.mktemp("zero"))
 
 
 @pytest.fixture(scope="module")

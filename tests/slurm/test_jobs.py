@@ -14,15 +14,10 @@ import pytest
 from slurm.records import starts, submissions
 from slurm.submit import grace_seconds, warnings
 from tests.cluster.slurm import GRACE_SECONDS, KILL_SECONDS, Cluster
-from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, pack_digits, wait_until
+from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, wait_until
 from tests.slurm.jobs import JOB, causes, command, keys, ranks, read, status, trains
 
 Submit = Callable[..., tuple[Path, str]]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")
