@@ -166,6 +166,7 @@ def freeze(process: Process, run: Path, chance: random.Random) -> None:
     assert process.stderr is not None
     said = process.stderr.read()
     assert f"rank {rank} (process {frozen} on " in said and "frozen" in said, said
+    assert [each["process"] for each in events(run, "frozen")[-1]["ranks"]] == [frozen]
 
 
 def stop(process: Process, run: Path, chance: random.Random) -> None:

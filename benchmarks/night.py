@@ -40,13 +40,13 @@ WHOLE_CLUSTER = ("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--excl
 
 @dataclass
 class Disturbance:
-    """What happened, at which step and time, the step gone on from, and how long it took."""
+    """What happened, at which step and time, the steps that had to be done again, and how long it took."""
 
     kind: str
     step: int
     at: float
     cause: str = ""
-    resumed: int = 0
+    steps_lost: int = 0
     to_the_end: float = 0.0
     waited: float = 0.0
     to_the_first_step: float = 0.0
@@ -176,7 +176,8 @@ def measure(run: Path, met: Disturbance, number: int) -> None:
     resumed = next(row for row in events(run, "resume") if row["time"] > after.began)
     first = next(row for row in rows(run / "metrics.jsonl") if row["step"] > resumed["step"] and "loss" in row)
     ended = before.ended or met.at
-    met.cause, met.resumed = str(before.cause), resumed["step"]
+    met.cause = str(before.cause)
+    met.steps_lost = next(row["steps_lost"] for row in events(run, "restart") if row["start"] == before.name)
     met.to_the_end, met.waited = max(0.0, ended - met.at), after.began - max(ended, met.at)
     met.to_the_first_step = resumed["time"] + first["step_seconds"] - after.began
 
@@ -192,7 +193,7 @@ def table(told: Night) -> Iterator[str]:
     for kind in [*KINDS, "all"]:
         of_kind = [each for each in met if kind in (each.kind, "all")]
         if of_kind:
-            lost = mean([each.step - each.resumed for each in of_kind])
+            lost = mean([each.steps_lost for each in of_kind])
             ends, waits = mean([each.to_the_end for each in of_kind]), mean([each.waited for each in of_kind])
             begins = mean([each.to_the_first_step for each in of_kind])
             figures = f"{lost:12.1f}{ends:10.1f} s{waits:11.1f} s{begins:17.1f} s{ends + begins:9.1f} s"

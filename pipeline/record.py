@@ -23,14 +23,19 @@ from pipeline.json_lines import JsonLines, cut_back
 
 
 class Events:
-    """RUN/events.jsonl: what happened, with `time` (seconds since 1970), `attempt` and `event`; rank 0 alone writes."""
+    """RUN/events.jsonl: what happened, with `time` (seconds since 1970), `attempt` and `event`; one rank writes."""
 
     def __init__(self, run: Path, attempt: int, rank: int) -> None:
-        self._lines, self._attempt = JsonLines(run / "events.jsonl") if rank == 0 else None, attempt
+        self._path, self._attempt, self._rank = run / "events.jsonl", attempt, rank
+        self._lines = JsonLines(self._path) if rank == 0 else None
 
-    def write(self, event: str, **facts: Any) -> None:
-        if self._lines is not None:
-            self._lines.write({"time": round(time.time(), 3), "attempt": self._attempt, "event": event, **facts})
+    def write(self, event: str, by: int = 0, **facts: Any) -> None:
+        """`by` is the rank that writes, another than 0 where that one can't."""
+        if self._rank != by:
+            return
+        if self._lines is None:
+            self._lines = JsonLines(self._path)
+        self._lines.write({"time": round(time.time(), 3), "attempt": self._attempt, "event": event, **facts})
 
 
 class Metrics:

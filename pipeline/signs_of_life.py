@@ -103,7 +103,8 @@ class _Watch(AbstractContextManager[None]):
             f"{who}: no sign of life for {self._patience:g} s (run.hang_timeout), so it is frozen, or its machine is;"
             " this run ends, and the same command goes on from the last checkpoint"
         )
-        self._events.write("frozen", ranks=[{"rank": other, **facts} for other, facts in named.items()])
+        frozen = [{"rank": other, **facts} for other, facts in named.items()]
+        self._events.write("frozen", by=1 if 0 in named else 0, ranks=frozen)
         if self._rank == 0:
             self._store.set(_VERDICT, verdict)
             time.sleep(2 * self._interval)  # for the others to read it

@@ -167,8 +167,10 @@ def test_where_jobs_must_not_requeue_themselves_an_array_goes_on(
 
 @pytest.mark.torture
 def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
+    """Rank 0, which writes the events otherwise."""
     run, job = training()
-    os.kill(ranks(run)[-1], signal.SIGSTOP)
+    (first,) = (pid for pid in ranks(run) if b"SLURM_PROCID=0" in read(Path(f"/proc/{pid}/environ")).split(b"\0"))
+    os.kill(first, signal.SIGSTOP)
     assert end(cluster, job) == "COMPLETED"
     assert causes(run) == ["hang", "done"]
     assert is_as_if_nothing_had_happened(run, undisturbed)
