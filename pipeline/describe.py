@@ -119,9 +119,11 @@ def doctor_report(preset: str | None, overrides: list[str], as_json: bool) -> in
         print(json.dumps([asdict(finding) for finding in findings]))
         return exit_status(findings)
     table = Table(box=None, show_header=False, pad_edge=False)
+    for overflow in ("ellipsis", "ellipsis", "fold"):
+        table.add_column(overflow=overflow)
     for mark, what, detail, advice in rows(findings):
         table.add_row(mark, what, escape(detail + (f"\n-> {advice}" if advice else "")))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     return exit_status(findings)
 
 

@@ -50,7 +50,8 @@ def wait_for(number: str) -> dict[str, str]:
     """What Slurm says of a job that has ended; says itself why one waits."""
     told: str | None = None
     while (facts := queue.show_job(number)) and facts["JobState"] in queue.WAITING | queue.BUSY:
-        waits = f"waits: {facts['Reason']}" if facts["JobState"] in queue.WAITING else "runs"
+        why = "" if facts["Reason"] == "None" else f": {facts['Reason']}"
+        waits = f"waits{why}" if facts["JobState"] in queue.WAITING else "runs"
         if waits != told:
             print(f"job {number} {waits}", file=sys.stderr, flush=True)
             told = waits
