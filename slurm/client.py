@@ -48,7 +48,7 @@ def ask(*command: str) -> str:
         raise Unanswered(f"{command[0]} gave no answer in {PATIENCE_SECONDS} s: is Slurm's controller up?") from None
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = f"{command[0]}: {said[-1] if said else f'exit status {done.returncode}'}"
+        last = f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ') if said else f'exit status {done.returncode}'}"
         silent = any(words in last.lower() for words in _SILENT)
         raise Unanswered(f"Slurm does not answer: {last}") if silent else Refused(last)
     return done.stdout
