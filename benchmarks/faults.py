@@ -49,7 +49,7 @@ TOLERANCES = {"ten steps, loss": 1e-5, "ten steps, gradient norm": 1e-3, "whole 
 """Relative, in fp32. Training amplifies rounding: with a smaller optim.eps than 1e-3 by steps made of it, with max
 pooling by maxima that jump; so here eps is 1e-3 and pooling averages."""
 CHECKPOINT_EVERY, MICRO_BATCHES, DAMAGED_SAMPLES = 4, 4, 2
-STEPS_COMPARED = 10
+STEPS_COMPARED, STEPS_WITH_AN_EPOCH = 10, 24
 MOST_STEPS_MORE = 12
 """That a run does between two faults, beyond those asked for."""
 FULL_BYTES = 200_000
@@ -394,7 +394,7 @@ def campaign(folder: Path, faults: list[str], seed: int) -> list[Outcome]:
     for number, (places, kinds) in enumerate(runs_of(faults)):
         steady = len(places) == 1
         few = 2 if steady else STEPS_COMPARED
-        setting = Setting(folder, len(kinds) * (few + MOST_STEPS_MORE))
+        setting = Setting(folder, max(STEPS_WITH_AN_EPOCH, len(kinds) * (few + MOST_STEPS_MORE)))
         whole = folder / f"whole-{places[0].ranks}-{places[0].stage}-{setting.steps}"
         if not whole.exists():
             to_the_end(setting, whole, places[0])

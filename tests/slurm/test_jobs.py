@@ -66,6 +66,15 @@ def is_as_if_nothing_had_happened(run: Path, undisturbed: Path) -> bool:
     return curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
+def test_a_run_that_is_requeued_goes_on_where_it_stopped(cluster: Cluster, training: Submit) -> None:
+    run, job = training("train.steps=40")
+    cluster.run("scontrol", "requeue", job)
+    assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
+    assert events(run, "resume")[0]["step"] == events(run, "stop")[0]["step"]
+    assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == list(range(1, 41))
+    assert (status(cluster, run)["state"], status(cluster, run)["restarts"]) == ("done", 1)
+
+
 @pytest.mark.torture
 def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
     cluster: Cluster, training: Submit, undisturbed: Path
