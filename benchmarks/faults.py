@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -380,10 +380,11 @@ CHANGING = [
 ]
 
 
-def drawn(faults: int, seed: int) -> list[str]:
-    """So many faults, each kind as often as any other."""
-    chance, rounds = random.Random(seed), -(-faults // len(FAULTS))
-    return [kind for _ in range(rounds) for kind in chance.sample(list(FAULTS), len(FAULTS))][:faults]
+def drawn(count: int, seed: int, kinds: Iterable[str] = FAULTS) -> list[str]:
+    """So many of these kinds, each as often as any other."""
+    each = list(kinds)
+    chance, rounds = random.Random(seed), -(-count // len(each))
+    return [kind for _ in range(rounds) for kind in chance.sample(each, len(each))][:count]
 
 
 def campaign(folder: Path, faults: list[str], seed: int) -> list[Outcome]:

@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
-from benchmarks.faults import last_step_of
+from benchmarks.faults import drawn, last_step_of
 from benchmarks.machine import machine
 from slurm.records import starts, submissions
 from tests.cluster.slurm import Cluster, missing, running_cluster
@@ -114,12 +115,6 @@ KINDS: dict[str, Callable[[Cluster, str, Path, random.Random], None]] = {
 }
 
 
-def drawn(count: int, seed: int) -> list[str]:
-    """So many disturbances, each kind as often as any other."""
-    chance, rounds = random.Random(seed), -(-count // len(KINDS))
-    return [kind for _ in range(rounds) for kind in chance.sample(list(KINDS), len(KINDS))][:count]
-
-
 # ------------------------------------------------------------------------------------------------------------ the night
 
 
@@ -193,18 +188,14 @@ def table(told: Night) -> Iterator[str]:
     for kind in [*KINDS, "all"]:
         of_kind = [each for each in met if kind in (each.kind, "all")]
         if of_kind:
-            lost = mean([each.steps_lost for each in of_kind])
-            ends, waits = mean([each.to_the_end for each in of_kind]), mean([each.waited for each in of_kind])
-            begins = mean([each.to_the_first_step for each in of_kind])
+            lost = fmean([each.steps_lost for each in of_kind])
+            ends, waits = fmean([each.to_the_end for each in of_kind]), fmean([each.waited for each in of_kind])
+            begins = fmean([each.to_the_first_step for each in of_kind])
             figures = f"{lost:12.1f}{ends:10.1f} s{waits:11.1f} s{begins:17.1f} s{ends + begins:9.1f} s"
             yield f"{kind:18}{len(of_kind):6}{figures}"
     yield f"\ngoodput {100 * told.goodput:.0f} %: the share of the allocated time that went into steps that count"
     yield f"restarts beyond those: {told.more_restarts}"
     yield f"causes, as recorded: {', '.join(each.cause for each in met)}"
-
-
-def mean(figures: list[float]) -> float:
-    return sum(figures) / len(figures)
 
 
 def main() -> int:
@@ -217,7 +208,7 @@ def main() -> int:
         sys.exit(f"no Slurm can run here: {reason}")
     folder = wanted.out or Path(tempfile.mkdtemp(prefix="coatnet-night-"))
     folder.mkdir(parents=True, exist_ok=True)
-    told = night(folder, drawn(wanted.disturbances, wanted.seed), wanted.seed)
+    told = night(folder, drawn(wanted.disturbances, wanted.seed, KINDS), wanted.seed)
     print(machine(), *table(told), sep="\n")
     if wanted.out is None:
         shutil.rmtree(folder)

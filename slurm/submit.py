@@ -61,13 +61,12 @@ def submit(
         raise BadRequest(
             "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
         )
+    dependency: str | None = None
     if not dry_run:
-        for work in works:
-            check_idle(work.run)
+        ending, *_ = [jobs_that_end(work.run) for work in works]
         if cluster == "slurm":
             check_cluster(works[0].config)
-    ending = "".join(f":{job}" for job in queue.living(works[0].run)) if cluster == "slurm" and not dry_run else ""
-    dependency = f"afterany{ending}" if ending else None  # cancelled a moment ago
+            dependency = ":".join(["afterany", *ending]) if ending else None
     for work in works:
         job = submit_one(work, dependency, cluster, dry_run)
         dependency = f"afterok:{job}"
@@ -87,11 +86,11 @@ def check(work: Work) -> None:
     compare(work.run, work.config, work.command)
 
 
-def check_idle(run: Path) -> None:
-    """BadRequest where the run is alive: it has a job that waits or runs, uncancelled, or a process trains it."""
+def jobs_that_end(run: Path) -> list[str]:
+    """A run's jobs that were cancelled a moment ago; BadRequest where it is alive: a job or a process is to go on."""
     living = queue.living(run)
     if living and records.is_cancelled(run):
-        return
+        return list(living)
     for job, facts in living.items():
         raise BadRequest(
             f"{run}: its job {job} is {facts['JobState'].lower()} and starts again by itself;"
@@ -100,18 +99,14 @@ def check_idle(run: Path) -> None:
     if queue.is_held(run):
         holder = (run / ".lock").read_text().strip()
         raise BadRequest(f"{run}: this run is alive ({holder}); end it first, or choose another run.dir")
+    return []
 
 
 def check_cluster(config: Config) -> None:
     """BadRequest where the cluster could never give what is asked for; Unanswered where it does not answer."""
     if not client.is_installed():
         raise BadRequest("no Slurm on this machine's PATH: submit from a login node, or with --cluster local")
-    slurm, there = config.slurm, partitions()
-    default = [name for name, facts in there.items() if facts["Default"] == "YES"]
-    names = slurm.partition.split(",") if slurm.partition else default or list(there)
-    if missing := [name for name in names if name not in there]:
-        raise BadRequest(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(there))}")
-    reasons = [why_never(slurm, there[name]) for name in names]
+    reasons = [why_never(config.slurm, facts) for facts in partitions(config.slurm.partition)]
     if all(reasons):
         raise BadRequest("; ".join(filter(None, reasons)))
 
@@ -130,10 +125,19 @@ def why_never(slurm: Slurm, partition: Mapping[str, str]) -> str | None:
     return None
 
 
-def partitions() -> dict[str, dict[str, str]]:
-    """What Slurm knows of each partition: State, TotalNodes, MaxTime, GraceTime ..."""
+def partitions(wanted: str | None) -> list[dict[str, str]]:
+    """What Slurm knows (State, TotalNodes, MaxTime, GraceTime ...) of the partitions a job may go to.
+
+    `wanted` are names with commas between them; None: the default, or all where there is none. BadRequest where one
+    does not exist.
+    """
     found = [queue.parsed(line) for line in client.ask("scontrol", "-o", "show", "partition").splitlines()]
-    return {facts["PartitionName"]: facts for facts in found if facts}
+    there = {facts["PartitionName"]: facts for facts in found if facts}
+    default = [name for name, facts in there.items() if facts["Default"] == "YES"]
+    names = wanted.split(",") if wanted else default or list(there)
+    if missing := [name for name in names if name not in there]:
+        raise BadRequest(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(there))}")
+    return [there[name] for name in names]
 
 
 def submit_one(work: Work, dependency: str | None, cluster: str, dry_run: bool) -> str:
@@ -242,7 +246,5 @@ def warnings(needed: float, lead: float, grace: float) -> list[str]:
 def grace_seconds(partition: str | None) -> float:
     """Seconds from a preemption's SIGTERM to SIGKILL: the partition's grace and the cluster's wait."""
     waits = re.findall(r"^KillWait\s*=\s*(\d+)", client.ask("scontrol", "show", "config"), re.MULTILINE)
-    own = [
-        p for p in partitions().values() if partition == p["PartitionName"] or (not partition and p["Default"] == "YES")
-    ]
-    return sum(float(seconds) for seconds in [*waits, *(p["GraceTime"] for p in own)] if seconds.isdigit())
+    graces = [float(facts["GraceTime"]) for facts in partitions(partition) if facts["GraceTime"].isdigit()]
+    return sum(map(float, waits)) + min(graces, default=0.0)

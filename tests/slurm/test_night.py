@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.night import KINDS, drawn, night, table
+from benchmarks.faults import drawn
+from benchmarks.night import KINDS, night, table
 
 
 @pytest.mark.torture
 def test_twenty_disturbances_change_no_bit(slurm_here: None, tmp_path_factory: pytest.TempPathFactory) -> None:
-    told = night(tmp_path_factory.mktemp("night"), drawn(20, 0), seed=0)
+    told = night(tmp_path_factory.mktemp("night"), drawn(20, 0, KINDS), seed=0)
     assert not told.wrong, "\n".join(table(told))
 
 
 def test_each_kind_of_disturbance_is_drawn_as_often_as_any_other() -> None:
-    assert {drawn(10 * len(KINDS), 1).count(kind) for kind in KINDS} == {10}
+    assert {drawn(10 * len(KINDS), 1, KINDS).count(kind) for kind in KINDS} == {10}

@@ -13,17 +13,15 @@ from pipeline.errors import BadRequest
 from slurm import client, queue, records
 from slurm.cancel import cancel
 from slurm.status import status
-from tests.cluster.slurm import Cluster, missing, running_cluster
+from tests.cluster.slurm import Cluster, running_cluster
 from tests.pipeline.runs import wait_until
 
 SCRIPT = '#!/bin/bash\n[ "$1" = end ] || sleep 600\n'
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One node of four CPUs; skipped where no cluster can run, but a failure in CI."""
-    if reason := missing():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm for tests: {reason}")
+def cluster(slurm_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node of four CPUs."""
     with running_cluster(tmp_path_factory.mktemp("slurm"), nodes=1, cpus=4) as it:
         yield it
 
