@@ -26,10 +26,10 @@ class Augmentation:
     """What training does to its samples: RandAugment's layers and magnitude on the scale of randaugment.py.
 
     `crop_area` (shares of the image's area) belongs to "random_resized", `center_fraction` (of the short side) to
-    "center". Raises BadRequest for values outside their range.
+    "center"; "none" takes the whole image, whatever its shape. Raises BadRequest for values outside their range.
     """
 
-    crop: Literal["random_resized", "center"]
+    crop: Literal["random_resized", "center", "none"]
     crop_area: tuple[float, float] = (0.08, 1.0)
     center_fraction: float = 1.0
     flip: bool
@@ -37,8 +37,8 @@ class Augmentation:
     magnitude: float
 
     def __post_init__(self) -> None:
-        if self.crop not in ("random_resized", "center"):
-            raise BadRequest(f"crop is {self.crop!r}; it is random_resized or center")
+        if self.crop not in ("random_resized", "center", "none"):
+            raise BadRequest(f"crop is {self.crop!r}; it is random_resized, center or none")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise BadRequest(f"crop_area is {self.crop_area}; it has a smallest and a largest share, above 0 to 1")
         if not 0 < self.center_fraction <= 1:
@@ -73,7 +73,7 @@ def draw(
         numbers = uniforms(seed, Purpose.CROP, samples, 2 + 2 * TRIES, epochs)
         start, shape = _random_resized(augmentation.crop_area, numbers, heights, widths)
     else:
-        start, shape = _center(augmentation.center_fraction, heights, widths)
+        start, shape = _center(augmentation.center_fraction if augmentation.crop == "center" else None, heights, widths)
     heads = uniforms(seed, Purpose.FLIP, samples, 1, epochs)[:, 0] < 0.5
     layers = uniforms(seed, Purpose.RANDAUGMENT, samples, 2 * augmentation.layers, epochs)
     return Recipe(
@@ -85,16 +85,19 @@ def draw(
     )
 
 
-def fixed(center_fraction: float, heights: ArrayLike, widths: ArrayLike) -> Recipe:
-    """The recipe of evaluation: the centred square of this fraction of the short side, and nothing else."""
+def fixed(center_fraction: float | None, heights: ArrayLike, widths: ArrayLike) -> Recipe:
+    """The recipe of evaluation: the centred square of this fraction of the short side, or all of the image (None)."""
     start, shape = _center(center_fraction, np.asarray(heights, np.int64), np.asarray(widths, np.int64))
     none = np.zeros((len(start), 0), np.int32)
     return Recipe(start.astype(np.int32), shape.astype(np.int32), np.zeros(len(start), np.int32), none, none)
 
 
 def _center(
-    fraction: float, heights: NDArray[np.int64], widths: NDArray[np.int64]
+    fraction: float | None, heights: NDArray[np.int64], widths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if fraction is None:
+        shape = np.stack([heights, widths], axis=1)
+        return np.zeros_like(shape), shape
     side = np.maximum(1, np.rint(fraction * np.minimum(heights, widths)).astype(np.int64))
     shape = np.stack([side, side], axis=1)
     return (np.stack([heights, widths], axis=1) - shape) // 2, shape

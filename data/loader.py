@@ -112,9 +112,10 @@ def batches_at(
 
 
 @contextmanager
-def evaluation_batches(manifest: Manifest, crop_fraction: float, share: Share) -> Iterator[Iterator[Batch]]:
+def evaluation_batches(manifest: Manifest, crop_fraction: float | None, share: Share) -> Iterator[Iterator[Batch]]:
     """This rank's fixed micro batches of the whole set, in manifest order, less the broken samples.
 
+    Of each image the centred square of `crop_fraction` of the short side is taken, of None the whole.
     Micro batch m has the samples m * micro_batch and on; rank r has the numbers r, r + world_size, ...
     """
     micro_batches, most = -(-manifest.samples // share.micro_batch), manifest.labels_per_sample
@@ -132,7 +133,9 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float, share: Share) -
         replaced = np.zeros(len(used), bool)
         return _Chunk(used, samples, [s.key for s in samples], used, replaced, recipe, broken)
 
-    augmentation = Augmentation(crop="center", center_fraction=crop_fraction, flip=False, layers=0, magnitude=0.0)
+    augmentation = Augmentation(
+        crop="none", flip=False, layers=0, magnitude=0.0
+    )  # of which only the layers matter here
     with _reading_threads() as pool:
         mine = deal(micro_batches, share.rank, share.world_size)
         chunks = in_order(pool, read, mine, 2 * READING_THREADS)

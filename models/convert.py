@@ -109,8 +109,7 @@ def from_timm(name: str, state: Mapping[str, Tensor], arguments: Mapping[str, An
     ValueError, which names what it is about, where no `coatnet` is the same function, or `state` is not its state.
     Tensors share the memory of `state` where they can.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"{name} {_difference(name)}; what can be had here is {', '.join(LAYOUTS)}")
+    check_known(name)
     given = {**TIMM_DEFAULTS, **{key: value for key, value in arguments.items() if key not in WITHOUT_EFFECT}}
     made: dict[str, Any] = {"layout": LAYOUTS[name], **_our_arguments(given)}
     with torch.device("meta"):
@@ -216,6 +215,12 @@ def _our_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": given["transformer_norm_eps"],
         **({} if layers else {"batch_norm_eps": given["conv_norm_eps"]}),
     }
+
+
+def check_known(name: str) -> None:
+    """ValueError, which says what timm's network `name` is, where it is none of those that can be had here."""
+    if name not in LAYOUTS:
+        raise ValueError(f"{name} {_difference(name)}; what can be had here is {', '.join(LAYOUTS)}")
 
 
 def _difference(name: str) -> str:

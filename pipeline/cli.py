@@ -37,12 +37,20 @@ Check = Annotated[bool, typer.Option("--check", help="check the configuration, w
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 
 
-Source = Annotated[str, typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file")]
+Source = Annotated[
+    str | None,
+    typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file; for --check a preset"),
+]
 Trained = Annotated[
     str, typer.Argument(metavar="RUN", help="run (its newest checkpoint), one checkpoint, or an exported file")
 ]
 EvaluationSet = Annotated[str, typer.Option("--data", metavar="URL", help="packed evaluation set")]
 Weights = Annotated[str | None, typer.Option(metavar="ema|model", help="default: ema where there is one")]
+Resolution = Annotated[int | None, typer.Option(min=1, help="pixels a side; default: what it was trained at")]
+Crop = Annotated[
+    str | None,
+    typer.Option(metavar="FRACTION|none", help="share of the short side in the middle; none: all of the image"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="about the most MiB of a shard")]
@@ -58,12 +66,17 @@ def pretrain(config: ConfigFile, overrides: Overrides = None, procs: Ranks = 1, 
 
 @app.command(epilog="Example: coatnet finetune configs/tiny_finetune.yaml --from runs/tiny run.dir=runs/tiny-40")
 def finetune(
-    config: ConfigFile, source: Source, overrides: Overrides = None, procs: Ranks = 1, check: Check = False
+    config: ConfigFile,
+    source: Source = None,
+    overrides: Overrides = None,
+    weights: Weights = None,
+    procs: Ranks = 1,
+    check: Check = False,
 ) -> None:
     """Start from another run's weights (its moving average, if it has one), usually at another resolution."""
     from pipeline.finetune import finetune
 
-    raise typer.Exit(finetune(config, overrides or [], source, procs, check))
+    raise typer.Exit(finetune(config, overrides or [], source, weights, procs, check))
 
 
 @app.command(epilog="Example: coatnet preview configs/tiny.yaml digits.png data.train=digits/train")
@@ -85,13 +98,15 @@ def evaluate(
     run: Trained,
     data: EvaluationSet,
     weights: Weights = None,
+    resolution: Resolution = None,
+    crop: Crop = None,
     procs: Ranks = 1,
     as_json: AsJson = False,
 ) -> None:
     """Top-1, top-5 and loss over exactly every sample once, the same on any number of ranks."""
     from pipeline.score import score
 
-    raise typer.Exit(score(run, data, weights, procs, as_json))
+    raise typer.Exit(score(run, data, weights, resolution, crop, procs, as_json))
 
 
 @app.command(epilog="Example: coatnet export runs/tiny tiny.safetensors")

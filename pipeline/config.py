@@ -95,6 +95,11 @@ class Model(Section):
     layer_norm_eps: float = key(1e-5, "layer norm's epsilon", gt=0)
     resolution: int = key(224, "image height and width in pixels", ge=1)
     classes: int | None = key(None, "classes the training set must have; null: whatever the manifest says", ge=1)
+    classifier: Literal["auto", "keep", "new", "map"] = key(
+        "auto",
+        "fine-tuning's last layer: keep (the classes must be the source's), new, map (by class name, the others new);"
+        " auto: keep where the classes are the source's, else new",
+    )
 
     @model_validator(mode="after")
     def _named_or_spelled_out(self) -> Model:
@@ -114,8 +119,8 @@ class RandAugment(Section):
 
 
 class Augment(Section):
-    crop: Literal["random_resized", "center"] = key(
-        "random_resized", "random_resized, or center (the largest centred square)"
+    crop: Literal["random_resized", "center", "none"] = key(
+        "random_resized", "random_resized, center (the largest centred square), or none (the whole image, squeezed)"
     )
     crop_area: tuple[float, float] = key(
         (0.08, 1.0), "smallest and largest share of the image's area that a random crop takes"
@@ -221,8 +226,12 @@ class Zero(Section):
 class Evaluate(Section):
     every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "free", ge=1)
     weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "free")
-    crop_fraction: float = key(
-        0.875, "share of the short side that evaluation's centre square takes", "free", gt=0, le=1
+    crop_fraction: float | None = key(
+        0.875,
+        "share of the short side that evaluation's centre square takes; null: no crop, the whole image is squeezed",
+        "free",
+        gt=0,
+        le=1,
     )
 
 

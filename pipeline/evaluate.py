@@ -38,7 +38,11 @@ class Figures:
 
 
 def evaluate(
-    forward: Callable[[torch.Tensor], torch.Tensor], manifest: Manifest, crop_fraction: float, kind: Kind, share: Share
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    manifest: Manifest,
+    crop_fraction: float | None,
+    kind: Kind,
+    share: Share,
 ) -> Figures:
     """Figures of `forward` (images [n, 3, h, w] -> logits [n, classes]) over the whole set; collective.
 

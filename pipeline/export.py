@@ -106,8 +106,8 @@ def _as_timm(said: dict[str, Any], tensors: dict[str, np.ndarray]) -> tuple[dict
         "input_size": [3, *model.resolution],
         "fixed_input_size": True,
         "interpolation": "bilinear",
-        "crop_pct": config.evaluate.crop_fraction,
-        "crop_mode": "center",
+        "crop_pct": config.evaluate.crop_fraction or 1.0,
+        "crop_mode": "center" if config.evaluate.crop_fraction else "squash",
         "mean": [round(value / 255, 6) for value in MEAN],
         "std": [round(value / 255, 6) for value in DEVIATION],
         "num_classes": len(classes),
@@ -168,8 +168,9 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
 def _our_config(folder: Path, made: dict[str, Any], noted: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """A configuration for these weights: the one that an export noted, or the defaults; the model as timm's is."""
-    unknown = {"data": {"train": "unknown"}, "train": {"steps": 1}, "evaluate": {"crop_fraction": data["crop_pct"]}}
-    tree = noted.get("config") or (unknown if "crop_pct" in data else {**unknown, "evaluate": {}})
+    crop = {"crop_fraction": data["crop_pct"]} if "crop_pct" in data else {}
+    crop = {"crop_fraction": None} if data.get("crop_mode") == "squash" else crop
+    tree = noted.get("config") or {"data": {"train": "unknown"}, "train": {"steps": 1}, "evaluate": crop}
     sides = made["resolution"] if isinstance(made["resolution"], tuple) else (made["resolution"],) * 2
     if sides[0] != sides[1]:
         raise BadRequest(f"{folder}: img_size is {list(sides)}; a configuration has square images only")

@@ -1,5 +1,7 @@
 """`coatnet evaluate`: the figures of a run's newest checkpoint, or of an exported file, on any packed set.
 
+At the resolution and crop that it was trained with, or at others.
+
 Next: evaluate.py.
 """
 
@@ -19,17 +21,18 @@ from data.storage import PLAIN
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.launch import is_rank, processor_share, rank_and_world_size, run_ranks
-from pipeline.overrides import validate
-from pipeline.weights_file import Weights, WeightsFile, kind_of, weights_of
+from pipeline.trained import opened
+from pipeline.weights_file import Weights, WeightsFile
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Figures
 
 
-def score(source: str, data: str, weights: str | None, procs: int, as_json: bool) -> int:
+def score(
+    source: str, data: str, weights: str | None, resolution: int | None, crop: str | None, procs: int, as_json: bool
+) -> int:
     """Evaluates and prints; returns the exit status."""
-    reader = weights_of(Path(source))
-    kind = kind_of(reader, weights)
+    reader, kind, config = opened(source, weights, resolution, crop)
     manifest, state = read_manifest(data), reader.state()
     if list(manifest.classes) != state["classes"]:
         raise BadRequest(
@@ -38,14 +41,13 @@ def score(source: str, data: str, weights: str | None, procs: int, as_json: bool
         )
     if not is_rank():
         return _launch(reader, procs)
-    config = validate(state["config"], str(reader.folder))
     manifest = with_cache(manifest, PLAIN, config.data.cache.dir, config.data.cache.max_bytes)
     figures = _figures(reader, kind, config, manifest)
     if rank_and_world_size()[0] == 0:
         row = {**asdict(figures), "broken": len(figures.broken), "weights": "ema" if kind == "ema" else "model"}
         for sample in figures.broken:
             print(f"left out: {sample['key']} in {sample['shard']}: {sample['reason']}", file=sys.stderr)
-        print(json.dumps(row) if as_json else _sentence(source, reader.step, row))
+        print(json.dumps(row) if as_json else _sentence(source, reader.step, config, row))
     return 0
 
 
@@ -64,24 +66,23 @@ def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> 
     import torch
 
     from data.loader import Share
-    from pipeline.ema import assign
     from pipeline.engine import start_process_group
     from pipeline.evaluate import evaluate
-    from pipeline.finetune import weights_from
-    from pipeline.network import build_network, no_values
+    from pipeline.trained import trained_network
 
     device = start_process_group()
-    values, statistics = weights_from(reader, kind, manifest.classes, no_values)
-    model = build_network(config.model, config.train, len(manifest.classes), device, values).eval()
-    assign(model, statistics)
+    model = trained_network(reader, kind, config, device)
     rank, world_size = rank_and_world_size()
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, share)
 
 
-def _sentence(source: str, step: int, row: dict) -> str:
+def _sentence(source: str, step: int, config: Config, row: dict) -> str:
+    """The figures in a line; what the paper calls precision@1 is top-1 of a loss that asks of each class alone."""
+    top1, side = "precision@1" if config.train.loss == "sigmoid" else "top-1", config.model.resolution
     return (
-        f"{source} at step {step} ({row['weights']}): top-1 {100 * row['top1']:.2f} %, top-5 {100 * row['top5']:.2f} %,"
-        f" loss {row['loss']:.4f} over {row['samples']} samples, {row['broken']} broken"
+        f"{source} at step {step} ({row['weights']}, {side} x {side}): {top1} {100 * row['top1']:.2f} %,"
+        f" top-5 {100 * row['top5']:.2f} %, loss {row['loss']:.4f} over {row['samples']} samples,"
+        f" {row['broken']} broken"
     )

@@ -38,8 +38,10 @@ class WeightsFile:
                 said = json.loads((file.metadata() or {}).get(KEY, "null"))
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, safetensors.SafetensorError) as error:
+            _refuse_timm(path)
             raise BadRequest(f"{path} is no whole safetensors file ({error}); export it again") from None
         if not isinstance(said, dict) or said.get("format") != FORMAT:
+            _refuse_timm(path)
             raise BadRequest(f"{path} was not made by this version of coatnet export or coatnet import; make it again")
         self._said = said
         self.step: int = said["step"]
@@ -82,6 +84,7 @@ def checkpoint_of(source: Path) -> CheckpointReader:
         return CheckpointReader(source)
     folders = trusted(source)
     if not folders:
+        _refuse_timm(source)
         what = "has no checkpoint yet" if (source / "config.yaml").exists() else "is no run"
         raise BadRequest(f"{source} {what}; give a run's folder, one of its checkpoints/step-..., or an exported file")
     return CheckpointReader(folders[-1])
@@ -90,6 +93,24 @@ def checkpoint_of(source: Path) -> CheckpointReader:
 def weights_of(source: Path) -> Weights:
     """What a path names: an exported file, a checkpoint, or a run's newest; BadRequest where there is none."""
     return WeightsFile(source) if source.is_file() else checkpoint_of(source)
+
+
+def _refuse_timm(path: Path) -> None:
+    """BadRequest where this is timm's folder or a file in it: what it is, or how it becomes a file of ours."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        name = json.loads((folder / "config.json").read_text())["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    from models.convert import check_known
+
+    try:
+        check_known(name)
+    except ValueError as error:
+        raise BadRequest(f"{folder} is timm's: {error}") from None
+    raise BadRequest(
+        f"{folder} is timm's: coatnet import {folder} {name}.safetensors makes a file of it; give that instead"
+    )
 
 
 def kind_of(weights: Weights, wanted: str | None) -> str:

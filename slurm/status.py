@@ -36,6 +36,7 @@ from slurm.records import Start
 SECONDS_BETWEEN_LOOKS = 5.0
 ROWS_FOR_SPEED = 10
 DECIDING = ("start", "begin", "resume", "stop", "done", "frozen")
+WITH_STRENGTH = ("RandAugment", "mixup")
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
 """What show_job says by job; a job that is not there could not be asked for."""
@@ -47,6 +48,8 @@ class Seen:
 
     run: Path
     config: dict[str, Any]
+    ancestors: list[Any] | None
+    """Of a fine-tuning, oldest first; None where they cannot be read."""
     submissions: list[dict[str, Any]]
     starts: list[Start]
     failures: list[dict[str, Any]]
@@ -86,6 +89,8 @@ class Status:
     """Share of the jobs' wall-clock time that went into steps that still count."""
     checkpoints: dict[str, int | None]
     jobs: list[dict[str, Any]]
+    ancestry: list[dict[str, Any]]
+    """Oldest first, the run itself last; none before it has begun, or where it cannot be read."""
 
 
 def status(paths: list[Path], as_json: bool, watch: bool) -> int:
@@ -140,6 +145,7 @@ def look(run: Path) -> Seen:
     return Seen(
         run,
         _config(run),
+        _ancestors(run),
         submissions,
         starts,
         failures,
@@ -195,6 +201,7 @@ def status_of(seen: Seen, jobs: Queue, now: float) -> Status:
         _goodput(seen, jobs, now),
         {"newest": max(seen.checkpoints, default=None), "count": len(seen.checkpoints)},
         shown,
+        _ancestry(seen, steps),
     )
 
 
@@ -337,7 +344,7 @@ def _steps(seen: Seen, row: Mapping[str, Any]) -> int | None:
     if train.get("steps") is not None or train.get("epochs") is None:
         return train.get("steps")
     samples = data.get("train_samples") or (round(row["samples"] / row["epoch"]) if row.get("epoch") else None)
-    if samples is None:
+    if samples is None or "global_batch" not in train:
         return None
     from pipeline.prepare import steps_of
 
@@ -350,9 +357,45 @@ def _config(run: Path) -> dict[str, Any]:
     newest = max((file for file in found if file.exists()), key=lambda file: file.stat().st_mtime, default=None)
     try:
         tree = yaml.safe_load(newest.read_bytes()) if newest else None
-    except yaml.YAMLError:  # half-written
+    except (yaml.YAMLError, ValueError):  # half-written, or with a date that does not exist
         tree = None
-    return tree if isinstance(tree, dict) else {}
+    sections = tree.items() if isinstance(tree, dict) else ()
+    return {name: section for name, section in sections if isinstance(section, dict)}
+
+
+def _ancestors(run: Path) -> list[Any] | None:
+    """What a fine-tuning has noted of its source (finetune.py); [] of a run that has no source."""
+    try:
+        return json.loads((run / "source.json").read_bytes())["ancestry"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError):  # damaged
+        return None
+
+
+def _ancestry(seen: Seen, steps: int | None) -> list[dict[str, Any]]:
+    """The entries of the ancestors and of the run, as pipeline/ancestry.py makes them; [] where one can't be read."""
+    begun = seen.last("begin", "resume")
+    if not begun or seen.ancestors is None:  # what has not begun may have a source that it has not noted yet
+        return []
+    try:
+        entries = [*seen.ancestors, _entry(seen.config, steps, begun.get("new_augmentations", []))]
+        _ancestry_in_words(entries)
+    except (LookupError, TypeError, ValueError):  # half-written, or another version's
+        return []
+    return entries
+
+
+def _entry(config: Mapping[str, Any], steps: int | None, new_augmentations: list[str]) -> dict[str, Any]:
+    return {
+        "run": config["run"]["dir"],
+        "train": config["data"]["train"],
+        "steps": steps,
+        "resolution": config["model"]["resolution"],
+        "augment": config["augment"],
+        "stochastic_depth": config["train"]["stochastic_depth"],
+        "new_augmentations": new_augmentations,
+    }
 
 
 def _checkpoints(run: Path) -> list[int]:
@@ -393,7 +436,35 @@ def lines(status: Status) -> list[str]:
         where = f" on {', '.join(job['nodes'])}" if job["nodes"] else ""
         why = f" ({job['reason']})" if job["reason"] else ""
         said.append(f"  job {job['job']}: {job['state'] or 'gone'}{where}{why}")
-    return said
+    return said + _ancestry_in_words(status.ancestry)
+
+
+def _ancestry_in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """What a run's weights were trained under: a line for each ancestor and for the run, or one without ancestors."""
+    if not entries:
+        return []
+    *ancestors, own = entries
+    if not ancestors:
+        return [f"  augmentation: {_trained_under(own)}"]
+    newest = f"{own['run']} ({_square(own)}): {_trained_under(own)}"
+    return ["  ancestry, oldest first:", *(f"    {each}" for each in [*map(_ancestor, ancestors), newest])]
+
+
+def _ancestor(entry: Mapping[str, Any]) -> str:
+    if entry["augment"] is None:
+        return f"{entry['run']}: unknown how it was trained"
+    return f"{entry['run']} ({_square(entry)}, {entry['steps']:,} steps): {_trained_under(entry)}"
+
+
+def _trained_under(entry: Mapping[str, Any]) -> str:
+    """The augmentations that were on, with their strength where they have one, and stochastic depth."""
+    from pipeline.ancestry import switched_on  # late: it brings pydantic
+
+    on = {name: setting.partition("=")[2] for name, setting in switched_on(entry["augment"]).items()}
+    said = [f"{name} {value}" if name in WITH_STRENGTH else name for name, value in on.items()]
+    depth, new = entry["stochastic_depth"], " and ".join(entry.get("new_augmentations", []))
+    facts = [f"stochastic depth {depth}" if depth else "", f"{new} allowed though new" if new else ""]
+    return "; ".join([", ".join(said) or "no augmentation", *filter(None, facts)])
 
 
 def _watch(runs: Sequence[Path], single: bool) -> int:
@@ -414,6 +485,10 @@ def _watch(runs: Sequence[Path], single: bool) -> int:
 
 def _console() -> Console:
     return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _square(entry: Mapping[str, Any]) -> str:
+    return f"{entry['resolution']} x {entry['resolution']}"
 
 
 def _step(status: Status) -> str:

@@ -97,7 +97,7 @@ def test_finetuning_begins_from_a_file_and_carries_its_ancestry_on(
     reader = CheckpointReader(checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert [entry["run"] for entry in reader.state()["ancestry"]] == [str(run), str(tmp_path / "run")]
     with pytest.raises(BadRequest, match=r"flip .* was off in every ancestor"):
-        finetune(TINY, finetuning(digits, tmp_path / "other", "augment.flip=true"), str(exported), 1, check=True)
+        finetune(TINY, finetuning(digits, tmp_path / "other", "augment.flip=true"), str(exported), None, 1, check=True)
 
 
 def test_weights_of_unknown_ancestry_are_finetuned_with_a_warning_and_that_is_recorded(
@@ -127,7 +127,7 @@ def test_weights_of_unknown_ancestry_are_finetuned_with_a_warning_and_that_is_re
 )
 def test_weights_are_not_finetuned_as_another_function(exported: Path, digits: Path, tmp_path: Path, key: str) -> None:
     with pytest.raises(BadRequest, match=key.partition("=")[0]):
-        finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), 1, check=True)
+        finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), None, 1, check=True)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_what_this_machine_cannot_do_is_refused_before_the_run_has_a_folder(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BadRequest, match=refusal):
-        finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), 1, check=False)
+        finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), None, 1, check=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -154,7 +154,7 @@ def test_weights_whose_configuration_is_older_than_some_keys_are_read_with_the_d
     for key in ("pool", "norm", "relative_attention", "attention", "batch_norm_eps", "layer_norm_eps"):
         del said["config"]["model"][key]
     weights_file.write(tmp_path / "older.safetensors", load_file(exported), said)
-    assert finetune(TINY, finetuning(digits, tmp_path), str(tmp_path / "older.safetensors"), 1, check=True) == 0
+    assert finetune(TINY, finetuning(digits, tmp_path), str(tmp_path / "older.safetensors"), None, 1, check=True) == 0
 
 
 def test_what_stands_at_out_is_replaced_only_on_request_and_only_an_export(

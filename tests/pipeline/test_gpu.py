@@ -21,7 +21,8 @@ def losses(run: Path) -> np.ndarray:
 
 def request(digits: Path, run: Path, *more: str) -> list[str]:
     data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
-    return ["pretrain", "configs/tiny.yaml", *data, "log.every=1", "checkpoint.every=10", *more]
+    how = ["train.precision=bf16", "log.every=1", "checkpoint.every=10"]
+    return ["pretrain", "configs/tiny.yaml", *data, *how, *more]
 
 
 def test_the_tiny_configuration_learns_the_digits_on_a_gpu(digits: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Every preset is a configuration that can be trained, and the commands that the ablations' guide gives are right."""
 
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import ancestry
-from pipeline.config import Config
+from pipeline.config import Config, Model, Train
 from pipeline.network import check_model
 from pipeline.overrides import read_config
 
@@ -16,17 +18,27 @@ GUIDE = (ROOT / "configs/ablations/README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`coatnet (?:pretrain|finetune) ([^`]+)`", GUIDE)))
 
 
+@cache
+def preset_of(preset: str) -> Config:
+    return read_config(str(ROOT / preset), [])
+
+
 def parameters(preset: str, overrides: list[str] | None = None) -> tuple[Config, int]:
     config = read_config(str(ROOT / preset), overrides or [])
-    return config, check_model(config.model, config.train, config.model.classes or 1000)
+    return config, counted(config.model, config.train.activation_checkpointing)
+
+
+@cache
+def counted(model: Model, activation_checkpointing: Any) -> int:
+    """Parameters of a network, which two presets of the same one need not build twice."""
+    train = Train.model_construct(batch_norm_group=None, activation_checkpointing=activation_checkpointing)
+    return check_model(model, train, model.classes or 1000)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_good_and_its_run_folder_its_own(preset: str) -> None:
-    config, count = parameters(preset)
-    assert count > 0
-    others = {read_config(str(ROOT / other), []).run.dir for other in PRESETS if other != preset}
-    assert config.run.dir not in others
+    assert parameters(preset)[1] > 0
+    assert preset_of(preset).run.dir not in {preset_of(other).run.dir for other in PRESETS if other != preset}
 
 
 def test_the_guide_uses_every_preset_of_the_ablations() -> None:

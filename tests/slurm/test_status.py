@@ -16,7 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import ancestry
+from pipeline.config import Config
 from pipeline.errors import BadRequest, RunFailed
+from pipeline.finetune import Source, pin
+from pipeline.overrides import validate
+from pipeline.run_folder import write_config
 from slurm import client, queue, records
 from slurm.cancel import cancel
 from slurm.cause import Cause
@@ -354,6 +359,104 @@ def test_whatever_happened_there_is_a_state_and_json_and_lines_to_read(
             assert found.state in ("pending", "requeued")
         if jobs_known and job == "RUNNING":
             assert found.state in ("running", "requeued")
+
+
+# ------------------------------------------------------------------------------------------------------------ ancestry
+
+
+def trained(run: str, on: dict[str, Any], resolution: int = 224, stochastic_depth: float = 0.2) -> Config:
+    """A configuration with just these augmentations on."""
+    off = {"crop": "center", "flip": False, "randaugment": {"layers": 0, "magnitude": 0}}
+    tree = {
+        "run": {"dir": run},
+        "data": {"train": "images"},
+        "model": {"name": "coatnet_0", "resolution": resolution},
+        "train": {"steps": 12345, "stochastic_depth": stochastic_depth},
+        "augment": off | on,
+    }
+    return validate(tree, "test")
+
+
+OLD = ancestry.entry(trained("runs/old", {"crop": "random_resized", "flip": True, "mixup": 0.8}), 93837, [])
+del OLD["augment"]["mixup"]  # as a run says it that is older than mixup
+PRE = ancestry.entry(trained("runs/pre", {"flip": True, "mixup": 0.8, "allow_new": True}, 160, 0), 10, [OLD])
+HERE = trained("runs/here", {"flip": True, "randaugment": {"layers": 2, "magnitude": 5}, "allow_new": True}, 384)
+
+
+def begun(run: Run, config: Config, ancestors: list[dict[str, Any]]) -> Run:
+    """The run as it is once it trains, from these ancestors or from none."""
+    write_config(run.path, config)
+    if ancestors:
+        pin(run.path, Source("/source", "/source/checkpoints/step-00000010", ancestors))
+    own = ancestry.entry(config, 12345, ancestors)
+    return run.event(9, "start").event(8, "begin", step=0, new_augmentations=own["new_augmentations"])
+
+
+def test_a_fine_tuned_run_shows_what_it_and_all_its_ancestors_were_trained_under(
+    run: Run, no_slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In JSON with the words of its checkpoints."""
+    begun(run, HERE, [OLD, PRE])
+    assert lines(run.status())[-4:] == [
+        "  ancestry, oldest first:",
+        "    runs/old (224 x 224, 93,837 steps): random crop, flip; stochastic depth 0.2",
+        "    runs/pre (160 x 160, 10 steps): flip, mixup 0.8; mixup allowed though new",
+        "    runs/here (384 x 384): flip, RandAugment {layers: 2, magnitude: 5.0}; stochastic depth 0.2;"
+        " RandAugment allowed though new",
+    ]
+    assert status([run.path], True, False) == 0
+    found = json.loads(capsys.readouterr().out)["ancestry"]
+    assert found == [OLD, PRE, ancestry.entry(HERE, 12345, [OLD, PRE])]
+
+
+def test_an_ancestor_that_nobody_knows_is_shown_as_unknown(run: Run) -> None:
+    unknown = ancestry.unknown("timm.safetensors")
+    found = begun(run, HERE, [unknown, PRE]).status()
+    assert found.ancestry[0] == unknown and len(found.ancestry) == 3
+    assert lines(found)[-3] == "    timm.safetensors: unknown how it was trained"
+
+
+def test_a_pretrained_run_shows_its_own_augmentation_once_it_has_begun(run: Run) -> None:
+    """Before, it may be a fine-tuning that has not noted its source yet."""
+    config = trained("runs/here", {}, stochastic_depth=0)
+    write_config(run.path, config)
+    assert run.event(9, "start").status().ancestry == []
+    found = begun(run, config, []).status()
+    assert found.ancestry == [ancestry.entry(config, 12345, [])]
+    assert lines(found)[-1] == "  augmentation: no augmentation"
+
+
+@given(st.sampled_from(["source.json", "config.yaml"]), st.floats(0, 1, exclude_max=True))
+def test_half_a_file_shows_no_ancestry_rather_than_half_of_it(
+    tmp_path_factory: pytest.TempPathFactory, file: str, share: float
+) -> None:
+    run = begun(Run(tmp_path_factory.mktemp("half") / "run"), HERE, [OLD, PRE])
+    whole, path = run.status().ancestry, run.path / file
+    text = path.read_text().rstrip("\n")
+    path.write_text(text[: int(share * len(text))])
+    found = run.status()
+    assert found.ancestry in ([], whole) and (not found.ancestry or file == "config.yaml")
+    assert json.dumps(asdict(found)) and lines(found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[]", "{}", '{"ancestry": 3}', '{"ancestry": null}', '{"ancestry": [3]}', '{"ancestry": [{}]}',
+     *(json.dumps({"ancestry": [OLD | other]}) for other in ({"augment": {}}, {"steps": None}, {"steps": ""}))],
+)  # fmt: skip
+def test_a_source_that_is_damaged_or_another_version_s_shows_no_ancestry(run: Run, content: str) -> None:
+    begun(run, HERE, [])
+    (run.path / "source.json").write_text(content)
+    found = run.status()
+    assert found.ancestry == [] and lines(found)[-1] == "  no checkpoint yet"
+
+
+@pytest.mark.parametrize("section", ["run", "data", "model", "augment", "train"])
+def test_a_configuration_without_a_section_shows_no_ancestry(run: Run, section: str) -> None:
+    begun(run, HERE, [OLD])
+    for other in (None, "half", {}):
+        (run.path / "config.yaml").write_text(json.dumps({**HERE.model_dump(mode="json"), section: other}))
+        assert run.status().ancestry == []
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
