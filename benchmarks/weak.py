@@ -1,0 +1,250 @@
+"""Weak, not off: what fine-tuning with RandAugment makes of pretraining without it, with a weak one, a strong one.
+
+    coatnet bench weak --train cifar10-train.tar --val cifar10-val.tar --out runs/weak            # a night or two
+    coatnet bench weak --train cifar10-train.tar --val cifar10-val.tar --out runs/weak --tenth    # some hours
+
+The small CoAtNet of configs/cifar10_cpu.yaml is pretrained on CIFAR-10 at 32 x 32 in three ways, for each of three
+seeds, and each is fine-tuned at 48 x 48 with RandAugment on; the one that had it off is so also with it off, which
+tells what switching it on did. `--tenth` takes the first tenth of each class (of those to evaluate on half) for as many
+epochs. Several runs go side by side, a core each; told again, they go on where they were, and what is done is not done
+again. Everything is computed in fp32. Next: ../pipeline/finetune.py.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from data.pack import pack
+from pipeline.launch import COATNET
+
+ARMS = {"off": "{layers: 0, magnitude: 0}", "weak": "{layers: 1, magnitude: 1}", "strong": "{layers: 2, magnitude: 10}"}
+"""RandAugment in pretraining."""
+TUNED = {"on": "{layers: 2, magnitude: 5}", "off": ARMS["off"]}
+"""RandAugment in fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which presets are run, from side to side, on what, with what else set in each of the two stages."""
+
+    data: Path
+    pretraining: str = "configs/cifar10_cpu.yaml"
+    finetuning: str = "configs/cifar10_cpu_finetune.yaml"
+    side: int = 32
+    tuned_side: int = 48
+    more_pretraining: tuple[str, ...] = ()
+    more_finetuning: tuple[str, ...] = ()
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training as a command, and what is measured of it: weights, `ema` or `model`, and side."""
+
+    name: str
+    command: list[str]
+    measured: list[tuple[str, int]]
+
+
+Accuracies = dict[tuple[str, str, int], float]
+"""Top-1 by run, weights and side."""
+
+
+def chain(recipe: Recipe, runs: Path, arm: str, seed: int) -> list[Run]:
+    """A pretraining and its fine-tunings, in order."""
+    common = [f"data.train={recipe.data}/train", "data.val=null", f"run.seed={seed}", "train.precision=fp32"]
+    common += ["checkpoint.every=100", "checkpoint.keep_last=1", "log.every=10"]
+
+    def run(command: str, preset: str, name: str, *settings: str) -> list[str]:
+        return [command, preset, *common, f"run.dir={runs / name}", *settings]
+
+    first, side, tuned_side = f"pretrain-{arm}-{seed}", recipe.side, recipe.tuned_side
+    command = run("pretrain", recipe.pretraining, first, f"augment.randaugment={ARMS[arm]}", *recipe.more_pretraining)
+    made = [Run(first, command, [("ema", side), ("model", side), ("ema", tuned_side)])]
+    for how in TUNED if arm == "off" else ("on",):
+        name = f"finetune-{arm}-{how}-{seed}"
+        settings = [f"augment.randaugment={TUNED[how]}", "augment.allow_new=true", f"model.resolution={tuned_side}"]
+        command = run("finetune", recipe.finetuning, name, *settings, *recipe.more_finetuning)
+        measured = [("ema", tuned_side), ("model", tuned_side)]
+        made.append(Run(name, [*command, "--from", str(runs / first)], measured))
+    return made
+
+
+def measure(recipe: Recipe, out: Path, workers: int) -> Accuracies:
+    """Does what is not done yet, several chains side by side, and returns all accuracies."""
+    chains = [chain(recipe, out / "runs", arm, seed) for seed, arm in product(range(recipe.seeds), recipe.arms)]
+    with ThreadPoolExecutor(workers) as pool:
+        done = list(pool.map(lambda each: [_accuracies(recipe, out, run) for run in each], chains))
+    return {key: value for each in done for found in each for key, value in found.items()}
+
+
+def _accuracies(recipe: Recipe, out: Path, run: Run) -> Accuracies:
+    """Trains, or goes on, or finds it done; then evaluates what is not on record."""
+    print(run.name, file=sys.stderr, flush=True)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    _coatnet(run.command, out / "logs" / f"{run.name}.log")
+    found: Accuracies = {}
+    for weights, side in run.measured:
+        record = out / "figures" / f"{run.name}-{weights}-{side}.json"
+        if not record.exists():
+            command = ["evaluate", str(out / "runs" / run.name), "--data", f"{recipe.data}/val", "--weights", weights]
+            said = _coatnet([*command, "--resolution", str(side), "--json"], out / "logs" / f"{run.name}.log")
+            record.parent.mkdir(exist_ok=True)
+            record.write_text(said)
+        found[run.name, weights, side] = json.loads(record.read_text())["top1"]
+    return found
+
+
+def _coatnet(command: list[str], log: Path) -> str:
+    """A command's standard output; one thread, so that as many run as there are cores. RuntimeError if it fails."""
+    with log.open("a") as said:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*COATNET, *command], env=environment, stdout=subprocess.PIPE, stderr=said, text=True)
+        said.write(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"coatnet {' '.join(command)} ended with status {done.returncode}; {log} says why")
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def table(recipe: Recipe, found: Accuracies) -> Iterator[str]:
+    """All accuracies and their spread as Markdown, then what follows from them."""
+    side, tuned = recipe.side, recipe.tuned_side
+    titles = ["RandAugment in pretraining", "seed", f"at {side}", f"at {tuned}, not tuned", f"tuned at {tuned}, it on"]
+    titles += [f"tuned at {tuned}, it off"]
+    yield f"| {' | '.join(titles)} |"
+    yield f"|{'---|' * len(titles)}"
+    for arm in recipe.arms:
+        rows = [
+            [_cell(found, name, size, seed) for name, size in _columns(arm, side, tuned)]
+            for seed in range(recipe.seeds)
+        ]
+        for seed, row in enumerate(rows):
+            yield f"| {arm} | {seed} | {' | '.join(_both(each) for each in row)} |"
+        if recipe.seeds > 1:
+            yield f"| **{arm}** | **all** | {' | '.join(_spread(column) for column in zip(*rows, strict=True))} |"
+    yield ""
+    yield from verdicts(recipe, found)
+
+
+def verdicts(recipe: Recipe, found: Accuracies) -> Iterator[str]:
+    """What the accuracies say, computed; where it is not said, those of the moving average."""
+
+    def of(name: str, weights: str = "ema") -> list[float]:
+        side = recipe.side if name.startswith("pretrain") else recipe.tuned_side
+        return [100 * found[f"{name}-{seed}", weights, side] for seed in range(recipe.seeds)]
+
+    for weights, which in (("ema", "moving averages"), ("model", "plain weights")):
+        pairs = [(of(f"finetune-{arm}-on", weights), of(f"pretrain-{arm}", weights)) for arm in recipe.arms]
+        gains = [gain for after, before in pairs for gain in _differences(after, before)]
+        better = f"{sum(gain > 0 for gain in gains)} of {len(gains)} runs, {statistics.fmean(gains):+.1f} points"
+        yield f"- Fine-tuning improves on pretraining in {better} on average ({which})."
+    switched = _differences(of("finetune-off-on"), of("finetune-off-off"))
+    yield f"- Pretrained without RandAugment, tuned with it against without: {_in_words(switched, -1)}."
+    for arm in (arm for arm in recipe.arms if arm != "off"):
+        gained = _differences(of(f"finetune-{arm}-on"), of("finetune-off-on"))
+        yield f"- Tuned with RandAugment, pretrained with a {arm} one against without: {_in_words(gained, 1)}."
+
+
+def agreement(differences: Sequence[float], sign: int) -> str:
+    """Whether the differences all have the sign that the paper's observation gives them, in words."""
+    if all(sign * each > 0 for each in differences):
+        return "agrees with the paper's observation in every seed"
+    if all(sign * each < 0 for each in differences):
+        return "disagrees with the paper's observation in every seed"
+    return "undecided, the seeds disagree"
+
+
+def _columns(arm: str, side: int, tuned: int) -> list[tuple[str, int]]:
+    names = [(f"pretrain-{arm}", side), (f"pretrain-{arm}", tuned), (f"finetune-{arm}-on", tuned)]
+    return [*names, (f"finetune-{arm}-off", tuned)]
+
+
+def _cell(found: Accuracies, name: str, side: int, seed: int) -> tuple[float | None, float | None]:
+    """Of the moving average and of the plain weights, in percent; None where there is no such run."""
+    ema, model = (found.get((f"{name}-{seed}", weights, side)) for weights in ("ema", "model"))
+    return None if ema is None else 100 * ema, None if model is None else 100 * model
+
+
+def _both(cell: tuple[float | None, float | None]) -> str:
+    return " / ".join(f"{each:.1f}" for each in cell if each is not None)
+
+
+def _spread(column: Sequence[tuple[float | None, float | None]]) -> str:
+    """Mean and standard deviation over the seeds, of both kinds of weights."""
+    kinds = [[each for each in kind if each is not None] for kind in zip(*column, strict=True)]
+    return " / ".join(f"{statistics.fmean(kind):.1f} ± {statistics.stdev(kind):.1f}" for kind in kinds if kind)
+
+
+def _differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def _in_words(differences: Sequence[float], sign: int) -> str:
+    by_seed = ", ".join(f"{each:+.1f}" for each in differences)
+    return f"{statistics.fmean(differences):+.1f} points ({by_seed} by seed): {agreement(differences, sign)}"
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def pack_share(archive: Path, folder: Path, each: int | None) -> None:
+    """Packs the first images of each class of a tar of class folders, by name; None: all. What is packed stays."""
+    if (folder / "manifest.json").exists():
+        return
+    images = folder.with_name(f"{folder.name}-images")
+    with tarfile.open(archive) as tar:
+        of_class = defaultdict(list)
+        for member in tar:
+            if member.isfile():
+                of_class[Path(member.name).parts[-2]].append(member)
+        for name, members in of_class.items():
+            for member in sorted(members, key=lambda member: member.name)[:each]:
+                content = tar.extractfile(member)
+                assert content is not None
+                (images / name).mkdir(parents=True, exist_ok=True)
+                (images / name / Path(member.name).name).write_bytes(content.read())
+    request: dict[str, Any] = {"samples_per_shard": 10_000, "bytes_per_shard": 256 << 20, "seed": 0, "workers": 2}
+    pack(str(images), str(folder), **request, overwrite=False, progress=lambda *_: None)
+
+
+def cifar10(train: Path, val: Path, out: Path, tenth: bool) -> Recipe:
+    """The experiment on CIFAR-10, whole or a tenth, whose images are packed below OUT."""
+    pack_share(train, out / "train", 500 if tenth else None)
+    pack_share(val, out / "val", 250 if tenth else None)
+    # A tenth of the steps: the average is as much younger, and warm-up a sixth of the run and not two thirds.
+    shorter = (("optim.warmup_steps=100", "train.ema=0.99"), ("train.ema=0.98",)) if tenth else ((), ())
+    return Recipe(out, more_pretraining=shorter[0], more_finetuning=shorter[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True, help="tar of CIFAR-10's training images, a folder a class")
+    parser.add_argument("--val", type=Path, required=True, help="tar of its test images")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images, runs and figures")
+    parser.add_argument("--tenth", action="store_true", help="a tenth of the images")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
+    wanted = parser.parse_args()
+    recipe = cifar10(wanted.train, wanted.val, wanted.out, wanted.tenth)
+    print(*table(recipe, measure(recipe, wanted.out, wanted.workers)), sep="\n")
+    print(f"\n{machine()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

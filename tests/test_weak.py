@@ -1,0 +1,75 @@
+"""The experiment on "weak, not off": its short form on the digits, and the whole of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.weak import Recipe, agreement, chain, cifar10, measure, table
+from pipeline import ancestry
+from pipeline.errors import BadRequest
+from pipeline.finetune import finetune
+from pipeline.overrides import read_config
+from tests.pipeline.runs import ROOT
+
+CIFAR10 = ROOT.parent / "shared" / "data"
+
+
+def test_the_short_form_measures_every_run_and_off_is_remembered_through_two_generations(
+    digits: Path, tmp_path: Path
+) -> None:
+    steps = ("train.steps=1", "log.samples=false")
+    recipe = Recipe(digits, "configs/tiny.yaml", "configs/tiny_finetune.yaml", 32, 40, steps, steps, ("off",), 1)
+    found = measure(recipe, tmp_path, workers=2)
+    assert len(found) == 3 + 2 * 2 and all(0 <= top1 <= 1 for top1 in found.values())
+    lines = list(table(recipe, found))
+    assert sum(line.startswith("| off | 0 |") for line in lines) == 1 and len(lines) == 2 + 1 + 1 + 3
+
+    runs = tmp_path / "runs"
+    on = [f"data.train={digits}/train", f"run.dir={tmp_path}/third", "augment.randaugment={layers: 1, magnitude: 1}"]
+
+    def third(source: str, *more: str) -> int:
+        return finetune(str(ROOT / "configs/tiny_finetune.yaml"), [*on, *more], str(runs / source), None, 1, check=True)
+
+    both = rf"RandAugment \(augment.randaugment={{layers: 1, .*{runs}/pretrain-off-0, {runs}/finetune-off-off-0\)"
+    with pytest.raises(BadRequest, match=both):
+        third("finetune-off-off-0")
+    assert third("finetune-off-off-0", "augment.allow_new=true") == 0
+    assert third("finetune-off-on-0") == 0  # allowed there, and seen since
+
+
+def test_what_is_compared_differs_in_nothing_else_and_only_off_to_on_is_new() -> None:
+    chains = {arm: chain(Recipe(Path("data")), Path("runs"), arm, 1) for arm in ("off", "weak", "strong")}
+    configs = {
+        run.name: read_config(str(ROOT / run.command[1]), [word for word in run.command[2:] if "=" in word])
+        for made in chains.values()
+        for run in made
+    }
+    same = {"augment": None, "run": None}
+    for stage in ("pretrain", "finetune"):
+        of_stage = [config.model_copy(update=same) for name, config in configs.items() if name.startswith(stage)]
+        assert all(config == of_stage[0] for config in of_stage)
+    for name, config in configs.items():
+        if name.startswith("finetune"):
+            first = ancestry.entry(configs[f"pretrain-{name.split('-')[1]}-1"], 1, [])
+            assert ancestry.check(config, [first]) == (["RandAugment"] if name == "finetune-off-on-1" else [])
+
+
+def test_a_verdict_is_one_only_where_all_seeds_say_so() -> None:
+    assert agreement([-0.1, -2.0], -1).startswith("agrees") and agreement([0.1, 2.0], -1).startswith("disagrees")
+    assert agreement([-0.1, 2.0], 1).startswith("undecided") and agreement([0.0], 1).startswith("undecided")
+
+
+@pytest.mark.torture
+def test_the_whole_experiment_runs_to_its_table_and_fine_tuning_improves_on_pretraining(tmp_path: Path) -> None:
+    if not (CIFAR10 / "cifar10-train.tar").exists():
+        pytest.skip(f"{CIFAR10} has no cifar10-train.tar")
+    out = Path(os.environ.get("COATNET_WEAK", tmp_path))  # a folder in which a night can go on after a break
+    recipe = cifar10(CIFAR10 / "cifar10-train.tar", CIFAR10 / "cifar10-val.tar", out, tenth=False)
+    found = measure(recipe, out, len(os.sched_getaffinity(0)))
+    print(*table(recipe, found), sep="\n")
+    for arm in recipe.arms:
+        for seed in range(recipe.seeds):
+            assert found[f"finetune-{arm}-on-{seed}", "ema", 48] > found[f"pretrain-{arm}-{seed}", "ema", 32]
