@@ -109,6 +109,22 @@ def evaluate(
     raise typer.Exit(score(run, data, weights, resolution, crop, procs, as_json))
 
 
+@app.command(epilog="Example: coatnet predict runs/tiny photos/ cat.jpg")
+def predict(
+    run: Trained,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="image files, or folders of them")],
+    weights: Weights = None,
+    resolution: Resolution = None,
+    crop: Crop = None,
+    top: Annotated[int, typer.Option(min=1, help="how many classes of each image")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """The likeliest classes of image files."""
+    from pipeline.predict import predict
+
+    raise typer.Exit(predict(run, images, weights, resolution, crop, top, as_json))
+
+
 @app.command(epilog="Example: coatnet export runs/tiny tiny.safetensors")
 def export(
     run: Trained,
