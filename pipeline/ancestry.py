@@ -9,10 +9,12 @@ Next: finetune.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config
 from pipeline.errors import BadRequest
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def entry(config: Config, steps: int, ancestors: list[dict[str, Any]]) -> dict[str, Any]:

@@ -94,19 +94,27 @@ def finetune(
 def check_request(config: Config, source: str | None, weights: str | None, procs: int) -> int:
     """Checks what can be checked without data, and says what would be trained; returns the exit status.
 
-    The source may be a preset as well, of a run that is still to be made, or none, which leaves unchecked what depends
-    on it. A run that has begun does not need its source any more.
+    Without a source it is left unchecked what depends on it.
     """
-    if source is not None and Path(source).suffix in (".yaml", ".yml"):
-        check_against(config, read_config(source, []), source, [])
-    elif source is not None:
-        found = source_of(Path(config.run.dir), Path(source), weights)
-        check_ancestry(config, found.ancestry)
-        if Path(found.checkpoint).exists():
-            check_network(config, _config_of(found.reader()), found.run)
+    if source is not None:
+        check_source(config, source, weights)
     elif not is_rank():
         print("without --from it is not checked what the weights are, and which augmentation they saw", file=sys.stderr)
     return check_config(config, procs)
+
+
+def check_source(config: Config, source: str, weights: str | None) -> None:
+    """BadRequest where this could not begin from a source: a run or file, or a preset of a run still to be made.
+
+    A run that has begun does not need its source any more.
+    """
+    if Path(source).suffix in (".yaml", ".yml"):
+        check_against(config, read_config(source, []), source, [])
+        return
+    found = source_of(Path(config.run.dir), Path(source), weights)
+    check_ancestry(config, found.ancestry)
+    if Path(found.checkpoint).exists():
+        check_network(config, _config_of(found.reader()), found.run)
 
 
 def check_against(config: Config, theirs: Config, source: str, ancestors: list[dict[str, Any]]) -> None:

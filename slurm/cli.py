@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import AsJson, ConfigFile, Overrides, app, main
+from pipeline.cli import AsJson, ConfigFile, Overrides, Weights, app, main
 
 submit_app = typer.Typer(help="Hand a run to Slurm, through preemption to its end.", no_args_is_help=True)
 app.add_typer(submit_app, name="submit")
@@ -35,7 +35,7 @@ def submit_pretrain(
     """Pretrain, or go on, in a job of slurm.nodes nodes."""
     from slurm.submit import submit
 
-    raise typer.Exit(submit("pretrain", config, overrides or [], None, then, cluster, dry_run))
+    raise typer.Exit(submit("pretrain", config, overrides or [], None, None, then, cluster, dry_run))
 
 
 @submit_app.command("finetune", epilog="Example: coatnet submit finetune fine.yaml --from runs/a run.dir=runs/b")
@@ -43,6 +43,7 @@ def submit_finetune(
     config: ConfigFile,
     source: Source,
     overrides: Overrides = None,
+    weights: Weights = None,
     then: Then = None,
     cluster: Cluster = "slurm",
     dry_run: DryRun = False,
@@ -50,7 +51,7 @@ def submit_finetune(
     """Fine-tune, or go on, in a job of slurm.nodes nodes."""
     from slurm.submit import submit
 
-    raise typer.Exit(submit("finetune", config, overrides or [], source, then, cluster, dry_run))
+    raise typer.Exit(submit("finetune", config, overrides or [], source, weights, then, cluster, dry_run))
 
 
 @submit_app.command("doctor", epilog="Example: coatnet submit doctor tiny.yaml run.dir=runs/a slurm.nodes=2")

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.config import Config, Slurm
 from pipeline.errors import BadRequest
+from pipeline.finetune import check_against, check_source, source_of
 from pipeline.json_lines import read_lines
 from pipeline.overrides import read_config, to_yaml
 from pipeline.run_folder import compare
@@ -36,6 +37,8 @@ class Work:
     config: Config
     source: str | None
     """Of a fine-tuning."""
+    weights: str | None = None
+    """Of its source that it begins from: `ema` or `model`; None: the average where there is one."""
     evaluate: bool = False
 
     @property
@@ -44,10 +47,17 @@ class Work:
 
 
 def submit(
-    command: str, preset: str, overrides: list[str], source: str | None, then: str | None, cluster: str, dry_run: bool
+    command: str,
+    preset: str,
+    overrides: list[str],
+    source: str | None,
+    weights: str | None,
+    then: str | None,
+    cluster: str,
+    dry_run: bool,
 ) -> int:
     """Submits a run, and its fine-tuning after it; returns the exit status."""
-    works = [Work(command, read_config(preset, overrides), source)]
+    works = [Work(command, read_config(preset, overrides), source, weights)]
     if then is not None:
         after, *changes = shlex.split(then)
         works.append(Work("finetune", read_config(after, changes), str(works[0].run), evaluate=True))
@@ -55,8 +65,8 @@ def submit(
         raise BadRequest(f"--cluster is {cluster!r}; it is slurm or local")
     if cluster == "local" and then is not None:
         raise BadRequest("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
-    for work in works:
-        check(work)
+    for work, before in zip(works, [None, *works], strict=False):
+        check(work, before)
     if then is not None and works[0].config.slurm.requeue == "array":
         raise BadRequest(
             "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
@@ -73,8 +83,8 @@ def submit(
     return 0
 
 
-def check(work: Work) -> None:
-    """BadRequest where the run could not begin, or not go on, with this request."""
+def check(work: Work, before: Work | None) -> None:
+    """BadRequest where the run could not begin, or not go on, with this request, behind the one that is `before` it."""
     slurm = work.config.slurm
     if work.command == "finetune" and work.source is None:
         raise BadRequest("submit finetune needs --from RUN")
@@ -84,6 +94,11 @@ def check(work: Work) -> None:
     for nodes in range(slurm.min_nodes or slurm.nodes, slurm.nodes + 1):
         check_config(work.config, nodes * tasks_per_node(slurm), quiet=nodes * tasks_per_node(slurm) != ranks)
     compare(work.run, work.config, work.command)
+    if before is not None:
+        ancestors = source_of(before.run, Path(before.source), None).ancestry if before.source else []
+        check_against(work.config, before.config, str(before.run), ancestors)
+    elif work.source is not None:
+        check_source(work.config, work.source, work.weights)
 
 
 def jobs_that_end(run: Path) -> list[str]:
@@ -169,6 +184,7 @@ def prepare(work: Work, folder: Path, dependency: str | None) -> tuple[dict[str,
     resolved.write_text(to_yaml(work.config))
     request = folder / f"request-{number}.json"
     source = ["--from", work.source] if work.source else []
+    source += ["--weights", work.weights] if work.weights else []
     Request(
         [work.command, str(resolved), *source],
         sys.executable,

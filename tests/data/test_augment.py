@@ -143,6 +143,14 @@ def test_evaluation_takes_the_centred_square_of_its_fraction(height: int, width:
     assert (abs(2 * start + side - np.array([height, width])) <= 1).all() and (start >= 0).all()
 
 
+def test_without_a_crop_the_whole_image_is_taken_in_training_and_in_evaluation():
+    heights, widths = np.array([30, 500, 1]), np.array([40, 375, 9])
+    plain = Augmentation(crop="none", flip=False, layers=0, magnitude=0)
+    for recipe in (draw(plain, 0, [0, 1, 2], [5, 6, 7], heights, widths), fixed(None, heights, widths)):
+        assert recipe.crop_start.tolist() == [[0, 0]] * 3
+        assert recipe.crop_shape.tolist() == [[30, 40], [500, 375], [1, 9]]
+
+
 def test_the_whole_centred_square_at_fraction_one() -> None:
     recipe = fixed(1.0, [375, 500], [500, 333])
     assert recipe.crop_start.tolist() == [[0, 62], [83, 0]] and recipe.crop_shape.tolist() == [[375, 375], [333, 333]]

@@ -1,0 +1,166 @@
+"""What fine-tuning takes of its source: rows of the classifier by class name, tables for another grid, or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from pipeline import ancestry, weights_file
+from pipeline.config import Config
+from pipeline.errors import BadRequest
+from pipeline.finetune import beginning, finetune, pin, source_of
+from pipeline.network import build_network, initial_values
+from pipeline.overrides import read_config
+from pipeline.prepare import prepare
+from pipeline.transfer import classifier_in_words, classifier_rows, weights_from
+from pipeline.weights_file import WeightsFile
+from tests.pipeline.runs import ROOT
+
+names = st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True)
+TINY = str(ROOT / "configs" / "tiny_finetune.yaml")
+
+
+@given(names, names, st.sampled_from(["auto", "keep", "new", "map"]))
+def test_a_class_takes_the_row_of_its_own_name_or_none(here: list[str], there: list[str], how: Any) -> None:
+    same, common = set(here) == set(there), set(here) & set(there)
+    if (how == "keep" and not same) or (how == "map" and not common):
+        with pytest.raises(BadRequest, match=f"model.classifier={how}"):
+            classifier_rows(how, here, there, "runs/a")
+        return
+    rows = classifier_rows(how, here, there, "runs/a")
+    taken = how in ("keep", "map") or (how == "auto" and same)
+    assert [None if row is None else there[row] for row in rows] == [
+        name if taken and name in common else None for name in here
+    ]
+    kept = sum(row is not None for row in rows)
+    assert ("a new classifier" in classifier_in_words(rows, there)) == (kept == 0)
+
+
+def written(file: Path, network: torch.nn.Module, config: Config, classes: Sequence[str]) -> WeightsFile:
+    said = {
+        "format": weights_file.FORMAT,
+        "weights": "ema",
+        "step": 9,
+        "classes": list(classes),
+        "train_fingerprint": "f00",
+    }
+    said |= {"config": config.model_dump(mode="json"), "ancestry": [ancestry.entry(config, 9, [])]}
+    weights_file.write(file, {name: values.numpy() for name, values in network.state_dict().items()}, said)
+    return WeightsFile(file)
+
+
+def tiny(classes: int) -> tuple[torch.nn.Module, Config]:
+    """The tiny network with drawn weights."""
+    config = read_config(str(ROOT / "configs" / "tiny.yaml"), [])
+    return build_network(config.model, config.train, classes, torch.device("cpu"), initial_values(3)), config
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the tiny network for the digits, pretrained with RandAugment at a weak strength."""
+    return written(tmp_path_factory.mktemp("source") / "tiny.safetensors", *tiny(10), list("0123456789")).folder
+
+
+def test_two_sizes_up_every_weight_is_taken_tables_fit_the_grid_and_known_classes_keep_their_row(
+    source: Path, tmp_path: Path
+) -> None:
+    reader, new = WeightsFile(source), initial_values(8)
+    for side, classes in ((48, ["7", "other", "2"]), (64, ["2", "7", "newest"])):
+        config = read_config(TINY, [f"model.resolution={side}"])
+        rows = classifier_rows("map", classes, reader.state()["classes"], "")
+        values, _ = weights_from(reader, "ema", rows, new)
+        network = build_network(config.model, config.train, len(classes), torch.device("cpu"), values)
+        for name, found in network.named_parameters():
+            own = torch.from_numpy(reader.tensor(name, "ema"))
+            if name.startswith("head.classifier"):
+                fresh = new(name, found.shape)
+                expected = [fresh[place] if row is None else own[row] for place, row in enumerate(rows)]
+                assert torch.equal(found, torch.stack(expected))
+            elif name.endswith("bias_table"):
+                grid: Any = network.get_submodule(name.rpartition(".")[0]).grid
+                size = [2 * length - 1 for length in grid]
+                assert own.shape != found.shape
+                expected = torch.nn.functional.interpolate(own[None], size, mode="bilinear", align_corners=False)[0]
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            else:
+                assert torch.equal(found, own)
+        reader = written(tmp_path / f"{side}.safetensors", network, config, classes)  # the next begins from this one
+
+
+def begin(source: Path, digits: Path, run: Path, *more: str) -> str:
+    """What a fine-tuning on the digits says that it begins from; BadRequest where it would not begin."""
+    config = read_config(TINY, [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}", *more])
+    return beginning(config, prepare(config, "finetune", 1, 1), source_of(run, source, None))
+
+
+def test_the_first_line_says_what_becomes_of_the_weights(source: Path, digits: Path, tmp_path: Path) -> None:
+    kept = "its moving average, bias tables resized from 32 x 32 to 40 x 40; the classifier of its 10 classes is kept"
+    assert begin(source, digits, tmp_path / "run") == f"from {source} at step 9: {kept}"
+    same = begin(source, digits, tmp_path / "run", "model.resolution=32", "model.classifier=new")
+    assert "32 x 32 as before; a new classifier for 10 classes" in same
+    ten, eleven = list("9876543210"), [f"digit {number}" for number in range(11)]
+    turned = written(tmp_path / "turned.safetensors", *tiny(10), ten).folder
+    assert "the classifier of its 10 classes is kept" in begin(turned, digits, tmp_path / "run")
+    others = written(tmp_path / "others.safetensors", *tiny(11), eleven).folder
+    assert "a new classifier for 10 classes (the source has 11)" in begin(others, digits, tmp_path / "run")
+    for how, said in {"keep": "10 here and 11 there, '0' only here", "map": "none of the 10 classes"}.items():
+        with pytest.raises(BadRequest, match=rf"model.classifier={how}, .*{said}.* ?model.classifier=") as refused:
+            begin(others, digits, tmp_path / "run", f"model.classifier={how}")
+        assert "\n" not in str(refused.value)
+
+
+def timms(folder: Path, architecture: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architecture": architecture}))
+    save_file({"head.fc.weight": np.zeros((10, 8), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["model.name=coatnet_0", "model.resolution=64"],
+            r"another network than this configuration's; set 'model.stem=.*' 'model.stages=",
+        ),
+        (["model.resolution=44"], r"both sides must be multiples of 8, .*: the nearest is 48 x 48"),
+        (["augment.flip=true"], r"flip \(augment.flip=true\) is on here and was off in every ancestor \(runs/tiny\)"),
+    ],
+)
+def test_what_cannot_begin_is_refused_in_one_line_without_data(
+    source: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
+    for begins_from in (source, ROOT / "configs" / "tiny.yaml"):  # a file, or the preset that is to make it
+        with pytest.raises(BadRequest, match=said) as refused:
+            finetune(TINY, [f"run.dir={tmp_path}/run", *more], str(begins_from), None, 1, check=True)
+        assert "\n" not in str(refused.value)
+
+
+def test_timm_s_weights_are_known_for_what_they_are(tmp_path: Path) -> None:
+    rw, ours = timms(tmp_path / "rw", "coatnet_0_rw_224"), timms(tmp_path / "ours", "coatnet_0_224")
+    for path in (rw, rw / "model.safetensors"):
+        with pytest.raises(
+            BadRequest, match=r"coatnet_0_rw_224 is another network than the paper's: MBConv four times"
+        ):
+            finetune(TINY, [], str(path), None, 1, check=True)
+    with pytest.raises(BadRequest, match=f"coatnet import {ours} coatnet_0_224.safetensors makes a file of it"):
+        finetune(TINY, [], str(ours), None, 1, check=True)
+
+
+def test_a_run_keeps_its_source_and_which_of_its_weights(source: Path, tmp_path: Path) -> None:
+    found = source_of(tmp_path, source, None)
+    pin(tmp_path, found)
+    assert source_of(tmp_path, source, "ema") == source_of(tmp_path, source, None) == found and found.weights == "ema"
+    with pytest.raises(BadRequest, match=r"with --weights ema, and now it is model; go on with the first, or"):
+        source_of(tmp_path, source, "model")
+    with pytest.raises(BadRequest, match=r"has no weights but their moving average"):
+        source_of(tmp_path / "other", source, "model")
