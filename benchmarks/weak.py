@@ -4,10 +4,10 @@
     coatnet bench weak --train cifar10-train.tar --val cifar10-val.tar --out runs/weak --tenth    # some hours
 
 The small CoAtNet of configs/cifar10_cpu.yaml is pretrained on CIFAR-10 at 32 x 32 in three ways, for each of three
-seeds, and each is fine-tuned at 48 x 48 with RandAugment on; the one that had it off is so also with it off, which
-tells what switching it on did. `--tenth` takes the first tenth of each class (of those to evaluate on half) for as many
-epochs. Several runs go side by side, a core each; told again, they go on where they were, and what is done is not done
-again. Everything is computed in fp32. Next: ../pipeline/finetune.py.
+seeds, and each is fine-tuned at 48 x 48 with RandAugment on. `--control` fine-tunes those that had it off with it off
+as well, which tells what switching it on did. `--tenth` takes the first tenth of each class (of those to evaluate on
+half) for as many epochs. Several runs go side by side, a core each; told again, they go on where they were, and what is
+done is not done again. Everything is computed in fp32. Next: ../pipeline/finetune.py.
 """
 
 import argparse
@@ -48,6 +48,7 @@ class Recipe:
     more_finetuning: tuple[str, ...] = ()
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: int = 3
+    control: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def chain(recipe: Recipe, runs: Path, arm: str, seed: int) -> list[Run]:
     first, side, tuned_side = f"pretrain-{arm}-{seed}", recipe.side, recipe.tuned_side
     command = run("pretrain", recipe.pretraining, first, f"augment.randaugment={ARMS[arm]}", *recipe.more_pretraining)
     made = [Run(first, command, [("ema", side), ("model", side), ("ema", tuned_side)])]
-    for how in TUNED if arm == "off" else ("on",):
+    for how in TUNED if arm == "off" and recipe.control else ("on",):
         name = f"finetune-{arm}-{how}-{seed}"
         settings = [f"augment.randaugment={TUNED[how]}", "augment.allow_new=true", f"model.resolution={tuned_side}"]
         command = run("finetune", recipe.finetuning, name, *settings, *recipe.more_finetuning)
@@ -126,14 +127,12 @@ def table(recipe: Recipe, found: Accuracies) -> Iterator[str]:
     """All accuracies and their spread as Markdown, then what follows from them."""
     side, tuned = recipe.side, recipe.tuned_side
     titles = ["RandAugment in pretraining", "seed", f"at {side}", f"at {tuned}, not tuned", f"tuned at {tuned}, it on"]
-    titles += [f"tuned at {tuned}, it off"]
+    titles += [f"tuned at {tuned}, it off"] * recipe.control
     yield f"| {' | '.join(titles)} |"
     yield f"|{'---|' * len(titles)}"
     for arm in recipe.arms:
-        rows = [
-            [_cell(found, name, size, seed) for name, size in _columns(arm, side, tuned)]
-            for seed in range(recipe.seeds)
-        ]
+        columns = _columns(arm, recipe)
+        rows = [[_cell(found, name, size, seed) for name, size in columns] for seed in range(recipe.seeds)]
         for seed, row in enumerate(rows):
             yield f"| {arm} | {seed} | {' | '.join(_both(each) for each in row)} |"
         if recipe.seeds > 1:
@@ -154,11 +153,14 @@ def verdicts(recipe: Recipe, found: Accuracies) -> Iterator[str]:
         gains = [gain for after, before in pairs for gain in _differences(after, before)]
         better = f"{sum(gain > 0 for gain in gains)} of {len(gains)} runs, {statistics.fmean(gains):+.1f} points"
         yield f"- Fine-tuning improves on pretraining in {better} on average ({which})."
-    switched = _differences(of("finetune-off-on"), of("finetune-off-off"))
-    yield f"- Pretrained without RandAugment, tuned with it against without: {_in_words(switched, -1)}."
+    if recipe.control:
+        switched = _differences(of("finetune-off-on"), of("finetune-off-off"))
+        so = f"{_in_words(switched)}, {agreement(switched, -1)}"
+        yield f"- Pretrained without RandAugment, tuned with it against without: {so}."
     for arm in (arm for arm in recipe.arms if arm != "off"):
         gained = _differences(of(f"finetune-{arm}-on"), of("finetune-off-on"))
-        yield f"- Tuned with RandAugment, pretrained with a {arm} one against without: {_in_words(gained, 1)}."
+        so = f", {agreement(gained, 1)}" if arm == "weak" else ""  # of a strong one the paper says nothing here
+        yield f"- Tuned with RandAugment, pretrained with a {arm} one against without: {_in_words(gained)}{so}."
 
 
 def agreement(differences: Sequence[float], sign: int) -> str:
@@ -170,9 +172,11 @@ def agreement(differences: Sequence[float], sign: int) -> str:
     return "undecided, the seeds disagree"
 
 
-def _columns(arm: str, side: int, tuned: int) -> list[tuple[str, int]]:
-    names = [(f"pretrain-{arm}", side), (f"pretrain-{arm}", tuned), (f"finetune-{arm}-on", tuned)]
-    return [*names, (f"finetune-{arm}-off", tuned)]
+def _columns(arm: str, recipe: Recipe) -> list[tuple[str, int]]:
+    """The runs and sides of a row, without their seed."""
+    side, tuned = recipe.side, recipe.tuned_side
+    columns = [(f"pretrain-{arm}", side), (f"pretrain-{arm}", tuned), (f"finetune-{arm}-on", tuned)]
+    return columns + [(f"finetune-{arm}-off", tuned)] * recipe.control
 
 
 def _cell(found: Accuracies, name: str, side: int, seed: int) -> tuple[float | None, float | None]:
@@ -195,9 +199,9 @@ def _differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(one, other, strict=True)]
 
 
-def _in_words(differences: Sequence[float], sign: int) -> str:
+def _in_words(differences: Sequence[float]) -> str:
     by_seed = ", ".join(f"{each:+.1f}" for each in differences)
-    return f"{statistics.fmean(differences):+.1f} points ({by_seed} by seed): {agreement(differences, sign)}"
+    return f"{statistics.fmean(differences):+.1f} points ({by_seed} by seed)"
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -223,13 +227,13 @@ def pack_share(archive: Path, folder: Path, each: int | None) -> None:
     pack(str(images), str(folder), **request, overwrite=False, progress=lambda *_: None)
 
 
-def cifar10(train: Path, val: Path, out: Path, tenth: bool) -> Recipe:
+def cifar10(train: Path, val: Path, out: Path, tenth: bool, control: bool) -> Recipe:
     """The experiment on CIFAR-10, whole or a tenth, whose images are packed below OUT."""
     pack_share(train, out / "train", 500 if tenth else None)
     pack_share(val, out / "val", 250 if tenth else None)
     # A tenth of the steps: the average is as much younger, and warm-up a sixth of the run and not two thirds.
     shorter = (("optim.warmup_steps=100", "train.ema=0.99"), ("train.ema=0.98",)) if tenth else ((), ())
-    return Recipe(out, more_pretraining=shorter[0], more_finetuning=shorter[1])
+    return Recipe(out, more_pretraining=shorter[0], more_finetuning=shorter[1], control=control)
 
 
 def main() -> int:
@@ -238,9 +242,10 @@ def main() -> int:
     parser.add_argument("--val", type=Path, required=True, help="tar of its test images")
     parser.add_argument("--out", type=Path, required=True, help="folder for images, runs and figures")
     parser.add_argument("--tenth", action="store_true", help="a tenth of the images")
+    parser.add_argument("--control", action="store_true", help="also off in both")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     wanted = parser.parse_args()
-    recipe = cifar10(wanted.train, wanted.val, wanted.out, wanted.tenth)
+    recipe = cifar10(wanted.train, wanted.val, wanted.out, wanted.tenth, wanted.control)
     print(*table(recipe, measure(recipe, wanted.out, wanted.workers)), sep="\n")
     print(f"\n{machine()}")
     return 0

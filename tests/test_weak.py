@@ -12,36 +12,35 @@ from pipeline import ancestry
 from pipeline.errors import BadRequest
 from pipeline.finetune import finetune
 from pipeline.overrides import read_config
-from tests.pipeline.runs import ROOT
+from tests.pipeline.runs import ROOT, events
 
 CIFAR10 = ROOT.parent / "shared" / "data"
 
 
-def test_the_short_form_measures_every_run_and_off_is_remembered_through_two_generations(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digits: Path, tmp_path: Path) -> None:
     steps = ("train.steps=1", "log.samples=false")
     recipe = Recipe(digits, "configs/tiny.yaml", "configs/tiny_finetune.yaml", 32, 40, steps, steps, ("off",), 1)
     found = measure(recipe, tmp_path, workers=2)
-    assert len(found) == 3 + 2 * 2 and all(0 <= top1 <= 1 for top1 in found.values())
-    lines = list(table(recipe, found))
-    assert sum(line.startswith("| off | 0 |") for line in lines) == 1 and len(lines) == 2 + 1 + 1 + 3
+    assert len(found) == 3 + 2 and all(0 <= top1 <= 1 for top1 in found.values())
+    assert [line.count("|") for line in table(recipe, found)][:3] == [6, 6, 6]
+    tuned = tmp_path / "runs" / "finetune-off-on-0"
+    assert events(tuned, "begin")[0]["new_augmentations"] == ["RandAugment"]
 
-    runs = tmp_path / "runs"
-    on = [f"data.train={digits}/train", f"run.dir={tmp_path}/third", "augment.randaugment={layers: 1, magnitude: 1}"]
+    def third(*more: str, source: Path = tuned) -> int:
+        on = [f"data.train={digits}/train", f"run.dir={tmp_path}/third", *more]
+        return finetune(str(ROOT / "configs/tiny_finetune.yaml"), on, str(source), None, 1, check=True)
 
-    def third(source: str, *more: str) -> int:
-        return finetune(str(ROOT / "configs/tiny_finetune.yaml"), [*on, *more], str(runs / source), None, 1, check=True)
-
-    both = rf"RandAugment \(augment.randaugment={{layers: 1, .*{runs}/pretrain-off-0, {runs}/finetune-off-off-0\)"
+    assert third() == 0  # RandAugment was allowed there, and is seen since
+    both = rf"flip \(augment.flip=true\) is on here .* \({tmp_path}/runs/pretrain-off-0, {tuned}\)"
     with pytest.raises(BadRequest, match=both):
-        third("finetune-off-off-0")
-    assert third("finetune-off-off-0", "augment.allow_new=true") == 0
-    assert third("finetune-off-on-0") == 0  # allowed there, and seen since
+        third("augment.flip=true")
+    with pytest.raises(BadRequest, match=r"RandAugment \(augment.randaugment={layers: 1, magnitude: 1.0}\) is on here"):
+        third(source=tmp_path / "runs" / "pretrain-off-0")
+    assert third("augment.allow_new=true", source=tmp_path / "runs" / "pretrain-off-0") == 0
 
 
 def test_what_is_compared_differs_in_nothing_else_and_only_off_to_on_is_new() -> None:
-    chains = {arm: chain(Recipe(Path("data")), Path("runs"), arm, 1) for arm in ("off", "weak", "strong")}
+    chains = {arm: chain(Recipe(Path("data"), control=True), Path("runs"), arm, 1) for arm in ("off", "weak", "strong")}
     configs = {
         run.name: read_config(str(ROOT / run.command[1]), [word for word in run.command[2:] if "=" in word])
         for made in chains.values()
@@ -67,7 +66,7 @@ def test_the_whole_experiment_runs_to_its_table_and_fine_tuning_improves_on_pret
     if not (CIFAR10 / "cifar10-train.tar").exists():
         pytest.skip(f"{CIFAR10} has no cifar10-train.tar")
     out = Path(os.environ.get("COATNET_WEAK", tmp_path))  # a folder in which a night can go on after a break
-    recipe = cifar10(CIFAR10 / "cifar10-train.tar", CIFAR10 / "cifar10-val.tar", out, tenth=False)
+    recipe = cifar10(CIFAR10 / "cifar10-train.tar", CIFAR10 / "cifar10-val.tar", out, tenth=False, control=True)
     found = measure(recipe, out, len(os.sched_getaffinity(0)))
     print(*table(recipe, found), sep="\n")
     for arm in recipe.arms:

@@ -221,7 +221,8 @@ def test_a_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
 def coatnet_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a CoAtNet-0 for 32 x 32 images."""
     model = {"name": "coatnet_0", "resolution": 32, "batch_norm_eps": 1e-2, "stride": "expand", "head_size": 32}
-    config = validate({"data": {"train": "somewhere"}, "train": {"steps": 1}, "model": model}, "test")
+    tree = {"data": {"train": "somewhere"}, "train": {"steps": 1}, "model": model, "evaluate": {"crop_fraction": None}}
+    config = validate(tree, "test")
     classes = ["cat", "dog", "newt"]
     network = build_network(config.model, config.train, len(classes), torch.device("cpu"), initial_values(0))
     said = {
@@ -255,12 +256,12 @@ def test_timm_opens_the_folder_with_names_and_inputs_and_what_comes_back_is_the_
     assert export(str(coatnet_0), str(tmp_path / "timm"), "timm", None, overwrite=False) == 0
     assert len({path.stat().st_mode for path in (tmp_path / "timm").iterdir()}) == 1
     theirs = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
-    images, (ours, config) = torch.randn(2, 3, 32, 32), network_of(coatnet_0)
+    images, (ours, _) = torch.randn(2, 3, 32, 32), network_of(coatnet_0)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images), rtol=0, atol=1e-5)
     data = timm.data.resolve_model_data_config(theirs)
     assert (data["input_size"], data["interpolation"]) == ((3, 32, 32), "bilinear")
-    assert (data["crop_pct"], data["mean"]) == (config.evaluate.crop_fraction, [0.485, 0.456, 0.406])
+    assert (data["crop_pct"], data["crop_mode"], data["mean"]) == (1.0, "squash", [0.485, 0.456, 0.406])
     assert list(theirs.pretrained_cfg["label_names"]) == ["cat", "dog", "newt"]
     assert import_from_timm(str(tmp_path / "timm"), str(tmp_path / "back.safetensors"), overwrite=False) == 0
     assert WeightsFile(tmp_path / "back.safetensors").state() == WeightsFile(coatnet_0).state()
@@ -282,6 +283,7 @@ def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
     assert state["ancestry"] is None and state["classes"] == ["0", "1", "2", "3"]
     images, (ours, config) = torch.randn(2, 3, 32, 32), network_of(tmp_path / "ours.safetensors")
     assert (config.model.pool, config.model.stride, config.model.resolution) == ("average", "depthwise", 32)
+    assert config.evaluate.crop_fraction == theirs.pretrained_cfg["crop_pct"]
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-5)
 

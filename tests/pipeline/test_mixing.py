@@ -94,7 +94,7 @@ def test_golden_strengths_that_existing_runs_depend_on():
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
-STEPS = 16
+STEPS = 8
 
 
 def job(digits: Path, name: str) -> dict[str, Any]:
