@@ -58,8 +58,9 @@ def finetune(
     config = read_config(preset, overrides)
     if check:
         return check_request(config, source, weights, procs)
-    if source is None:
-        raise BadRequest("finetune needs --from RUN; only --check does without")
+    if source is None or _is_preset(source):
+        what = "needs --from RUN" if source is None else f"takes a run: pretrain with {source} first"
+        raise BadRequest(f"finetune {what}; --check does without, or takes a preset")
     run_folder, path = Path(config.run.dir), Path(source)
     bring_back(config)
     ancestors = source_of(run_folder, path, weights).ancestry
@@ -108,7 +109,7 @@ def check_source(config: Config, source: str, weights: str | None) -> None:
 
     A run that has begun does not need its source any more.
     """
-    if Path(source).suffix in (".yaml", ".yml"):
+    if _is_preset(source):
         check_against(config, read_config(source, []), source, [])
         return
     found = source_of(Path(config.run.dir), Path(source), weights)
@@ -166,6 +167,10 @@ def pin(run_folder: Path, source: Source) -> None:
     hidden = run_folder / ".source.json"
     hidden.write_text(json.dumps(asdict(source)) + "\n")
     os.replace(hidden, run_folder / "source.json")
+
+
+def _is_preset(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
 
 
 def _config_of(reader: Weights) -> Config:

@@ -145,6 +145,14 @@ def test_what_cannot_begin_is_refused_in_one_line_without_data(
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("begins_from", "said"), [(None, "needs --from RUN; "), (TINY, f"pretrain with {TINY} first; ")]
+)
+def test_without_weights_nothing_begins(tmp_path: Path, begins_from: str | None, said: str) -> None:
+    with pytest.raises(BadRequest, match=said):
+        finetune(TINY, [f"run.dir={tmp_path}/run"], begins_from, None, 1, check=False)
+
+
 def test_timm_s_weights_are_known_for_what_they_are(tmp_path: Path) -> None:
     rw, ours = timms(tmp_path / "rw", "coatnet_0_rw_224"), timms(tmp_path / "ours", "coatnet_0_224")
     for path in (rw, rw / "model.safetensors"):
