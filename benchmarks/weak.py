@@ -74,7 +74,7 @@ def chain(recipe: Recipe, runs: Path, arm: str, seed: int) -> list[Run]:
 
     first, side, tuned_side = f"pretrain-{arm}-{seed}", recipe.side, recipe.tuned_side
     command = run("pretrain", recipe.pretraining, first, f"augment.randaugment={ARMS[arm]}", *recipe.more_pretraining)
-    made = [Run(first, command, [("ema", side), ("model", side), ("ema", tuned_side)])]
+    made = [Run(first, command, [("ema", side), ("model", side)])]
     for how in TUNED if arm == "off" and recipe.control else ("on",):
         name = f"finetune-{arm}-{how}-{seed}"
         settings = [f"augment.randaugment={TUNED[how]}", "augment.allow_new=true", f"model.resolution={tuned_side}"]
@@ -126,7 +126,7 @@ def _coatnet(command: list[str], log: Path) -> str:
 def table(recipe: Recipe, found: Accuracies) -> Iterator[str]:
     """All accuracies and their spread as Markdown, then what follows from them."""
     side, tuned = recipe.side, recipe.tuned_side
-    titles = ["RandAugment in pretraining", "seed", f"at {side}", f"at {tuned}, not tuned", f"tuned at {tuned}, it on"]
+    titles = ["RandAugment in pretraining", "seed", f"pretrained at {side}", f"tuned at {tuned}, it on"]
     titles += [f"tuned at {tuned}, it off"] * recipe.control
     yield f"| {' | '.join(titles)} |"
     yield f"|{'---|' * len(titles)}"
@@ -175,7 +175,7 @@ def agreement(differences: Sequence[float], sign: int) -> str:
 def _columns(arm: str, recipe: Recipe) -> list[tuple[str, int]]:
     """The runs and sides of a row, without their seed."""
     side, tuned = recipe.side, recipe.tuned_side
-    columns = [(f"pretrain-{arm}", side), (f"pretrain-{arm}", tuned), (f"finetune-{arm}-on", tuned)]
+    columns = [(f"pretrain-{arm}", side), (f"finetune-{arm}-on", tuned)]
     return columns + [(f"finetune-{arm}-off", tuned)] * recipe.control
 
 

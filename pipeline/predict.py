@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.archives import is_hidden
 from data.parts import IMAGES
+from data.shards import printable
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.trained import opened, trained_network
@@ -66,43 +68,56 @@ def predict(
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     network, names = trained_network(reader, kind, config, device), reader.state()["classes"]
-    found, left_out = [], 0
-    for each in predictions(network, config, names, files, most, device):
+    left_out = 0
+    for number, each in enumerate(predictions(network, config, names, files, most, device)):
         if each.error is not None:
             left_out += 1
             print(f"left out: {each.file}: {each.error}", file=sys.stderr)
-        if as_json:
-            found.append(_document(each))
+        if as_json:  # a list, written as it grows
+            print("[" if number == 0 else ",\n", json.dumps(_document(each)), sep="", end="")
         elif each.error is None:
             said = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in each.classes)
             print(f"{each.file}  {said}", flush=True)
     if as_json:
-        print(json.dumps(found))
+        print("]")
     return 1 if left_out else 0
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The files among these paths, and the images in the folders, by suffix, in order; BadRequest where there are none.
 
-    A file that is named is taken whatever its suffix is; in folders hidden files are nobody's.
+    A file that is named is taken whatever its suffix is.
     """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(each for each in path.rglob("*") if _is_image(each, path))
-            if not inside:
-                raise BadRequest(f"{path} has no images; they are known by their suffixes: {' '.join(SUFFIXES)}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise BadRequest(f"{path} is no file and no folder; give images, or folders of images")
-    return found
+    try:
+        return [file for path in paths for file in _images_at(path)]
+    except OSError as error:
+        raise BadRequest(f"{error.filename} cannot be read: {error.strerror}; mend that, or leave it out") from None
 
 
-def _is_image(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in SUFFIXES and file.is_file() and not hidden
+def _images_at(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BadRequest(f"{path} is no file and no folder; give images, or folders of images")
+    inside = list(_images_in(path))
+    if not inside:
+        raise BadRequest(f"{path} has no images; they are known by their suffixes: {' '.join(SUFFIXES)}")
+    return inside
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    """The images in a folder and in those below it; as in packing, hidden files are nobody's and links are followed.
+
+    Not those to a folder around them, which have no end. One that leads nowhere is an image that cannot be read.
+    """
+    for each in sorted(folder.iterdir()):
+        if is_hidden(each.name):
+            continue
+        if each.is_dir():
+            if not (each.is_symlink() and each.resolve() in {around.resolve() for around in each.absolute().parents}):
+                yield from _images_in(each)
+        elif each.suffix.lower() in SUFFIXES and (each.is_file() or not each.exists()):
+            yield each
 
 
 def predictions(
@@ -145,7 +160,7 @@ def predictions(
         for image in under_way.popleft():
             values, numbers = next(rows) if image.error is None else ((), ())
             classes = [(names[number], value) for number, value in zip(numbers, values, strict=True)]
-            yield Prediction(str(image.file), classes, image.error)
+            yield Prediction(printable(str(image.file)), classes, image.error)
 
 
 def read(file: Path) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,19 @@ import pytest
 from safetensors.numpy import load_file
 
 from data.shards import read_manifest
+from data.source import list_source
 from pipeline import weights_file
 from pipeline.errors import BadRequest
-from pipeline.export import export
-from pipeline.predict import image_files, predict
+from pipeline.predict import image_files, predict, read
 from pipeline.weights_file import WeightsFile
-from tests.pipeline.runs import ROOT, coatnet
+from tests.pipeline.networks import tiny, written
+from tests.pipeline.runs import coatnet
 
 
 @pytest.fixture(scope="module")
-def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny network after two steps, as a file."""
-    folder = tmp_path_factory.mktemp("predicting")
-    data = [f"data.train={digits}/val", "data.val=null", f"run.dir={folder}/run", "log.samples=false"]
-    done = coatnet("pretrain", ROOT / "configs" / "tiny.yaml", *data, "train.steps=2")
-    assert done.returncode == 0, done.stderr
-    assert export(str(folder / "run"), str(folder / "tiny.safetensors"), None, None, overwrite=False) == 0
-    return folder / "tiny.safetensors"
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny network for the digits, as a file."""
+    return written(tmp_path_factory.mktemp("predicting") / "tiny.safetensors", *tiny(10), "0123456789").folder
 
 
 def predicted(capsys: pytest.CaptureFixture[str], source: Path, *images: Path, status: int = 0, **how: Any) -> Any:
@@ -36,22 +33,23 @@ def predicted(capsys: pytest.CaptureFixture[str], source: Path, *images: Path, s
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("how", [[], ["--resolution", "48", "--crop", "none"]])
+@pytest.mark.parametrize("how", [{}, {"resolution": 48, "crop": "0.8"}])
 def test_what_is_predicted_of_the_files_is_what_is_evaluated_of_the_packed_set(
-    exported: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: list[str]
+    exported: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any]
 ) -> None:
-    figures = json.loads(coatnet("evaluate", exported, "--data", digits / "val", "--json", *how).stdout)
-    images = digits / "digits" / "val"
-    asked: dict[str, Any] = {"resolution": 48, "crop": "none"} if how else {}
-    found = predicted(capsys, exported, images, **asked)
-    assert [row["file"] for row in found] == [str(file) for file in sorted(images.rglob("*.*"))]
-    ranked = [(Path(row["file"]).parent.name, [each["class"] for each in row["predictions"]]) for row in found]
-    assert len(found) == figures["samples"] == 360
-    assert sum(own == classes[0] for own, classes in ranked) / 360 == figures["top1"]
-    assert sum(own in classes for own, classes in ranked) / 360 == figures["top5"]
+    options = [f"--{name}={value}" for name, value in how.items()]
+    figures = json.loads(coatnet("evaluate", exported, "--data", digits / "val", "--json", *options).stdout)
+    files = sorted((digits / "digits" / "val").glob("*/*"))
+    found = predicted(capsys, exported, digits / "digits" / "val", most=10, **how)
+    assert [row["file"] for row in found] == [str(file) for file in files] and len(files) == figures["samples"] == 360
+    ranks, losses = [], []
     for row in found:
-        probabilities = [each["probability"] for each in row["predictions"]]
-        assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) < 1
+        probabilities = {each["class"]: each["probability"] for each in row["predictions"]}
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True) and len(probabilities) == 10
+        ranks.append(list(probabilities).index(Path(row["file"]).parent.name))
+        losses.append(-math.log([*probabilities.values()][ranks[-1]]))
+    assert (ranks.count(0) / 360, sum(rank < 5 for rank in ranks) / 360) == (figures["top1"], figures["top5"])
+    assert math.fsum(losses) / 360 == pytest.approx(figures["loss"], rel=1e-6)
 
 
 def test_what_does_not_decode_is_left_out_in_its_place_and_named(
@@ -62,12 +60,14 @@ def test_what_does_not_decode_is_left_out_in_its_place_and_named(
     for name, content in {**contents, "deep/e.PNG": good.read_bytes(), ".hidden/x.png": b""}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "caf\udce9.png").write_bytes(b"not UTF-8, its name")
     (tmp_path / "d.png").touch()
     found = predicted(capsys, exported, tmp_path, good, status=1, most=2)
-    assert [Path(row["file"]).name for row in found] == ["a.png", "b.png", "c.jpg", "d.png", "e.PNG", good.name]
-    assert [len(row["predictions"]) for row in found] == [2, 0, 0, 0, 2, 2]
-    assert [bool(row.get("error")) for row in found] == [False, True, True, True, False, False]
-    assert found[0]["predictions"] == found[4]["predictions"] == found[5]["predictions"]
+    names = " ".join(Path(row["file"]).name for row in found)
+    assert names == rf"a.png b.png c.jpg caf\udce9.png d.png e.PNG {good.name}"
+    assert [len(row["predictions"]) for row in found] == [2, 0, 0, 0, 0, 2, 2]
+    assert [bool(row.get("error")) for row in found] == [False, True, True, True, True, False, False]
+    assert found[0]["predictions"] == found[5]["predictions"] == found[6]["predictions"]
     done = coatnet("predict", exported, tmp_path / "a.png", tmp_path / "c.jpg")
     assert done.returncode == 1 and done.stdout.count("\n") == 1 and done.stdout.count(" %") == 5
     assert [line for line in done.stderr.splitlines() if line.startswith("left out")] == [
@@ -81,9 +81,8 @@ def test_of_a_sigmoid_head_each_class_has_a_probability_of_its_own(
     said, image = WeightsFile(exported).state(), sorted((digits / "digits" / "val" / "3").iterdir())[0]
     said["config"]["train"]["loss"] = "sigmoid"
     weights_file.write(tmp_path / "sigmoid.safetensors", load_file(exported), said)
-    (softmax,), (sigmoid,) = (
-        predicted(capsys, source, image, most=99) for source in (exported, tmp_path / "sigmoid.safetensors")
-    )
+    sources = exported, tmp_path / "sigmoid.safetensors"
+    (softmax,), (sigmoid,) = (predicted(capsys, source, image, most=99) for source in sources)
     odds = {each["class"]: each["probability"] / (1 - each["probability"]) for each in sigmoid["predictions"]}
     assert len(odds) == len(read_manifest(str(digits / "val")).classes) == 10
     assert {each["class"]: each["probability"] for each in softmax["predictions"]} == {
@@ -91,8 +90,24 @@ def test_of_a_sigmoid_head_each_class_has_a_probability_of_its_own(
     }
 
 
+def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    hidden = ["photos/.hidden/x.png", "photos/dog/.y.png", "photos/__MACOSX/cat/a.jpg"]
+    for name in ["photos/cat/a.jpg", "photos/cat/deep/B.PNG", "photos/dog/notes.txt", "elsewhere/c.webp", *hidden]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.mkfifo(photos / "dog" / "pipe.png")
+    for name, target in {"linked": "../../elsewhere", "up": "..", "lost.jpg": "nowhere.jpg"}.items():
+        (photos / "dog" / name).symlink_to(target)
+    packed = [image.path for image in list_source(str(photos)).images]
+    assert packed == ["cat/a.jpg", "cat/deep/B.PNG", "dog/linked/c.webp"]
+    assert [str(file.relative_to(photos)) for file in image_files([photos])] == [*packed, "dog/lost.jpg"]
+    assert read(photos / "dog" / "lost.jpg").error == "No such file or directory"
+
+
 @pytest.mark.parametrize(
-    ("path", "said"), [("nowhere.jpg", "is no file and no folder"), (".", "has no images; they are known by")]
+    ("path", "said"),
+    [("nowhere.jpg", "is no file and no folder"), (".", "has no images"), ("n" * 300, "read: File name too long")],
 )
 def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, said: str) -> None:
     with pytest.raises(BadRequest, match=said):

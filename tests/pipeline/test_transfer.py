@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline import ancestry, weights_file
-from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.finetune import beginning, finetune, pin, source_of
 from pipeline.network import build_network, initial_values
@@ -23,6 +20,7 @@ from pipeline.overrides import read_config
 from pipeline.prepare import prepare
 from pipeline.transfer import classifier_in_words, classifier_rows, weights_from
 from pipeline.weights_file import WeightsFile
+from tests.pipeline.networks import tiny, written
 from tests.pipeline.runs import ROOT
 
 names = st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True)
@@ -43,25 +41,6 @@ def test_a_class_takes_the_row_of_its_own_name_or_none(here: list[str], there: l
     ]
     kept = sum(row is not None for row in rows)
     assert ("a new classifier" in classifier_in_words(rows, there)) == (kept == 0)
-
-
-def written(file: Path, network: torch.nn.Module, config: Config, classes: Sequence[str]) -> WeightsFile:
-    said = {
-        "format": weights_file.FORMAT,
-        "weights": "ema",
-        "step": 9,
-        "classes": list(classes),
-        "train_fingerprint": "f00",
-    }
-    said |= {"config": config.model_dump(mode="json"), "ancestry": [ancestry.entry(config, 9, [])]}
-    weights_file.write(file, {name: values.numpy() for name, values in network.state_dict().items()}, said)
-    return WeightsFile(file)
-
-
-def tiny(classes: int) -> tuple[torch.nn.Module, Config]:
-    """The tiny network with drawn weights."""
-    config = read_config(str(ROOT / "configs" / "tiny.yaml"), [])
-    return build_network(config.model, config.train, classes, torch.device("cpu"), initial_values(3)), config
 
 
 @pytest.fixture(scope="module")
