@@ -4,8 +4,8 @@
     coatnet bench weak --train cifar10-train.tar --val cifar10-val.tar --out runs/weak --tenth    # some hours
 
 The small CoAtNet of configs/cifar10_cpu.yaml is pretrained on CIFAR-10 at 32 x 32 in three ways, for each of three
-seeds, and each is fine-tuned at 48 x 48 with RandAugment on. `--control` fine-tunes those that had it off with it off
-as well, which tells what switching it on did. `--tenth` takes the first tenth of each class (of those to evaluate on
+seeds, and each is fine-tuned at 48 x 48 with RandAugment on. `--control` fine-tunes each also with what it was
+pretrained with, which tells what the change did. `--tenth` takes the first tenth of each class (of those to evaluate on
 half) for as many epochs. Several runs go side by side, a core each; told again, they go on where they were, and what is
 done is not done again. Everything is computed in fp32. Next: ../pipeline/finetune.py.
 """
@@ -31,7 +31,7 @@ from pipeline.launch import COATNET
 
 ARMS = {"off": "{layers: 0, magnitude: 0}", "weak": "{layers: 1, magnitude: 1}", "strong": "{layers: 2, magnitude: 10}"}
 """RandAugment in pretraining."""
-TUNED = {"on": "{layers: 2, magnitude: 5}", "off": ARMS["off"]}
+ON = "{layers: 2, magnitude: 5}"
 """RandAugment in fine-tuning."""
 
 
@@ -75,9 +75,9 @@ def chain(recipe: Recipe, runs: Path, arm: str, seed: int) -> list[Run]:
     first, side, tuned_side = f"pretrain-{arm}-{seed}", recipe.side, recipe.tuned_side
     command = run("pretrain", recipe.pretraining, first, f"augment.randaugment={ARMS[arm]}", *recipe.more_pretraining)
     made = [Run(first, command, [("ema", side), ("model", side)])]
-    for how in TUNED if arm == "off" and recipe.control else ("on",):
+    for how, randaugment in {"on": ON, **({"same": ARMS[arm]} if recipe.control else {})}.items():
         name = f"finetune-{arm}-{how}-{seed}"
-        settings = [f"augment.randaugment={TUNED[how]}", "augment.allow_new=true", f"model.resolution={tuned_side}"]
+        settings = [f"augment.randaugment={randaugment}", "augment.allow_new=true", f"model.resolution={tuned_side}"]
         command = run("finetune", recipe.finetuning, name, *settings, *recipe.more_finetuning)
         measured = [("ema", tuned_side), ("model", tuned_side)]
         made.append(Run(name, [*command, "--from", str(runs / first)], measured))
@@ -127,7 +127,7 @@ def table(recipe: Recipe, found: Accuracies) -> Iterator[str]:
     """All accuracies and their spread as Markdown, then what follows from them."""
     side, tuned = recipe.side, recipe.tuned_side
     titles = ["RandAugment in pretraining", "seed", f"pretrained at {side}", f"tuned at {tuned}, it on"]
-    titles += [f"tuned at {tuned}, it off"] * recipe.control
+    titles += [f"tuned at {tuned}, it as before"] * recipe.control
     yield f"| {' | '.join(titles)} |"
     yield f"|{'---|' * len(titles)}"
     for arm in recipe.arms:
@@ -148,13 +148,16 @@ def verdicts(recipe: Recipe, found: Accuracies) -> Iterator[str]:
         side = recipe.side if name.startswith("pretrain") else recipe.tuned_side
         return [100 * found[f"{name}-{seed}", weights, side] for seed in range(recipe.seeds)]
 
-    for weights, which in (("ema", "moving averages"), ("model", "plain weights")):
-        pairs = [(of(f"finetune-{arm}-on", weights), of(f"pretrain-{arm}", weights)) for arm in recipe.arms]
+    hows = {"on": "RandAugment on", **({"same": "RandAugment as before"} if recipe.control else {})}
+    for (how, tuned), (weights, which) in product(
+        hows.items(), (("ema", "moving average"), ("model", "plain weights"))
+    ):
+        pairs = [(of(f"finetune-{arm}-{how}", weights), of(f"pretrain-{arm}", weights)) for arm in recipe.arms]
         gains = [gain for after, before in pairs for gain in _differences(after, before)]
         better = f"{sum(gain > 0 for gain in gains)} of {len(gains)} runs, {statistics.fmean(gains):+.1f} points"
-        yield f"- Fine-tuning improves on pretraining in {better} on average ({which})."
+        yield f"- Tuned with {tuned}: better than pretrained in {better} on average ({which})."
     if recipe.control:
-        switched = _differences(of("finetune-off-on"), of("finetune-off-off"))
+        switched = _differences(of("finetune-off-on"), of("finetune-off-same"))
         so = f"{_in_words(switched)}, {agreement(switched, -1)}"
         yield f"- Pretrained without RandAugment, tuned with it against without: {so}."
     for arm in (arm for arm in recipe.arms if arm != "off"):
@@ -176,7 +179,7 @@ def _columns(arm: str, recipe: Recipe) -> list[tuple[str, int]]:
     """The runs and sides of a row, without their seed."""
     side, tuned = recipe.side, recipe.tuned_side
     columns = [(f"pretrain-{arm}", side), (f"finetune-{arm}-on", tuned)]
-    return columns + [(f"finetune-{arm}-off", tuned)] * recipe.control
+    return columns + [(f"finetune-{arm}-same", tuned)] * recipe.control
 
 
 def _cell(found: Accuracies, name: str, side: int, seed: int) -> tuple[float | None, float | None]:
@@ -242,7 +245,7 @@ def main() -> int:
     parser.add_argument("--val", type=Path, required=True, help="tar of its test images")
     parser.add_argument("--out", type=Path, required=True, help="folder for images, runs and figures")
     parser.add_argument("--tenth", action="store_true", help="a tenth of the images")
-    parser.add_argument("--control", action="store_true", help="also off in both")
+    parser.add_argument("--control", action="store_true", help="tuned as pretrained, too")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     wanted = parser.parse_args()
     recipe = cifar10(wanted.train, wanted.val, wanted.out, wanted.tenth, wanted.control)

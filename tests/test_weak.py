@@ -71,4 +71,4 @@ def test_the_whole_experiment_runs_to_its_table_and_fine_tuning_improves_on_pret
     print(*table(recipe, found), sep="\n")
     for arm in recipe.arms:
         for seed in range(recipe.seeds):
-            assert found[f"finetune-{arm}-on-{seed}", "ema", 48] > found[f"pretrain-{arm}-{seed}", "ema", 32]
+            assert found[f"finetune-{arm}-same-{seed}", "ema", 48] > found[f"pretrain-{arm}-{seed}", "ema", 32]
