@@ -182,20 +182,19 @@ def _columns(arm: str, recipe: Recipe) -> list[tuple[str, int]]:
     return columns + [(f"finetune-{arm}-same", tuned)] * recipe.control
 
 
-def _cell(found: Accuracies, name: str, side: int, seed: int) -> tuple[float | None, float | None]:
-    """Of the moving average and of the plain weights, in percent; None where there is no such run."""
-    ema, model = (found.get((f"{name}-{seed}", weights, side)) for weights in ("ema", "model"))
-    return None if ema is None else 100 * ema, None if model is None else 100 * model
+def _cell(found: Accuracies, name: str, side: int, seed: int) -> tuple[float, float]:
+    """Of the moving average and of the plain weights, in percent."""
+    return 100 * found[f"{name}-{seed}", "ema", side], 100 * found[f"{name}-{seed}", "model", side]
 
 
-def _both(cell: tuple[float | None, float | None]) -> str:
-    return " / ".join(f"{each:.1f}" for each in cell if each is not None)
+def _both(cell: tuple[float, float]) -> str:
+    return " / ".join(f"{each:.1f}" for each in cell)
 
 
-def _spread(column: Sequence[tuple[float | None, float | None]]) -> str:
+def _spread(column: Sequence[tuple[float, float]]) -> str:
     """Mean and standard deviation over the seeds, of both kinds of weights."""
-    kinds = [[each for each in kind if each is not None] for kind in zip(*column, strict=True)]
-    return " / ".join(f"{statistics.fmean(kind):.1f} ± {statistics.stdev(kind):.1f}" for kind in kinds if kind)
+    kinds = zip(*column, strict=True)
+    return " / ".join(f"{statistics.fmean(kind):.1f} ± {statistics.stdev(kind):.1f}" for kind in kinds)
 
 
 def _differences(one: Sequence[float], other: Sequence[float]) -> list[float]:

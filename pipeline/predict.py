@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.archives import is_hidden
-from data.parts import IMAGES
 from data.shards import printable
+from data.source import SUFFIXES
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.trained import opened, trained_network
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from data.augment import Recipe
     from models.coatnet import CoAtNet
-
-SUFFIXES = tuple(f".{name}" for name in IMAGES)
 
 
 @dataclass(frozen=True)

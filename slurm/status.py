@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.ancestry import switched_on
 from pipeline.attempts import trusted
 from pipeline.checkpoint import checkpoints, step_of
 from pipeline.errors import BadRequest
@@ -458,8 +459,6 @@ def _ancestor(entry: Mapping[str, Any]) -> str:
 
 def _trained_under(entry: Mapping[str, Any]) -> str:
     """The augmentations that were on, with their strength where they have one, and stochastic depth."""
-    from pipeline.ancestry import switched_on  # late: it brings pydantic
-
     on = {name: setting.partition("=")[2] for name, setting in switched_on(entry["augment"]).items()}
     said = [f"{name} {value}" if name in WITH_STRENGTH else name for name, value in on.items()]
     depth, new = entry["stochastic_depth"], " and ".join(entry.get("new_augmentations", []))
