@@ -2,7 +2,8 @@
 
 A process that was thought dead (its node unreachable, its memory frozen) can wake up and write; nothing can prevent
 that. So a start notes which checkpoints it found, in RUN/attempts/N.json. A checkpoint is trusted if the start after
-the one that wrote it had found it, or if there was none: the writer was the newest.
+the one that wrote it had found it, or if there was none: the writer was the newest. A run that goes back on what it did
+(going_back.py) takes the next number too, and has not found what it abandons.
 
 Next: run_folder.py.
 """
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, checkpoints
+from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
 from pipeline.errors import RunFailed
 from pipeline.json_lines import read_lines
 
@@ -24,22 +25,44 @@ SECONDS_BETWEEN_LOOKS = 3.0
 
 def take_number(run: Path) -> int:
     """The next attempt's number, taken so that no two starts get the same, on any file system that has links."""
-    records = run / "attempts"
-    records.mkdir(parents=True, exist_ok=True)
     begun = sum(row["event"] == "start" for row in read_lines(run / "events.jsonl"))  # of a run without records, too
     number = max(newest_attempt(run) + 1, begun)
-    facts = {"process": os.getpid(), "host": os.uname().nodename, "found": [c.name for c in trusted(run)]}
+    while not _take(run, number, [folder.name for folder in trusted(run)], recorded(run)):
+        number += 1
+    return number
+
+
+def take_next(run: Path, attempt: int, to: int, gone_back: list[dict[str, int]]) -> int:
+    """The number after this attempt's, for the same processes, who have found what is not later than step `to`.
+
+    RunFailed where somebody else has it.
+    """
+    found = [folder.name for folder in trusted(run) if step_of(folder) <= to]
+    if not _take(run, attempt + 1, found, gone_back):
+        check_newest(run, attempt)
+    return attempt + 1
+
+
+def recorded(run: Path) -> list[dict[str, int]]:
+    """What the newest attempt knows of goings back: `to`, `first` and `last` of each (guards.GoneBack)."""
+    newest = newest_attempt(run)
+    return _record(run, newest).get("gone_back", []) if newest >= 0 else []
+
+
+def _take(run: Path, number: int, found: list[str], gone_back: list[dict[str, int]]) -> bool:
+    """Writes an attempt's record; False where that number is taken."""
+    records = run / "attempts"
+    records.mkdir(parents=True, exist_ok=True)
+    facts = {"process": os.getpid(), "host": os.uname().nodename, "found": found, "gone_back": gone_back}
     hidden = records / f".{facts['host']}-{facts['process']}"
     hidden.write_text(json.dumps(facts) + "\n")
-    while True:
-        try:
-            os.link(hidden, records / f"{number}.json")  # whole, or not there
-        except FileExistsError:
-            number += 1
-        else:
-            break
-    hidden.unlink()
-    return number
+    try:
+        os.link(hidden, records / f"{number}.json")  # whole, or not there
+    except FileExistsError:
+        return False
+    finally:
+        hidden.unlink()
+    return True
 
 
 def newest_attempt(run: Path) -> int:

@@ -143,15 +143,15 @@ def loss_scale(train: Train) -> float:
     return passes(micro_batches, world_size) * world_size / micro_batches
 
 
-def idle_pass(engine: Any, images: torch.Tensor, survival: torch.Tensor | None) -> None:
-    """A pass of a rank that has no micro batch left: collective like any other, and nothing of it counts.
+@contextmanager
+def idle_pass(engine: Any) -> Iterator[None]:
+    """Inside, a rank that has no micro batch left does a pass like any other, of which nothing counts.
 
     Its gradients are replaced by zeros; times 0 they could still be NaN.
     """
     hooks = [parameter.register_hook(torch.zeros_like) for parameter in engine.module.parameters()]
     with without_statistics():
-        engine.backward(engine(images, survival).sum())
-    engine.step()
+        yield
     for hook in hooks:
         hook.remove()
 
@@ -166,11 +166,6 @@ def evaluation_mode(engine: Any, average: Statistics | None) -> Iterator[None]:
             averaged.enter_context(swapped_in(engine.module, average))
         yield
     engine.train()
-
-
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Sums of values over all ranks in float64, the same on each rank."""
-    return summed(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from data.loader import Batch
+from data.order import Order, positions_of_step
 from pipeline.engine import gathered
 from pipeline.errors import RunFailed
 from pipeline.exactly_once import each_once, fingerprint_of_range, from_json, line, of_samples, to_json, together
@@ -26,6 +29,14 @@ class EpochCount:
         """Counts this rank's micro batches of a step."""
         taken = [of_samples(b.positions // self._samples, b.numbers, b.replaced, applied) for b in batches]
         self._own = together([self._own, *taken])
+
+    def pass_over(self, order: Order, step: int) -> None:
+        """Counts the samples of a step (from 0) that is not done as skipped."""
+        if rank_and_world_size()[0] == 0:
+            positions = positions_of_step(step, self._global_batch)
+            numbers, none_replaced = order.samples_at(positions), np.zeros(len(positions), bool)
+            skipped = of_samples(positions // self._samples, numbers, none_replaced, applied=False)
+            self._own = together([self._own, skipped])
 
     def state(self) -> dict[str, dict[str, int]]:
         """What all ranks took, for a checkpoint and for the next start. Collective."""

@@ -57,7 +57,7 @@ def _kind(fault: Fault) -> str:
     return re.sub(r"\d{4,}", "N", fault.reason)
 
 
-def record_skipped(events: Events, step: int, batches: list[Batch], loss: float) -> None:
+def record_skipped(events: Events, step: int, batches: list[Batch], loss: float, why: str) -> None:
     """Writes that a step was not applied, with its samples. Collective."""
     keys = gathered([key for batch in batches for key in batch.keys])
-    events.write("skipped", step=step, loss=loss, keys=keys)
+    events.write("skipped", step=step, reason=why, loss=loss, keys=keys)

@@ -71,6 +71,18 @@ class Mirror:
         if self._thread is not None:
             self._thread.join()
 
+    def forget(self, after: int) -> None:
+        """Removes the copies of later steps, which the run has gone back on."""
+        with self._changing:
+            self._waiting = [each for each in self._waiting if step_of(each) <= after]
+        self.wait()
+        try:
+            for step in copies(self._url):
+                if step > after:
+                    _remove(self._url, step)
+        except Exception as error:  # the back ends' exceptions share no base class, and training must go on
+            self._warn(after, "copies of later steps, which were gone back on, are still at the mirror", error)
+
     def _is_kept(self, folder: Path) -> bool:
         return self._keep_every is not None and step_of(folder) % self._keep_every == 0
 
@@ -86,10 +98,13 @@ class Mirror:
             size = send(folder, self._run, self._url)
             self._tell("mirrored", step=step, seconds=round(time.monotonic() - began, 3), bytes=size)
             remove_superseded(self._url, step, self._keep_last, self._keep_every)
-        except Exception as error:  # the back ends' exceptions share no base class, and training must go on
-            reason = _without_credentials(str(error).partition("\n")[0] or type(error).__name__)
-            self._tell("mirror_failed", step=step, reason=reason)
-            print(f"warning: {folder.name} has no good copy at the mirror: {reason}; training goes on", file=sys.stderr)
+        except Exception as error:  # as in forget
+            self._warn(step, f"{folder.name} has no good copy at the mirror", error)
+
+    def _warn(self, step: int, problem: str, error: Exception) -> None:
+        reason = _without_credentials(str(error).partition("\n")[0] or type(error).__name__)
+        self._tell("mirror_failed", step=step, reason=reason)
+        print(f"warning: {problem}: {reason}; training goes on", file=sys.stderr)
 
 
 def send(folder: Path, run: Path, url: str) -> int:

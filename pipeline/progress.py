@@ -21,9 +21,9 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 class Reporter:
     """Says lines, and shows rows of metrics as they come; all is kept in a log, rank 0's is on the terminal too."""
 
-    def __init__(self, rank: int, log: TextIO, bar: Progress | None, steps: int, first_step: int) -> None:
+    def __init__(self, rank: int, log: TextIO, bar: Progress | None, steps: int) -> None:
         self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
-        self._task = bar.add_task("", total=steps, completed=first_step) if bar else None
+        self._task = bar.add_task("", total=steps) if bar else None
         self._quiet_until = 0.0
 
     def say(self, line: str) -> None:
@@ -47,13 +47,13 @@ class Reporter:
 
 
 @contextmanager
-def reporter(rank: int, logs: Path, steps: int, first_step: int) -> Iterator[Reporter]:
+def reporter(rank: int, logs: Path, steps: int) -> Iterator[Reporter]:
     """A reporter that keeps what it says in LOGS/rank-N.log."""
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     logs.mkdir(exist_ok=True)
     with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as terminal:
         bar = Progress(*columns, TimeRemainingColumn(), console=console) if rank == 0 and console.is_terminal else None
-        yield Reporter(rank, log, terminal.enter_context(bar) if bar else None, steps, first_step)
+        yield Reporter(rank, log, terminal.enter_context(bar) if bar else None, steps)
 
 
 def _duration(seconds: float) -> str:

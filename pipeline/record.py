@@ -26,7 +26,7 @@ class Events:
     """RUN/events.jsonl: what happened, with `time` (seconds since 1970), `attempt` and `event`; one rank writes."""
 
     def __init__(self, run: Path, attempt: int, rank: int) -> None:
-        self._path, self._attempt, self._rank = run / "events.jsonl", attempt, rank
+        self._path, self.attempt, self._rank = run / "events.jsonl", attempt, rank
         self._lines = JsonLines(self._path) if rank == 0 else None
 
     def write(self, event: str, by: int = 0, **facts: Any) -> None:
@@ -35,7 +35,7 @@ class Events:
             return
         if self._lines is None:
             self._lines = JsonLines(self._path)
-        self._lines.write({"time": round(time.time(), 3), "attempt": self._attempt, "event": event, **facts})
+        self._lines.write({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
 
 
 class Metrics:

@@ -14,8 +14,10 @@ Next: ../data/order.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,14 @@ from pipeline.engine import (
     set_rates,
     sharding,
     start_process_group,
-    sum_over_ranks,
     summed,
 )
 from pipeline.epochs import EpochCount
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate
 from pipeline.faults import record_read_faults, record_replaced, record_skipped, taken
+from pipeline.going_back import go_back, gone_back, steps_passed_over
+from pipeline.guards import Guard, Verdict, judge, permission
 from pipeline.launch import processor_share, rank_and_world_size
 from pipeline.losses import loss_of, targets
 from pipeline.mixing import mixed
@@ -61,11 +64,12 @@ from pipeline.network import (
 )
 from pipeline.optim import ema_decay, learning_rate
 from pipeline.prepare import Plan, augmentation
-from pipeline.progress import reporter
-from pipeline.record import Metrics, Samples
+from pipeline.progress import Reporter, reporter
+from pipeline.record import Events, Metrics, Samples
 from pipeline.restore import restore
 from pipeline.save import CheckpointWriter
 from pipeline.signs_of_life import watch_ranks
+from pipeline.steps import steps_of_batches
 
 
 def train(
@@ -79,10 +83,9 @@ def train(
     `first_network` makes the network of a run that begins (fine-tuning; else weights are drawn); `ancestors` are its
     ancestry.
     """
-    run, seed, global_batch = Path(config.run.dir), config.run.seed, config.train.global_batch
-    rank, world_size = rank_and_world_size()
+    run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
     device = start_process_group(config.run.hang_timeout)
-    attempt, events = begin_attempt(run, config, plan)
+    first_attempt, events = begin_attempt(run, config, plan)
     watching = watch_ranks(config.run.hang_timeout, events)
 
     # Model, and the engine that shards its states over the ranks.
@@ -90,25 +93,56 @@ def train(
     if plan.begins and first_network is not None:
         model = first_network(device, shard)
     else:
-        values = initial_values(seed) if plan.begins else no_values
+        values = initial_values(config.run.seed) if plan.begins else no_values
         model = build_network(config.model, config.train, classes, device, values, shard)
-    drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
     engine = build_engine(model, config.train, config.optim, config.zero)
     average = ema.copied(ema.statistics(model)) if config.train.ema else None
+
+    # An attempt leads to the last step, or to where the guards go back on it; then the next one follows.
+    lineage = [*ancestors, ancestry.entry(config, plan.steps, ancestors)]
+    writer = CheckpointWriter(run / "checkpoints", first_attempt, rank, world_size, config.checkpoint, events)
+    with watching, reporter(rank, run / "logs", plan.steps) as report:
+        report.say(attention_backends(model, config.train, device))
+        attempt: int | None = first_attempt
+        while attempt is not None:
+            attempt = train_attempt(config, plan, lineage, engine, average, attempt, events, writer, report)
+        writer.wait()
+        events.write("done", step=plan.steps)
+        writer.close()
+        report.say(f"done: {plan.steps} steps, the last checkpoint is {run}/checkpoints/{step_name(plan.steps)}")
+
+
+def train_attempt(
+    config: Config,
+    plan: Plan,
+    lineage: list[dict[str, Any]],
+    engine: Any,
+    average: ema.Statistics | None,
+    attempt: int,
+    events: Events,
+    writer: CheckpointWriter,
+    report: Reporter,
+) -> int | None:
+    """Trains from the newest good checkpoint to the last step: None; or goes back: the attempt that is next."""
+    run, seed, global_batch = Path(config.run.dir), config.run.seed, config.train.global_batch
+    rank, world_size = rank_and_world_size()
+    model, device, classes = engine.module, engine.device, len(plan.train.classes)
+    drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
+    events.attempt = writer.attempt = attempt
 
     # Go on from the newest good checkpoint, or begin.
     state = restore(engine, run, average, plan.train.fingerprint, events)
     first_step = state["step"] if state else 0
     applied_steps = state["applied_steps"] if state else 0
-    lineage = [*ancestors, ancestry.entry(config, plan.steps, ancestors)]
+    guard = Guard(**state.get("guard", {})) if state else Guard()
+    epochs = EpochCount(plan.train.samples, global_batch, state["epochs"] if state else None)
+    history = on_rank_zero(lambda: gone_back(run, state))
     events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
 
     # What the run writes about itself.
     metrics = Metrics(run, rank, config.log.every, global_batch, plan.train.samples, first_step)
-    epochs = EpochCount(plan.train.samples, global_batch, state["epochs"] if state else None)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     lookout = Lookout(run, attempt)
-    writer = CheckpointWriter(run / "checkpoints", attempt, rank, world_size, config.checkpoint, events)
 
     # A step's micro batches, in as many rounds of one pass a rank as that takes.
     micro_batches_a_step = micro_batches_of(config.train)
@@ -116,48 +150,54 @@ def train(
 
     # Data: this rank's micro batches of every step from here on, read, decoded and augmented ahead of time.
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
-    drawn = augmentation(config.augment)
-    loading = training_batches(plan.train, plan.order, drawn, share, seed, first_step, plan.steps)
+    loading = partial(training_batches, plan.train, plan.order, augmentation(config.augment), share, seed)
 
-    reporting = reporter(rank, run / "logs", plan.steps, first_step)
-    with watching, loading as steps_of_batches, reporting as report:
-        report.say(attention_backends(model, config.train, device))
-        for step in range(first_step, plan.steps):
-            before_waiting = time.perf_counter()
-            micro_batches = next(steps_of_batches)
-            waited_seconds = time.perf_counter() - before_waiting
+    with closing(steps_of_batches(loading, first_step, plan.steps, steps_passed_over(history))) as steps:
+        for step, micro_batches, waited_seconds in steps:
+            done = step + 1
+            last = done == plan.steps
+            if micro_batches is None:
+                epochs.pass_over(plan.order, step)
+                for line in epochs.completed(done, events):
+                    report.say(line)
+                continue
 
             rate = learning_rate(config.optim, step, plan.steps)
             decay = ema_decay(config.train.ema, step) if config.train.ema else None
             set_rates(engine, rate, decay)
 
+            # What all ranks must know of each other, beside their losses.
+            read_faults, overtaken = taken(plan.read_faults), rank == 0 and lookout.sees_newer()
+            broken = sum(len(batch.broken) for batch in micro_batches)
+            here = [0.0, broken, len(read_faults), stopping.reason() is not None, overtaken]
+            shared = torch.tensor(here, dtype=torch.float64, device=device)
+
             # Forward and backward, one pass a micro batch; the engine adds up gradients and steps after the last pass.
-            losses = torch.zeros((), device=device)
-            for batch in micro_batches:
-                images, wanted = inputs(batch.images), batch.labels
-                if config.augment.mixup:
-                    wanted = targets(wanted, classes, config.train.loss)
-                    images, wanted = mixed(images, wanted, config.augment.mixup, seed, batch.positions)
-                logits = engine(images, survival(seed, batch.positions, drop_rates, device))
-                loss = loss_of(logits, wanted, config.train.loss, config.train.label_smoothing)
-                engine.backward(scale * loss)
-                engine.step()
-                losses += loss.detach()
-            if len(micro_batches) < rounds:
-                again = micro_batches[0]
-                idle_pass(engine, inputs(again.images), survival(seed, again.positions, drop_rates, device))
+            for number in range(rounds):
+                idle = number == len(micro_batches)
+                batch = micro_batches[0 if idle else number]
+                with idle_pass(engine) if idle else nullcontext():
+                    images, wanted = inputs(batch.images), batch.labels
+                    if config.augment.mixup:
+                        wanted = targets(wanted, classes, config.train.loss)
+                        images, wanted = mixed(images, wanted, config.augment.mixup, seed, batch.positions)
+                    logits = engine(images, survival(seed, batch.positions, drop_rates, device))
+                    loss = loss_of(logits, wanted, config.train.loss, config.train.label_smoothing)
+                    if not idle:
+                        shared[0] += loss.detach()
+                    if number == rounds - 1:  # a bad loss gets a gradient that is not applied, unseen by the host
+                        summed(shared)
+                        loss = loss * permission(shared[0] / micro_batches_a_step, guard.limit)
+                    engine.backward(scale * loss)
+                    engine.step()
             applied = engine.was_step_applied()
 
-            # What all ranks must know of each other, in one small all-reduce.
-            broken_here = sum(len(batch.broken) for batch in micro_batches)
-            read_faults = taken(plan.read_faults)
-            newer = rank == 0 and lookout.sees_newer()
-            loss_sum, broken, failed_reads, stops, overtaken = sum_over_ranks(
-                [losses.item(), broken_here, len(read_faults), stopping.reason() is not None, newer], device
-            )
+            # The verdict on the step, the same on all ranks.
+            loss_sum, broken, failed_reads, stops, overtaken = shared.tolist()
+            mean_loss, stop = loss_sum / micro_batches_a_step, stops > 0
+            verdict, why, guard = judge(guard, done, mean_loss, applied)
             if overtaken:
                 on_rank_zero(lambda: check_newest(run, attempt))
-            mean_loss, stop = loss_sum / micro_batches_a_step, stops > 0
 
             # Batch-norm statistics and their average move with an applied step, never with a skipped one.
             group_statistics = summed(take_statistics(model))
@@ -168,8 +208,6 @@ def train(
                     ema.follow(average, model, decay)
 
             # From here on the step is done.
-            done = step + 1
-            last = done == plan.steps
             if samples is not None:
                 samples.write(done, micro_batches, global_batch, plan.train.samples)
             epochs.add(micro_batches, applied)
@@ -179,7 +217,12 @@ def train(
             if failed_reads:
                 record_read_faults(events, done, read_faults)
             if not applied:
-                record_skipped(events, done, micro_batches, mean_loss)
+                record_skipped(events, done, micro_batches, mean_loss, why)
+                report.say(f"step {done}/{plan.steps}  not applied: {why}")
+            if verdict is Verdict.GO_BACK and not (last or stop):
+                report.say(f"{guard.bad} bad steps in a row: going back to the last checkpoint before them")
+                writer.wait()
+                return on_rank_zero(partial(go_back, run, writer, events, history, guard.first_bad, done, why))
             for line in epochs.completed(done, events):
                 report.say(line)
             if row := metrics.step(done, mean_loss, rate, float(engine.get_global_grad_norm()), waited_seconds, last):
@@ -199,6 +242,8 @@ def train(
                     "samples": done * global_batch,
                     "applied_steps": applied_steps,
                     "epochs": epochs.state(),
+                    "guard": asdict(guard),
+                    "gone_back": [asdict(each) for each in history],
                     "classes": plan.train.classes,
                     "train_fingerprint": plan.train.fingerprint,
                     "config": config.model_dump(mode="json"),
@@ -212,7 +257,4 @@ def train(
                 on_rank_zero(writer.close)
                 raise RunStopped(f"stopped after step {done} of {plan.steps}; the same command goes on from there")
 
-        writer.wait()
-        events.write("done", step=plan.steps)
-        writer.close()
-        report.say(f"done: {plan.steps} steps, the last checkpoint is {run}/checkpoints/{step_name(plan.steps)}")
+    return None

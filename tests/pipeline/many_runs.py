@@ -4,17 +4,21 @@ Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`:
 With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
 `"resave": FOLDER` nothing is trained: the checkpoint is loaded into an engine, evaluated by the model's weights and by
 their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_idle_passes"` the
-passes of ranks that have no micro batch see NaN. No training may draw from a random generator that has a state.
+passes of ranks that have no micro batch see NaN; with `"faults"` steps go wrong (`Faults`). No training may draw from a
+random generator that has a state.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,15 +34,16 @@ from tests.pipeline.runs import PATIENCE_SECONDS, ROOT
 PROGRAM = (sys.executable, "-m", "tests.pipeline.many_runs")
 
 
-def on_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Does the jobs one after the other on so many ranks."""
+def on_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, status: int = 0) -> str:
+    """Does the jobs one after the other on so many ranks, which end with this status; returns what rank 0 said."""
     file = folder / f"jobs-{world_size}-{len(list(folder.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
     done = subprocess.run(
         [*PROGRAM, str(world_size), str(file)],
         cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def do(job: dict[str, Any]) -> None:
@@ -57,7 +62,8 @@ def do(job: dict[str, Any]) -> None:
         resave(config, plan, Path(job["resave"]))
         return
     before = generators()
-    with poisoned_idle_passes() if job.get("poison_idle_passes") else nullcontext():
+    idle_passes = poisoned_idle_passes() if job.get("poison_idle_passes") else nullcontext()
+    with idle_passes, faulty(**job.get("faults", {})):
         train(config, plan, [])
     assert generators() == before
 
@@ -71,8 +77,57 @@ def generators() -> tuple[object, ...]:
 def poisoned_idle_passes() -> Iterator[None]:
     from pipeline import train as loop
 
-    idle_pass = loop.idle_pass
-    with mock.patch.object(loop, "idle_pass", lambda engine, images, kept: idle_pass(engine, images * np.nan, kept)):
+    idle_pass, inputs = loop.idle_pass, loop.inputs
+
+    @contextmanager
+    def poisoned(engine: Any) -> Iterator[None]:
+        with idle_pass(engine), mock.patch.object(loop, "inputs", lambda images: inputs(images) * np.nan):
+            yield
+
+    with mock.patch.object(loop, "idle_pass", poisoned):
+        yield
+
+
+@contextmanager
+def faulty(
+    nan: Sequence[int] = (), inf: Sequence[int] = (), spikes: Sequence[int] = (), kill: int = 0
+) -> Iterator[None]:
+    """Inside, steps (from 1) go wrong: rank 1's pixels have a NaN, a gradient of rank 0 an Inf, losses are a hundred
+    times too high on all ranks; before step `kill` is done again after a going back, or for the first time, all ranks
+    are killed."""
+    from pipeline import train as loop
+
+    rank, now, seen = rank_and_world_size()[0], 0, set()
+    set_rates, learning_rate, inputs, loss_of = loop.set_rates, loop.learning_rate, loop.inputs, loop.loss_of
+    hooks: list[Any] = []
+
+    def note_step(optim: Any, step: int, steps: int) -> float:
+        nonlocal now
+        now = step + 1
+        if now == kill and (kill > max(spikes, default=0) or now in seen):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.add(now)
+        return learning_rate(optim, step, steps)
+
+    def spoil_gradient(engine: Any, *rates: Any) -> None:
+        set_rates(engine, *rates)
+        while hooks:
+            hooks.pop().remove()
+        if now in inf and rank == 0:
+            middle = list(engine.module.parameters())[10]
+            hooks.append(middle.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), math.inf)))
+
+    def spoil_pixels(images: torch.Tensor) -> torch.Tensor:
+        made = inputs(images)
+        if now in nan and rank == 1:
+            made[0, 0, 0, 0] = math.nan
+        return made
+
+    def raise_loss(*given: Any) -> torch.Tensor:
+        return loss_of(*given) * (100 if now in spikes else 1)
+
+    instead = {"learning_rate": note_step, "set_rates": spoil_gradient, "inputs": spoil_pixels, "loss_of": raise_loss}
+    with mock.patch.multiple(loop, **instead):
         yield
 
 
