@@ -157,9 +157,12 @@ def verdicts(recipe: Recipe, found: Accuracies) -> Iterator[str]:
         better = f"{sum(gain > 0 for gain in gains)} of {len(gains)} runs, {statistics.fmean(gains):+.1f} points"
         yield f"- Tuned with {tuned}: better than pretrained in {better} on average ({which})."
     if recipe.control:
-        switched = _differences(of("finetune-off-on"), of("finetune-off-same"))
-        so = f"{_in_words(switched)}, {agreement(switched, -1)}"
-        yield f"- Pretrained without RandAugment, tuned with it against without: {so}."
+        switched = {arm: _differences(of(f"finetune-{arm}-on"), of(f"finetune-{arm}-same")) for arm in recipe.arms}
+        for arm, changes in switched.items():
+            so = f", {agreement(changes, -1)}" if arm == "off" else ""
+            yield f"- RandAugment on in tuning against as before, pretrained with it {arm}: {_in_words(changes)}{so}."
+        softened = _differences(switched["weak"], switched["off"])
+        yield f"- That after a weak one against after none: {_in_words(softened)}, {agreement(softened, 1)}."
     for arm in (arm for arm in recipe.arms if arm != "off"):
         gained = _differences(of(f"finetune-{arm}-on"), of("finetune-off-on"))
         so = f", {agreement(gained, 1)}" if arm == "weak" else ""  # of a strong one the paper says nothing here
