@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import RelativeAttention
 from .blocks import FeedForward, MBConv
-from .coatnet import ConvolutionStem, coatnet
+from .coatnet import CoAtNet, ConvolutionStem, coatnet
 from .family import Layout, StridePlace
 
 PER_CONVOLUTION_ACTIVATION = 5.26
@@ -38,8 +38,16 @@ class Count:
 def count(layout: str | Layout, resolution: int = 224, stride: StridePlace | None = None, classes: int = 1000) -> Count:
     """The counts of a network of `coatnet` at a resolution; parameters with the bias tables of that resolution."""
     with torch.device("meta"):
-        model = coatnet(layout, classes, resolution, stride=stride, normal=_nothing).eval()
-        images = torch.empty(1, 3, *model.resolution)
+        return count_network(coatnet(layout, classes, resolution, stride=stride, normal=_nothing))
+
+
+def count_network(model: CoAtNet) -> Count:
+    """The counts of a network on the meta device, at its resolution; it is of no other use afterwards.
+
+    No image goes through zeros that take no memory, so nothing is computed. (Shapes could be had on the meta device
+    itself, but there torch imports its compiler for them, which takes seconds.)
+    """
+    model.eval()._apply(lambda weight: torch.zeros((), dtype=weight.dtype).expand(weight.shape))
     exact: list[int] = []
     overhead: list[float] = []
 
@@ -47,24 +55,25 @@ def count(layout: str | Layout, resolution: int = 224, stride: StridePlace | Non
         exact.append(_multiply_adds(module, output))
 
     def charge(per_element: float, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        overhead.append(per_element * output.numel())
+        overhead.append(per_element * output.shape[1:].numel())
 
     for module in model.modules():
         module.register_forward_hook(see)
         for charged, per_element in _overheads(module):
             charged.register_forward_hook(partial(charge, per_element))
     with torch.no_grad():
-        model(images)
+        model(torch.empty(0, 3, *model.resolution))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Count(parameters, sum(exact), round(sum(exact) + sum(overhead)))
 
 
 def _multiply_adds(module: nn.Module, output: Tensor) -> int:
-    """Of a module's own work, apart from that of the modules within it."""
+    """Of a module's own work for an image, apart from that of the modules within it."""
+    elements = output.shape[1:].numel()
     if isinstance(module, nn.Conv2d | nn.Linear):
-        return output.numel() * module.weight[0].numel()
+        return elements * module.weight[0].numel()
     if isinstance(module, RelativeAttention):  # q k^T, and its product with v
-        return 2 * output.numel() * module.grid[0] * module.grid[1]
+        return 2 * elements * module.grid[0] * module.grid[1]
     return 0
 
 

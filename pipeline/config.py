@@ -9,9 +9,10 @@ Next: overrides.py.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.order import passes
 
@@ -254,6 +255,21 @@ class Log(Section):
     samples: bool | Literal["pixels"] = key(
         False, "write what every rank consumed to samples/; pixels: with checksums of the augmented pixels", "free"
     )
+    wandb: str | None = key(
+        None, "project at Weights & Biases that gets the rows of metrics.jsonl; null: none", "free", min_length=1
+    )
+    profile: str | None = key(
+        None, "first and last step, as 100-105, of which rank 0 writes a profiler's trace; null: none", "free"
+    )
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile_is_a_range(cls, value: Any) -> Any:
+        if value is not None and profiled_steps(value) is None:
+            raise ValueError(
+                f"log.profile is {value!r}; it takes the first and the last step, from 1 on, as 100-105 (one: 100-100)"
+            )
+        return value
 
 
 class Slurm(Section):
@@ -319,6 +335,12 @@ class Config(Section):
                 " network's layers; set train.batch_norm_group to a micro batch or less, or train.compile=false"
             )
         return self
+
+
+def profiled_steps(profile: object) -> range | None:
+    """The steps of log.profile, counted as in metrics.jsonl; None where it names none."""
+    found = re.fullmatch(r"([1-9]\d*)-(\d+)", profile) if isinstance(profile, str) else None
+    return range(int(found[1]), int(found[2]) + 1) or None if found else None
 
 
 def micro_batches_of(train: Train) -> int:

@@ -32,7 +32,7 @@ from pipeline.config import Config
 from pipeline.errors import BadRequest, DataError, RunFailed
 from pipeline.run_folder import hold, newest_step
 
-SMALL_FILES = ("config.yaml", "source.json", "metrics.jsonl", "events.jsonl")
+SMALL_FILES = ("config.yaml", "source.json", "wandb.json", "metrics.jsonl", "events.jsonl")
 PIECE_BYTES, PIECES_AT_ONCE = 16 << 20, 8
 _MANIFEST = "manifest.json"
 

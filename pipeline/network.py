@@ -17,6 +17,7 @@ from models import coatnet
 from models.attention import RelativeAttention
 from models.backends import check_backend
 from models.coatnet import CoAtNet
+from models.count import Count, count_network
 from models.family import Layout, Stage, Stem
 from models.initial import initial_value
 from models.norm import BatchNorm2d
@@ -81,9 +82,9 @@ def empty_network(model: Model, train: Train, classes: int) -> CoAtNet:
         return _network(model, train, classes)
 
 
-def check_model(model: Model, train: Train, classes: int) -> int:
-    """The number of parameters, counted without memory for them; BadRequest where the model cannot be built."""
-    return sum(parameter.numel() for parameter in empty_network(model, train, classes).parameters())
+def counts_of(model: Model, train: Train, classes: int) -> Count:
+    """Parameters and multiply-adds, counted without memory for weights; BadRequest where the model cannot be built."""
+    return count_network(empty_network(model.model_copy(update={"attention": "reference"}), train, classes))
 
 
 def attention_backends(network: CoAtNet, train: Train, device: torch.device) -> str:

@@ -1,20 +1,27 @@
 """What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere; standard error, rank 0 only.
 
+    step 1,200/93,800  loss 5.12  lr 1.2e-4  3,410 img/s  data 0.3 %  MFU 41 %  2 d 3 h left
+
 Next: evaluate.py.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+from pipeline.words import duration, figure, percent, rate
 
 SECONDS_BETWEEN_LINES = 5.0
+ROWS_FOR_SPEED = 10
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -25,6 +32,7 @@ class Reporter:
         self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
         self._task = bar.add_task("", total=steps) if bar else None
         self._quiet_until = 0.0
+        self._speeds: deque[float] = deque(maxlen=ROWS_FOR_SPEED)
 
     def say(self, line: str) -> None:
         if self._visible:
@@ -33,14 +41,13 @@ class Reporter:
 
     def show(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl; as a line at most every few seconds, so that a cluster's logs stay readable."""
-        facts = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
+        self._speeds.append(row["step_seconds"])
+        line = in_words(row, self._steps, seconds_left(row["step"], self._steps, self._speeds))
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=row["step"], description=facts)
+            self._bar.update(self._task, completed=row["step"], description=line)
         if time.monotonic() < self._quiet_until and row["step"] < self._steps:
             return
         self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
-        waiting, left = f"data wait {100 * row['data_wait']:.0f} %", (self._steps - row["step"]) * row["step_seconds"]
-        line = f"step {row['step']}/{self._steps}  {facts}  {waiting}  {_duration(left)} left"
         if self._visible and self._bar is None:
             console.print(line, markup=False)
         print(line, file=self._log, flush=True)
@@ -49,14 +56,27 @@ class Reporter:
 @contextmanager
 def reporter(rank: int, logs: Path, steps: int) -> Iterator[Reporter]:
     """A reporter that keeps what it says in LOGS/rank-N.log."""
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     logs.mkdir(exist_ok=True)
     with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as terminal:
-        bar = Progress(*columns, TimeRemainingColumn(), console=console) if rank == 0 and console.is_terminal else None
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
+        bar = Progress(*columns, console=console, expand=True) if rank == 0 and console.is_terminal else None
         yield Reporter(rank, log, terminal.enter_context(bar) if bar else None, steps)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+def seconds_left(step: int, steps: int, speeds: Sequence[float]) -> float:
+    """Of training, at the middle one of the last speeds (seconds a step); evaluations come on top."""
+    return max(0, steps - step) * statistics.median(list(speeds)[-ROWS_FOR_SPEED:])
+
+
+def in_words(row: dict[str, Any], steps: int, left: float) -> str:
+    """A row of a step as a line."""
+    facts = [
+        f"step {row['step']:,}/{steps:,}",
+        f"loss {figure(row['loss'])}",
+        f"lr {rate(row['lr'])}",
+        f"{figure(row['images_per_second'])} img/s",
+        f"data {percent(row['data_wait'], 1)}",
+    ]
+    if "mfu" in row:
+        facts.append(f"MFU {percent(row['mfu'])}")
+    return "  ".join([*facts, f"{duration(left)} left"])

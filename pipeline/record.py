@@ -1,9 +1,9 @@
 """What a run writes about itself: metrics.jsonl, events.jsonl, samples/rank-N.jsonl. One JSON object a line.
 
 Events and samples are only ever added to. Metrics are cut back to the checkpoint's step when a run goes on, so that
-each step stands there once.
+each step stands there once; their rows go to TensorBoard too, and where it is wanted to Weights & Biases.
 
-Next: progress.py.
+Next: tensorboard.py.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from __future__ import annotations
 import resource
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from data.loader import Batch
+from pipeline.config import Config
 from pipeline.evaluate import Figures
 from pipeline.json_lines import JsonLines, cut_back
+from pipeline.tensorboard import TensorBoard
+from pipeline.weights_and_biases import WeightsAndBiases
 
 
 class Events:
@@ -38,16 +42,61 @@ class Events:
         self._lines.write({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
 
 
-class Metrics:
-    """RUN/metrics.jsonl: a row for every `every`-th step and for every evaluation; rank 0 alone writes."""
+class Sink(Protocol):
+    """Where rows of metrics go."""
 
-    def __init__(self, run: Path, rank: int, every: int, global_batch: int, samples: int, first_step: int) -> None:
-        path = run / "metrics.jsonl"
-        if rank == 0:
-            cut_back(path, first_step)
-        self._lines = JsonLines(path) if rank == 0 else None
-        self._every, self._global_batch, self._samples = every, global_batch, samples
-        self._start_interval(first_step)
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def cut_back(self, step: int) -> None:
+        """Takes back the rows past a step, which will be done again."""
+
+    def close(self, done: bool) -> None: ...
+
+
+class MetricsFile:
+    """RUN/metrics.jsonl."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "metrics.jsonl"
+        self._lines = JsonLines(self._path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._lines.write(row)
+
+    def cut_back(self, step: int) -> None:
+        self._lines.close()
+        cut_back(self._path, step)
+        self._lines = JsonLines(self._path)
+
+    def close(self, done: bool) -> None:
+        self._lines.close()
+
+
+def sinks_of(run: Path, config: Config, attempt: int) -> list[Sink]:
+    """All that the rows of a run go to."""
+    sinks: list[Sink] = [MetricsFile(run), TensorBoard(run / "tensorboard", attempt)]
+    if config.log.wandb is not None:
+        sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))
+    return sinks
+
+
+class Metrics:
+    """Makes a row for every `every`-th step and for every evaluation; what is past the first step is taken back."""
+
+    def __init__(
+        self, sinks: Sequence[Sink], every: int, global_batch: int, samples: int, first_step: int, peak: float | None
+    ) -> None:
+        """`peak`: images that all ranks could train in a second at their devices' peak, where that is known."""
+        self._sinks, self._every, self._global_batch, self._samples = sinks, every, global_batch, samples
+        self._peak = peak
+        self.cut_back(first_step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for sink in self._sinks:
+            sink.close(done=error is None)
 
     def step(
         self, step: int, loss: float, lr: float, grad_norm: float, waited: float, last: bool
@@ -58,6 +107,7 @@ class Metrics:
             return None
         now = time.perf_counter()
         seconds, steps = now - self._since, step - self._since_step  # since the last row or evaluation
+        speed = steps * self._global_batch / seconds
         row = {
             "step": step,
             "samples": step * self._global_batch,
@@ -65,9 +115,10 @@ class Metrics:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "images_per_second": steps * self._global_batch / seconds,
+            "images_per_second": speed,
             "data_wait": self._waited / seconds,
             "step_seconds": seconds / steps,
+            **({"mfu": speed / self._peak} if self._peak else {}),
             "memory_bytes": _memory_bytes(),
         }
         self._write(row)
@@ -80,12 +131,18 @@ class Metrics:
         self._write(row)
         self._start_interval(step)
 
+    def cut_back(self, step: int) -> None:
+        """Takes back the rows past a step, from which the run goes on."""
+        for sink in self._sinks:
+            sink.cut_back(step)
+        self._start_interval(step)
+
     def _start_interval(self, step: int) -> None:
         self._waited, self._since, self._since_step = 0.0, time.perf_counter(), step
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._lines is not None:
-            self._lines.write(row)
+        for sink in self._sinks:
+            sink.write(row)
 
 
 class Samples:

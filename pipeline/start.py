@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data.order import passes
-from pipeline.config import Config, micro_batches_of, waste
+from pipeline.config import Config, waste
 from pipeline.errors import BadRequest
 from pipeline.launch import is_first_process, is_rank, local_world_size, rank_and_world_size, run_ranks
 from pipeline.mirror import bring_back
 from pipeline.prepare import Plan, check_ranks, prepare
+from pipeline.weights_and_biases import check_wandb
 
 
 def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
@@ -29,6 +29,7 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         return 0
     _check_attention(config)
     _check_compiler(config)
+    check_wandb(config.log.wandb)
     if is_first_process() and (wasted := waste(config.train, world_size)):
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
@@ -39,21 +40,19 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
 
 def check_config(config: Config, procs: int, quiet: bool = False) -> int:
     """Checks what can be checked without data, and says what would be trained."""
-    from pipeline.network import check_model
+    from pipeline.arithmetic import arithmetic
+    from pipeline.network import counts_of
 
     check_ranks(config, procs)
+    check_wandb(config.log.wandb)
     classes = config.model.classes or 1000
-    millions = check_model(config.model, config.train, classes) / 1e6
-    train, micro_batches = config.train, micro_batches_of(config.train)
+    counts = counts_of(config.model, config.train, classes)
     if quiet:
         return 0
-    length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps} steps"
-    print(
-        f"good: {config.model.name or 'a spelled-out CoAtNet'}, {millions:.2f}M parameters with {classes} classes,"
-        f" {config.model.resolution} x {config.model.resolution}, {length} of {train.global_batch} samples a step:"
-        f" {micro_batches} micro batches of {train.micro_batch}, {passes(micro_batches, procs)} passes on {procs} ranks"
-    )
-    if wasted := waste(train, procs):
+    samples = config.data.train_samples
+    lines = arithmetic(config.model, config.train, config.zero, classes, counts, procs, samples)
+    print("good:", "\n".join(lines))
+    if wasted := waste(config.train, procs):
         print(f"warning: {wasted}", file=sys.stderr)
     return 0
 

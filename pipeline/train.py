@@ -28,6 +28,7 @@ from data.order import passes
 from models.coatnet import CoAtNet, stochastic_depth_rates
 from models.norm import apply_statistics, take_statistics
 from pipeline import ancestry, ema, stopping
+from pipeline.arithmetic import arithmetic
 from pipeline.attempt import begin_attempt
 from pipeline.attempts import Lookout, check_newest
 from pipeline.checkpoint import step_name
@@ -57,6 +58,7 @@ from pipeline.network import (
     Shard,
     attention_backends,
     build_network,
+    counts_of,
     initial_values,
     inputs,
     no_values,
@@ -64,12 +66,15 @@ from pipeline.network import (
 )
 from pipeline.optim import ema_decay, learning_rate
 from pipeline.prepare import Plan, augmentation
+from pipeline.profiler import Profiler
 from pipeline.progress import Reporter, reporter
-from pipeline.record import Events, Metrics, Samples
+from pipeline.record import Events, Metrics, Samples, sinks_of
 from pipeline.restore import restore
 from pipeline.save import CheckpointWriter
 from pipeline.signs_of_life import watch_ranks
 from pipeline.steps import steps_of_batches
+from pipeline.utilisation import device_name, peak_images_per_second
+from pipeline.words import percent
 
 
 def train(
@@ -101,11 +106,15 @@ def train(
     # An attempt leads to the last step, or to where the guards go back on it; then the next one follows.
     lineage = [*ancestors, ancestry.entry(config, plan.steps, ancestors)]
     writer = CheckpointWriter(run / "checkpoints", first_attempt, rank, world_size, config.checkpoint, events)
+    counts = counts_of(config.model, config.train, classes)
+    peak = peak_images_per_second(device_name(device), config.train.precision, counts.multiply_adds, world_size)
+    told = arithmetic(config.model, config.train, config.zero, classes, counts, world_size, plan.train.samples)
     with watching, reporter(rank, run / "logs", plan.steps) as report:
-        report.say(attention_backends(model, config.train, device))
+        for line in [*told, attention_backends(model, config.train, device)]:
+            report.say(line)
         attempt: int | None = first_attempt
         while attempt is not None:
-            attempt = train_attempt(config, plan, lineage, engine, average, attempt, events, writer, report)
+            attempt = train_attempt(config, plan, lineage, engine, average, attempt, events, writer, report, peak)
         writer.wait()
         events.write("done", step=plan.steps)
         writer.close()
@@ -122,8 +131,12 @@ def train_attempt(
     events: Events,
     writer: CheckpointWriter,
     report: Reporter,
+    peak: float | None,
 ) -> int | None:
-    """Trains from the newest good checkpoint to the last step: None; or goes back: the attempt that is next."""
+    """Trains from the newest good checkpoint to the last step: None; or goes back: the attempt that is next.
+
+    `peak` is how many images a second the devices could do at their best, where that is known.
+    """
     run, seed, global_batch = Path(config.run.dir), config.run.seed, config.train.global_batch
     rank, world_size = rank_and_world_size()
     model, device, classes = engine.module, engine.device, len(plan.train.classes)
@@ -140,7 +153,8 @@ def train_attempt(
     events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
 
     # What the run writes about itself.
-    metrics = Metrics(run, rank, config.log.every, global_batch, plan.train.samples, first_step)
+    sinks = sinks_of(run, config, attempt) if rank == 0 else []
+    metrics = Metrics(sinks, config.log.every, global_batch, plan.train.samples, first_step, peak)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     lookout = Lookout(run, attempt)
 
@@ -152,10 +166,13 @@ def train_attempt(
     share = Share(rank, world_size, config.train.micro_batch, config.model.resolution, device, processor_share())
     loading = partial(training_batches, plan.train, plan.order, augmentation(config.augment), share, seed)
 
-    with closing(steps_of_batches(loading, first_step, plan.steps, steps_passed_over(history))) as steps:
+    reading = closing(steps_of_batches(loading, first_step, plan.steps, steps_passed_over(history)))
+    profiling = Profiler(config.log.profile, run / "profile", rank, report.say)
+    with metrics, reading as steps, profiling as profiler:
         for step, micro_batches, waited_seconds in steps:
             done = step + 1
             last = done == plan.steps
+            profiler.before(done)
             if micro_batches is None:
                 epochs.pass_over(plan.order, step)
                 for line in epochs.completed(done, events):
@@ -233,7 +250,7 @@ def train_attempt(
                 with evaluation_mode(engine, evaluated):
                     figures = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, share)
                 metrics.evaluation(done, figures, "model" if evaluated is None else "ema")
-                report.say(f"step {done}/{plan.steps}  top-1 {100 * figures.top1:.2f} %  loss {figures.loss:.4f}")
+                report.say(f"step {done:,}/{plan.steps:,}  top-1 {percent(figures.top1, 2)}  loss {figures.loss:.4f}")
 
             writer.check()
             if last or stop or done % config.checkpoint.every == 0:

@@ -9,7 +9,6 @@ Next: logs.py.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,8 @@ from pipeline.attempts import trusted
 from pipeline.checkpoint import checkpoints, step_of
 from pipeline.errors import BadRequest
 from pipeline.json_lines import read_lines
+from pipeline.progress import seconds_left
+from pipeline.words import duration, figure, percent
 from slurm import client, queue, records
 from slurm.cause import FAILURES, Cause
 from slurm.logs import last_words
@@ -35,7 +36,6 @@ from slurm.queue import BUSY, WAITING
 from slurm.records import Start
 
 SECONDS_BETWEEN_LOOKS = 5.0
-ROWS_FOR_SPEED = 10
 DECIDING = ("start", "begin", "resume", "stop", "done", "frozen")
 WITH_STRENGTH = ("RandAugment", "mixup")
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
@@ -185,8 +185,8 @@ def status_of(seen: Seen, jobs: Queue, now: float) -> Status:
         [last.get("step", 0), *(row["step"] for row in seen.events[resumed:] if isinstance(row.get("step"), int))]
     )
     steps = _steps(seen, last)
-    speeds = [row["step_seconds"] for row in seen.rows[-ROWS_FOR_SPEED:]]
-    left = max(0, steps - step) * statistics.median(speeds) if speeds and steps is not None else None
+    speeds = [row["step_seconds"] for row in seen.rows]
+    left = seconds_left(step, steps, speeds) if speeds and steps is not None else None
     shown = [_job(seen, job, jobs.get(job)) for job in dict.fromkeys(row["job"] for row in seen.submissions)]
     attempts = sum(row["event"] == "start" for row in seen.events)
     return Status(
@@ -413,11 +413,11 @@ def shown(found: Sequence[Status], single: bool) -> Group | Table:
     """One run as a few lines, several as a table."""
     if single:
         return Group(*map(Text, lines(found[0])))
-    titles = ("run", "state", "step", "loss", "images/s", "left", "restarts", "goodput", "job", "why")
+    titles = ("run", "state", "step", "loss", "img/s", "left", "restarts", "goodput", "job", "why")
     table = Table(*titles, box=None, pad_edge=False)
     for each in found:
         job = each.jobs[-1]["job"] if each.jobs else ""
-        facts = (_step(each), _loss(each), _speed(each), _duration(each.seconds_left), str(each.restarts))
+        facts = (_step(each), _loss(each), _speed(each), _left(each), str(each.restarts))
         row = (each.run, each.state, *facts, _percent(each.goodput), job, each.reason or "")
         table.add_row(*map(Text, row))
     return table
@@ -425,11 +425,11 @@ def shown(found: Sequence[Status], single: bool) -> Group | Table:
 
 def lines(status: Status) -> list[str]:
     """What a person wants to know of one run."""
-    left = f", {_duration(status.seconds_left)} of training left" if status.seconds_left else ""
+    left = f", {_left(status)} of training left" if status.seconds_left else ""
     newest, count = status.checkpoints["newest"], status.checkpoints["count"]
     said = [f"{status.run}: {status.state}, step {_step(status)}{left}"]
     said += [f"  {status.reason}"] if status.reason else []
-    said += [f"  loss {_loss(status)}, {_speed(status)} images/s"] if status.loss is not None else []
+    said += [f"  loss {_loss(status)}, {_speed(status)} img/s"] if status.loss is not None else []
     said += [f"  goodput {_percent(status.goodput)}"] if status.goodput is not None else []
     said += [f"  restarted {status.restarts} times"] if status.restarts else []
     said += [f"  {count} checkpoints, the newest of step {newest}"] if count else ["  no checkpoint yet"]
@@ -491,25 +491,20 @@ def _square(entry: Mapping[str, Any]) -> str:
 
 
 def _step(status: Status) -> str:
-    return f"{status.step}" if status.steps is None else f"{status.step}/{status.steps}"
+    return f"{status.step:,}" if status.steps is None else f"{status.step:,}/{status.steps:,}"
 
 
 def _loss(status: Status) -> str:
-    return "" if status.loss is None else f"{float(status.loss):.4f}"
+    return "" if status.loss is None else figure(float(status.loss))
 
 
 def _speed(status: Status) -> str:
-    return "" if status.images_per_second is None else f"{status.images_per_second:.0f}"
+    return "" if status.images_per_second is None else figure(status.images_per_second)
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
+    return "" if share is None else percent(share)
 
 
-def _duration(seconds: float | None) -> str:
-    if not seconds:
-        return ""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days}d{hours:02d}h" if days else f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+def _left(status: Status) -> str:
+    return duration(status.seconds_left) if status.seconds_left else ""

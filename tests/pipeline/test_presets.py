@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import ancestry
 from pipeline.config import Config, Model, Train
-from pipeline.network import check_model
+from pipeline.network import counts_of
 from pipeline.overrides import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def parameters(preset: str, overrides: list[str] | None = None) -> tuple[Config,
 def counted(model: Model, activation_checkpointing: Any) -> int:
     """Parameters of a network, which two presets of the same one need not build twice."""
     train = Train.model_construct(batch_norm_group=None, activation_checkpointing=activation_checkpointing)
-    return check_model(model, train, model.classes or 1000)
+    return counts_of(model, train, model.classes or 1000).parameters
 
 
 @pytest.mark.parametrize("preset", PRESETS)

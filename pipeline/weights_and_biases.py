@@ -1,0 +1,124 @@
+"""Weights & Biases, where log.wandb names a project: the rows of metrics.jsonl there, all starts of a run as one curve.
+
+A thread speaks with it, so that it can neither slow nor stop the training: rows wait in memory until it takes them.
+Where it can't be reached, or nobody is logged in, a start's rows are kept in RUN/wandb for `wandb sync`. The x axis is
+our step: W&B's own counter may only rise, and would drop the steps that are done again.
+
+Next: profiler.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from pipeline.errors import BadRequest
+
+INIT_SECONDS, FINISH_SECONDS = 30, 10
+"""How long its server may take to answer, and, when a run ends, to take what is left."""
+
+
+def check_wandb(project: str | None) -> None:
+    """BadRequest where a project is named and the package is not installed."""
+    if project is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder of that name, as it makes itself, is no package
+        raise BadRequest(
+            f"log.wandb is {project} and the package wandb is not installed: pip install 'wandb>=0.31', or set"
+            " log.wandb=null"
+        )
+
+
+def wandb_id(run: Path) -> str:
+    """The run's id; a new one is written to RUN/wandb.json before it is used."""
+    note = run / "wandb.json"
+    if not note.exists():
+        hidden = run / ".wandb.json"
+        hidden.write_text(json.dumps({"id": os.urandom(8).hex()}) + "\n")
+        os.replace(hidden, note)
+    return json.loads(note.read_text())["id"]
+
+
+class WeightsAndBiases:
+    """The run's page in a project, under its resolved configuration and nothing else of it."""
+
+    def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
+        self._run, self._project, self._config, self._id = run, project, config, wandb_id(run)
+        self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._done = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._thread.is_alive():
+            self._rows.put(row)
+
+    def cut_back(self, step: int) -> None:
+        """Nothing: what it was given it keeps, and a step that is done again has two points."""
+
+    def close(self, done: bool) -> None:
+        """Returns once all rows are there, or after some seconds."""
+        self._done = done
+        self._rows.put(None)
+        self._thread.join(1.5 * FINISH_SECONDS)
+        if self._thread.is_alive():
+            _say(f"has not taken everything; `wandb sync {self._run}/wandb/*run-*{self._id}` sends the rest")
+
+    def _work(self) -> None:
+        try:
+            page = self._begin()
+            page.define_metric("*", step_metric="step")
+            for row in iter(self._rows.get, None):
+                page.log(row)
+            page.finish(exit_code=0 if self._done else 1)
+        except Exception as error:  # whatever it is, training goes on
+            _say(f"gets no more rows of this start: {_first_line(error)}; metrics.jsonl has them all")
+
+    def _begin(self) -> Any:
+        """Its run, or, where it can't be reached, one that is kept here."""
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode != "offline" and not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("nobody is logged in (`wandb login`, or WANDB_API_KEY)")
+            page = self._init()
+        except Exception as error:
+            _say(f"{_first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")
+            page = self._init(mode="offline")
+        if page.url:
+            _say(page.url)
+        return page
+
+    def _init(self, **more: Any) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_save_requirements=False,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+        )
+        where = {"project": self._project, "id": self._id, "name": self._run.name, "dir": str(self._run)}
+        return wandb.init(**where, resume="allow", config=self._config, settings=settings, **more)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _say(what: str) -> None:
+    print(f"Weights & Biases: {what}", file=sys.stderr)
