@@ -120,7 +120,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path, program: Sequence[st
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(f"{logs} cannot be made: {error.strerror}; is run.dir a folder that you may write?") from None
-    port = _free_port()
+    port = free_port()
     processes = [_start([*program, *arguments], rank, ranks, port, logs) for rank in range(ranks)]
 
     interrupted = False
@@ -196,7 +196,7 @@ def _report(rank: int, status: int, logs: Path) -> int:
     return status
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.doctor import Figure, Finding, exit_status
 from pipeline.doctor_of_ranks import attendance, gather, meeting_folder, say, spans
-from pipeline.launch import _free_port
+from pipeline.launch import free_port
 from pipeline.merged_findings import ALIKE, SEVERITY, Report, few, merge
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, command, pack_two
 
@@ -151,7 +151,7 @@ def test_two_ranks_on_two_hosts_give_one_report(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     settings = (f"run.dir={tmp_path}/runs/a", f"data.train={pack_two(tmp_path)}", "data.val=null", "--json")
     shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
             command("doctor", "configs/tiny.yaml", *settings),

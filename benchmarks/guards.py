@@ -1,0 +1,116 @@
+"""What guards and metrics cost: one training in which every second step goes without them, and their time by the clock.
+
+    coatnet bench guards configs/cifar10_cpu.yaml data.train=cifar10/train train.precision=fp32
+
+One rank trains `--steps` steps by the real loop. In a step without, no loss is judged or permitted, nothing is agreed
+upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and metrics,
+which is the more exact figure: on a busy machine steps differ by more than a hundredth. Next: ../pipeline/guards.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.machine import machine
+from pipeline import train as loop
+from pipeline.attempts import Lookout
+from pipeline.guards import Verdict
+from pipeline.launch import free_port
+from pipeline.overrides import read_config
+from pipeline.prepare import prepare
+from pipeline.record import Metrics
+
+WARM_UP = 4
+
+
+class Meter:
+    """The steps' seconds, and those spent inside guards and metrics."""
+
+    def __init__(self) -> None:
+        self.step, self.began = 0, 0.0
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+        self.inside: list[float] = []
+
+    @property
+    def watched(self) -> bool:
+        return self.step % 2 == 0
+
+    def next_step(self, *given: Any) -> float:
+        """In place of learning_rate, which the loop asks for once a step."""
+        now = time.perf_counter()
+        if self.step > WARM_UP:
+            self.seconds[self.watched].append(now - self.began)
+        self.step, self.began = self.step + 1, now
+        if self.watched:
+            self.inside.append(0.0)
+        return self._learning_rate(*given)
+
+    def timed(self, function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with its time taken, or in steps without it what stands in for it."""
+
+        def call(*given: Any) -> Any:
+            if not self.watched:
+                return instead(*given)
+            began = time.perf_counter()
+            result = function(*given)
+            self.inside[-1] += time.perf_counter() - began
+            return result
+
+        return call
+
+    def install(self) -> ExitStack:
+        self._learning_rate = loop.learning_rate
+        patched = ExitStack()
+
+        def patch(place: Any, name: str, instead: Callable[..., Any]) -> None:
+            patched.enter_context(mock.patch.object(place, name, self.timed(getattr(place, name), instead)))
+
+        summed, agreed = loop.summed, self.timed(loop.summed, lambda shared: shared)
+        patched.enter_context(mock.patch.object(loop, "learning_rate", self.next_step))
+        patched.enter_context(  # what the ranks agree upon is float64, batch norm's sums are not
+            mock.patch.object(loop, "summed", lambda v: agreed(v) if v.dtype == torch.float64 else summed(v))
+        )
+        patch(loop, "permission", lambda mean_loss, limit: torch.ones((), device=mean_loss.device))
+        patch(loop, "judge", lambda guard, step, loss, applied: (Verdict.GO_ON, "", guard))
+        patch(Lookout, "sees_newer", lambda lookout: False)
+        patch(Metrics, "step", lambda *given: None)
+        return patched
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset")
+    parser.add_argument("settings", nargs="*", help="key=value")
+    parser.add_argument("--steps", type=int, default=100)
+    wanted = parser.parse_args()
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": free_port()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
+    with tempfile.TemporaryDirectory() as folder:
+        length = [f"train.steps={wanted.steps}", "data.val=null", f"run.dir={folder}/run"]
+        config = read_config(wanted.preset, [*wanted.settings, *length])
+        meter = Meter()
+        with meter.install():
+            loop.train(config, prepare(config, "pretrain", 1, 1), [])
+    watched, without = (statistics.median(meter.seconds[which]) for which in (True, False))
+    inside = statistics.fmean(meter.inside[WARM_UP:])
+    print(
+        f"a step with guards and metrics {watched:.4f} s, without {without:.4f} s: {100 * (watched / without - 1):+.2f} %"
+    )
+    print(f"inside guards and metrics {1e3 * inside:.3f} ms a step: {100 * inside / without:.3f} % of one")
+    print(machine())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
