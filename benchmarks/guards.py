@@ -3,8 +3,8 @@
     coatnet bench guards configs/cifar10_cpu.yaml data.train=cifar10/train train.precision=fp32
 
 One rank trains `--steps` steps by the real loop. In a step without, no loss is judged or permitted, nothing is agreed
-upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and metrics,
-which is the more exact figure: on a busy machine steps differ by more than a hundredth. Next: ../pipeline/guards.py.
+upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and metrics:
+the more exact figure, since on a busy machine steps differ by more than a hundredth. Next: ../pipeline/guards.py.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def main() -> int:
             loop.train(config, prepare(config, "pretrain", 1, 1), [])
     watched, without = (statistics.median(meter.seconds[which]) for which in (True, False))
     inside = statistics.fmean(meter.inside[WARM_UP:])
-    print(
-        f"a step with guards and metrics {watched:.4f} s, without {without:.4f} s: {100 * (watched / without - 1):+.2f} %"
-    )
+    more = f"{100 * (watched / without - 1):+.2f} %"
+    print(f"a step with guards and metrics {watched:.4f} s, without {without:.4f} s: {more}")
     print(f"inside guards and metrics {1e3 * inside:.3f} ms a step: {100 * inside / without:.3f} % of one")
     print(machine())
     return 0
