@@ -3,8 +3,10 @@
     coatnet bench guards configs/cifar10_cpu.yaml data.train=cifar10/train train.precision=fp32
 
 One rank trains `--steps` steps by the real loop. In a step without, no loss is judged or permitted, nothing is agreed
-upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and metrics:
-the more exact figure, since on a busy machine steps differ by more than a hundredth. Next: ../pipeline/guards.py.
+upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and
+metrics: the more exact figure, since on a busy machine steps differ by more than a hundredth.
+
+Next: ../pipeline/guards.py.
 """
 
 from __future__ import annotations
