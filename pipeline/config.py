@@ -33,7 +33,10 @@ class Run(Section):
     dir: str = key("runs/default", "folder of this run, on a POSIX file system", "free", min_length=1)
     seed: int = key(0, "what every draw is a function of, 0 to 2**48 - 1", ge=0, lt=2**48)
     hang_timeout: float = key(
-        1800, "seconds without a sign of life from a rank after which it is named and the run ends", "free", ge=1
+        1800,
+        "seconds without progress, or a rank's sign of life, after which all say where they are and end",
+        "free",
+        ge=1,
     )
 
 

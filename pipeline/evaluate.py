@@ -19,6 +19,7 @@ from data.loader import Share, evaluation_batches
 from data.shards import Broken, Manifest
 from pipeline.engine import gathered, summed
 from pipeline.losses import Kind, loss_of
+from pipeline.marks import mark
 from pipeline.network import inputs
 
 
@@ -58,6 +59,7 @@ def evaluate(
         for batch in islice(chain(batches, repeat(None)), passes):
             images = filling if batch is None else torch.cat([batch.images, filling[len(batch.images) :]])
             logits = forward(inputs(images))
+            mark("a batch of an evaluation")
             if batch is not None:
                 broken += batch.broken
                 numbers = torch.from_numpy(batch.positions).to(share.device)

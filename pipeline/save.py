@@ -36,6 +36,7 @@ from pipeline.ema import Statistics, statistics
 from pipeline.errors import RunFailed
 from pipeline.host_memory import available_bytes
 from pipeline.launch import local_world_size, processor_share
+from pipeline.marks import mark
 from pipeline.mirror import Mirror
 from pipeline.record import Events
 from pipeline.zero_state import shapes, stretches
@@ -389,6 +390,7 @@ def _write_chunks(path: Path, chunks: Iterable[np.ndarray]) -> dict[str, Any]:
                 checksums.append(checksum(block))
                 _write_all(file.fileno(), block)
             os.fsync(file.fileno())
+            mark("a piece of a checkpoint")
             total += len(chunk)
     return {"bytes": total, "xxh3": checksums}
 

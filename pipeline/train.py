@@ -53,6 +53,7 @@ from pipeline.going_back import go_back, gone_back, steps_passed_over
 from pipeline.guards import Guard, Verdict, judge, permission
 from pipeline.launch import processor_share, rank_and_world_size
 from pipeline.losses import loss_of, targets
+from pipeline.marks import mark, mark_step
 from pipeline.mixing import mixed
 from pipeline.network import (
     Shard,
@@ -91,7 +92,8 @@ def train(
     run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
     device = start_process_group(config.run.hang_timeout)
     first_attempt, events = begin_attempt(run, config, plan)
-    watching = watch_ranks(config.run.hang_timeout, events)
+    stacks = run / "logs" / f"stacks-attempt-{first_attempt}.txt"
+    watching = watch_ranks(config.run.hang_timeout, events, stacks)
 
     # Model, and the engine that shards its states over the ranks.
     classes, shard = len(plan.train.classes), sharding(config.train, config.optim, config.zero)
@@ -207,6 +209,7 @@ def train_attempt(
                         loss = loss * permission(shared[0] / micro_batches_a_step, guard.limit)
                     engine.backward(scale * loss)
                     engine.step()
+                mark("a micro batch")
             applied = engine.was_step_applied()
 
             # The verdict on the step, the same on all ranks.
@@ -225,6 +228,7 @@ def train_attempt(
                     ema.follow(average, model, decay)
 
             # From here on the step is done.
+            mark_step(done)
             if samples is not None:
                 samples.write(done, micro_batches, global_batch, plan.train.samples)
             epochs.add(micro_batches, applied)
@@ -269,6 +273,7 @@ def train_attempt(
                 writer.save(engine, average, state)
 
             if stop and not last:
+                watching.stop_judging()
                 writer.wait()
                 events.write("stop", step=done, reason=gathered(list(filter(None, [stopping.reason()])))[0])
                 on_rank_zero(writer.close)

@@ -36,7 +36,7 @@ from slurm.queue import BUSY, WAITING
 from slurm.records import Start
 
 SECONDS_BETWEEN_LOOKS = 5.0
-DECIDING = ("start", "begin", "resume", "stop", "done", "frozen")
+DECIDING = ("start", "begin", "resume", "stop", "done", "frozen", "hang")
 WITH_STRENGTH = ("RandAugment", "mixup")
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
@@ -282,23 +282,25 @@ def _of_events(seen: Seen) -> tuple[str, str | None]:
         return "done", None
     if last.get("event") == "stop":
         return "stopped", f"{last.get('reason') or 'told to'} after step {last['step']}; {again}"
-    return "failed", f"{_frozen(last) or 'its process ended without a word'}; {again}"
+    return "failed", f"{_standstill(last) or 'its process ended without a word'}; {again}"
 
 
 def _failure(seen: Seen, start: Start) -> str:
     """The first error of the first failing rank, where a rank could say one, and what was decided."""
     first = seen.failures[0] if seen.failures else None
     said = f"rank {first['rank']} on {first['host']}: {' '.join(first['message'].split())}" if first else None
-    frozen = _frozen(seen.last(*DECIDING)) if start.cause == Cause.HANG else None
+    stood_still = _standstill(seen.last(*DECIDING)) if start.cause == Cause.HANG else None
     why = start.decision or start.cause or "its job ended without a word"
-    return "; ".join(filter(None, [said or frozen or seen.last_words, why]))
+    return "; ".join(filter(None, [said or stood_still or seen.last_words, why]))
 
 
-def _frozen(event: Mapping[str, Any]) -> str | None:
-    if event.get("event") != "frozen":
+def _standstill(event: Mapping[str, Any]) -> str | None:
+    """What is said of a frozen rank, or of a run without progress."""
+    if event.get("event") not in ("frozen", "hang"):
         return None
-    ranks = [f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", [])]
-    return f"no sign of life of {', '.join(ranks)}"
+    ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", []))
+    found = "no sign of life of" if event["event"] == "frozen" else "no progress, what stands out is"
+    return f"{found} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
 
 def _being_cancelled(seen: Seen) -> str | None:

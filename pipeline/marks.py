@@ -1,0 +1,84 @@
+"""Marks of progress: what a rank finished last, so that one that stands still can be told from one that is slow.
+
+A mark is a few assignments: no I/O, no lock, no collective. Whatever may rightly take long marks its parts: a step its
+micro batches, an evaluation its batches, a checkpoint its pieces. So `run.hang_timeout` bounds one such part only.
+
+Next: signs_of_life.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Mark(NamedTuple):
+    number: int
+    """Of this mark among the process's own; another number is progress."""
+    what: str
+    step: int | None
+    """The last one that is done; None before the first of this start."""
+
+
+_numbers = itertools.count(1)
+_last = Mark(0, "nothing yet", None)
+_step: int | None = None
+
+
+def mark(what: str) -> None:
+    """Notes that something has been finished; any thread may."""
+    global _last
+    _last = Mark(next(_numbers), what, _step)
+
+
+def mark_step(done: int | None) -> None:
+    """Notes that a step is done, or that the loop begins; for the training thread."""
+    global _step
+    _step = done
+    mark("nothing yet" if done is None else "a step")
+
+
+def last_mark() -> Mark:
+    return _last
+
+
+class Heard:
+    """When other ranks last gave a sign of life, and when any rank last had a new mark.
+
+    Time in which this process itself stood still counts as two intervals at most: nobody is judged for it.
+    """
+
+    def __init__(self, patience: float, interval: float, others: Iterable[int], now: float) -> None:
+        """Seconds, all of them; `look` is to be called every interval."""
+        self._patience, self._interval = patience, interval
+        self._lived, self._at = 0.0, now
+        self._signs = dict.fromkeys(others, 0.0)
+        self._marks: dict[int, int] = {}
+        self._progress = 0.0
+
+    def look(self, now: float) -> None:
+        """Lets time pass."""
+        self._lived, self._at = self._time(now), now
+
+    def sign(self, rank: int, mark: int, now: float) -> None:
+        """Takes note of a new sign of another rank, or of this one, and of the number of its last mark."""
+        time = self._time(now)
+        woke = time - self._signs.get(rank, time) > self._patience / 2  # all have waited for it
+        if woke or self._marks.get(rank) != mark:
+            self._progress = time
+        self._marks[rank] = mark
+        if rank in self._signs:
+            self._signs[rank] = time
+
+    def silent(self) -> list[int]:
+        """The ranks that have given no sign for too long."""
+        return [rank for rank, time in self._signs.items() if self._lived - time > self._patience]
+
+    def stands_still(self) -> bool:
+        """Whether nobody has made progress for too long; not yet where a rank may turn out to be silent."""
+        all_speak = all(self._lived - time <= 3 * self._interval for time in self._signs.values())
+        return all_speak and self._lived - self._progress > self._patience
+
+    def _time(self, now: float) -> float:
+        return self._lived + min(now - self._at, 2 * self._interval)
