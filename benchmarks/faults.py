@@ -106,7 +106,7 @@ def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
     exact = ["train.precision=fp32", "optim.eps=1e-3", "model.pool=average"]
     rate = ["optim.learning_rate=5e-4", "optim.decay=none", "evaluate.every=null"]
     kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
-    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=8", f"zero.stage={place.stage}"]
+    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=15", f"zero.stage={place.stage}"]
     return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
 
 
@@ -166,7 +166,9 @@ def freeze(process: Process, run: Path, chance: random.Random) -> None:
     assert process.stderr is not None
     said = process.stderr.read()
     assert f"rank {rank} (process {frozen} on " in said and "frozen" in said, said
-    assert [each["process"] for each in events(run, "frozen")[-1]["ranks"]] == [frozen]
+    event = events(run, "frozen")[-1]
+    assert [each["process"] for each in event["ranks"]] == [frozen]
+    assert f"rank {rank}: NO ANSWER" in Path(event["stacks"]).read_text()
 
 
 def stop(process: Process, run: Path, chance: random.Random) -> None:

@@ -28,7 +28,7 @@ def keys(packed: Path, run: Path, *more: str) -> list[str]:
     """A training of four micro batches a step."""
     data = [f"data.train={packed}/train", f"data.val={packed}/val", f"run.dir={run}"]
     length = ["train.steps=60", "train.micro_batch=16", "checkpoint.every=5", "checkpoint.keep_last=100"]
-    return [*data, *length, "log.every=1", "evaluate.every=null", "run.hang_timeout=10", *more]
+    return [*data, *length, "log.every=1", "evaluate.every=null", "run.hang_timeout=30", *more]
 
 
 def command(cluster: Cluster, *words: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:

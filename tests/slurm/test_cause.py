@@ -42,10 +42,13 @@ LONG = 10**5
         (Ending(2), Cause.BAD_REQUEST),
         (Ending(1, "frozen"), Cause.HANG),
         (Ending(1, "frozen", statuses=(1,)), Cause.HANG),
+        (Ending(1, "hang"), Cause.HANG),
+        (Ending(137, "hang", statuses=(1,)), Cause.HANG),
         (Ending(137), Cause.KILLED_RANK),
         (Ending(137, lost=("n2",)), Cause.NODE_LOST),
         (Ending(1, statuses=(1,), lost=("n2",)), Cause.NODE_LOST),
         (Ending(1, "frozen", lost=("n2",)), Cause.NODE_LOST),
+        (Ending(1, "hang", lost=("n2",)), Cause.NODE_LOST),
     ],
 )
 def test_why_a_start_ended(ending: Ending, cause: Cause) -> None:

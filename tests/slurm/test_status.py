@@ -124,7 +124,10 @@ def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) ->
     assert run.event(8, "stop", step=5, reason="SIGTERM").stands()[0] == "stopped"
     assert run.event(7, "start").event(7, "resume", step=5).stands()[0] == "failed"
     assert run.event(6, "frozen", ranks=[{"rank": 1, "host": "n2"}]).stands()[0] == "failed"
-    assert "rank 1 on n2" in str(run.stands()[1])
+    assert "no sign of life of rank 1 on n2" in str(run.stands()[1])
+    run.event(5.5, "hang", ranks=[{"rank": 3, "host": "n4"}], stacks="logs/stacks-attempt-1.txt")
+    assert run.stands()[0] == "failed" and "no progress" in str(run.stands()[1])
+    assert "rank 3 on n4; stacks in logs/stacks-attempt-1.txt; the same command goes on" in str(run.stands()[1])
     assert run.event(5, "start").event(5, "resume", step=5).event(4, "done", step=9).stands() == ("done", None)
     assert run.status().restarts == 2
     assert run.status().goodput is None
