@@ -106,7 +106,7 @@ def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
     exact = ["train.precision=fp32", "optim.eps=1e-3", "model.pool=average"]
     rate = ["optim.learning_rate=5e-4", "optim.decay=none", "evaluate.every=null"]
     kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
-    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=15", f"zero.stage={place.stage}"]
+    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=20", f"zero.stage={place.stage}"]
     return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
 
 

@@ -22,14 +22,14 @@ class Mark(NamedTuple):
 
 
 _numbers = itertools.count(1)
-_last = Mark(0, "nothing yet", None)
+_last: tuple[int, str, int | None] = (0, "nothing yet", None)
 _step: int | None = None
 
 
 def mark(what: str) -> None:
     """Notes that something has been finished; any thread may."""
     global _last
-    _last = Mark(next(_numbers), what, _step)
+    _last = (next(_numbers), what, _step)
 
 
 def mark_step(done: int | None) -> None:
@@ -40,7 +40,7 @@ def mark_step(done: int | None) -> None:
 
 
 def last_mark() -> Mark:
-    return _last
+    return Mark(*_last)
 
 
 class Heard:

@@ -19,7 +19,7 @@ from unittest import mock
 from pipeline.launch import run_ranks
 
 PROGRAM = (sys.executable, "-m", "tests.pipeline.standing_still")
-SLOW_SECONDS = 5.0
+SLOW_SECONDS = 8.0
 
 
 def sleep_for_ever() -> None:

@@ -206,7 +206,7 @@ def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
 
 # ------------------------------------------------------------------------------------------------------------ real runs
 
-TIMEOUT = 12
+TIMEOUT = 20
 STEPS = 8
 
 
@@ -311,6 +311,19 @@ def test_a_training_on_one_rank_that_stands_still_says_where(
     hung = with_fault(1, "sleep", 0, 6, request_of(run, 1))
     assert hung.returncode == 1, hung.stderr
     check_told(run, hung.stderr, "hang", 0, 1, "sleep_for_ever (tests/pipeline/standing_still.py:")
+
+
+@pytest.mark.torture
+def test_where_the_page_cannot_be_written_the_run_ends_all_the_same(
+    request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    """A pipe that nobody reads, for a file system that does not answer."""
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    os.mkfifo(run / "logs" / "stacks-attempt-0.txt")
+    hung = with_fault(1, "sleep", 0, 6, request_of(run, 1))
+    assert hung.returncode == 1, hung.stderr
+    assert f"no progress for {TIMEOUT} s" in hung.stderr and "stacks-attempt-0.txt could not be written" in hung.stderr
 
 
 @pytest.mark.torture
