@@ -33,6 +33,8 @@ class Cause(StrEnum):
     BAD_REQUEST = "bad request"
 
 
+STANDSTILLS = ("frozen", "hang")
+"""Events of a run that ended since it stood still."""
 FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG}
 """Which count towards slurm.max_restarts."""
 
@@ -44,7 +46,7 @@ class Ending:
     status: int
     """srun's exit status."""
     event: str | None = None
-    """The last of `done`, `stop`, `frozen` and `hang` that the run's events say of this start."""
+    """The last of `done`, `stop` and STANDSTILLS that the run's events say of this start."""
     reason: str | None = None
     """Of a stop: the signal that asked for it."""
     statuses: tuple[int, ...] = ()
@@ -71,7 +73,7 @@ def cause_of(ending: Ending) -> Cause:
         return Cause.NODE_LOST
     if 2 in (ending.status, *ending.statuses):
         return Cause.BAD_REQUEST
-    if ending.event in ("frozen", "hang"):
+    if ending.event in STANDSTILLS:
         return Cause.HANG
     return Cause.CRASH if ending.statuses else Cause.KILLED_RANK
 

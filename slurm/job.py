@@ -28,6 +28,7 @@ from pipeline.run_folder import newest_step
 from slurm import client, queue, records
 from slurm.cause import (
     FAILURES,
+    STANDSTILLS,
     Cause,
     Decision,
     Ending,
@@ -182,7 +183,7 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int, said:
     """What can be known of a start that just ended, from its records, Slurm and srun's last words."""
     began = records.starts(run)[-1].began
     told = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
-    ends = [row for row in told if row["event"] in ("done", "stop", "frozen", "hang")]
+    ends = [row for row in told if row["event"] in ("done", "stop", *STANDSTILLS)]
     last = ends[-1] if ends else {}
     noted = tuple(row["status"] for row in records.failures(run, where.start))
     finished = status == 0 and not ends  # there was nothing left to do

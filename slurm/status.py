@@ -30,13 +30,13 @@ from pipeline.json_lines import read_lines
 from pipeline.progress import seconds_left
 from pipeline.words import duration, figure, percent
 from slurm import client, queue, records
-from slurm.cause import FAILURES, Cause
+from slurm.cause import FAILURES, STANDSTILLS, Cause
 from slurm.logs import last_words
 from slurm.queue import BUSY, WAITING
 from slurm.records import Start
 
 SECONDS_BETWEEN_LOOKS = 5.0
-DECIDING = ("start", "begin", "resume", "stop", "done", "frozen", "hang")
+DECIDING = ("start", "begin", "resume", "stop", "done", *STANDSTILLS)
 WITH_STRENGTH = ("RandAugment", "mixup")
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
@@ -296,7 +296,7 @@ def _failure(seen: Seen, start: Start) -> str:
 
 def _standstill(event: Mapping[str, Any]) -> str | None:
     """What is said of a frozen rank, or of a run without progress."""
-    if event.get("event") not in ("frozen", "hang"):
+    if event.get("event") not in STANDSTILLS:
         return None
     ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", []))
     found = "no sign of life of" if event["event"] == "frozen" else "no progress, what stands out is"
