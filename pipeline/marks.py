@@ -24,6 +24,7 @@ class Mark(NamedTuple):
 _numbers = itertools.count(1)
 _last: tuple[int, str, int | None] = (0, "nothing yet", None)
 _step: int | None = None
+_due = False
 
 
 def mark(what: str) -> None:
@@ -34,9 +35,20 @@ def mark(what: str) -> None:
 
 def mark_step(done: int | None) -> None:
     """Notes that a step is done, or that the loop begins; for the training thread."""
-    global _step
-    _step = done
+    global _step, _due
+    _step, _due = done, True
     mark("nothing yet" if done is None else "a step")
+
+
+def rest() -> None:
+    """Notes that what follows may rightly take hours: no progress is due until the next step is done."""
+    global _due
+    _due = False
+
+
+def is_due() -> bool:
+    """Whether progress is to be expected."""
+    return _due
 
 
 def last_mark() -> Mark:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipeline.engine import on_rank_zero
 from pipeline.launch import host_name, rank_and_world_size
-from pipeline.marks import Heard, last_mark, mark_step
+from pipeline.marks import Heard, is_due, last_mark, mark_step
 from pipeline.record import Events
 from pipeline.stacks import WATCHING, Standing, named, odd_ranks, page, standing, where
 
@@ -67,7 +67,7 @@ class Watch(AbstractContextManager["Watch"]):
         self._others = list(range(1, world_size)) if rank == 0 else [0]
         self._shown: dict[int, str] = {}
         self._heard = Heard(patience, self._interval, self._others, time.monotonic())
-        self._signs, self._left, self._in_loop, self._answered = 0, threading.Event(), False, False
+        self._signs, self._left, self._answered = 0, threading.Event(), False
 
     def show(self, left: bool = False) -> None:
         """Shows that this process runs and its last mark, or that it leaves."""
@@ -78,12 +78,7 @@ class Watch(AbstractContextManager["Watch"]):
     def __enter__(self) -> Watch:
         mark_step(None)
         self._heard.sign(self._rank, last_mark().number, time.monotonic())
-        self._in_loop = True
         return self
-
-    def stop_judging(self) -> None:
-        """From now on no progress is asked for, since what follows may rightly take hours; signs of life still are."""
-        self._in_loop = False
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
@@ -123,7 +118,7 @@ class Watch(AbstractContextManager["Watch"]):
             self._heard.sign(self._rank, last_mark().number, time.monotonic())
             if silent := self._heard.silent():
                 self._conclude(silent)
-            elif self._rank == 0 and self._in_loop and self._heard.stands_still():
+            elif self._rank == 0 and is_due() and self._heard.stands_still():
                 self._conclude([])
 
     # ----------------------------------------------------------------------------------------------------- conclusions

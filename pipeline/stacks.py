@@ -96,7 +96,7 @@ def _frames(frame: FrameType) -> tuple[Frame, ...]:
         place = next((place for place in places if each.filename.startswith(f"{place}/")), None)
         file = each.filename[len(place) + 1 :] if place else each.filename
         found.append(Frame(file, each.lineno or 0, each.name, each.line or ""))
-        if (file, each.name) == ("pipeline/train.py", "train"):
+        if (file, each.name) == ("pipeline/train.py", "train_attempt"):
             break  # whoever called it is the same everywhere
     while len(found) > 1 and found[-1].file == "threading.py":  # how threads begin
         del found[-1]

@@ -53,7 +53,7 @@ from pipeline.going_back import go_back, gone_back, steps_passed_over
 from pipeline.guards import Guard, Verdict, judge, permission
 from pipeline.launch import processor_share, rank_and_world_size
 from pipeline.losses import loss_of, targets
-from pipeline.marks import mark, mark_step
+from pipeline.marks import mark, mark_step, rest
 from pipeline.mixing import mixed
 from pipeline.network import (
     Shard,
@@ -117,6 +117,7 @@ def train(
         attempt: int | None = first_attempt
         while attempt is not None:
             attempt = train_attempt(config, plan, lineage, engine, average, attempt, events, writer, report, peak)
+        rest()
         writer.wait()
         events.write("done", step=plan.steps)
         writer.close()
@@ -273,7 +274,7 @@ def train_attempt(
                 writer.save(engine, average, state)
 
             if stop and not last:
-                watching.stop_judging()
+                rest()
                 writer.wait()
                 events.write("stop", step=done, reason=gathered(list(filter(None, [stopping.reason()])))[0])
                 on_rank_zero(writer.close)
