@@ -112,7 +112,7 @@ class Live(TorchDispatchMode):
     def name_parts(self, network: CoAtNet) -> None:
         """From now on `part` follows the network's forward, recomputation and backward."""
         parts = {"stem": [network.stem], "head": [network.head]}
-        parts |= {f"stage {number}": list(stage) for number, stage in enumerate(network.stages, 1)}
+        parts |= {f"stage {number}": list(stage.children()) for number, stage in enumerate(network.stages, 1)}
         for part, modules in parts.items():
             for module in modules:
                 module.register_forward_pre_hook(lambda *_, part=part: self._enter(part))

@@ -5,6 +5,8 @@ Next: save.py.
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,13 @@ from pathlib import Path
 def available_bytes() -> int:
     """Bytes that may be taken without swapping: of the machine, and of every control group that this process is in."""
     return min([_of_machine(), *filter(None, map(of_group, _groups()))])
+
+
+def of_process() -> int | None:
+    """What is left of this process's limit of address space (ulimit -v); None where it has none."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return None if limit == resource.RLIM_INFINITY else limit - pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_machine() -> int:

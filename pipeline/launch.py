@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -191,9 +190,18 @@ def _report(rank: int, status: int, logs: Path) -> int:
         return 3 if asked else 1
     if rank > 0:
         log = logs / f"rank-{rank}.log"
-        last = deque(log.read_text(errors="replace").splitlines(), 1)
-        print(f"rank {rank} ended with status {status}: {last.pop() if last else ''} (see {log})", file=sys.stderr)
+        print(f"rank {rank} ended with status {status}: {_last_words(log)} (see {log})", file=sys.stderr)
     return status
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log; where it is indented, back to the line that it belongs to."""
+    words: list[str] = []
+    for line in reversed(log.read_text(errors="replace").splitlines()):
+        words.insert(0, line)
+        if not line.startswith(" "):
+            break
+    return "\n".join(words)
 
 
 def free_port() -> int:

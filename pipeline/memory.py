@@ -50,9 +50,7 @@ Settings = tuple[Train, Zero, int]
 """What decides over a rank's memory, beside the network: train, zero, ranks."""
 
 
-def memory_of(
-    parameters: int, activations: Activations, settings: Settings, resolution: int, on_gpu: bool
-) -> Memory:
+def memory_of(parameters: int, activations: Activations, settings: Settings, resolution: int, on_gpu: bool) -> Memory:
     """The memory of a rank whose network has so many parameters; on a GPU, or of a machine where there is none.
 
     The larger of two moments: the backward, when activations are alive, and the end of the last pass, when gradients

@@ -1,6 +1,6 @@
 """Running a command's work as one process per rank: in this process if it is a rank, else by launching them.
 
-Next: launch.py.
+Next: out_of_memory.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
         return run_ranks(sys.argv[1:], procs, Path(config.run.dir) / "logs")
-    work(plan)
+    from pipeline.out_of_memory import explained  # it imports torch
+
+    with explained(config, len(plan.train.classes)):
+        work(plan)
     return 0
 
 

@@ -1,0 +1,186 @@
+"""A rank that runs out of memory says what was largest and what would fit, in place of a traceback.
+
+It knows the configuration and not the moment: the sizes are estimates (memory.py, activations.py), and say so. They are
+computed on the host, after what the run held was let go. Whatever goes wrong while advising is said beside the error,
+never instead of it. A process that the kernel kills for its memory, as Linux does on a machine without GPUs, says
+nothing.
+
+Next: memory.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.order import passes
+from pipeline import host_memory
+from pipeline.activations import count_activations
+from pipeline.attempts import newest_attempt
+from pipeline.config import Config, Train, micro_batches_of
+from pipeline.errors import RunFailed, RunStopped
+from pipeline.launch import local_world_size, rank_and_world_size
+from pipeline.memory import MARGIN, Activations, Memory, Settings, memory_of, ways_to_fit
+from pipeline.network import check_model
+from pipeline.record import Events
+
+WORDS = ("out of memory", "allocate memory", "enough memory", "bad_alloc", "allocation failed", "ALLOC_FAILED")
+"""Of the allocators of torch (the CPU's raises a mere RuntimeError), C++, CUDA's libraries and DALI."""
+SHOWN_SHARE = 0.02
+"""Of the whole: smaller components are not named."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device's memory, in words, and the bytes of it that one rank may use."""
+
+    words: str
+    usable: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a rank needs under its configuration, and the changes of keys by which it would fit."""
+
+    memory: Memory
+    activations: Activations
+    ways: list[dict[str, Any]]
+
+
+@contextmanager
+def explained(config: Config, classes: int) -> Iterator[None]:
+    """Inside, running out of memory, on the device or the host, becomes RunFailed, with an event `out_of_memory`."""
+    free_at_start = _free_of_host()
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        room = _room_of_gpu() if torch.cuda.is_available() else _room_of_host(free_at_start)
+        _let_go(error)
+        message = _explanation(config, classes, error, room)
+        raise RunFailed(message) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    if isinstance(error, RunFailed | RunStopped):
+        return False
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in WORDS)
+
+
+def advice(config: Config, classes: int, world_size: int, usable: int, device: str) -> Advice:
+    """What a rank needs, and what would fit into so many bytes of a device of this type."""
+    parameters = check_model(config.model, config.train, classes)
+
+    @cache
+    def counted(train: Train, gradients_stay: bool) -> Activations:
+        return count_activations(config.model, train, config.augment, classes, device, gradients_stay)
+
+    def activations(settings: Settings) -> Activations:
+        train, zero, ranks = settings
+        return counted(train, zero.stage == 1 and passes(micro_batches_of(train), ranks) == 1)
+
+    def memory(settings: Settings) -> Memory:
+        return memory_of(parameters, activations(settings), settings, config.model.resolution, device == "cuda")
+
+    present = (config.train, config.zero, world_size)
+    peak = activations(present).peak
+    stages = [int(part.split()[1]) for part in sorted(peak, key=lambda part: -peak[part]) if part.startswith("stage ")]
+    ways = ways_to_fit(present, stages, lambda settings: memory(settings).total, usable)
+    return Advice(memory(present), activations(present), ways)
+
+
+def _explanation(config: Config, classes: int, error: BaseException, room: Room) -> str:
+    rank, world_size = rank_and_world_size()
+    tried = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    said = f"rank {rank} ran out of memory{f', asking for {tried[1]} more' if tried else ''}; {room.words}"
+    facts: dict[str, Any] = {"rank": rank, "usable_bytes": room.usable, "error": str(error).partition("\n")[0]}
+    try:
+        found = advice(config, classes, world_size, room.usable, "cuda" if torch.cuda.is_available() else "cpu")
+        facts |= {"needed_bytes": found.memory.components, "activations": found.activations.peak, "fits": found.ways}
+        said = "\n".join([said, *(f"  {line}" for line in in_words(found, room.usable))])
+    except Exception as second:
+        said += f"\n  what would fit could not be computed ({type(second).__name__}: {second}); error: {facts['error']}"
+    run = Path(config.run.dir)
+    if (attempt := newest_attempt(run)) >= 0:
+        Events(run, attempt, rank).write("out_of_memory", by=rank, **facts)
+    return said
+
+
+def in_words(found: Advice, usable: int) -> list[str]:
+    """Two lines: what is how large, the largest first, and what would fit."""
+    memory, total = found.memory, found.memory.total
+    parts = ", ".join(f"{part} {size(count)}" for part, count in _largest(found.activations.peak, total))
+    named = [
+        f"{component} {size(count)}{f' ({parts})' if component == 'activations' else ''}"
+        for component, count in _largest(memory.components, total)
+    ]
+    doubt = "" if total > usable else ": that would fit, but for what others hold and for gaps between blocks"
+    needs = f"this configuration takes about {size(total)} (an estimate){doubt}: {', '.join(named)}"
+    if not found.ways:
+        way_out = "no micro batch, checkpointing, ZeRO stage or number of ranks would: take a device with more memory"
+    else:
+        way_out = ", or ".join(" with ".join(map(_change, way.items())) for way in found.ways)
+    return [needs, f"would fit, with {MARGIN:.0%} to spare: {way_out}"]
+
+
+def size(count: int) -> str:
+    """Bytes in GiB, or in MiB where they are few."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _change(item: tuple[str, Any]) -> str:
+    key, value = item
+    if key == "ranks":
+        return f"{value} ranks"
+    if key == "train.micro_batch":  # it defines a run
+        return f"train.micro_batch={value} in a new run (run.dir=...)"
+    return f"{key}={list(value) if isinstance(value, tuple) else value}".replace(" ", "")
+
+
+def _largest(counts: dict[str, int], total: int) -> list[tuple[str, int]]:
+    named = [(name, count) for name, count in counts.items() if count >= SHOWN_SHARE * total]
+    return sorted(named, key=lambda item: -item[1])
+
+
+def _room_of_gpu() -> Room:
+    device = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(device)
+    held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    usable = min(free + reserved, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+    others = total - free - reserved
+    words = (
+        f"of the {size(total)} of GPU {device} ({torch.cuda.get_device_name(device)}) its tensors held {size(held)},"
+        f" {size(reserved - held)} lay unused between them, and {size(others)} were others' (CUDA's and DALI's, too);"
+        f" it may use {size(usable)}"
+    )
+    return Room(words, usable)
+
+
+def _room_of_host(free_at_start: int) -> Room:
+    return Room(f"it could use {size(free_at_start)} of the machine's when it began", free_at_start)
+
+
+def _free_of_host() -> int:
+    """The bytes of the machine that one of its ranks may take."""
+    share = host_memory.available_bytes() // local_world_size(1)
+    own = host_memory.of_process()
+    return share if own is None else min(share, own)
+
+
+def _let_go(error: BaseException) -> None:
+    """Frees what the frames of the error hold: network, engine, batches."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
