@@ -1,7 +1,7 @@
 """A rank that runs out of memory says what was largest and what would fit, in place of a traceback.
 
 It knows the configuration and not the moment: the sizes are estimates (memory.py, activations.py), and say so. They are
-computed on the host, after what the run held was let go. Whatever goes wrong while advising is said beside the error,
+computed on the host, once what the run held was let go. Whatever goes wrong while advising is said beside the error,
 never instead of it. A process that the kernel kills for its memory, as Linux does on a machine without GPUs, says
 nothing.
 
@@ -59,14 +59,14 @@ class Advice:
 @contextmanager
 def explained(config: Config, classes: int) -> Iterator[None]:
     """Inside, running out of memory, on the device or the host, becomes RunFailed, with an event `out_of_memory`."""
-    free_at_start = _free_of_host()
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        room = _room_of_gpu() if torch.cuda.is_available() else _room_of_host(free_at_start)
+        room = _room_of_gpu() if torch.cuda.is_available() else None  # while it is as it was
         _let_go(error)
+        room = room or _room_of_host()
         message = _explanation(config, classes, error, room)
         raise RunFailed(message) from None
 
@@ -102,8 +102,7 @@ def advice(config: Config, classes: int, world_size: int, usable: int, device: s
 
 def _explanation(config: Config, classes: int, error: BaseException, room: Room) -> str:
     rank, world_size = rank_and_world_size()
-    tried = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    said = f"rank {rank} ran out of memory{f', asking for {tried[1]} more' if tried else ''}; {room.words}"
+    said = f"rank {rank} ran out of memory{_asked_for(error)}; {room.words}"
     facts: dict[str, Any] = {"rank": rank, "usable_bytes": room.usable, "error": str(error).partition("\n")[0]}
     try:
         found = advice(config, classes, world_size, room.usable, "cuda" if torch.cuda.is_available() else "cpu")
@@ -117,6 +116,14 @@ def _explanation(config: Config, classes: int, error: BaseException, room: Room)
     return said
 
 
+def _asked_for(error: BaseException) -> str:
+    """The bytes of the allocation that failed, in words: torch says them as 2.00 GiB on a GPU, in bytes on a CPU."""
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    return f", asking for {size(int(found[1])) if found[2] == 'bytes' else f'{found[1]} {found[2]}'} more"
+
+
 def in_words(found: Advice, usable: int) -> list[str]:
     """Two lines: what is how large, the largest first, and what would fit."""
     memory, total = found.memory, found.memory.total
@@ -125,8 +132,9 @@ def in_words(found: Advice, usable: int) -> list[str]:
         f"{component} {size(count)}{f' ({parts})' if component == 'activations' else ''}"
         for component, count in _largest(memory.components, total)
     ]
-    doubt = "" if total > usable else ": that would fit, but for what others hold and for gaps between blocks"
-    needs = f"this configuration takes about {size(total)} (an estimate){doubt}: {', '.join(named)}"
+    needs = f"by estimate this configuration takes {size(total)}: {', '.join(named)}"
+    if total <= usable:
+        needs += "; that would fit, but for gaps between blocks and what isn't tensors"
     if not found.ways:
         way_out = "no micro batch, checkpointing, ZeRO stage or number of ranks would: take a device with more memory"
     else:
@@ -167,15 +175,14 @@ def _room_of_gpu() -> Room:
     return Room(words, usable)
 
 
-def _room_of_host(free_at_start: int) -> Room:
-    return Room(f"it could use {size(free_at_start)} of the machine's when it began", free_at_start)
-
-
-def _free_of_host() -> int:
-    """The bytes of the machine that one of its ranks may take."""
-    share = host_memory.available_bytes() // local_world_size(1)
-    own = host_memory.of_process()
-    return share if own is None else min(share, own)
+def _room_of_host() -> Room:
+    """Once the run was let go: what is free, and what tensors still hold because DeepSpeed does."""
+    share, own = host_memory.available_bytes() // local_world_size(1), host_memory.of_process()
+    free = share if own is None else min(share, own)
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    usable = free + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return Room(f"its tensors may take {size(usable)} of this machine's memory", usable)
 
 
 def _let_go(error: BaseException) -> None:
