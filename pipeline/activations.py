@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,13 +22,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from data.order import passes
 from models.coatnet import CoAtNet, stochastic_depth_rates
-from pipeline.config import Augment, Model, Train, ranks_of_group
+from pipeline.config import Augment, Config, Model, Train, micro_batches_of, ranks_of_group
 from pipeline.losses import loss_of
-from pipeline.memory import Activations
-from pipeline.network import empty_network
+from pipeline.memory import Activations, Memory, Settings, memory_of
+from pipeline.network import check_model, empty_network
 
 GRADIENTS = "gradients"
+
+
+def estimates(config: Config, classes: int, device: str) -> Callable[[Settings], tuple[Memory, Activations]]:
+    """What gives the memory of a rank under other settings than the configuration's, on a device of this type."""
+    parameters = check_model(config.model, config.train, classes)
+
+    @cache
+    def counted(train: Train, gradients_stay: bool) -> Activations:
+        return count_activations(config.model, train, config.augment, classes, device, gradients_stay)
+
+    def estimate(settings: Settings) -> tuple[Memory, Activations]:
+        train, zero, world_size = settings
+        one_pass = passes(micro_batches_of(train), world_size) == 1
+        found = counted(train, one_pass and zero.stage == 1 and not zero.offload)
+        return memory_of(parameters, found, settings, config.model.resolution, device == "cuda"), found
+
+    return estimate
 
 
 def count_activations(

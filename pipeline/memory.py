@@ -53,13 +53,12 @@ Settings = tuple[Train, Zero, int]
 def memory_of(parameters: int, activations: Activations, settings: Settings, resolution: int, on_gpu: bool) -> Memory:
     """The memory of a rank whose network has so many parameters; on a GPU, or of a machine where there is none.
 
-    The larger of two moments: the backward, when activations are alive, and the end of the last pass, when gradients
-    are added up over the ranks and the optimizer steps.
+    The largest of three moments: the backward, when activations are alive; after the last one, when what is left of
+    the gradients is added up over the ranks; the optimizer's step, which copies a rank's share of them.
     """
     train, zero, world_size = settings
     whole, share = WIDTH * parameters, WIDTH * -(-parameters // world_size)
-    bucket, reduced = WIDTH * BUCKET_ELEMENTS, WIDTH * min(parameters, BUCKET_ELEMENTS)
-    rounds = passes(micro_batches_of(train), world_size)
+    bucket, rounds = WIDTH * BUCKET_ELEMENTS, passes(micro_batches_of(train), world_size)
     on_device = not (zero.offload and on_gpu)
     states = {
         "weights": whole if zero.stage < 3 else share + _gathered(parameters, world_size),
@@ -67,14 +66,14 @@ def memory_of(parameters: int, activations: Activations, settings: Settings, res
         "moving average": share * on_device * (train.ema is not None),
         "batch": rounds * train.micro_batch * 3 * resolution**2,
     }
-    accumulated = share * on_device if zero.stage > 1 else whole * (rounds > 1)
-    backward = {"gradients": accumulated, "buckets": bucket, "activations": sum(activations.peak.values())}
+    accumulated = share if zero.stage > 1 else whole * (rounds > 1)
+    backward = {"gradients": accumulated * on_device, "buckets": bucket, "activations": sum(activations.peak.values())}
     reduction = {
         "gradients": (whole * (zero.stage == 1) + share) * on_device,
-        "buckets": max(bucket + reduced, share),  # the optimizer's own copy of the gradients comes after them
+        "buckets": bucket + WIDTH * min(parameters, BUCKET_ELEMENTS),
     }
-    of_moments = (Memory(states | moment) for moment in (backward, reduction))
-    return max(of_moments, key=lambda memory: memory.total)
+    step = {"gradients": 2 * share * on_device, "buckets": bucket * (zero.stage == 3)}
+    return max((Memory(states | moment) for moment in (backward, reduction, step)), key=lambda memory: memory.total)
 
 
 def _gathered(parameters: int, world_size: int) -> int:

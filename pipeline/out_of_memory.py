@@ -16,21 +16,18 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.order import passes
 from pipeline import host_memory
-from pipeline.activations import count_activations
+from pipeline.activations import estimates
 from pipeline.attempts import newest_attempt
-from pipeline.config import Config, Train, micro_batches_of
+from pipeline.config import Config
 from pipeline.errors import RunFailed, RunStopped
 from pipeline.launch import local_world_size, rank_and_world_size
-from pipeline.memory import MARGIN, Activations, Memory, Settings, memory_of, ways_to_fit
-from pipeline.network import check_model
+from pipeline.memory import MARGIN, Activations, Memory, ways_to_fit
 from pipeline.record import Events
 
 WORDS = ("out of memory", "allocate memory", "enough memory", "bad_alloc", "allocation failed", "ALLOC_FAILED")
@@ -80,24 +77,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def advice(config: Config, classes: int, world_size: int, usable: int, device: str) -> Advice:
     """What a rank needs, and what would fit into so many bytes of a device of this type."""
-    parameters = check_model(config.model, config.train, classes)
-
-    @cache
-    def counted(train: Train, gradients_stay: bool) -> Activations:
-        return count_activations(config.model, train, config.augment, classes, device, gradients_stay)
-
-    def activations(settings: Settings) -> Activations:
-        train, zero, ranks = settings
-        return counted(train, zero.stage == 1 and passes(micro_batches_of(train), ranks) == 1)
-
-    def memory(settings: Settings) -> Memory:
-        return memory_of(parameters, activations(settings), settings, config.model.resolution, device == "cuda")
-
+    estimate = estimates(config, classes, device)
     present = (config.train, config.zero, world_size)
-    peak = activations(present).peak
+    memory, activations = estimate(present)
+    peak = activations.peak
     stages = [int(part.split()[1]) for part in sorted(peak, key=lambda part: -peak[part]) if part.startswith("stage ")]
-    ways = ways_to_fit(present, stages, lambda settings: memory(settings).total, usable)
-    return Advice(memory(present), activations(present), ways)
+    ways = ways_to_fit(present, stages, lambda settings: estimate(settings)[0].total, usable)
+    return Advice(memory, activations, ways)
 
 
 def _explanation(config: Config, classes: int, error: BaseException, room: Room) -> str:

@@ -1,0 +1,85 @@
+"""The most bytes of tensors that real ranks hold in a step: `python -m` this, as a rank.
+
+The JSON file is a list of `[arguments of a configuration, file]`; each rank writes its peak beside the model's to the
+file with its rank added. ZeRO's buckets are made small, so that they don't hide the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from pipeline import engine as engines
+from pipeline import memory
+from pipeline.activations import Live
+from pipeline.config import Config
+from pipeline.launch import end_with_launcher, rank_and_world_size, run_ranks
+from pipeline.overrides import read_config
+from tests.pipeline.runs import PATIENCE_SECONDS, ROOT
+
+PROGRAM = (sys.executable, "-m", "tests.pipeline.peaks")
+BUCKET, CLASSES = 200_000, 10
+
+
+def measured(world_size: int, cases: list[list[str]], folder: Path) -> list[tuple[int, int]]:
+    """For each configuration the largest peak of a rank, measured and by the model."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps([[case, str(folder / f"case-{number}")] for number, case in enumerate(cases)]))
+    done = subprocess.run(
+        [*PROGRAM, str(world_size), str(file)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = range(world_size)
+    found = [
+        [json.loads(Path(f"{folder}/case-{number}-{rank}").read_text()) for rank in ranks]
+        for number in range(len(cases))
+    ]
+    return [(max(peak for peak, _ in each), each[0][1]) for each in found]
+
+
+def peak_of_two_steps(config: Config) -> int:
+    from pipeline.losses import loss_of
+    from pipeline.network import build_network, initial_values, inputs
+
+    device = torch.device("cpu")
+    with Live() as live:
+        shard = engines.sharding(config.train, config.optim, config.zero)
+        network = build_network(config.model, config.train, CLASSES, device, initial_values(0), shard)
+        engine = engines.build_engine(network, config.train, config.optim, config.zero)
+        engines.set_rates(engine, 1e-3, config.train.ema)
+        live.peak.clear()
+        for _ in range(2):
+            for _ in range(engine.gradient_accumulation_steps()):
+                n, side = config.train.micro_batch, config.model.resolution
+                images = torch.zeros(n, side, side, 3, dtype=torch.uint8)
+                wanted = torch.zeros(n, 1, dtype=torch.int64)
+                survival = torch.ones(n, network.branches)
+                engine.backward(loss_of(engine(inputs(images), survival), wanted, "softmax", 0.1))
+                engine.step()
+    return sum(live.peak.values())
+
+
+def main(cases: list[tuple[list[str], str]]) -> None:
+    end_with_launcher()
+    from pipeline.activations import estimates
+
+    engines.start_process_group()
+    rank, world_size = rank_and_world_size()
+    for arguments, file in cases:
+        config = read_config(arguments[0], arguments[1:])
+        found = peak_of_two_steps(config)
+        model = estimates(config, CLASSES, "cpu")((config.train, config.zero, world_size))[0].total if rank == 0 else 0
+        Path(f"{file}-{rank}").write_text(json.dumps([found, model]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        jobs = Path(sys.argv[2])
+        sys.exit(run_ranks([str(jobs)], int(sys.argv[1]), jobs.parent / "logs", PROGRAM))
+    with mock.patch.object(engines, "BUCKET_ELEMENTS", BUCKET), mock.patch.object(memory, "BUCKET_ELEMENTS", BUCKET):
+        main(json.loads(Path(sys.argv[1]).read_text()))

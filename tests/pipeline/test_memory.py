@@ -1,0 +1,215 @@
+"""The memory model: its arithmetic, its counted activations beside a real network's, and whole ranks beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from models.coatnet import CoAtNet
+from pipeline.activations import count_activations
+from pipeline.config import Config, Train, Zero
+from pipeline.losses import loss_of
+from pipeline.memory import WIDTH, Activations, Settings, fits, memory_of, ways_to_fit
+from pipeline.network import build_network, initial_values
+from pipeline.overrides import read_config
+from tests.pipeline.peaks import measured
+from tests.pipeline.runs import ROOT
+
+CLASSES = 10
+
+
+def tiny(*overrides: str) -> Config:
+    preset = str(ROOT / "configs" / "tiny.yaml")
+    return read_config(preset, ["train.micro_batch=8", "train.global_batch=16", *overrides])
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+BATCH = 1 << 10
+stages = st.sampled_from((1, 2, 3))
+micro_batches = st.integers(0, 8).map(lambda power: 1 << power)
+ranks = st.sampled_from((1, 2, 4))
+parameters = st.integers(1, 3_000_000_000)
+
+
+def train_of(micro_batch: int, recomputed: Any = "none") -> Train:
+    return Train(steps=1, global_batch=BATCH, micro_batch=micro_batch, activation_checkpointing=recomputed)
+
+
+def components(count: int, stage: int, micro_batch: int, world_size: int, activations: int) -> dict[str, int]:
+    alive = Activations({"stage 1": activations}, activations)
+    settings = (train_of(micro_batch), Zero(stage=stage), world_size)
+    return memory_of(count, alive, settings, 224, on_gpu=True).components
+
+
+@given(parameters, stages, micro_batches, ranks, st.integers(0, 1 << 40))
+def test_states_and_average_are_shared_by_the_ranks_at_every_stage_and_weights_at_the_third(
+    count: int, stage: int, micro_batch: int, world_size: int, activations: int
+) -> None:
+    found = components(count, stage, micro_batch, world_size, activations)
+    share = -(-count // world_size)
+    assert (found["optimizer states"], found["moving average"]) == (3 * WIDTH * share, WIDTH * share)
+    assert found["weights"] >= WIDTH * (count if stage < 3 else share)
+    assert all(size >= 0 for size in found.values())
+
+
+@given(parameters, micro_batches, ranks, st.integers(0, 1 << 40))
+def test_a_higher_stage_needs_no_more_for_gradients_and_twice_the_ranks_no_more_for_anything_kept(
+    count: int, micro_batch: int, world_size: int, activations: int
+) -> None:
+    first, second = (components(count, stage, micro_batch, world_size, activations) for stage in (1, 2))
+    assume(BATCH // micro_batch > world_size)  # with one pass the first stage's are among the activations
+    assert sum(second.values()) <= sum(first.values())
+    wider = components(count, 2, micro_batch, 2 * world_size, activations)
+    assert sum(wider.values()) <= sum(second.values())
+
+
+def linear_need(per_sample: int, fixed: int, of_stages: tuple[int, ...]) -> Callable[[Settings], int]:
+    """A network whose stages take these shares of a sample's activations, and a tenth of it where recomputed."""
+
+    def need(settings: Settings) -> int:
+        train, zero, world_size = settings
+        done = train.activation_checkpointing
+        recomputed = range(1, 5) if done == "all" else () if done == "none" else done
+        shares = sum(share // 10 if stage in recomputed else share for stage, share in enumerate(of_stages, 1))
+        return fixed // (world_size if zero.stage == 3 else 1) + per_sample * train.micro_batch * shares
+
+    return need
+
+
+@given(
+    st.integers(1, 1000), st.integers(0, 10**7), st.tuples(*[st.integers(1, 100)] * 4), micro_batches, ranks,
+    st.integers(1, 10**8),
+)  # fmt: skip
+def test_what_is_advised_fits_and_the_next_larger_or_less_recomputed_does_not(
+    per_sample: int, fixed: int, of_stages: tuple[int, ...], micro_batch: int, world_size: int, usable: int
+) -> None:
+    need, by_size = linear_need(per_sample, fixed, of_stages), sorted(range(1, 5), key=lambda s: -of_stages[s - 1])
+    zero = Zero(stage=1)
+
+    def fitting(**change: Any) -> bool:
+        changed = train_of(micro_batch).model_copy(update=change)
+        return fits(need((changed, zero, world_size)), usable)
+
+    ways = ways_to_fit((train_of(micro_batch), zero, world_size), by_size, need, usable)
+    found = {key: value for way in ways for key, value in way.items()}
+    if "zero.stage" in found:
+        assert not fitting(micro_batch=1) or micro_batch == 1
+        assert not fitting(activation_checkpointing="all")
+        return
+    smaller = [1 << power for power in range(9) if 1 << power < micro_batch]
+    assert found.get("train.micro_batch") == max((n for n in smaller if fitting(micro_batch=n)), default=None)
+    lists = [tuple(sorted(by_size[:count])) for count in (1, 2, 3)] + ["all"]
+    first = next((each for each in lists if fitting(activation_checkpointing=each)), None)
+    assert found.get("train.activation_checkpointing") == first
+
+
+def test_where_states_alone_do_not_fit_a_higher_stage_is_advised_and_else_more_ranks() -> None:
+    settings = (train_of(1), Zero(stage=1), 2)
+    shared = linear_need(1, 1000, (1, 1, 1, 1))
+    assert ways_to_fit(settings, [1, 2, 3, 4], shared, 600) == [{"zero.stage": 3}]
+    assert ways_to_fit(settings, [1, 2, 3, 4], shared, 300) == [
+        {"ranks": 4, "zero.stage": 3, "train.activation_checkpointing": "all"}
+    ]
+    assert ways_to_fit(settings, [1, 2, 3, 4], linear_need(1, 1000, (1000,) * 4), 300) == []
+
+
+# --------------------------------------------------------------------------------------- activations of real networks
+
+KINDS = {
+    "plain": ["train.precision=fp32"],
+    "bf16": ["train.precision=bf16"],
+    "recomputed": ["train.activation_checkpointing=all"],
+    "half recomputed in bf16": ["train.activation_checkpointing=[1,3]", "train.precision=bf16"],
+    "groups, layer norm after, sdpa": ["train.batch_norm_group=4", "model.attention=sdpa", "model.pool=average"],
+    "layer norm, sigmoid, no drops": ["model.norm=layer", "train.loss=sigmoid", "train.stochastic_depth=0"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_activations_are_what_a_real_network_saves_and_what_its_allocator_had_at_most(kind: str) -> None:
+    config = tiny(*KINDS[kind])
+    counted = count_activations(config.model, config.train, config.augment, CLASSES, "cpu", gradients_stay=True)
+    network = build_network(config.model, config.train, CLASSES, torch.device("cpu"), initial_values(0))
+    one_pass(network, config)  # what is allocated once for all
+    saved, own = Storages(), {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    for parameter in network.parameters():
+        parameter.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        one_pass(network, config, saved)
+    kept = sum(size for place, size in saved.found.items() if place not in own)
+    assert counted.kept == pytest.approx(kept, rel=0.05)
+    assert sum(counted.peak.values()) == pytest.approx(allocator_peak(profiled), rel=0.05)
+
+
+class Storages:
+    """The storages that autograd saves, by address; they live until the backward."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, int] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self.found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def one_pass(network: CoAtNet, config: Config, saved: Storages | None = None) -> None:
+    n, side, bf16 = config.train.micro_batch, config.model.resolution, config.train.precision == "bf16"
+    images = torch.zeros(n, 3, side, side).contiguous(memory_format=torch.channels_last)
+    factors = torch.ones(n, network.branches) if config.train.stochastic_depth else None
+    hooks = torch.autograd.graph.saved_tensors_hooks((saved or Storages()).pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = network(images, factors)
+    loss_of(logits, torch.zeros(n, 1, dtype=torch.int64), config.train.loss, 0.1).backward()
+
+
+def allocator_peak(profiled: profile) -> int:
+    """The most bytes that the allocator had given out since the profile began, temporary ones of kernels too."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyrefly: ignore
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes))
+
+
+# ------------------------------------------------------------------------------------------------------- whole ranks
+
+WIDE = ["model.stages=[{kind: mbconv, blocks: 1, width: 64}, {kind: transformer, blocks: 2, width: 512}]"]
+"""A network whose states count for more than its activations."""
+
+
+def case(stage: int, micro_batch: int, rounds: int, *more: str) -> list[str]:
+    batches = [f"train.micro_batch={micro_batch}", f"train.global_batch={2 * rounds * micro_batch}"]
+    return [str(ROOT / "configs" / "tiny.yaml"), f"zero.stage={stage}", *batches, *more]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [case(1, 8, 2), case(2, 8, 2), case(2, 2, 1, *WIDE), case(3, 8, 2, "train.precision=bf16")],
+        pytest.param(
+            [
+                each
+                for stage in (1, 2, 3)
+                for each in (
+                    case(stage, 8, 1),
+                    case(stage, 8, 2, "train.activation_checkpointing=all"),
+                    case(stage, 2, 2, *WIDE),
+                    case(stage, 2, 1, *WIDE),
+                )
+            ],
+            marks=pytest.mark.torture,
+        ),
+    ],
+    ids=["few", "many"],
+)
+def test_the_most_that_two_ranks_hold_is_the_models_to_five_percent(cases: list[list[str]], tmp_path: Path) -> None:
+    for arguments, (peak, estimate) in zip(cases, measured(2, cases, tmp_path), strict=True):
+        assert estimate == pytest.approx(peak, rel=0.05), arguments

@@ -1,0 +1,86 @@
+"""Training that runs out of memory says what was largest and what would fit, and what it says is true."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import RunFailed
+from pipeline.out_of_memory import explained, is_out_of_memory
+from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, command, events, pack_two
+from tests.pipeline.test_memory import tiny
+
+ADDRESS_SPACE = 2_600 << 20
+"""Bytes: of these, libraries and their threads take about 2 GiB before anything is trained."""
+
+
+def coatnet_within(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command under a limit of memory, on two processors at most: each thread takes a part of it."""
+
+    def limited() -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, preexec_fn=limited,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_training_that_does_not_fit_its_memory_fails_with_advice_that_then_fits(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = ["pretrain", "configs/tiny.yaml", f"data.train={pack_two(tmp_path)}", "data.val=null", f"run.dir={run}"]
+    asked += ["train.global_batch=512", "train.micro_batch=512", "train.steps=1", "log.samples=false"]
+    failed = coatnet_within(ADDRESS_SPACE, *asked)
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    (event,) = events(run, "out_of_memory")
+    said = failed.stderr[failed.stderr.index("coatnet: ") :].splitlines()
+    assert "rank 0 ran out of memory, asking for" in said[0]
+    largest = max(event["needed_bytes"], key=event["needed_bytes"].get)
+    assert largest == "activations" and f"GiB: {largest} " in said[1] and "(stage 1 " in said[1]
+    assert "Traceback" not in failed.stderr and len(said) == 3
+    found: dict[str, Any] = {key: value for way in event["fits"] for key, value in way.items()}
+    assert f"train.micro_batch={found['train.micro_batch']} in a new run (run.dir=...)" in said[2]
+    recomputed = found["train.activation_checkpointing"]
+    recomputed = "all" if recomputed == "all" else f"[{','.join(map(str, recomputed))}]"
+    assert f"train.activation_checkpointing={recomputed}" in said[2]
+    done = coatnet_within(ADDRESS_SPACE, *asked, f"train.activation_checkpointing={recomputed}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_error_while_advising_is_said_beside_the_first_and_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")  # too many for the two micro batches of a step
+    with pytest.raises(RunFailed) as raised, explained(tiny(f"run.dir={tmp_path}", "model.classes=0"), -1):
+        torch.empty(1 << 50)
+    assert "rank 0 ran out of memory, asking for 4194304.0 GiB more" in str(raised.value)
+    assert "could not be computed" in str(raised.value) and "can't allocate memory" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+    ],
+)
+def test_what_libraries_raise_for_want_of_memory_is_known(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), RunFailed("the writer is out of memory")])
+def test_other_errors_and_our_own_pass_as_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, explained(tiny(), 10):
+        raise error
+    assert raised.value is error
