@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.pipeline.runs import coatnet, curve, events, last_step, ranks_of, rows, started, wait_until
+from tests.pipeline.runs import (
+    PATIENCE_SECONDS,
+    ROOT,
+    coatnet,
+    curve,
+    events,
+    last_step,
+    ranks_of,
+    rows,
+    started,
+    wait_until,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -60,3 +73,44 @@ def test_the_first_losses_on_a_gpu_are_those_of_the_cpu_to_rounding(
     assert coatnet(*request(digits, tmp_path / "cpu", *precise)).returncode == 0
     # the digits are PNG, which both backends decode exactly; resizing differs by a level
     np.testing.assert_allclose(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), rtol=0.01)
+
+
+LIMITED = """
+import sys
+import torch
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]))
+sys.argv = ["coatnet", *sys.argv[2:]]
+from pipeline.cli import main
+main()
+"""
+
+
+def coatnet_on_a_part(gpu_bytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command as a single rank, whose allocator may take so many bytes of the GPU."""
+    import torch
+
+    fraction = gpu_bytes / torch.cuda.get_device_properties(0).total_memory
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(fraction), *arguments], cwd=ROOT, env={**os.environ, **rank},
+        capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_that_fills_the_gpu_names_what_is_largest_and_what_it_advises_runs(
+    digits: Path, tmp_path: Path, precision: str
+) -> None:
+    part, run = 2 << 30, tmp_path / "full"
+    asked = ["train.global_batch=2048", "train.steps=2", "data.val=null", f"train.precision={precision}"]
+    failed = coatnet_on_a_part(part, *request(digits, run, *asked, "train.micro_batch=2048"))
+    assert failed.returncode == 1, failed.stderr
+    assert "ran out of memory" in failed.stderr and "GPU 0" in failed.stderr and "Traceback" not in failed.stderr
+    (event,) = events(run, "out_of_memory")
+    assert max(event["needed_bytes"], key=event["needed_bytes"].get) == "activations"
+    assert event["usable_bytes"] <= part
+    found = {key: value for way in event["fits"] for key, value in way.items()}
+    advised = f"train.micro_batch={found['train.micro_batch']}"
+    assert advised in failed.stderr
+    done = coatnet_on_a_part(part, *request(digits, tmp_path / "fits", *asked, advised))
+    assert done.returncode == 0, done.stderr

@@ -119,16 +119,16 @@ def test_the_launcher_ends_with_the_failing_ranks_status_and_ends_the_others(tmp
     program = f"""
         note(f"begun-{{rank}}", os.getpid()); all_are("begun")
         if rank == {failing}:
-            print("the reason"); sys.exit({status})
+            print("before"); print("the reason"); print("  and what to do"); sys.exit({status})
         while True: time.sleep(0.01)
     """
     found, out, err = ended(tmp_path, 2, program)
     assert found == status
     if failing:
         log = tmp_path / "logs" / "rank-1.log"
-        assert err == f"rank 1 ended with status {status}: the reason (see {log})\n"
+        assert err == f"rank 1 ended with status {status}: the reason\n  and what to do (see {log})\n"
     else:
-        assert (out, err) == ("the reason\n", "")
+        assert (out, err) == ("before\nthe reason\n  and what to do\n", "")
     assert not any(alive(int((tmp_path / name).read_text())) for name in names(tmp_path, "begun"))
 
 

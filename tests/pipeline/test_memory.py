@@ -46,7 +46,7 @@ def train_of(micro_batch: int, recomputed: Any = "none") -> Train:
 
 def components(count: int, stage: int, micro_batch: int, world_size: int, activations: int) -> dict[str, int]:
     alive = Activations({"stage 1": activations}, activations)
-    settings = (train_of(micro_batch), Zero(stage=stage), world_size)
+    settings = (train_of(micro_batch), Zero.model_validate({"stage": stage}), world_size)
     return memory_of(count, alive, settings, 224, on_gpu=True).components
 
 
