@@ -27,14 +27,14 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from pipeline.config import Augment, Config, Model, Train, micro_batches_of, ranks_of_group
 from pipeline.losses import loss_of
 from pipeline.memory import Activations, Memory, Settings, memory_of
-from pipeline.network import check_model, empty_network
+from pipeline.network import counts_of, empty_network
 
 GRADIENTS = "gradients"
 
 
 def estimates(config: Config, classes: int, device: str) -> Callable[[Settings], tuple[Memory, Activations]]:
     """What gives the memory of a rank under other settings than the configuration's, on a device of this type."""
-    parameters = check_model(config.model, config.train, classes)
+    parameters = counts_of(config.model, config.train, classes).parameters
 
     @cache
     def counted(train: Train, gradients_stay: bool) -> Activations:

@@ -14,8 +14,8 @@ from pipeline.config import Model, Train, Zero, micro_batches_of
 from pipeline.prepare import steps_of
 from pipeline.words import counted, scaled
 
-NUMBER_BYTES = 4
-"""Of every number that is kept; bf16 is autocast."""
+WIDTH = 4
+"""Bytes of a weight, gradient, moment, average: all are fp32, under autocast too."""
 MOMENTS = 2
 
 
@@ -23,24 +23,23 @@ MOMENTS = 2
 class States:
     """Bytes that a rank holds between steps, activations and buffers of collectives apart; and a checkpoint's."""
 
-    weights: float
-    gradients: float
-    optimizer: float
+    weights: int
+    gradients: int
+    optimizer: int
     """The fp32 weights that are stepped, which ZeRO keeps apart from the forward's, and AdamW's two moments."""
-    average: float
-    checkpoint: float
+    average: int
+    checkpoint: int
 
 
-def states(parameters: int, world_size: int, stage: int, averages: bool) -> States:
+def states_of(parameters: int, world_size: int, stage: int, averages: bool) -> States:
     """What is sharded at a ZeRO stage is an equal share of the whole; the small buffers of norms are left out."""
-    whole = NUMBER_BYTES * parameters
-    share, average = whole / world_size, whole * averages
+    whole, share = WIDTH * parameters, WIDTH * -(-parameters // world_size)
     return States(
         weights=share if stage >= 3 else whole,
         gradients=share if stage >= 2 else whole,
         optimizer=(1 + MOMENTS) * share,
-        average=average / world_size,
-        checkpoint=(1 + MOMENTS) * whole + average,
+        average=share * averages,
+        checkpoint=(1 + MOMENTS + averages) * whole,
     )
 
 
@@ -60,7 +59,7 @@ def arithmetic(
         f" {train.micro_batch}, {rounds} on {counted(world_size, 'rank')}"
     )
     yield _length(train, samples)
-    held = states(counts.parameters, world_size, zero.stage, train.ema is not None)
+    held = states_of(counts.parameters, world_size, zero.stage, train.ema is not None)
     where = " in the host's memory" if zero.offload else ""
     average = f", average {scaled(held.average, 'B')}{where}" if held.average else ""
     yield (

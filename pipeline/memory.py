@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.order import passes
+from pipeline.arithmetic import WIDTH, states_of
 from pipeline.config import Train, Zero, check_world_size, fitting_micro_batches, micro_batches_of
 from pipeline.engine import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 MARGIN = 0.1
 """Share of an estimate that must be left free for a setting to count as one that fits."""
-WIDTH = 4
-"""Bytes of a weight, gradient, moment, average: all are fp32, under autocast too."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,14 @@ def memory_of(parameters: int, activations: Activations, settings: Settings, res
     the gradients is added up over the ranks; the optimizer's step, which copies a rank's share of them.
     """
     train, zero, world_size = settings
+    held = states_of(parameters, world_size, zero.stage, train.ema is not None)
     whole, share = WIDTH * parameters, WIDTH * -(-parameters // world_size)
     bucket, rounds = WIDTH * BUCKET_ELEMENTS, passes(micro_batches_of(train), world_size)
     on_device = not (zero.offload and on_gpu)
     states = {
-        "weights": whole if zero.stage < 3 else share + _gathered(parameters, world_size),
-        "optimizer states": 3 * share * on_device,  # masters and two moments
-        "moving average": share * on_device * (train.ema is not None),
+        "weights": held.weights + (_gathered(parameters, world_size) if zero.stage == 3 else 0),
+        "optimizer states": held.optimizer * on_device,
+        "moving average": held.average * on_device,
         "batch": rounds * train.micro_batch * 3 * resolution**2,
     }
     accumulated = share if zero.stage > 1 else whole * (rounds > 1)
