@@ -66,10 +66,13 @@ def memory_of(parameters: int, activations: Activations, settings: Settings, res
         "moving average": held.average * on_device,
         "batch": rounds * train.micro_batch * 3 * resolution**2,
     }
-    accumulated = share if zero.stage > 1 else whole * (rounds > 1)
+    # Stage 2 collects a pass's share of gradients beside that of the passes before, once its bucket is full.
+    collected = share * (2 if zero.stage == 2 and rounds > 1 else 1)
+    while_passing = collected if parameters > BUCKET_ELEMENTS else share
+    accumulated = while_passing if zero.stage > 1 else whole * (rounds > 1)
     backward = {"gradients": accumulated * on_device, "buckets": bucket, "activations": sum(activations.peak.values())}
     reduction = {
-        "gradients": (whole * (zero.stage == 1) + share) * on_device,
+        "gradients": (whole * (zero.stage == 1) + collected) * on_device,
         "buckets": bucket + WIDTH * min(parameters, BUCKET_ELEMENTS),
     }
     step = {"gradients": 2 * share * on_device, "buckets": bucket * (zero.stage == 3)}

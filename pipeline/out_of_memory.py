@@ -162,7 +162,10 @@ def _room_of_gpu() -> Room:
 
 
 def _room_of_host() -> Room:
-    """Once the run was let go: what is free, and what tensors still hold because DeepSpeed does."""
+    """Once the run was let go: what is free, and what tensors still hold because DeepSpeed does.
+
+    The loader has ended by then, so what it and its threads took counts as free.
+    """
     share, own = host_memory.available_bytes() // local_world_size(1), host_memory.of_process()
     free = share if own is None else min(share, own)
     tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))

@@ -37,7 +37,7 @@ BATCH = 1 << 10
 stages = st.sampled_from((1, 2, 3))
 micro_batches = st.integers(0, 8).map(lambda power: 1 << power)
 ranks = st.sampled_from((1, 2, 4))
-parameters = st.integers(1, 3_000_000_000)
+parameters = st.integers(1, 400_000_000).map(lambda count: 8 * count)  # so that shares are even
 
 
 def train_of(micro_batch: int, recomputed: Any = "none") -> Train:
@@ -66,7 +66,7 @@ def test_a_higher_stage_needs_no_more_for_gradients_and_twice_the_ranks_no_more_
     count: int, micro_batch: int, world_size: int, activations: int
 ) -> None:
     first, second = (components(count, stage, micro_batch, world_size, activations) for stage in (1, 2))
-    assume(BATCH // micro_batch > world_size)  # with one pass the first stage's are among the activations
+    assume(BATCH // micro_batch > world_size > 1)  # with one pass the first stage's are among the activations
     assert sum(second.values()) <= sum(first.values())
     wider = components(count, 2, micro_batch, 2 * world_size, activations)
     assert sum(wider.values()) <= sum(second.values())
@@ -126,12 +126,12 @@ def test_where_states_alone_do_not_fit_a_higher_stage_is_advised_and_else_more_r
 
 KINDS = {
     "plain": ["train.precision=fp32"],
-    "bf16": ["train.precision=bf16"],
-    "recomputed": ["train.activation_checkpointing=all"],
     "half recomputed in bf16": ["train.activation_checkpointing=[1,3]", "train.precision=bf16"],
-    "groups, layer norm after, sdpa": ["train.batch_norm_group=4", "model.attention=sdpa", "model.pool=average"],
-    "layer norm, sigmoid, no drops": ["model.norm=layer", "train.loss=sigmoid", "train.stochastic_depth=0"],
-}
+    "bf16, norm by groups, sdpa": ["train.precision=bf16", "train.batch_norm_group=4", "model.attention=sdpa"],
+    "recomputed, layer norm, sigmoid, no drops": [
+        "train.activation_checkpointing=all", "model.norm=layer", "train.loss=sigmoid", "train.stochastic_depth=0",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +193,7 @@ def case(stage: int, micro_batch: int, rounds: int, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "cases",
     [
-        [case(1, 8, 2), case(2, 8, 2), case(2, 2, 1, *WIDE), case(3, 8, 2, "train.precision=bf16")],
+        [case(1, 8, 2), case(2, 8, 2), case(2, 2, 2, *WIDE), case(3, 8, 2, "train.precision=bf16")],
         pytest.param(
             [
                 each
