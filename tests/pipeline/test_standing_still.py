@@ -328,10 +328,10 @@ def test_where_the_page_cannot_be_written_the_run_ends_all_the_same(
 
 @pytest.mark.torture
 def test_what_is_only_slow_is_no_hang(request_of: Callable[..., list[object]], tmp_path: Path) -> None:
-    """One rank's steps of four micro batches, and its evaluation, take longer than run.hang_timeout."""
-    assert 4 * SLOW_SECONDS > 1.5 * TIMEOUT
+    """One rank's step of four micro batches, three of them slow, and its evaluation, take longer than hang_timeout."""
+    assert 3 * SLOW_SECONDS > TIMEOUT > SLOW_SECONDS
     run = tmp_path / "run"
-    slow = with_fault(2, "slow", 1, 3, request_of(run, 1, "train.steps=2", "train.micro_batch=8"))
+    slow = with_fault(2, "slow", 1, 2, request_of(run, 1, "train.steps=1", "train.global_batch=256"))
     assert slow.returncode == 0, slow.stderr
     assert events(run, "done") and not events(run, "hang")
 
