@@ -92,7 +92,7 @@ class WeightsAndBiases:
         except Exception as error:
             _say(f"{_first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")
             page = self._init(mode="offline")
-        if page.url:
+        if not page.offline:
             _say(page.url)
         return page
 
