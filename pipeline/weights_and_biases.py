@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import BadRequest
 
@@ -69,7 +69,7 @@ class WeightsAndBiases:
         self._rows.put(None)
         self._thread.join(1.5 * FINISH_SECONDS)
         if self._thread.is_alive():
-            _say(f"has not taken everything; `wandb sync {self._run}/wandb/*run-*{self._id}` sends the rest")
+            _say("has not taken all rows of this start; metrics.jsonl has them")
 
     def _work(self) -> None:
         try:
@@ -85,19 +85,9 @@ class WeightsAndBiases:
         """Its run, or, where it can't be reached, one that is kept here."""
         import wandb
 
-        try:
-            if wandb.setup().settings.mode != "offline" and not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("nobody is logged in (`wandb login`, or WANDB_API_KEY)")
-            page = self._init()
-        except Exception as error:
-            _say(f"{_first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")
-            page = self._init(mode="offline")
-        if not page.offline:
-            _say(page.url)
-        return page
-
-    def _init(self, **more: Any) -> Any:
-        import wandb
+        def begin(mode: Literal["offline"] | None = None) -> Any:
+            where = {"project": self._project, "id": self._id, "name": self._run.name, "dir": str(self._run)}
+            return wandb.init(**where, resume="allow", config=self._config, mode=mode)
 
         settings = wandb.Settings(
             silent=True,
@@ -109,11 +99,23 @@ class WeightsAndBiases:
             x_save_requirements=False,
             x_disable_meta=True,
             x_disable_machine_info=True,
+            x_transaction_log_flush_interval=1,  # seconds of rows that a kill may lose
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
         )
-        where = {"project": self._project, "id": self._id, "name": self._run.name, "dir": str(self._run)}
-        return wandb.init(**where, resume="allow", config=self._config, settings=settings, **more)
+        online = wandb.setup(settings).settings.mode == "online"  # the environment may say otherwise
+        try:
+            if online and not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("nobody is logged in (`wandb login`, or WANDB_API_KEY)")
+            page = begin()
+        except Exception as error:
+            _say(f"{_first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")
+            wandb.teardown()  # else the first try would still have the id
+            wandb.setup(settings)
+            page = begin("offline")
+        if online and not page.offline:
+            _say(page.url)
+        return page
 
 
 def _first_line(error: Exception) -> str:
