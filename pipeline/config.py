@@ -8,6 +8,7 @@ Next: overrides.py.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any, Literal, get_args, get_origin
@@ -270,7 +271,7 @@ class Log(Section):
     def _profile_is_a_range(cls, value: Any) -> Any:
         if value is not None and profiled_steps(value) is None:
             raise ValueError(
-                f"log.profile is {value!r}; it takes the first and the last step, from 1 on, as 100-105 (one: 100-100)"
+                f"log.profile is {json.dumps(value)}; it must be a first and a last step from 1 on, as 100-105, or null"
             )
         return value
 

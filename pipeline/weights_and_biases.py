@@ -91,6 +91,7 @@ class WeightsAndBiases:
 
         settings = wandb.Settings(
             silent=True,
+            host="",
             console="off",
             disable_code=True,
             disable_git=True,

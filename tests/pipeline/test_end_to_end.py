@@ -266,7 +266,7 @@ def test_a_wrong_request_is_answered_with_status_2_and_one_line(
 
 def test_check_needs_no_data_and_says_what_would_be_trained() -> None:
     good = coatnet("pretrain", "configs/tiny.yaml", "--check", "--procs", 2)
-    assert good.returncode == 0 and "2 micro batches of 32, 1 passes on 2 ranks" in good.stdout
+    assert good.returncode == 0 and "2 micro batches of 32, 1 pass on 2 ranks" in good.stdout
 
 
 def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_tells_of_the_reads_it_made_again(
