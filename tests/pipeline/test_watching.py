@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.arithmetic import arithmetic, states
+from pipeline.arithmetic import arithmetic, states_of
 from pipeline.errors import BadRequest
 from pipeline.network import build_network, counts_of, initial_values
 from pipeline.overrides import read_config
@@ -111,9 +111,9 @@ def test_the_arithmetic_of_a_run() -> None:
 
 @given(st.integers(1, 10**10), st.integers(1, 5000), st.booleans())
 def test_a_higher_stage_never_holds_more_and_one_rank_holds_all_at_any(parameters: int, ranks: int, ema: bool) -> None:
-    held = [sum(astuple(states(parameters, ranks, stage, ema))[:4]) for stage in (1, 2, 3)]
+    held = [sum(astuple(states_of(parameters, ranks, stage, ema))[:4]) for stage in (1, 2, 3)]
     assert held == sorted(held, reverse=True)
-    assert sum(astuple(states(parameters, 1, 3, ema))[:4]) == 4 * parameters * (5 + ema)
+    assert sum(astuple(states_of(parameters, 1, 3, ema))[:4]) == 4 * parameters * (5 + ema)
 
 
 # ---------------------------------------------------------------------------------------------------------- TensorBoard
