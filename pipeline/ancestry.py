@@ -72,7 +72,7 @@ def check(config: Config, ancestors: list[dict[str, Any]]) -> list[str]:
         raise BadRequest(
             f"{' and '.join(new)} ({', '.join(new.values())}) is on here and was off in every ancestor"
             f" ({', '.join(ancestor['run'] for ancestor in ancestors)}), which hurts:"
-            " pretrain with it at a weak setting, or set augment.allow_new=true, which is recorded"
+            " leave it off, pretrain with it at a weak setting, or set augment.allow_new=true, which is recorded"
         )
     return list(new)
 

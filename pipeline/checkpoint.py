@@ -68,8 +68,10 @@ class CheckpointReader:
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
             digest = manifest.pop("sha256")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedCheckpoint(f"{folder}/manifest.json: {error}") from None
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder}/manifest.json: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DamagedCheckpoint(f"{folder}/manifest.json is damaged, or no checkpoint's") from None
         if digest != digest_of(manifest):
             raise DamagedCheckpoint(f"{folder}/manifest.json: its checksum does not agree")
         if manifest["format"] != FORMAT:  # every format has this key and this checksum, so this is no damage

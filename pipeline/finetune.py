@@ -97,31 +97,42 @@ def check_request(config: Config, source: str | None, weights: str | None, procs
 
     Without a source it is left unchecked what depends on it.
     """
+    classes = None
     if source is not None:
-        check_source(config, source, weights)
+        classes = check_source(config, source, weights)
     elif not is_rank():
         print("without --from it is not checked what the weights are, and which augmentation they saw", file=sys.stderr)
-    return check_config(config, procs)
+    return check_config(config, procs, likely_classes=classes)
 
 
-def check_source(config: Config, source: str, weights: str | None) -> None:
-    """BadRequest where this could not begin from a source: a run or file, or a preset of a run still to be made.
+def check_source(config: Config, source: str, weights: str | None) -> int | None:
+    """How many classes a source has, where it is known: a run or file, or a preset of a run still to be made.
 
-    A run that has begun does not need its source any more.
+    BadRequest where this could not begin from it. A run that has begun does not need its source any more.
     """
     if _is_preset(source):
-        check_against(config, read_config(source, []), source, [])
-        return
+        theirs = read_config(source, [])
+        check_against(config, theirs, source, [])
+        return theirs.model.classes
     found = source_of(Path(config.run.dir), Path(source), weights)
-    check_ancestry(config, found.ancestry)
+    classes = None
     if Path(found.checkpoint).exists():
-        check_network(config, _config_of(found.reader()), found.run)
+        reader = found.reader()
+        check_network(config, _config_of(reader), found.run)
+        classes = len(reader.state()["classes"])
+        if config.model.classifier == "keep" and config.model.classes not in (None, classes):
+            raise BadRequest(
+                f"model.classifier=keep, and model.classes is {config.model.classes} where {found.run} has {classes};"
+                " model.classifier=map takes the classes that are known by name, new none of them"
+            )
+    check_ancestry(config, found.ancestry)
+    return classes
 
 
 def check_against(config: Config, theirs: Config, source: str, ancestors: list[dict[str, Any]]) -> None:
     """BadRequest where this could not begin from a run that is still to be made, with `theirs` and these ancestors."""
-    check_ancestry(config, [*ancestors, ancestry.entry(theirs, theirs.train.steps or 0, ancestors)])
     check_network(config, theirs, source)
+    check_ancestry(config, [*ancestors, ancestry.entry(theirs, theirs.train.steps or 0, ancestors)])
 
 
 def check_ancestry(config: Config, ancestors: list[dict[str, Any]]) -> None:

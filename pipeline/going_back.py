@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.attempts import recorded, take_next, trusted
 from pipeline.checkpoint import checkpoints, step_of
 from pipeline.errors import RunFailed
-from pipeline.guards import GoneBack, way_back
+from pipeline.guards import ATTEMPTS_FROM_A_CHECKPOINT, GoneBack, way_back
 from pipeline.record import Events
 from pipeline.save import CheckpointWriter
 
@@ -34,9 +34,9 @@ def go_back(
     back = way_back(history, [step_of(folder) for folder in folders], first, last)
     if back is None:
         raise RunFailed(
-            f"steps {first} to {last}: {why}. {run} went back to step {history[-1].to} {len(history)} times before and"
-            " past what followed: look at events.jsonl (skipped, gone_back), lower optim.learning_rate, or move its"
-            " newest checkpoints away to go on from an earlier one"
+            f"steps {first} to {last}: {why}. {run} has gone back to the same checkpoint"
+            f" {ATTEMPTS_FROM_A_CHECKPOINT} times and past what followed: look at events.jsonl (skipped, gone_back),"
+            " lower optim.learning_rate, or move its newest checkpoints away to go on from an earlier one"
         )
     attempt = take_next(run, writer.attempt, back.to, [asdict(each) for each in [*history, back]])
     events.write("gone_back", reason=why, **asdict(back))

@@ -34,10 +34,11 @@ def mark(what: str) -> None:
 
 
 def mark_step(done: int | None) -> None:
-    """Notes that a step is done, or that the loop begins; for the training thread."""
+    """Notes that a step is done, or that the loop begins (None), from where on progress is due."""
     global _step, _due
-    _step, _due = done, True
+    _step = done
     mark("nothing yet" if done is None else "a step")
+    _due = True  # last: who sees it sees the mark
 
 
 def rest() -> None:

@@ -36,6 +36,8 @@ class Plan:
     steps: int
     changed: dict[str, Any]
     """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
+    newest: int | None
+    """The step of the newest checkpoint."""
     begins: bool
     """Whether there is no checkpoint to go on from."""
     finished: bool
@@ -58,7 +60,7 @@ def prepare(config: Config, command: str, world_size: int, local_world_size: int
     length = config.train.steps or steps_of(config.train.epochs or 0, train.samples, config.train.global_batch)
     newest = newest_step(Path(config.run.dir))
     finished = (newest or 0) >= length
-    return Plan(train, val, order, length, changed, newest is None, finished, read_faults)
+    return Plan(train, val, order, length, changed, newest, newest is None, finished, read_faults)
 
 
 def training_set(config: Config, storage: Storage = PLAIN) -> tuple[Manifest, Order]:

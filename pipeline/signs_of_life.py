@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipeline.engine import on_rank_zero
 from pipeline.launch import host_name, rank_and_world_size
-from pipeline.marks import Heard, is_due, last_mark, mark_step
+from pipeline.marks import Heard, is_due, last_mark
 from pipeline.record import Events
 from pipeline.stacks import WATCHING, Standing, named, odd_ranks, page, standing, where
 
@@ -76,8 +76,6 @@ class Watch(AbstractContextManager["Watch"]):
         self._store.set(f"{self._rank}", json.dumps({**facts, "process": os.getpid(), "host": host_name()}))
 
     def __enter__(self) -> Watch:
-        mark_step(None)
-        self._heard.sign(self._rank, last_mark().number, time.monotonic())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,11 +112,12 @@ class Watch(AbstractContextManager["Watch"]):
 
     def judge(self) -> None:
         while not self._left.wait(self._interval):
+            due = is_due()  # before the mark that it came with is looked at
             self._heard.look(time.monotonic())
             self._heard.sign(self._rank, last_mark().number, time.monotonic())
             if silent := self._heard.silent():
                 self._conclude(silent)
-            elif self._rank == 0 and is_due() and self._heard.stands_still():
+            elif self._rank == 0 and due and self._heard.stands_still():
                 self._conclude([])
 
     # ----------------------------------------------------------------------------------------------------- conclusions

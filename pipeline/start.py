@@ -25,7 +25,8 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
     world_size = rank_and_world_size()[1] if is_rank() else procs
     plan = prepare(config, command, world_size, local_world_size(procs))
     if plan.finished:
-        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps; nothing was changed")
+        more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
+        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}; nothing was changed")
         return 0
     _check_attention(config)
     _check_compiler(config)
@@ -41,20 +42,25 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
     return 0
 
 
-def check_config(config: Config, procs: int, quiet: bool = False) -> int:
-    """Checks what can be checked without data, and says what would be trained."""
+def check_config(config: Config, procs: int, quiet: bool = False, likely_classes: int | None = None) -> int:
+    """Checks what can be checked without data, and says what would be trained.
+
+    How many classes the data have is not known where model.classes does not say.
+    """
     from pipeline.arithmetic import arithmetic
     from pipeline.network import counts_of
 
     check_ranks(config, procs)
     check_wandb(config.log.wandb)
-    classes = config.model.classes or 1000
+    classes = config.model.classes or likely_classes or 1000
     counts = counts_of(config.model, config.train, classes)
     if quiet:
         return 0
     samples = config.data.train_samples
     lines = arithmetic(config.model, config.train, config.zero, classes, counts, procs, samples)
     print("good:", "\n".join(lines))
+    if config.model.classes is None:
+        print(f"model.classes is null: {classes:,} classes are assumed, and the data will tell")
     if wasted := waste(config.train, procs):
         print(f"warning: {wasted}", file=sys.stderr)
     return 0

@@ -147,6 +147,7 @@ def train_attempt(
     events.attempt = writer.attempt = attempt
 
     # Go on from the newest good checkpoint, or begin.
+    rest()
     state = restore(engine, run, average, plan.train.fingerprint, events)
     first_step = state["step"] if state else 0
     applied_steps = state["applied_steps"] if state else 0
@@ -172,6 +173,7 @@ def train_attempt(
     reading = closing(steps_of_batches(loading, first_step, plan.steps, steps_passed_over(history)))
     profiling = Profiler(config.log.profile, run / "profile", rank, report.say)
     with metrics, reading as steps, profiling as profiler:
+        mark_step(None)
         for step, micro_batches, waited_seconds in steps:
             done = step + 1
             last = done == plan.steps
@@ -217,6 +219,7 @@ def train_attempt(
             loss_sum, broken, failed_reads, stops, overtaken = shared.tolist()
             mean_loss, stop = loss_sum / micro_batches_a_step, stops > 0
             verdict, why, guard = judge(guard, done, mean_loss, applied)
+            assert applied == (verdict is Verdict.GO_ON), f"step {done} was applied, and yet {why}"
             if overtaken:
                 on_rank_zero(lambda: check_newest(run, attempt))
 
@@ -240,9 +243,10 @@ def train_attempt(
                 record_read_faults(events, done, read_faults)
             if not applied:
                 record_skipped(events, done, micro_batches, mean_loss, why)
-                report.say(f"step {done}/{plan.steps}  not applied: {why}")
+                report.say(f"step {done:,}/{plan.steps:,}  not applied: {why}")
             if verdict is Verdict.GO_BACK and not (last or stop):
                 report.say(f"{guard.bad} bad steps in a row: going back to the last checkpoint before them")
+                rest()
                 writer.wait()
                 return on_rank_zero(partial(go_back, run, writer, events, history, guard.first_bad, done, why))
             for line in epochs.completed(done, events):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import numpy as np
 import safetensors.numpy
 
 from pipeline.attempts import trusted
-from pipeline.checkpoint import CheckpointReader
-from pipeline.errors import BadRequest
+from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint
+from pipeline.errors import BadRequest, RunFailed
+from pipeline.launch import is_first_process
 
 FORMAT = 1
 KEY = "coatnet"
@@ -79,7 +82,10 @@ Weights = CheckpointReader | WeightsFile
 
 
 def checkpoint_of(source: Path) -> CheckpointReader:
-    """The checkpoint that a path names: itself, or a run's newest; BadRequest where there is none."""
+    """The checkpoint that a path names: itself, or a run's newest whose weights are good.
+
+    BadRequest where there is no checkpoint, RunFailed where none is good.
+    """
     if (source / "manifest.json").exists():
         return CheckpointReader(source)
     folders = trusted(source)
@@ -87,7 +93,22 @@ def checkpoint_of(source: Path) -> CheckpointReader:
         _refuse_timm(source)
         what = "has no checkpoint yet" if (source / "config.yaml").exists() else "is no run"
         raise BadRequest(f"{source} {what}; give a run's folder, one of its checkpoints/step-..., or an exported file")
-    return CheckpointReader(folders[-1])
+    for folder in reversed(folders):
+        try:
+            return _with_good_weights(CheckpointReader(folder))
+        except DamagedCheckpoint as error:
+            if is_first_process():
+                print(f"warning: {error}; looking at the checkpoint before", file=sys.stderr)
+    raise RunFailed(f"{source}: none of its {len(folders)} checkpoints is good; restore one from a copy")
+
+
+def _with_good_weights(reader: CheckpointReader) -> CheckpointReader:
+    """The reader, whose weights and statistics are verified; DamagedCheckpoint where they are not what was written."""
+    sizes = {name: math.prod(shape) for name, shape in reader.shapes.items()}
+    kinds = [kind for kind in ("weight", "ema") if reader.has(kind)]
+    reader.verify((name, kind, 0, size) for kind in kinds for name, size in sizes.items())
+    reader.state(), reader.buffers()
+    return reader
 
 
 def weights_of(source: Path) -> Weights:

@@ -472,6 +472,18 @@ def test_a_path_names_a_checkpoint_itself_or_a_runs_newest(tmp_path):
         checkpoint_of(tmp_path / "empty")
 
 
+def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_read(tmp_path, capsys):
+    root = tmp_path / "checkpoints"
+    older, newer = (written(root, two_ranks(), step) for step in (9, 10))
+    (newer / "state.json").write_bytes(b"[]")
+    assert checkpoint_of(tmp_path).folder == older
+    assert "step-00000010/state.json: 2 bytes, " in capsys.readouterr().err
+    (older / "manifest.json").write_text("{}")
+    with pytest.raises(RunFailed, match="none of its 2 checkpoints is good"):
+        checkpoint_of(tmp_path)
+    assert "step-00000009/manifest.json is damaged, or no checkpoint's" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------- kills
 
 
