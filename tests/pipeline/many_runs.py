@@ -115,7 +115,10 @@ def faulty(
             hooks.pop().remove()
         if now in inf and rank == 0:
             middle = list(engine.module.parameters())[10]
-            hooks.append(middle.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), math.inf)))
+            hooks.append(middle.register_hook(spoiled))
+
+    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, torch.tensor([0], device=gradient.device), math.inf)
 
     def spoil_pixels(images: torch.Tensor) -> torch.Tensor:
         made = inputs(images)

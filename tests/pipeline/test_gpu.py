@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.pipeline.many_runs import on_ranks
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
     ROOT,
@@ -58,6 +59,18 @@ def test_a_run_killed_on_a_gpu_goes_on_with_the_losses_of_the_undisturbed_run(di
     assert events(tmp_path / "killed", "resume")[-1]["step"] >= 10
     # cuDNN's backward adds up in no fixed order, so not to the bit
     np.testing.assert_allclose(losses(tmp_path / "killed"), losses(tmp_path / "whole"), rtol=0.05)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bad_steps_are_not_applied_on_a_gpu_and_three_are_gone_back_on(
+    digits: Path, tmp_path: Path, stage: int
+) -> None:
+    wanted = request(digits, tmp_path / "run", "train.steps=28", "data.val=null", f"zero.stage={stage}")[1:]
+    on_ranks(1, [{"arguments": wanted, "faults": {"inf": [3], "spikes": [22, 23, 24]}}], tmp_path)
+    assert [row["step"] for row in events(tmp_path / "run", "skipped")] == [3, 22, 23, 24]
+    (back,) = events(tmp_path / "run", "gone_back")
+    assert (back["to"], back["first"], back["last"]) == (20, 22, 24)
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")][-5:] == [21, 25, 26, 27, 28]
 
 
 @pytest.mark.parametrize(
