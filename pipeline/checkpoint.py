@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -124,6 +125,13 @@ class CheckpointReader:
             for piece, begin, end in self._pieces(name, kind, start, count):
                 blocks |= self._blocks(piece["file"], piece["offset"] + 4 * (begin - piece["start"]), 4 * (end - begin))
         self._verify(blocks)
+
+    def verify_network(self) -> None:
+        """Checks what a network is made of: weights, their average, and what stands beside the ranks' files."""
+        beside = {file: size for file, size in self.sizes().items() if not file.startswith("rank-")}
+        self._verify({block for file, size in beside.items() for block in self._blocks(file, 0, size)})
+        kinds = [kind for kind in ("weight", "ema") if self.has(kind)]
+        self.verify((name, kind, 0, math.prod(shape)) for kind in kinds for name, shape in self.shapes.items())
 
     def verify_all(self) -> None:
         """Checks every byte of the checkpoint."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.doctor import Figure, Finding
+from pipeline.errors import first_line
 from pipeline.launch import rank_and_world_size
 
 MEETING_SECONDS = 120
@@ -40,8 +41,7 @@ def join_and_measure() -> list[Finding]:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=MEETING_SECONDS))
         findings += [_all_reduce(backend, device), _clock(device)]
     except (RuntimeError, ValueError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        findings.append(Finding("collectives", "broken", f"{backend}: {first_line[:200]}", NETWORK))
+        findings.append(Finding("collectives", "broken", f"{backend}: {first_line(error)[:200]}", NETWORK))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

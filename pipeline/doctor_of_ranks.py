@@ -23,9 +23,11 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.doctor import Finding, examine_node, findings_of, in_own_process
 from pipeline.errors import BadRequest
+from pipeline.json_lines import write_whole
 from pipeline.launch import host_name, nodes_of_step, rank_and_world_size
 from pipeline.merged_findings import Report, few, merge
 from pipeline.storage_doctor import examine_storage, nearest_folder
+from pipeline.words import spans
 
 PATIENCE_SECONDS = 60.0
 """How long a rank that has its findings waits for the others': NFS may hide a new file for half a minute."""
@@ -75,10 +77,9 @@ def say(folder: Path, rank: int, findings: Sequence[Finding], patience: float = 
     deadline = time.monotonic() + patience
     while not folder.is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
-    hidden, report = folder / f".rank-{rank}.json", Report(host_name(), tuple(findings))
+    report = Report(host_name(), tuple(findings))
     try:
-        hidden.write_text(json.dumps(asdict(report)))
-        os.replace(hidden, folder / f"rank-{rank}.json")
+        write_whole(folder / f"rank-{rank}.json", json.dumps(asdict(report)))
     except OSError as error:
         print(f"rank {rank} on {report.host} cannot tell rank 0: {folder}: {error.strerror}", file=sys.stderr)
 
@@ -102,17 +103,10 @@ def attendance(reports: Mapping[int, Report], ranks: int, expected_hosts: Sequen
     if not silent:
         return Finding("ranks", "ok", f"{ranks} on {few(hosts)}")
     lost = [host for host in expected_hosts if host not in hosts]
-    detail = f"{len(silent)} of {ranks} never came: {spans(silent)}" + (f"; nothing from {few(lost)}" if lost else "")
+    nothing = f"; nothing from {few(lost)}" if lost else ""
+    detail = f"{len(silent)} of {ranks} never came: {few(spans(silent))}{nothing}"
     advice = "the node did not start them, or run.dir is not the same storage there: see their logs, and the mounts"
     return Finding("ranks", "broken", detail, advice)
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Rising numbers with neighbours put together: 1, 4-6."""
-    there = set(numbers)
-    begins = [each for each in numbers if each - 1 not in there]
-    ends = [each for each in numbers if each + 1 not in there]
-    return few(f"{begin}-{end}" if end > begin else begin for begin, end in zip(begins, ends, strict=True))
 
 
 def _rank_of(file: Path) -> int:

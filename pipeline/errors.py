@@ -5,7 +5,12 @@ Next: cli.py, which turns these into exit statuses.
 
 from data.errors import BadRequest, DataError
 
-__all__ = ["BadRequest", "DataError", "RunFailed", "RunStopped"]
+__all__ = ["BadRequest", "DataError", "RunFailed", "RunStopped", "first_line"]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class RunFailed(RuntimeError):

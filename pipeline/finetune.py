@@ -10,7 +10,6 @@ Next: transfer.py.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import ancestry
 from pipeline.config import Config
 from pipeline.errors import BadRequest
+from pipeline.json_lines import write_whole
 from pipeline.launch import is_rank, rank_and_world_size
 from pipeline.mirror import bring_back
 from pipeline.overrides import read_config, validate
@@ -175,9 +175,7 @@ def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
 
 def pin(run_folder: Path, source: Source) -> None:
     """Writes the source down, which was found good, so that every later start of this run takes the same."""
-    hidden = run_folder / ".source.json"
-    hidden.write_text(json.dumps(asdict(source)) + "\n")
-    os.replace(hidden, run_folder / "source.json")
+    write_whole(run_folder / "source.json", json.dumps(asdict(source)) + "\n")
 
 
 def _is_preset(source: str) -> bool:

@@ -29,7 +29,7 @@ from data.storage import PLAIN, NotThere, locate, send_file, write_file
 from data.threads import in_order
 from pipeline.checkpoint import CheckpointReader, DamagedCheckpoint, step_name, step_of, superseded, sync_folder
 from pipeline.config import Config
-from pipeline.errors import BadRequest, DataError, RunFailed
+from pipeline.errors import BadRequest, DataError, RunFailed, first_line
 from pipeline.run_folder import hold, newest_step
 
 SMALL_FILES = ("config.yaml", "source.json", "wandb.json", "metrics.jsonl", "events.jsonl")
@@ -102,7 +102,7 @@ class Mirror:
             self._warn(step, f"{folder.name} has no good copy at the mirror", error)
 
     def _warn(self, step: int, problem: str, error: Exception) -> None:
-        reason = _without_credentials(str(error).partition("\n")[0] or type(error).__name__)
+        reason = _without_credentials(first_line(error))
         self._tell("mirror_failed", step=step, reason=reason)
         print(f"warning: {problem}: {reason}; training goes on", file=sys.stderr)
 

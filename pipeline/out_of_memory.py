@@ -25,7 +25,7 @@ from pipeline import host_memory
 from pipeline.activations import estimates
 from pipeline.attempts import newest_attempt
 from pipeline.config import Config
-from pipeline.errors import RunFailed, RunStopped
+from pipeline.errors import RunFailed, RunStopped, first_line
 from pipeline.launch import local_world_size, rank_and_world_size
 from pipeline.memory import MARGIN, Activations, Memory, ways_to_fit
 from pipeline.record import Events
@@ -89,7 +89,7 @@ def advice(config: Config, classes: int, world_size: int, usable: int, device: s
 def _explanation(config: Config, classes: int, error: BaseException, room: Room) -> str:
     rank, world_size = rank_and_world_size()
     said = f"rank {rank} ran out of memory{_asked_for(error)}; {room.words}"
-    facts: dict[str, Any] = {"rank": rank, "usable_bytes": room.usable, "error": str(error).partition("\n")[0]}
+    facts: dict[str, Any] = {"rank": rank, "usable_bytes": room.usable, "error": first_line(error)}
     try:
         found = advice(config, classes, world_size, room.usable, "cuda" if torch.cuda.is_available() else "cpu")
         facts |= {"needed_bytes": found.memory.components, "activations": found.activations.peak, "fits": found.ways}

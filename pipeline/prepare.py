@@ -38,11 +38,17 @@ class Plan:
     """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
     newest: int | None
     """The step of the newest checkpoint."""
-    begins: bool
-    """Whether there is no checkpoint to go on from."""
-    finished: bool
     read_faults: list[Fault]
     """Reads that failed and were made again; threads that read add to it, who records them takes them out."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether there is no checkpoint to go on from."""
+        return self.newest is None
+
+    @property
+    def finished(self) -> bool:
+        return (self.newest or 0) >= self.steps
 
 
 def prepare(config: Config, command: str, world_size: int, local_world_size: int) -> Plan:
@@ -58,9 +64,7 @@ def prepare(config: Config, command: str, world_size: int, local_world_size: int
     slots = passes(micro_batches_of(config.train), world_size) * config.train.micro_batch
     check_memory(train, slots, config.data.window, config.model.resolution, local_world_size)
     length = config.train.steps or steps_of(config.train.epochs or 0, train.samples, config.train.global_batch)
-    newest = newest_step(Path(config.run.dir))
-    finished = (newest or 0) >= length
-    return Plan(train, val, order, length, changed, newest, newest is None, finished, read_faults)
+    return Plan(train, val, order, length, changed, newest_step(Path(config.run.dir)), read_faults)
 
 
 def training_set(config: Config, storage: Storage = PLAIN) -> tuple[Manifest, Order]:

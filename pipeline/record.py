@@ -47,41 +47,33 @@ class Sink(Protocol):
 
     def write(self, row: dict[str, Any]) -> None: ...
 
-    def cut_back(self, step: int) -> None:
-        """Takes back the rows past a step, which will be done again."""
-
     def close(self, done: bool) -> None: ...
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl."""
+    """RUN/metrics.jsonl, whose rows past the step that a run goes on from are taken back."""
 
-    def __init__(self, run: Path) -> None:
-        self._path = run / "metrics.jsonl"
-        self._lines = JsonLines(self._path)
+    def __init__(self, run: Path, first_step: int) -> None:
+        cut_back(run / "metrics.jsonl", first_step)
+        self._lines = JsonLines(run / "metrics.jsonl")
 
     def write(self, row: dict[str, Any]) -> None:
         self._lines.write(row)
-
-    def cut_back(self, step: int) -> None:
-        self._lines.close()
-        cut_back(self._path, step)
-        self._lines = JsonLines(self._path)
 
     def close(self, done: bool) -> None:
         self._lines.close()
 
 
-def sinks_of(run: Path, config: Config, attempt: int) -> list[Sink]:
-    """All that the rows of a run go to."""
-    sinks: list[Sink] = [MetricsFile(run), TensorBoard(run / "tensorboard", attempt)]
+def sinks_of(run: Path, config: Config, attempt: int, first_step: int) -> list[Sink]:
+    """All that the rows of a run go to; what they have past the step that it goes on from is taken back."""
+    sinks: list[Sink] = [MetricsFile(run, first_step), TensorBoard(run / "tensorboard", attempt, first_step)]
     if config.log.wandb is not None:
         sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))
     return sinks
 
 
 class Metrics:
-    """Makes a row for every `every`-th step and for every evaluation; what is past the first step is taken back."""
+    """Makes a row for every `every`-th step and for every evaluation."""
 
     def __init__(
         self, sinks: Sequence[Sink], every: int, global_batch: int, samples: int, first_step: int, peak: float | None
@@ -89,7 +81,7 @@ class Metrics:
         """`peak`: images that all ranks could train in a second at their devices' peak, where that is known."""
         self._sinks, self._every, self._global_batch, self._samples = sinks, every, global_batch, samples
         self._peak = peak
-        self.cut_back(first_step)
+        self._start_interval(first_step)
 
     def __enter__(self) -> Metrics:
         return self
@@ -129,12 +121,6 @@ class Metrics:
         """Writes the row of an evaluation, whose time does not count as training."""
         row = {"step": step, "top1": figures.top1, "top5": figures.top5, "eval_loss": figures.loss, "weights": weights}
         self._write(row)
-        self._start_interval(step)
-
-    def cut_back(self, step: int) -> None:
-        """Takes back the rows past a step, from which the run goes on."""
-        for sink in self._sinks:
-            sink.cut_back(step)
         self._start_interval(step)
 
     def _start_interval(self, step: int) -> None:

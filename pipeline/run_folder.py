@@ -27,6 +27,7 @@ from pipeline.checkpoint import step_of
 from pipeline.config import Config
 from pipeline.errors import BadRequest
 from pipeline.failures import START
+from pipeline.json_lines import write_whole
 from pipeline.overrides import changes, read_resolved, to_yaml
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -111,9 +112,7 @@ def compare(path: Path, config: Config, command: str) -> dict[str, Any]:
 
 def write_config(path: Path, config: Config) -> None:
     """Writes RUN/config.yaml so that it is always whole."""
-    hidden = path / ".config.yaml"
-    hidden.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(hidden, path / "config.yaml")
+    write_whole(path / "config.yaml", to_yaml(config))
 
 
 def _is_of_our_job(path: Path) -> bool:

@@ -75,9 +75,6 @@ class Watch(AbstractContextManager["Watch"]):
         facts = {"sign": _LEFT if left else self._signs, "mark": last_mark().number}
         self._store.set(f"{self._rank}", json.dumps({**facts, "process": os.getpid(), "host": host_name()}))
 
-    def __enter__(self) -> Watch:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._left.set()
         with suppress(dist.DistError):  # rank 0 may have left before

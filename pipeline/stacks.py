@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from pipeline.launch import host_name
 from pipeline.marks import last_mark
+from pipeline.words import spans
 
 OURS = ("data/", "models/", "pipeline/")
 WATCHING = "signs of life"
@@ -200,11 +201,5 @@ def _table(frames: Sequence[Frame]) -> list[str]:
 
 def named(ranks: Iterable[int]) -> str:
     """`rank 3`, or `ranks 0, 2-7`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    words = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'s' if len(runs) > 1 or runs[0][0] != runs[0][1] else ''} {words}"
+    found = list(ranks)
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(spans(found))}"

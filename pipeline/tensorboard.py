@@ -23,20 +23,18 @@ from tensorboardX.record_writer import masked_crc32c
 class TensorBoard:
     """The event file of one start."""
 
-    def __init__(self, folder: Path, attempt: int) -> None:
+    def __init__(self, folder: Path, attempt: int, first_step: int) -> None:
+        """Has TensorBoard forget the rows of earlier files past `first_step`."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"events.out.tfevents.{attempt:010d}.{os.uname().nodename}").open("ab", buffering=0)
         self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, row: dict[str, Any]) -> None:
         """Adds a row's numbers, each as a curve of its name."""
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._add(Event(step=row["step"], summary=Summary(value=values)))
-
-    def cut_back(self, step: int) -> None:
-        """Has TensorBoard forget the rows past a step, in this file and in earlier ones."""
-        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def close(self, done: bool) -> None:
         self._file.close()

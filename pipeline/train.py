@@ -157,7 +157,7 @@ def train_attempt(
     events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
 
     # What the run writes about itself.
-    sinks = sinks_of(run, config, attempt) if rank == 0 else []
+    sinks = sinks_of(run, config, attempt, first_step) if rank == 0 else []
     metrics = Metrics(sinks, config.log.every, global_batch, plan.train.samples, first_step, peak)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     lookout = Lookout(run, attempt)

@@ -2,7 +2,7 @@
 
 A thread speaks with it, so that it can neither slow nor stop the training: rows wait in memory until it takes them.
 Where it can't be reached, or nobody is logged in, a start's rows are kept in RUN/wandb for `wandb sync`. The x axis is
-our step: W&B's own counter may only rise, and would drop the steps that are done again.
+our step: W&B's own counter may only rise, and would drop the steps that are done again, which have two points there.
 
 Next: profiler.py.
 """
@@ -18,7 +18,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from pipeline.errors import BadRequest
+from pipeline.errors import BadRequest, first_line
+from pipeline.json_lines import write_whole
 
 INIT_SECONDS, FINISH_SECONDS = 30, 10
 """How long its server may take to answer, and, when a run ends, to take what is left."""
@@ -40,9 +41,7 @@ def wandb_id(run: Path) -> str:
     """The run's id; a new one is written to RUN/wandb.json before it is used."""
     note = run / "wandb.json"
     if not note.exists():
-        hidden = run / ".wandb.json"
-        hidden.write_text(json.dumps({"id": os.urandom(8).hex()}) + "\n")
-        os.replace(hidden, note)
+        write_whole(note, json.dumps({"id": os.urandom(8).hex()}) + "\n")
     return json.loads(note.read_text())["id"]
 
 
@@ -60,9 +59,6 @@ class WeightsAndBiases:
         if self._thread.is_alive():
             self._rows.put(row)
 
-    def cut_back(self, step: int) -> None:
-        """Nothing: what it was given it keeps, and a step that is done again has two points."""
-
     def close(self, done: bool) -> None:
         """Returns once all rows are there, or after some seconds."""
         self._done = done
@@ -79,7 +75,7 @@ class WeightsAndBiases:
                 page.log(row)
             page.finish(exit_code=0 if self._done else 1)
         except Exception as error:  # whatever it is, training goes on
-            _say(f"gets no more rows of this start: {_first_line(error)}; metrics.jsonl has them all")
+            _say(f"gets no more rows of this start: {first_line(error)}; metrics.jsonl has them all")
 
     def _begin(self) -> Any:
         """Its run, or, where it can't be reached, one that is kept here."""
@@ -110,17 +106,13 @@ class WeightsAndBiases:
                 raise RuntimeError("nobody is logged in (`wandb login`, or WANDB_API_KEY)")
             page = begin()
         except Exception as error:
-            _say(f"{_first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")
+            _say(f"{first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")
             wandb.teardown()  # else the first try would still have the id
             wandb.setup(settings)
             page = begin("offline")
         if online and not page.offline:
             _say(page.url)
         return page
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _say(what: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,20 +94,14 @@ def checkpoint_of(source: Path) -> CheckpointReader:
         raise BadRequest(f"{source} {what}; give a run's folder, one of its checkpoints/step-..., or an exported file")
     for folder in reversed(folders):
         try:
-            return _with_good_weights(CheckpointReader(folder))
+            reader = CheckpointReader(folder)
+            reader.verify_network()
         except DamagedCheckpoint as error:
             if is_first_process():
                 print(f"warning: {error}; looking at the checkpoint before", file=sys.stderr)
+        else:
+            return reader
     raise RunFailed(f"{source}: none of its {len(folders)} checkpoints is good; restore one from a copy")
-
-
-def _with_good_weights(reader: CheckpointReader) -> CheckpointReader:
-    """The reader, whose weights and statistics are verified; DamagedCheckpoint where they are not what was written."""
-    sizes = {name: math.prod(shape) for name, shape in reader.shapes.items()}
-    kinds = [kind for kind in ("weight", "ema") if reader.has(kind)]
-    reader.verify((name, kind, 0, size) for kind in kinds for name, size in sizes.items())
-    reader.state(), reader.buffers()
-    return reader
 
 
 def weights_of(source: Path) -> Weights:

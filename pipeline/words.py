@@ -5,6 +5,8 @@ Next: progress.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 PREFIXES = ("", "k", "M", "G", "T", "P")
 
@@ -42,6 +44,14 @@ def scaled(value: float, unit: str = "") -> str:
     while abs(value) >= 999.5 and power < len(PREFIXES) - 1:
         value, power = value / 1000, power + 1
     return f"{figure(value) if power else format(value, '.0f')} {PREFIXES[power]}{unit}".rstrip()
+
+
+def spans(numbers: Iterable[int]) -> list[str]:
+    """Numbers with neighbours put together: 1, 4-6."""
+    there = set(numbers)
+    begins = sorted(each for each in there if each - 1 not in there)
+    ends = sorted(each for each in there if each + 1 not in there)
+    return [f"{begin}-{end}" if end > begin else f"{begin}" for begin, end in zip(begins, ends, strict=True)]
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

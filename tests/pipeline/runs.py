@@ -72,7 +72,11 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def last_state(run: Path) -> dict[str, bytes]:
     """Every weight, moment, average and buffer of a run's last checkpoint."""
-    reader = CheckpointReader(checkpoints(run / "checkpoints")[-1])
+    return state_of(checkpoints(run / "checkpoints")[-1])
+
+
+def state_of(checkpoint: Path) -> dict[str, bytes]:
+    reader = CheckpointReader(checkpoint)
     kinds = ("weight", "ema", "exp_avg", "exp_avg_sq")
     tensors = {f"{name} {kind}": values for kind in kinds for name, values in reader.tensors(kind)}
     return {name: values.tobytes() for name, values in (tensors | reader.buffers()).items()}

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.attempts import trusted
-from pipeline.checkpoint import CheckpointReader, step_name
+from pipeline.checkpoint import step_name
 from pipeline.guards import BAD_IN_A_ROW, JUDGED_AFTER, GoneBack, Guard, Verdict, judge, permission, way_back
 from tests.pipeline.many_runs import on_ranks
-from tests.pipeline.runs import curve, events, last_state, rows
+from tests.pipeline.runs import curve, events, last_state, rows, state_of
 
 STAGES = (1, 2, 3)
 SPIKES = [22, 23, 24]
@@ -113,14 +113,6 @@ def runs(digits: Path) -> Path:
     return folder
 
 
-def saved(run: Path, step: int) -> dict[str, bytes]:
-    """Every weight, moment, average and statistic that a checkpoint holds."""
-    reader = CheckpointReader(run / "checkpoints" / step_name(step))
-    kinds = ("weight", "ema", "exp_avg", "exp_avg_sq")
-    tensors = {f"{name} {kind}": values for kind in kinds for name, values in reader.tensors(kind)}
-    return {name: values.tobytes() for name, values in (tensors | reader.buffers()).items()}
-
-
 def keys_of(run: Path, step: int, attempt: int = 0) -> list[str]:
     """The samples of a step, as the ranks recorded them."""
     found = [row for file in (run / "samples").glob("rank-*.jsonl") for row in rows(file)]
@@ -133,7 +125,7 @@ def test_a_nan_in_one_batch_and_an_inf_in_one_gradient_change_nothing_and_are_na
     told = {row["step"]: row for row in events(run, "skipped")}
     reasons = {3: "the loss is not finite", 6: "the gradient is not finite"}
     assert {step: row["reason"] for step, row in told.items()} == reasons
-    states = {step: saved(run, step) for step in range(1, 8)}
+    states = {step: state_of(run / "checkpoints" / step_name(step)) for step in range(1, 8)}
     for step in range(2, 8):
         assert (states[step] == states[step - 1]) == (step in told)
     for step, row in told.items():
