@@ -168,9 +168,10 @@ def _room_of_host() -> Room:
     """
     share, own = host_memory.available_bytes() // local_world_size(1), host_memory.of_process()
     free = share if own is None else min(share, own)
-    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    # Other kinds, as fake tensors, have no memory of their own, and some raise where they are asked for its place.
+    tensors = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    usable = free + sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    usable = free + sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     return Room(f"its tensors may take {size(usable)} of this machine's memory", usable)
 
 

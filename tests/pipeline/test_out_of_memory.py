@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.errors import RunFailed
 from pipeline.out_of_memory import explained, is_out_of_memory
@@ -62,10 +63,14 @@ def test_an_error_while_advising_is_said_beside_the_first_and_does_not_hide_it(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
+    with FakeTensorMode():
+        without_memory = torch.empty(3)  # as a compiler leaves such behind
+    torch._C._set_throw_on_mutable_data_ptr(without_memory)
     no_network = -1  # has so many classes
     with pytest.raises(RunFailed) as raised, explained(tiny(f"run.dir={tmp_path}"), no_network):
         torch.empty(1 << 50)
     assert "rank 0 ran out of memory, asking for 4194304.0 GiB more" in str(raised.value)
+    assert without_memory.shape == (3,)
     assert "could not be computed" in str(raised.value) and "can't allocate memory" in str(raised.value)
 
 
