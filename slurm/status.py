@@ -3,7 +3,7 @@
 A run's folder is enough where Slurm has forgotten its jobs, is not installed, or was never asked. Nothing heavy is
 imported, and nothing of a run is changed.
 
-Next: logs.py.
+Next: ancestry.py.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.ancestry import switched_on
-from pipeline.attempts import trusted
+from pipeline.attempts import recorded, trusted
 from pipeline.checkpoint import checkpoints, step_of
 from pipeline.errors import BadRequest
 from pipeline.json_lines import read_lines
 from pipeline.progress import seconds_left
 from pipeline.words import duration, figure, percent
 from slurm import client, queue, records
+from slurm.ancestry import entries_of, in_words, noted_ancestors
 from slurm.cause import FAILURES, STANDSTILLS, Cause
 from slurm.logs import last_words
 from slurm.queue import BUSY, WAITING
@@ -37,7 +37,6 @@ from slurm.records import Start
 
 SECONDS_BETWEEN_LOOKS = 5.0
 DECIDING = ("start", "begin", "resume", "stop", "done", *STANDSTILLS)
-WITH_STRENGTH = ("RandAugment", "mixup")
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
 """What show_job says by job; a job that is not there could not be asked for."""
@@ -58,6 +57,7 @@ class Seen:
     events: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     """Of metrics.jsonl, without evaluations."""
+    gone_back: list[dict[str, int]]
     checkpoints: list[int]
     held: bool
     cancelled_at: float | None
@@ -88,6 +88,10 @@ class Status:
     restarts: int
     goodput: float | None
     """Share of the jobs' wall-clock time that went into steps that still count."""
+    not_applied: list[int]
+    """Steps whose loss or gradient was bad, without those that were passed over afterwards."""
+    gone_back: list[dict[str, int]]
+    """To a checkpoint's step, `to`, and from there past the steps from `first` to `last`."""
     checkpoints: dict[str, int | None]
     jobs: list[dict[str, Any]]
     ancestry: list[dict[str, Any]]
@@ -146,12 +150,13 @@ def look(run: Path) -> Seen:
     return Seen(
         run,
         _config(run),
-        _ancestors(run),
+        noted_ancestors(run),
         submissions,
         starts,
         failures,
         events,
         [row for row in read_lines(run / "metrics.jsonl") if "loss" in row and "step" in row],
+        recorded(run),
         _checkpoints(run),
         queue.is_held(run),
         cancelled.stat().st_mtime if records.is_cancelled(run) else None,
@@ -200,6 +205,8 @@ def status_of(seen: Seen, jobs: Queue, now: float) -> Status:
         left,
         sum(job["restarts"] for job in shown) if shown else max(0, attempts - 1),
         _goodput(seen, jobs, now),
+        _not_applied(seen),
+        seen.gone_back,
         {"newest": max(seen.checkpoints, default=None), "count": len(seen.checkpoints)},
         shown,
         _ancestry(seen, steps),
@@ -341,6 +348,11 @@ def _goodput(seen: Seen, jobs: Queue, now: float) -> float | None:
     return max(0.0, min(1.0, useful / allocated))
 
 
+def _not_applied(seen: Seen) -> list[int]:
+    bad = {row["step"] for row in seen.events if row["event"] == "skipped"}
+    return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in seen.gone_back)))
+
+
 def _steps(seen: Seen, row: Mapping[str, Any]) -> int | None:
     """The run's length; one in epochs can be told once the number of samples is stated or shows in the metrics."""
     train, data = seen.config.get("train") or {}, seen.config.get("data") or {}
@@ -366,39 +378,11 @@ def _config(run: Path) -> dict[str, Any]:
     return {name: section for name, section in sections if isinstance(section, dict)}
 
 
-def _ancestors(run: Path) -> list[Any] | None:
-    """What a fine-tuning has noted of its source (finetune.py); [] of a run that has no source."""
-    try:
-        return json.loads((run / "source.json").read_bytes())["ancestry"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError):  # damaged
-        return None
-
-
 def _ancestry(seen: Seen, steps: int | None) -> list[dict[str, Any]]:
-    """The entries of the ancestors and of the run, as pipeline/ancestry.py makes them; [] where one can't be read."""
     begun = seen.last("begin", "resume")
     if not begun or seen.ancestors is None:  # what has not begun may have a source that it has not noted yet
         return []
-    try:
-        entries = [*seen.ancestors, _entry(seen.config, steps, begun.get("new_augmentations", []))]
-        _ancestry_in_words(entries)
-    except (LookupError, TypeError, ValueError):  # half-written, or another version's
-        return []
-    return entries
-
-
-def _entry(config: Mapping[str, Any], steps: int | None, new_augmentations: list[str]) -> dict[str, Any]:
-    return {
-        "run": config["run"]["dir"],
-        "train": config["data"]["train"],
-        "steps": steps,
-        "resolution": config["model"]["resolution"],
-        "augment": config["augment"],
-        "stochastic_depth": config["train"]["stochastic_depth"],
-        "new_augmentations": new_augmentations,
-    }
+    return entries_of(seen.ancestors, seen.config, steps, begun.get("new_augmentations", []))
 
 
 def _checkpoints(run: Path) -> list[int]:
@@ -434,38 +418,16 @@ def lines(status: Status) -> list[str]:
     said += [f"  loss {_loss(status)}, {_speed(status)} img/s"] if status.loss is not None else []
     said += [f"  goodput {_percent(status.goodput)}"] if status.goodput is not None else []
     said += [f"  restarted {status.restarts} times"] if status.restarts else []
+    if bad := status.not_applied:
+        said.append(f"  {len(bad)} {'step was' if len(bad) == 1 else 'steps were'} not applied, the last {bad[-1]:,}")
+    for back in status.gone_back:
+        said.append(f"  went back to step {back['to']:,} and past steps {back['first']:,} to {back['last']:,}")
     said += [f"  {count} checkpoints, the newest of step {newest}"] if count else ["  no checkpoint yet"]
     for job in status.jobs:
         where = f" on {', '.join(job['nodes'])}" if job["nodes"] else ""
         why = f" ({job['reason']})" if job["reason"] else ""
         said.append(f"  job {job['job']}: {job['state'] or 'gone'}{where}{why}")
-    return said + _ancestry_in_words(status.ancestry)
-
-
-def _ancestry_in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """What a run's weights were trained under: a line for each ancestor and for the run, or one without ancestors."""
-    if not entries:
-        return []
-    *ancestors, own = entries
-    if not ancestors:
-        return [f"  augmentation: {_trained_under(own)}"]
-    newest = f"{own['run']} ({_square(own)}): {_trained_under(own)}"
-    return ["  ancestry, oldest first:", *(f"    {each}" for each in [*map(_ancestor, ancestors), newest])]
-
-
-def _ancestor(entry: Mapping[str, Any]) -> str:
-    if entry["augment"] is None:
-        return f"{entry['run']}: unknown how it was trained"
-    return f"{entry['run']} ({_square(entry)}, {entry['steps']:,} steps): {_trained_under(entry)}"
-
-
-def _trained_under(entry: Mapping[str, Any]) -> str:
-    """The augmentations that were on, with their strength where they have one, and stochastic depth."""
-    on = {name: setting.partition("=")[2] for name, setting in switched_on(entry["augment"]).items()}
-    said = [f"{name} {value}" if name in WITH_STRENGTH else name for name, value in on.items()]
-    depth, new = entry["stochastic_depth"], " and ".join(entry.get("new_augmentations", []))
-    facts = [f"stochastic depth {depth}" if depth else "", f"{new} allowed though new" if new else ""]
-    return "; ".join([", ".join(said) or "no augmentation", *filter(None, facts)])
+    return said + in_words(status.ancestry)
 
 
 def _watch(runs: Sequence[Path], single: bool) -> int:
@@ -486,10 +448,6 @@ def _watch(runs: Sequence[Path], single: bool) -> int:
 
 def _console() -> Console:
     return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 200)
-
-
-def _square(entry: Mapping[str, Any]) -> str:
-    return f"{entry['resolution']} x {entry['resolution']}"
 
 
 def _step(status: Status) -> str:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import ancestry
+from pipeline.attempts import take_next, take_number
 from pipeline.config import Config
 from pipeline.errors import BadRequest, RunFailed
 from pipeline.finetune import Source, pin
@@ -111,6 +112,23 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- without Slurm
+
+
+def test_steps_that_were_not_applied_and_goings_back_are_told(run: Run) -> None:
+    run.begun(9).rows(9)
+    assert run.status().not_applied == run.status().gone_back == []
+    run.event(8, "skipped", step=4).event(8, "start").event(8, "skipped", step=4)
+    attempt = take_number(run.path)
+    assert "  1 step was not applied, the last 4" in lines(run.status())
+    for step in (6, 7, 1008):
+        run.event(6, "skipped", step=step)
+    back = {"to": 5, "first": 6, "last": 1008}
+    take_next(run.path, attempt, 5, [back])
+    run.event(5, "skipped", step=1010)
+    found = run.status()
+    assert found.not_applied == [4, 1010] and found.gone_back == [back]
+    said = ["  2 steps were not applied, the last 1,010", "  went back to step 5 and past steps 6 to 1,008"]
+    assert said == [line for line in lines(found) if "applied" in line or "back" in line]
 
 
 def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) -> None:
