@@ -70,6 +70,13 @@ def newest_attempt(run: Path) -> int:
     return max(_numbers(run), default=-1)
 
 
+def began_the_newest(run: Path) -> bool:
+    """Whether the newest attempt is this process's, which is its rank 0."""
+    newest = newest_attempt(run)
+    facts = _record(run, newest) if newest >= 0 else {}
+    return (facts.get("process"), facts.get("host")) == (os.getpid(), os.uname().nodename)
+
+
 def check_newest(run: Path, attempt: int) -> None:
     """RunFailed where a newer attempt than this one has begun."""
     if (newest := newest_attempt(run)) > attempt:

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.attempts import recorded, take_next, trusted
 from pipeline.checkpoint import checkpoints, step_of
 from pipeline.errors import RunFailed
-from pipeline.guards import ATTEMPTS_FROM_A_CHECKPOINT, GoneBack, way_back
+from pipeline.guards import ATTEMPTS_FROM_A_CHECKPOINT, GoneBack, last_before, way_back
 from pipeline.record import Events
 from pipeline.save import CheckpointWriter
 
@@ -31,18 +31,19 @@ def go_back(
     RunFailed where there is no checkpoint to go on from in these processes, or where it was tried often enough.
     """
     folders = trusted(run)
-    back = way_back(history, [step_of(folder) for folder in folders], first, last)
+    saved = [step_of(folder) for folder in folders]
+    back = way_back(history, saved, first, last)
     if back is None:
+        to = last_before(saved, first)
+        _abandon(writer, to)  # what was saved since then has the same fault in it
         raise RunFailed(
-            f"steps {first} to {last}: {why}. {run} has gone back to the same checkpoint"
-            f" {ATTEMPTS_FROM_A_CHECKPOINT} times and past what followed: look at events.jsonl (skipped, gone_back),"
-            " lower optim.learning_rate, or move its newest checkpoints away to go on from an earlier one"
+            f"steps {first} to {last}: {why}. {run} has gone back to step {to} {ATTEMPTS_FROM_A_CHECKPOINT} times and"
+            " past what followed: look at events.jsonl (skipped, gone_back), then go on from there with a lower"
+            " optim.learning_rate, or move its newest checkpoints away to go on from an earlier one"
         )
     attempt = take_next(run, writer.attempt, back.to, [asdict(each) for each in [*history, back]])
     events.write("gone_back", reason=why, **asdict(back))
-    set_aside(writer.root, back.to)
-    if writer.mirror is not None:
-        writer.mirror.forget(back.to)
+    _abandon(writer, back.to)
     if not folders:
         raise RunFailed(
             f"steps {first} to {last}: {why}, and there is no checkpoint before them yet: the same command begins"
@@ -60,6 +61,13 @@ def gone_back(run: Path, state: Mapping[str, Any] | None) -> list[GoneBack]:
 def steps_passed_over(history: Iterable[GoneBack]) -> set[int]:
     """The numbers (from 0) of the steps that are not done."""
     return {step for each in history for step in range(each.first - 1, each.last)}
+
+
+def _abandon(writer: CheckpointWriter, after: int) -> None:
+    """Sets the checkpoints of later steps aside, and removes their copies at the mirror."""
+    set_aside(writer.root, after)
+    if writer.mirror is not None:
+        writer.mirror.forget(after)
 
 
 def set_aside(root: Path, after: int) -> None:

@@ -95,13 +95,15 @@ def _followed(guard: Guard, loss: float) -> Guard:
     return Guard(guard.losses + 1, level, deviation)
 
 
-def way_back(history: Sequence[GoneBack], checkpoints: Sequence[int], first: int, last: int) -> GoneBack | None:
-    """Where to go after the bad steps `first` to `last`: None where it was tried often enough.
-
-    To the newest of the checkpoints' steps before them, or where none is left the oldest; 0 is the beginning.
-    """
+def last_before(checkpoints: Sequence[int], first: int) -> int:
+    """The newest of the checkpoints' steps before a bad step, or where none is left the oldest; 0 is the beginning."""
     before = [step for step in checkpoints if step < first]
-    to = max(before) if before else min(checkpoints, default=0)
+    return max(before) if before else min(checkpoints, default=0)
+
+
+def way_back(history: Sequence[GoneBack], checkpoints: Sequence[int], first: int, last: int) -> GoneBack | None:
+    """Where to go after the bad steps `first` to `last`: None where it was tried often enough."""
+    to = last_before(checkpoints, first)
     tried = sum(each.to == to for each in history)
     if tried >= ATTEMPTS_FROM_A_CHECKPOINT:
         return None

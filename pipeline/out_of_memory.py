@@ -61,10 +61,15 @@ def explained(config: Config, classes: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        room = _room_of_gpu() if torch.cuda.is_available() else None  # while it is as it was
-        _let_go(error)
-        room = room or _room_of_host()
-        message = _explanation(config, classes, error, room)
+        try:
+            room = _room_of_gpu() if torch.cuda.is_available() else None  # while it is as it was
+            left, resident = host_memory.of_process(), host_memory.resident()
+            _let_go(error)
+            room = room or _room_of_host(left, resident)
+            message = _explanation(config, classes, error, room)
+        except MemoryError:
+            rank = rank_and_world_size()[0]
+            raise RunFailed(f"rank {rank} ran out of memory, so much that it can't say what would fit") from None
         raise RunFailed(message) from None
 
 
@@ -161,13 +166,14 @@ def _room_of_gpu() -> Room:
     return Room(words, usable)
 
 
-def _room_of_host() -> Room:
+def _room_of_host(left: int | None, resident: int) -> Room:
     """Once the run was let go: what is free, and what tensors still hold because DeepSpeed does.
 
-    The loader has ended by then, so what it and its threads took counts as free.
+    Of a limit of address space there was so much left when memory ran out, when so much was resident; addresses that
+    the loader's threads and allocators had reserved they will want again.
     """
-    share, own = host_memory.available_bytes() // local_world_size(1), host_memory.of_process()
-    free = share if own is None else min(share, own)
+    share = host_memory.available_bytes() // local_world_size(1)
+    free = share if left is None else min(share, left + max(0, resident - host_memory.resident()))
     # Other kinds, as fake tensors, have no memory of their own, and some raise where they are asked for its place.
     tensors = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]

@@ -75,13 +75,11 @@ def sinks_of(run: Path, config: Config, attempt: int, first_step: int) -> list[S
 class Metrics:
     """Makes a row for every `every`-th step and for every evaluation."""
 
-    def __init__(
-        self, sinks: Sequence[Sink], every: int, global_batch: int, samples: int, first_step: int, peak: float | None
-    ) -> None:
+    def __init__(self, sinks: Sequence[Sink], every: int, global_batch: int, samples: int, peak: float | None) -> None:
         """`peak`: images that all ranks could train in a second at their devices' peak, where that is known."""
         self._sinks, self._every, self._global_batch, self._samples = sinks, every, global_batch, samples
         self._peak = peak
-        self._start_interval(first_step)
+        self._start_interval()
 
     def __enter__(self) -> Metrics:
         return self
@@ -94,12 +92,12 @@ class Metrics:
         self, step: int, loss: float, lr: float, grad_norm: float, waited: float, last: bool
     ) -> dict[str, Any] | None:
         """Counts a step that is done, and returns its row where one is due."""
-        self._waited += waited
+        self._steps, self._waited = self._steps + 1, self._waited + waited
         if step % self._every and not last:
             return None
         now = time.perf_counter()
-        seconds, steps = now - self._since, step - self._since_step  # since the last row or evaluation
-        speed = steps * self._global_batch / seconds
+        seconds = now - self._since  # since the last row or evaluation
+        speed = self._steps * self._global_batch / seconds
         row = {
             "step": step,
             "samples": step * self._global_batch,
@@ -109,22 +107,22 @@ class Metrics:
             "grad_norm": grad_norm,
             "images_per_second": speed,
             "data_wait": self._waited / seconds,
-            "step_seconds": seconds / steps,
+            "step_seconds": seconds / self._steps,
             **({"mfu": speed / self._peak} if self._peak else {}),
             "memory_bytes": _memory_bytes(),
         }
         self._write(row)
-        self._start_interval(step)
+        self._start_interval()
         return row
 
     def evaluation(self, step: int, figures: Figures, weights: str) -> None:
         """Writes the row of an evaluation, whose time does not count as training."""
         row = {"step": step, "top1": figures.top1, "top5": figures.top5, "eval_loss": figures.loss, "weights": weights}
         self._write(row)
-        self._start_interval(step)
+        self._start_interval()
 
-    def _start_interval(self, step: int) -> None:
-        self._waited, self._since, self._since_step = 0.0, time.perf_counter(), step
+    def _start_interval(self) -> None:
+        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self._sinks:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.config import Config, waste
 from pipeline.errors import BadRequest
+from pipeline.failures import last_words
 from pipeline.launch import is_first_process, is_rank, local_world_size, rank_and_world_size, run_ranks
 from pipeline.mirror import bring_back
 from pipeline.prepare import Plan, check_ranks, prepare
@@ -37,7 +38,7 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         return run_ranks(sys.argv[1:], procs, Path(config.run.dir) / "logs")
     from pipeline.out_of_memory import explained  # it imports torch
 
-    with explained(config, len(plan.train.classes)):
+    with last_words(Path(config.run.dir)), explained(config, len(plan.train.classes)):
         work(plan)
     return 0
 

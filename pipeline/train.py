@@ -154,11 +154,13 @@ def train_attempt(
     guard = Guard(**state.get("guard", {})) if state else Guard()
     epochs = EpochCount(plan.train.samples, global_batch, state["epochs"] if state else None)
     history = on_rank_zero(lambda: gone_back(run, state))
+    if state:
+        report.say(f"goes on from step {first_step:,}")
     events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
 
     # What the run writes about itself.
     sinks = sinks_of(run, config, attempt, first_step) if rank == 0 else []
-    metrics = Metrics(sinks, config.log.every, global_batch, plan.train.samples, first_step, peak)
+    metrics = Metrics(sinks, config.log.every, global_batch, plan.train.samples, peak)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     lookout = Lookout(run, attempt)
 
@@ -171,7 +173,7 @@ def train_attempt(
     loading = partial(training_batches, plan.train, plan.order, augmentation(config.augment), share, seed)
 
     reading = closing(steps_of_batches(loading, first_step, plan.steps, steps_passed_over(history)))
-    profiling = Profiler(config.log.profile, run / "profile", rank, report.say)
+    profiling = Profiler(config.log.profile, run / "profile", rank, report.say, first_step, plan.steps)
     with metrics, reading as steps, profiling as profiler:
         mark_step(None)
         for step, micro_batches, waited_seconds in steps:
@@ -245,7 +247,7 @@ def train_attempt(
                 record_skipped(events, done, micro_batches, mean_loss, why)
                 report.say(f"step {done:,}/{plan.steps:,}  not applied: {why}")
             if verdict is Verdict.GO_BACK and not (last or stop):
-                report.say(f"{guard.bad} bad steps in a row: going back to the last checkpoint before them")
+                report.say(f"{guard.bad} bad steps in a row: not on from here")
                 rest()
                 writer.wait()
                 return on_rank_zero(partial(go_back, run, writer, events, history, guard.first_bad, done, why))

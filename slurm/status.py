@@ -36,7 +36,7 @@ from slurm.queue import BUSY, WAITING
 from slurm.records import Start
 
 SECONDS_BETWEEN_LOOKS = 5.0
-DECIDING = ("start", "begin", "resume", "stop", "done", *STANDSTILLS)
+DECIDING = ("start", "begin", "resume", "stop", "done", "failed", "out_of_memory", *STANDSTILLS)
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
 """What show_job says by job; a job that is not there could not be asked for."""
@@ -284,11 +284,14 @@ def _of_ended(seen: Seen, job: str, jobs: Queue) -> tuple[str, str | None]:
 def _of_events(seen: Seen) -> tuple[str, str | None]:
     """Of a run that nothing is alive of, and that no job has touched since its last start."""
     last = seen.last(*DECIDING)
-    again = f"the same command goes on from step {max(seen.checkpoints, default=0)}"
+    newest = max(seen.checkpoints, default=None)
+    again = "the same command " + ("begins again" if newest is None else f"goes on from step {newest}")
     if last.get("event") == "done":
         return "done", None
     if last.get("event") == "stop":
         return "stopped", f"{last.get('reason') or 'told to'} after step {last['step']}; {again}"
+    if last.get("event") in ("failed", "out_of_memory"):
+        return "failed", last.get("message") or f"rank {last['rank']} ran out of memory: {last['error']}"
     return "failed", f"{_standstill(last) or 'its process ended without a word'}; {again}"
 
 
@@ -349,7 +352,12 @@ def _goodput(seen: Seen, jobs: Queue, now: float) -> float | None:
 
 
 def _not_applied(seen: Seen) -> list[int]:
-    bad = {row["step"] for row in seen.events if row["event"] == "skipped"}
+    bad: set[int] = set()
+    for row in seen.events:
+        if row["event"] == "skipped":
+            bad.add(row["step"])
+        elif row["event"] in ("begin", "resume"):  # what follows is done again
+            bad = {step for step in bad if step <= row["step"]}
     return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in seen.gone_back)))
 
 
@@ -411,13 +419,17 @@ def shown(found: Sequence[Status], single: bool) -> Group | Table:
 
 def lines(status: Status) -> list[str]:
     """What a person wants to know of one run."""
-    left = f", {_left(status)} of training left" if status.seconds_left else ""
+    left = (
+        f", {_left(status)} of training left"
+        if status.seconds_left and status.state not in ("failed", "cancelled")
+        else ""
+    )
     newest, count = status.checkpoints["newest"], status.checkpoints["count"]
     said = [f"{status.run}: {status.state}, step {_step(status)}{left}"]
     said += [f"  {status.reason}"] if status.reason else []
     said += [f"  loss {_loss(status)}, {_speed(status)} img/s"] if status.loss is not None else []
     said += [f"  goodput {_percent(status.goodput)}"] if status.goodput is not None else []
-    said += [f"  restarted {status.restarts} times"] if status.restarts else []
+    said += [f"  restarted {'once' if status.restarts == 1 else f'{status.restarts} times'}"] if status.restarts else []
     if bad := status.not_applied:
         said.append(f"  {len(bad)} {'step was' if len(bad) == 1 else 'steps were'} not applied, the last {bad[-1]:,}")
     for back in status.gone_back:

@@ -35,7 +35,8 @@ from tests.pipeline.runs import (
     wait_until,
 )
 
-STEPS = 40
+STEPS = 26
+"""An epoch has 22.5."""
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def request_of(digits: Path) -> Callable[..., list[object]]:
 
     def arguments(run: Path, *more: object, procs: int = 2) -> list[object]:
         data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}", "run.seed=7"]
-        length = [f"train.steps={STEPS}", "evaluate.every=20", "checkpoint.every=6", "checkpoint.keep_last=100"]
+        length = [f"train.steps={STEPS}", "evaluate.every=13", "checkpoint.every=6", "checkpoint.keep_last=100"]
         logs = ["log.every=1", "log.samples=pixels"]
         return ["pretrain", "configs/tiny.yaml", "--procs", procs, *data, *length, *logs, *more]
 
@@ -87,7 +88,7 @@ def test_every_epoch_has_every_sample_once_and_steps_are_the_same_on_one_rank_an
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     copy: Path, undisturbed: Path, request_of: Callable[..., list[object]]
 ) -> None:
-    for folder in checkpoints(copy / "checkpoints")[5:]:
+    for folder in checkpoints(copy / "checkpoints")[3:]:
         shutil.rmtree(folder)
     newest, before = checkpoints(copy / "checkpoints")[::-1][:2]
     part = newest / "rank-00001.safetensors"
@@ -114,18 +115,22 @@ def test_a_run_without_any_good_checkpoint_stops_rather_than_begin_again(
 def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Callable[..., list[object]]) -> None:
     before = contents(copy)
     again = coatnet(*request_of(copy))
-    assert again.returncode == 0 and "done already, 40 of 40 steps" in again.stdout
+    assert again.returncode == 0 and f"done already, {STEPS} of {STEPS} steps" in again.stdout
     assert contents(copy) == before
 
 
 def test_a_longer_run_with_another_learning_rate_on_one_rank_goes_on_and_says_what_changed(
     copy: Path, undisturbed: Path, request_of: Callable[..., list[object]]
 ) -> None:
-    longer = coatnet(*request_of(copy, "train.steps=44", "optim.learning_rate=1e-3", procs=1))
+    longer = coatnet(*request_of(copy, f"train.steps={STEPS + 4}", "optim.learning_rate=1e-3", procs=1))
     assert longer.returncode == 0, longer.stderr
-    changed = {"train.steps": [40, 44], "optim.learning_rate": [2e-3, 1e-3], "run.dir": [str(undisturbed), str(copy)]}
+    changed = {
+        "train.steps": [STEPS, STEPS + 4],
+        "optim.learning_rate": [2e-3, 1e-3],
+        "run.dir": [str(undisturbed), str(copy)],
+    }
     assert events(copy, "start")[-1]["changed"] == changed
-    assert events(copy, "resume")[-1]["step"] == STEPS and last_step(copy) == 44
+    assert events(copy, "resume")[-1]["step"] == STEPS and last_step(copy) == STEPS + 4
 
 
 @pytest.mark.parametrize(
@@ -180,10 +185,10 @@ def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_goes_on(
 
 def test_evaluation_gives_the_same_figures_on_any_number_of_ranks(undisturbed: Path, digits: Path) -> None:
     answers = [
-        coatnet("evaluate", undisturbed, "--data", f"{digits}/val", "--procs", procs, "--json") for procs in (1, 2, 3)
+        coatnet("evaluate", undisturbed, "--data", f"{digits}/val", "--procs", procs, "--json") for procs in (1, 3)
     ]
     figures = [json.loads(answer.stdout) for answer in answers]
-    assert figures[0] == figures[1] == figures[2]
+    assert figures[0] == figures[1]
     assert figures[0]["samples"] == 360 and figures[0]["broken"] == 0 and figures[0]["weights"] == "ema"
     logged = [row for row in rows(undisturbed / "metrics.jsonl") if "top1" in row][-1]
     assert figures[0]["top1"] == logged["top1"]

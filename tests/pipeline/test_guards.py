@@ -14,8 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.attempts import trusted
-from pipeline.checkpoint import step_name
+from pipeline.checkpoint import checkpoints, step_name
+from pipeline.config import Checkpoint
+from pipeline.errors import RunFailed
+from pipeline.going_back import go_back
 from pipeline.guards import BAD_IN_A_ROW, JUDGED_AFTER, GoneBack, Guard, Verdict, judge, permission, way_back
+from pipeline.record import Events
+from pipeline.save import CheckpointWriter
 from tests.pipeline.many_runs import on_ranks
 from tests.pipeline.runs import curve, events, last_state, rows, state_of
 
@@ -98,6 +103,19 @@ def spikes(folder: Path, name: str, stage: int, **faults: Any) -> dict[str, Any]
     return job(folder, name, f"train.steps={STEPS}", "checkpoint.every=2", f"zero.stage={stage}", **faults)
 
 
+def test_after_the_last_going_back_nothing_is_left_of_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """Step 20 was saved among bad steps: whoever goes on with a lower learning rate must not begin from it."""
+    for step in (10, 20):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+    events_of_run = Events(tmp_path, 0, 0)
+    writer = CheckpointWriter(tmp_path / "checkpoints", 0, 0, 1, Checkpoint(), events_of_run)
+    history = [GoneBack(10, 12, 14), GoneBack(10, 11, 17)]
+    with pytest.raises(RunFailed, match="gone back to step 10 2 times"):
+        go_back(tmp_path, writer, events_of_run, history, 19, 21, "the loss is not finite")
+    assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == [step_name(10)]
+    writer.close()
+
+
 @pytest.fixture(scope="module")
 def runs(digits: Path) -> Path:
     """Of each ZeRO stage on two ranks a run with a NaN and an Inf, and one with three spikes; and one of those that was
@@ -150,7 +168,10 @@ def test_after_three_spikes_the_run_goes_back_and_past_them(runs: Path, stage: i
     assert step_name(SPIKES[0]) not in [folder.name for folder in trusted(run)]
     for rank in (0, 1):
         log = (run / "logs" / f"rank-{rank}.log").read_text()
-        assert log.count("not applied: the loss") == 3 and "3 bad steps in a row: going back" in log
+        assert (
+            log.count("not applied: the loss") == 3
+            and "3 bad steps in a row: not on from here\ngoes on from step" in log
+        )
 
 
 def test_a_run_that_went_back_and_was_killed_is_the_run_that_was_not(runs: Path) -> None:

@@ -254,7 +254,8 @@ def test_a_trace_has_the_steps_that_were_asked_for_and_a_later_start_makes_none(
     # one fused kernel of the optimizer for each of two groups of parameters in each step
     assert names.count("aten::_fused_adamw_") == 4
     told = [line for line in (run / "logs" / "rank-0.log").read_text().splitlines() if "trace" in line]
-    assert told == [f"steps 2 to 3 of rank 0 as a profiler's trace: {file}"]
+    made = f"rank 0's trace, from step 2 to the end of step 3: {file}"
+    assert told == [made, "log.profile=2-3 begins outside of steps 5 to 6: no trace is written"]
 
 
 def test_a_run_begins_with_its_arithmetic_and_says_where_it_stands(watched: Any) -> None:

@@ -127,6 +127,9 @@ def test_steps_that_were_not_applied_and_goings_back_are_told(run: Run) -> None:
     run.event(5, "skipped", step=1010)
     found = run.status()
     assert found.not_applied == [4, 1010] and found.gone_back == [back]
+    run.event(4, "start").event(4, "resume", step=1009)
+    assert run.status().not_applied == [4], "it is done again"
+    run.event(3, "skipped", step=1010)
     said = ["  2 steps were not applied, the last 1,010", "  went back to step 5 and past steps 6 to 1,008"]
     assert said == [line for line in lines(found) if "applied" in line or "back" in line]
 
@@ -146,6 +149,8 @@ def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) ->
     run.event(5.5, "hang", ranks=[{"rank": 3, "host": "n4"}], stacks="logs/stacks-attempt-1.txt")
     assert run.stands()[0] == "failed" and "no progress" in str(run.stands()[1])
     assert "rank 3 on n4; stacks in logs/stacks-attempt-1.txt; the same command goes on" in str(run.stands()[1])
+    assert run.event(5.2, "out_of_memory", rank=1, error="no more").stands()[1] == "rank 1 ran out of memory: no more"
+    assert run.event(5.1, "failed", message="steps 3 to 5 were bad").stands() == ("failed", "steps 3 to 5 were bad")
     assert run.event(5, "start").event(5, "resume", step=5).event(4, "done", step=9).stands() == ("done", None)
     assert run.status().restarts == 2
     assert run.status().goodput is None
