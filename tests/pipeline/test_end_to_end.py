@@ -110,6 +110,9 @@ def test_a_run_without_any_good_checkpoint_stops_rather_than_begin_again(
         shutil.rmtree(folder)
     refused = coatnet(*request_of(copy))
     assert refused.returncode == 1 and "none of step-00000006, step-00000012 is good" in refused.stderr
+    (failed,) = events(copy, "failed")
+    assert f"coatnet: {failed['message']}" in refused.stderr
+    assert f"coatnet: {failed['message']}" in (copy / "logs" / "rank-0.log").read_text()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Callable[..., list[object]]) -> None:
