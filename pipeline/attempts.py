@@ -70,11 +70,11 @@ def newest_attempt(run: Path) -> int:
     return max(_numbers(run), default=-1)
 
 
-def began_the_newest(run: Path) -> bool:
-    """Whether the newest attempt is this process's, which is its rank 0."""
+def newest_of_this_process(run: Path) -> int | None:
+    """The newest attempt's number, if this process, as its rank 0, began it; None of one that was overtaken."""
     newest = newest_attempt(run)
     facts = _record(run, newest) if newest >= 0 else {}
-    return (facts.get("process"), facts.get("host")) == (os.getpid(), os.uname().nodename)
+    return newest if (facts.get("process"), facts.get("host")) == (os.getpid(), os.uname().nodename) else None
 
 
 def check_newest(run: Path, attempt: int) -> None:

@@ -30,14 +30,14 @@ def note_failure(status: int, message: str) -> None:
 @contextmanager
 def last_words(run: Path) -> Iterator[None]:
     """Inside, what rank 0 fails with goes to events.jsonl as `failed`, and to its log, unless the file above has it."""
-    from pipeline.attempts import began_the_newest, newest_attempt
-    from pipeline.record import Events
+    from pipeline.attempts import newest_of_this_process
+    from pipeline.record import Events  # it imports torch
 
     try:
         yield
     except (RunFailed, DataError) as error:
-        if FILE not in os.environ and began_the_newest(run):  # one that was overtaken is nobody's end
-            Events(run, newest_attempt(run), 0).write("failed", message=first_line(error))
+        if FILE not in os.environ and (attempt := newest_of_this_process(run)) is not None:
+            Events(run, attempt, 0).write("failed", message=first_line(error))
             with (run / "logs" / "rank-0.log").open("a") as log:
                 print(f"coatnet: {error}", file=log)
         raise

@@ -19,13 +19,18 @@ def available_bytes() -> int:
 def of_process() -> int | None:
     """What is left of this process's limit of address space (ulimit -v); None where it has none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return None if limit == resource.RLIM_INFINITY else limit - pages * os.sysconf("SC_PAGE_SIZE")
+    return None if limit == resource.RLIM_INFINITY else limit - _held()[0]
 
 
 def resident() -> int:
     """The bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _held()[1]
+
+
+def _held() -> tuple[int, int]:
+    """This process's bytes: of addresses, and of memory."""
+    addresses, memory, *_ = Path("/proc/self/statm").read_text().split()
+    return int(addresses) * os.sysconf("SC_PAGE_SIZE"), int(memory) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_machine() -> int:

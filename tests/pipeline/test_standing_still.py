@@ -271,8 +271,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on_as_if_it_had_n
         assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
-@TORTURE
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=TORTURE), pytest.param(2, marks=TORTURE)])
 def test_a_rank_that_waits_for_data_for_ever_is_named(
     request_of: Callable[..., list[object]], stage: int, tmp_path: Path
 ) -> None:
