@@ -6,11 +6,13 @@ were fitted to the 17 rows of CoAtNet-0 to -4; every one of them then comes out 
 held out, within 0.1 %. A hypothesis about the authors' counter, and no cost of any machine. Next: convert.py.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .attention import RelativeAttention
 from .blocks import FeedForward, MBConv
@@ -38,16 +40,17 @@ class Count:
 def count(layout: str | Layout, resolution: int = 224, stride: StridePlace | None = None, classes: int = 1000) -> Count:
     """The counts of a network of `coatnet` at a resolution; parameters with the bias tables of that resolution."""
     with torch.device("meta"):
-        return count_network(coatnet(layout, classes, resolution, stride=stride, normal=_nothing))
+        model = coatnet(layout, classes, resolution, stride=stride, normal=_nothing)
+    return count_network(model)
 
 
 def count_network(model: CoAtNet) -> Count:
-    """The counts of a network on the meta device, at its resolution; it is of no other use afterwards.
+    """The counts of a network at its resolution; it may be on the meta device, and stays as it is.
 
-    No image goes through zeros that take no memory, so nothing is computed. (Shapes could be had on the meta device
-    itself, but there torch imports its compiler for them, which takes seconds.)
+    No image goes through zeros that take no memory, and past the biases, which would, so nothing is computed. (Shapes
+    could be had on the meta device itself, but there torch imports its compiler for them, which takes seconds.)
     """
-    model.eval()._apply(lambda weight: torch.zeros((), dtype=weight.dtype).expand(weight.shape))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     exact: list[int] = []
     overhead: list[float] = []
 
@@ -57,13 +60,19 @@ def count_network(model: CoAtNet) -> Count:
     def charge(per_element: float, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         overhead.append(per_element * output.shape[1:].numel())
 
-    for module in model.modules():
-        module.register_forward_hook(see)
-        for charged, per_element in _overheads(module):
-            charged.register_forward_hook(partial(charge, per_element))
-    with torch.no_grad():
-        model(torch.empty(0, 3, *model.resolution))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with ExitStack() as undo, torch.no_grad():
+        for module in model.modules():
+            undo.enter_context(module.register_forward_hook(see))
+            for charged, per_element in _overheads(module):
+                undo.enter_context(charged.register_forward_hook(partial(charge, per_element)))
+            if isinstance(module, RelativeAttention):
+                for name, instead in (("backend", "reference"), ("bias_table", None)):
+                    undo.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, instead)
+        undo.callback(model.train, model.training)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        zeros = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors}
+        functional_call(model.eval(), zeros, torch.empty(0, 3, *model.resolution))
     return Count(parameters, sum(exact), round(sum(exact) + sum(overhead)))
 
 

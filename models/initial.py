@@ -6,23 +6,39 @@ Next: ../pipeline/train.py.
 
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Normal = Callable[[str, torch.Size], Tensor]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def linear(inputs: int, width: int) -> nn.Linear:
     """A linear layer with bias, without values, on torch's current default device."""
-    return nn.Linear(inputs, width, device="meta").to_empty(device=torch.get_default_device())
+    return allocate(nn.Linear(inputs, width, device="meta"), torch.get_default_device())
 
 
 def convolution(inputs: int, width: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = True) -> nn.Conv2d:
     """A convolution that keeps size / stride, without values, on torch's current default device."""
     padding = 0 if kernel == stride else kernel // 2  # patches do not overlap
     made = nn.Conv2d(inputs, width, kernel, stride, padding, groups=groups, bias=bias, device="meta")
-    return made.to_empty(device=torch.get_default_device())
+    return allocate(made, torch.get_default_device())
+
+
+@torch.no_grad()
+def allocate(layer: Layer, device: torch.device) -> Layer:
+    """Gives a layer's own tensors memory on a device, without values; returns the layer.
+
+    nn.Module.to_empty does this through `empty_like` of a meta tensor, which imports sympy: half a second.
+    """
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        layer.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
+    for name, buffer in list(layer.named_buffers(recurse=False)):
+        setattr(layer, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    return layer
 
 
 def from_torch(name: str, shape: torch.Size) -> Tensor:

@@ -45,17 +45,8 @@ def start_process_group(patience: float = PATIENCE_SECONDS) -> torch.device:
     A collective fails after twice that many seconds: before, the rank that it waits for is named (signs_of_life.py).
     """
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
-    import deepspeed
-    import deepspeed.ops
-
-    with mock.patch("torch.compile", lambda function: function):  # its import would load a compiler: a second or two
-        import deepspeed.runtime.zero.muon.original_muon  # which we never use, and initialize imports
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets a level of its own
+    deepspeed = import_deepspeed()
     zero_state.check_version(deepspeed.__version__)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -64,6 +55,21 @@ def start_process_group(patience: float = PATIENCE_SECONDS) -> torch.device:
     timeout = datetime.timedelta(seconds=2 * patience)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return device
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, without the compilers that it would load or look for, and without its log lines."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
+    import deepspeed
+    import deepspeed.ops
+
+    with mock.patch("torch.compile", lambda function: function):  # its import would load a compiler: a second or two
+        import deepspeed.runtime.zero.muon.original_muon  # which we never use, and initialize imports
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets a level of its own
+    vars(deepspeed.ops)["__compatible_ops__"] = {}  # none; to find out which it could build takes a compiler
+    return deepspeed
 
 
 def _check_gpu(device: torch.device) -> None:

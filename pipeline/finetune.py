@@ -69,16 +69,16 @@ def finetune(
     def work(plan: Plan) -> None:
         from pipeline.ema import assign
         from pipeline.engine import on_rank_zero
-        from pipeline.network import build_network, initial_values
+        from pipeline.network import initial_values, with_values
         from pipeline.train import train
 
-        def first_network(device: torch.device, shard: Shard | None) -> CoAtNet:
+        def first_weights(network: CoAtNet, device: torch.device, shard: Shard | None) -> CoAtNet:
             found = on_rank_zero(lambda: source_of(run_folder, path, weights))
             reader, classes = found.reader(), plan.train.classes
             rows = classifier_rows(config.model.classifier, classes, reader.state()["classes"], found.run)
             new = initial_values(config.run.seed)
             values, statistics = weights_from(reader, kind_of(reader, found.weights), rows, new)
-            network = build_network(config.model, config.train, len(classes), device, values, shard)
+            with_values(network, device, values, shard)
             assign(network, statistics)
             on_rank_zero(lambda: pin(run_folder, found))
             return network
@@ -87,7 +87,7 @@ def finetune(
             said = beginning(config, plan, source_of(run_folder, path, weights))
             if rank_and_world_size()[0] == 0:
                 print(said)
-        train(config, plan, ancestors, first_network)
+        train(config, plan, ancestors, first_weights)
 
     return run(config, "finetune", procs, work)
 

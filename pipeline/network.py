@@ -19,7 +19,7 @@ from models.backends import check_backend
 from models.coatnet import CoAtNet
 from models.count import Count, count_network
 from models.family import Layout, Stage, Stem
-from models.initial import initial_value
+from models.initial import allocate, initial_value
 from models.norm import BatchNorm2d
 from pipeline.config import Model, Train
 from pipeline.errors import BadRequest
@@ -47,7 +47,6 @@ def no_values(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.zeros(shape)
 
 
-@torch.no_grad()
 def build_network(
     model: Model,
     train: Train,
@@ -56,17 +55,22 @@ def build_network(
     values: Values,
     shard: Shard | None = None,
 ) -> CoAtNet:
-    """A CoAtNet with the weights that `values` gives; BadRequest for impossible values.
-
-    Layer by layer: where `shard` takes them apart (ZeRO-3), a rank never holds more of the whole than one layer.
-    """
+    """A CoAtNet with the weights that `values` gives; BadRequest for impossible values."""
     try:
         check_backend(model.attention, device.type)
     except ValueError as error:
         raise BadRequest(f"model.{error}") from None
-    network = empty_network(model, train, classes)
+    return with_values(empty_network(model, train, classes), device, values, shard)
+
+
+@torch.no_grad()
+def with_values(network: CoAtNet, device: torch.device, values: Values, shard: Shard | None = None) -> CoAtNet:
+    """The network, which had no memory for weights, with those that `values` gives.
+
+    Layer by layer: where `shard` takes them apart (ZeRO-3), a rank never holds more of the whole than one layer.
+    """
     for path, layer in reversed(list(network.named_modules())):  # a parent's own parameters after its children's
-        layer.to_empty(device=device, recurse=False)
+        allocate(layer, device)
         if isinstance(layer, BatchNorm2d):
             layer.reset_statistics()
         for name, parameter in layer.named_parameters(path, recurse=False):
@@ -84,7 +88,7 @@ def empty_network(model: Model, train: Train, classes: int) -> CoAtNet:
 
 def counts_of(model: Model, train: Train, classes: int) -> Count:
     """Parameters and multiply-adds, counted without memory for weights; BadRequest where the model cannot be built."""
-    return count_network(empty_network(model.model_copy(update={"attention": "reference"}), train, classes))
+    return count_network(empty_network(model, train, classes))
 
 
 def attention_backends(network: CoAtNet, train: Train, device: torch.device) -> str:

@@ -8,6 +8,7 @@ Next: zero_state.py.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+# Without the decorators, whose first call imports torch's compiler, a second and a half, to keep it out of these two.
+_STEP = inspect.unwrap(torch.optim.AdamW.step)
+_ADD_PARAM_GROUP = inspect.unwrap(torch.optim.AdamW.add_param_group)
+
+
 class AveragingAdamW(torch.optim.AdamW):
     """AdamW whose step also moves `state[p]["ema"]` towards the new weights; no compiler needed (torch's fused kernel).
 
@@ -52,12 +58,15 @@ class AveragingAdamW(torch.optim.AdamW):
 
     decay: float | None = None  # set for every step by the training loop; None: no average
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _ADD_PARAM_GROUP(self, param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # AdamW initialises only an empty state, so a new average joins after its step.
         first = {p: p.detach().clone() for p in stepped if self.decay is not None and "ema" not in self.state[p]}
-        loss = super().step(closure)
+        loss = _STEP(self, closure)
         if self.decay is not None:
             for p in stepped:
                 average = self.state[p].setdefault("ema", first.get(p))

@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+# tensorboardX loads the clients of object stores where they are installed; only its messages are needed here.
+_HIDDEN = [name for name in ("boto3", "google.cloud.storage") if name not in sys.modules]
+for _name in _HIDDEN:
+    sys.modules[_name] = None  # type: ignore[assignment]  # to import it fails, as if it were not there
+try:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
+finally:
+    for _name in _HIDDEN:
+        del sys.modules[_name]
 
 
 class TensorBoard:

@@ -26,6 +26,7 @@ import torch
 from data.loader import Share, training_batches
 from data.order import passes
 from models.coatnet import CoAtNet, stochastic_depth_rates
+from models.count import count_network
 from models.norm import apply_statistics, take_statistics
 from pipeline import ancestry, ema, stopping
 from pipeline.arithmetic import arithmetic
@@ -58,12 +59,12 @@ from pipeline.mixing import mixed
 from pipeline.network import (
     Shard,
     attention_backends,
-    build_network,
-    counts_of,
+    empty_network,
     initial_values,
     inputs,
     no_values,
     survival,
+    with_values,
 )
 from pipeline.optim import ema_decay, learning_rate
 from pipeline.prepare import Plan, augmentation
@@ -82,12 +83,12 @@ def train(
     config: Config,
     plan: Plan,
     ancestors: list[dict[str, Any]],
-    first_network: Callable[[torch.device, Shard | None], CoAtNet] | None = None,
+    first_weights: Callable[[CoAtNet, torch.device, Shard | None], CoAtNet] | None = None,
 ) -> None:
     """Trains to the plan's last step, beginning or going on; RunStopped where it was asked to stop before.
 
-    `first_network` makes the network of a run that begins (fine-tuning; else weights are drawn); `ancestors` are its
-    ancestry.
+    `first_weights` gives the network of a run that begins its weights (fine-tuning; else they are drawn); `ancestors`
+    are its ancestry.
     """
     run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
     device = start_process_group(config.run.hang_timeout)
@@ -97,18 +98,18 @@ def train(
 
     # Model, and the engine that shards its states over the ranks.
     classes, shard = len(plan.train.classes), sharding(config.train, config.optim, config.zero)
-    if plan.begins and first_network is not None:
-        model = first_network(device, shard)
+    network = empty_network(config.model, config.train, classes)
+    counts = count_network(network)
+    if plan.begins and first_weights is not None:
+        model = first_weights(network, device, shard)
     else:
-        values = initial_values(config.run.seed) if plan.begins else no_values
-        model = build_network(config.model, config.train, classes, device, values, shard)
+        model = with_values(network, device, initial_values(config.run.seed) if plan.begins else no_values, shard)
     engine = build_engine(model, config.train, config.optim, config.zero)
     average = ema.copied(ema.statistics(model)) if config.train.ema else None
 
     # An attempt leads to the last step, or to where the guards go back on it; then the next one follows.
     lineage = [*ancestors, ancestry.entry(config, plan.steps, ancestors)]
     writer = CheckpointWriter(run / "checkpoints", first_attempt, rank, world_size, config.checkpoint, events)
-    counts = counts_of(config.model, config.train, classes)
     peak = peak_images_per_second(device_name(device), config.train.precision, counts.multiply_adds, world_size)
     told = arithmetic(config.model, config.train, config.zero, classes, counts, world_size, plan.train.samples)
     with watching, reporter(rank, run / "logs", plan.steps) as report:
