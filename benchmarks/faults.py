@@ -17,7 +17,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.machine import machine
 from pipeline.checkpoint import checkpoints
+from tests.forked import Process
 from tests.pipeline.many_runs import on_ranks
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
@@ -93,9 +93,6 @@ class Outcome:
     worst: dict[str, float] = field(default_factory=dict)
 
 
-Process = subprocess.Popen[str]
-
-
 # ------------------------------------------------------------------------------------------------------- the trainings
 
 
@@ -106,7 +103,7 @@ def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
     exact = ["train.precision=fp32", "optim.eps=1e-3", "model.pool=average"]
     rate = ["optim.learning_rate=5e-4", "optim.decay=none", "evaluate.every=null"]
     kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
-    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=20", f"zero.stage={place.stage}"]
+    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=15", f"zero.stage={place.stage}"]
     return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
 
 

@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Run:
 
 Accuracies = dict[tuple[str, str, int], float]
 """Top-1 by run, weights and side."""
+Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def chain(recipe: Recipe, runs: Path, arm: str, seed: int) -> list[Run]:
@@ -84,37 +86,51 @@ def chain(recipe: Recipe, runs: Path, arm: str, seed: int) -> list[Run]:
     return made
 
 
-def measure(recipe: Recipe, out: Path, workers: int) -> Accuracies:
-    """Does what is not done yet, several chains side by side, and returns all accuracies."""
+def measure(recipe: Recipe, out: Path, workers: int, start: Start | None = None) -> Accuracies:
+    """Does what is not done yet, several chains side by side, and returns all accuracies.
+
+    `start` runs a command in place of an interpreter of its own.
+    """
     chains = [chain(recipe, out / "runs", arm, seed) for seed, arm in product(range(recipe.seeds), recipe.arms)]
     with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(lambda each: [_accuracies(recipe, out, run) for run in each], chains))
+        of_chain = partial(_of_chain, recipe, out, start or _new_process)
+        done = list(pool.map(of_chain, chains))
     return {key: value for each in done for found in each for key, value in found.items()}
 
 
-def _accuracies(recipe: Recipe, out: Path, run: Run) -> Accuracies:
+def _of_chain(recipe: Recipe, out: Path, start: Start, runs: list[Run]) -> list[Accuracies]:
+    return [_accuracies(recipe, out, run, start) for run in runs]
+
+
+def _accuracies(recipe: Recipe, out: Path, run: Run, start: Start) -> Accuracies:
     """Trains, or goes on, or finds it done; then evaluates what is not on record."""
     print(run.name, file=sys.stderr, flush=True)
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    _coatnet(run.command, out / "logs" / f"{run.name}.log")
+    log = out / "logs" / f"{run.name}.log"
+    _coatnet(run.command, log, start)
     found: Accuracies = {}
     for weights, side in run.measured:
         record = out / "figures" / f"{run.name}-{weights}-{side}.json"
         if not record.exists():
             command = ["evaluate", str(out / "runs" / run.name), "--data", f"{recipe.data}/val", "--weights", weights]
-            said = _coatnet([*command, "--resolution", str(side), "--json"], out / "logs" / f"{run.name}.log")
+            said = _coatnet([*command, "--resolution", str(side), "--json"], log, start)
             record.parent.mkdir(exist_ok=True)
             record.write_text(said)
         found[run.name, weights, side] = json.loads(record.read_text())["top1"]
     return found
 
 
-def _coatnet(command: list[str], log: Path) -> str:
-    """A command's standard output; one thread, so that as many run as there are cores. RuntimeError if it fails."""
+def _new_process(*command: str) -> subprocess.CompletedProcess[str]:
+    """One thread each, so that as many run as there are cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*COATNET, *command], env=environment, capture_output=True, text=True)
+
+
+def _coatnet(command: list[str], log: Path, start: Start) -> str:
+    """A command's standard output; RuntimeError if it fails."""
+    done = start(*command)
     with log.open("a") as said:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*COATNET, *command], env=environment, stdout=subprocess.PIPE, stderr=said, text=True)
-        said.write(done.stdout)
+        said.write(done.stderr + done.stdout)
     if done.returncode:
         raise RuntimeError(f"coatnet {' '.join(command)} ended with status {done.returncode}; {log} says why")
     return done.stdout

@@ -9,6 +9,7 @@ Next: config.py.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -274,6 +275,8 @@ def verify(
 
 def main() -> None:
     """The console script: runs the command and turns how it ended into lines and an exit status."""
+    # numpy's algebra, which nothing here uses, would start a thread a core, and who has several can't be forked.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     adopt_srun()
     end_with_launcher()
     if is_rank() and sys.argv[1:2] in (["pretrain"], ["finetune"]):

@@ -12,7 +12,7 @@ from pipeline import ancestry
 from pipeline.errors import BadRequest
 from pipeline.finetune import finetune
 from pipeline.overrides import read_config
-from tests.pipeline.runs import ROOT, events
+from tests.pipeline.runs import ROOT, coatnet, events
 
 CIFAR10 = ROOT.parent / "shared" / "data"
 
@@ -20,7 +20,7 @@ CIFAR10 = ROOT.parent / "shared" / "data"
 def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digits: Path, tmp_path: Path) -> None:
     steps = ("train.steps=1", "log.samples=false")
     recipe = Recipe(digits, "configs/tiny.yaml", "configs/tiny_finetune.yaml", 32, 40, steps, steps, ("off",), 1)
-    found = measure(recipe, tmp_path, workers=2)
+    found = measure(recipe, tmp_path, workers=2, start=coatnet)
     assert len(found) == 2 + 2 and all(0 <= top1 <= 1 for top1 in found.values())
     assert [line.count("|") for line in table(recipe, found)][:3] == [5, 5, 5]
     tuned = tmp_path / "runs" / "finetune-off-on-0"

@@ -8,7 +8,6 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from data.loader import Share, evaluation_batches, training_batches
 from data.order import Order
 from data.pack import pack
 from data.shards import Broken, index_tar, read_manifest
+from tests.forked import forkserver
 
 SIDE = 24
 DRAWN = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def indexed(folder: Path, decode: bool) -> tuple[dict[str, str], str]:
 @pytest.fixture(scope="module")
 def child() -> Iterator[Executor]:
     """A process of its own: BrokenProcessPool is raised where it crashes."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=forkserver) as pool:
         yield pool
 
 

@@ -6,7 +6,6 @@ checkpoint, as in a run: what was done after it is lost, and done again by whoev
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -29,6 +28,7 @@ from data.loader import Share, training_batches
 from data.order import Order, steps
 from data.pack import pack
 from data.shards import index_tar, read_manifest
+from tests.forked import forkserver
 
 SAMPLES, EPOCHS, GLOBAL_BATCH, WINDOW, SIDE, SEED = 397, 3, 24, 5, 16, 7
 RANKS = [1, 2, 3, 4, 6, 8]
@@ -147,9 +147,6 @@ def test_killed_in_the_middle_of_a_batch_and_gone_on_from_the_checkpoint_it_is_t
     folder, undisturbed, tmp_path, seed
 ):
     """The ranks are processes, all killed at once; there is a checkpoint after every third step that all have done."""
-    # A server that has imported what ranks need forks them: a new interpreter for each would take seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     rng, disturbed, attempt = np.random.default_rng(seed), [], 0
     while (first := len(disturbed)) < STEPS:
         attempt += 1
@@ -158,7 +155,7 @@ def test_killed_in_the_middle_of_a_batch_and_gone_on_from_the_checkpoint_it_is_t
         work = [
             partial(rank_that_writes, folder, r, world_size, first, file, survives + 3) for r, file in enumerate(files)
         ]
-        processes: list[BaseProcess] = [context.Process(target=each) for each in work]
+        processes: list[BaseProcess] = [forkserver.Process(target=each) for each in work]
         for process in processes:
             process.start()
         of_ranks = killed_after(processes, files, survives)

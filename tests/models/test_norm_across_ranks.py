@@ -12,12 +12,12 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 
 from models.coatnet import coatnet
 from models.family import Layout, Stage, Stem
 from models.norm import BatchNorm2d, across_ranks, apply_statistics, take_statistics
+from tests.forked import forkserver
 
 RANKS, PART, SIDE = 4, 3, 32
 GROUPS = (2, 4)
@@ -80,7 +80,12 @@ def as_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(as_rank, (str(folder),), nprocs=RANKS)
+    ranks = [forkserver.Process(target=as_rank, args=(rank, str(folder))) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * RANKS
     return [torch.load(Path(folder, f"rank-{rank}.pt"), weights_only=False) for rank in range(RANKS)]
 
 

@@ -1,4 +1,4 @@
-"""Many short trainings in the same ranks, since starting ranks is what takes the time: `python -m` this, as a rank.
+"""Many short trainings in the same ranks, since starting ranks takes time.
 
 Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`: a `coatnet pretrain` without its start.
 With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,19 +28,17 @@ import torch
 
 from pipeline.checkpoint import step_name
 from pipeline.launch import processor_share, rank_and_world_size, run_ranks
-from tests.pipeline.runs import PATIENCE_SECONDS, ROOT
+from tests import forked
+from tests.pipeline.runs import PATIENCE_SECONDS
 
-PROGRAM = (sys.executable, "-m", "tests.pipeline.many_runs")
+MODULE = "tests.pipeline.many_runs"
 
 
 def on_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, status: int = 0) -> str:
     """Does the jobs one after the other on so many ranks, which end with this status; returns what rank 0 said."""
     file = folder / f"jobs-{world_size}-{len(list(folder.glob('jobs-*')))}.json"
     file.write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [*PROGRAM, str(world_size), str(file)],
-        cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS,
-    )  # fmt: skip
+    done = forked.run(MODULE, world_size, file, timeout=2 * PATIENCE_SECONDS)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -171,9 +168,13 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     writer.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
     if len(sys.argv) == 3:
         jobs_file = Path(sys.argv[2])
-        sys.exit(run_ranks([str(jobs_file)], int(sys.argv[1]), jobs_file.parent / "logs", PROGRAM))
+        sys.exit(run_ranks([str(jobs_file)], int(sys.argv[1]), jobs_file.parent / "logs", MODULE))
     for each in json.loads(Path(sys.argv[1]).read_text()):
         do(each)
+
+
+if __name__ == "__main__":
+    main()

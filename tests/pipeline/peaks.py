@@ -7,7 +7,6 @@ file with its rank added. ZeRO's buckets are made small, so that they don't hide
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -20,9 +19,10 @@ from pipeline.activations import Live
 from pipeline.config import Config
 from pipeline.launch import end_with_launcher, rank_and_world_size, run_ranks
 from pipeline.overrides import read_config
-from tests.pipeline.runs import PATIENCE_SECONDS, ROOT
+from tests import forked
+from tests.pipeline.runs import PATIENCE_SECONDS
 
-PROGRAM = (sys.executable, "-m", "tests.pipeline.peaks")
+MODULE = "tests.pipeline.peaks"
 BUCKET, CLASSES = 200_000, 10
 
 
@@ -30,9 +30,7 @@ def measured(world_size: int, cases: list[list[str]], folder: Path) -> list[tupl
     """For each configuration the largest peak of a rank, measured and by the model."""
     file = folder / "cases.json"
     file.write_text(json.dumps([[case, str(folder / f"case-{number}")] for number, case in enumerate(cases)]))
-    done = subprocess.run(
-        [*PROGRAM, str(world_size), str(file)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
+    done = forked.run(MODULE, world_size, file, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = range(world_size)
     found = [
@@ -64,7 +62,7 @@ def peak_of_two_steps(config: Config) -> int:
     return sum(live.peak.values())
 
 
-def main(cases: list[tuple[list[str], str]]) -> None:
+def measure(cases: list[tuple[list[str], str]]) -> None:
     end_with_launcher()
     from pipeline.activations import estimates
 
@@ -77,9 +75,13 @@ def main(cases: list[tuple[list[str], str]]) -> None:
         Path(f"{file}-{rank}").write_text(json.dumps([found, model]))
 
 
-if __name__ == "__main__":
+def main() -> None:
     if len(sys.argv) == 3:
         jobs = Path(sys.argv[2])
-        sys.exit(run_ranks([str(jobs)], int(sys.argv[1]), jobs.parent / "logs", PROGRAM))
+        sys.exit(run_ranks([str(jobs)], int(sys.argv[1]), jobs.parent / "logs", MODULE))
     with mock.patch.object(engines, "BUCKET_ELEMENTS", BUCKET), mock.patch.object(memory, "BUCKET_ELEMENTS", BUCKET):
-        main(json.loads(Path(sys.argv[1]).read_text()))
+        measure(json.loads(Path(sys.argv[1]).read_text()))
+
+
+if __name__ == "__main__":
+    main()

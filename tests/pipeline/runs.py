@@ -15,22 +15,25 @@ from typing import Any
 from data.pack import pack
 from pipeline.checkpoint import CheckpointReader, checkpoints
 from pipeline.doctor import GRAY_JPEG
+from pipeline.launch import COMMANDS
+from tests import forked
+from tests.forked import ROOT, Process
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 240
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    """A command as a person starts it, in an interpreter of its own."""
+    return [sys.executable, "-m", COMMANDS, *map(str, arguments)]
 
 
 def coatnet(*arguments: object, patience: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=patience)
+    return forked.run(COMMANDS, *arguments, timeout=patience)
 
 
-def started(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def started(*arguments: object) -> Process:
+    return forked.start(COMMANDS, *arguments)
 
 
 def pack_digits(folder: Path) -> Path:
@@ -104,7 +107,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: Process) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
@@ -113,9 +116,7 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[str] | None = None, seconds_between: float = 0.02
-) -> None:
+def wait_until(condition: Callable[[], bool], process: Process | None = None, seconds_between: float = 0.02) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -1,4 +1,4 @@
-"""`coatnet pretrain` on ranks of which one stands still: `python -m` this RANKS FAULT RANK CALL pretrain ...
+"""`coatnet pretrain` on ranks of which one stands still; its arguments: RANKS FAULT RANK CALL pretrain ...
 
 FAULT is "sleep" (from the CALL-th micro batch that RANK takes on), "read" (its CALL-th read of shards never ends), or
 "slow" (each of its micro batches from the CALL-th on, and each of an evaluation, takes SLOW_SECONDS).
@@ -18,7 +18,7 @@ from unittest import mock
 
 from pipeline.launch import run_ranks
 
-PROGRAM = (sys.executable, "-m", "tests.pipeline.standing_still")
+MODULE = "tests.pipeline.standing_still"
 SLOW_SECONDS = 8.0
 
 
@@ -55,10 +55,11 @@ def from_call(number: int, stand_still: Callable[[], None], function: Callable[.
     return called
 
 
-def main(ranks: str, fault: str, rank: str, call: str, *arguments: str) -> None:
+def main() -> None:
+    ranks, fault, rank, call, *arguments = sys.argv[1:]
     if "RANK" not in os.environ:
         run = next(Path(each[8:]) for each in arguments if each.startswith("run.dir="))
-        sys.exit(run_ranks(sys.argv[1:], int(ranks), run / "logs", PROGRAM))
+        sys.exit(run_ranks(sys.argv[1:], int(ranks), run / "logs", MODULE))
     from pipeline import cli
 
     if os.environ["RANK"] == rank:
@@ -70,4 +71,4 @@ def main(ranks: str, fault: str, rank: str, call: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -39,6 +38,7 @@ from pipeline.errors import BadRequest, RunFailed
 from pipeline.host_memory import available_bytes, of_group
 from pipeline.save import Common, Part, part_of, prune, remove_leftovers, write_checkpoint
 from pipeline.weights_file import checkpoint_of
+from tests.forked import forkserver
 
 KINDS = ("weight", "exp_avg", "ema")
 SHAPES = {"stem.weight": (7, 3, 2, 2), "stages.0.bias": (5,), "scale": (), "head.weight": (40, 6)}
@@ -515,16 +515,15 @@ def write_and_die(root: Path, last_operation: int) -> None:
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_whatever_has_a_checkpoints_name_is_whole_wherever_between_two_operations_on_files_its_writer_is_killed(
-    tmp_path, monkeypatch, damaged
+    tmp_path, damaged
 ):
     """Also where a damaged checkpoint of the same step is to be replaced; and one that can be gone on from is there."""
-    server = forkserver(monkeypatch)
     for last_operation in itertools.count(1):
         root = tmp_path / str(last_operation)
         written(root, two_ranks())
         if damaged:
             (written(root, two_ranks(), step=2) / "state.json").write_text("damaged")
-        process = server.Process(target=write_and_die, args=(root, last_operation))
+        process = forkserver.Process(target=write_and_die, args=(root, last_operation))
         process.start()
         process.join()
         found = checkpoints(root)
@@ -545,21 +544,12 @@ def whole(folder: Path) -> bool:
     return True
 
 
-def forkserver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Processes that begin at once, forked from one without threads that has imported this file."""
-    here = Path(__file__)
-    monkeypatch.setenv("PYTHONPATH", f"{here.parent}:{here.parents[2]}")
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([here.stem])
-    return server
-
-
-def kill_while_writing(root: Path, kills: int, choice: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = forkserver(monkeypatch)
+def kill_while_writing(root: Path, kills: int, choice: random.Random) -> None:
     for _ in range(kills):
-        together, begun = server.Barrier(2), server.Event()
+        together, begun = forkserver.Barrier(2), forkserver.Event()
         first = 1 + max(map(step_of, checkpoints(root)), default=0)
-        ranks = [server.Process(target=write_for_ever, args=(root, rank, first, together, begun)) for rank in (0, 1)]
+        shared = (first, together, begun)
+        ranks = [forkserver.Process(target=write_for_ever, args=(root, rank, *shared)) for rank in (0, 1)]
         for process in ranks:
             process.start()
         assert begun.wait(300)
@@ -578,10 +568,10 @@ def kill_while_writing(root: Path, kills: int, choice: random.Random, monkeypatc
         assert sorted(root.iterdir()) == found
 
 
-def test_whatever_has_a_checkpoints_name_is_whole_whenever_its_writers_are_killed(tmp_path, monkeypatch):
-    kill_while_writing(tmp_path, 5, random.Random(0), monkeypatch)
+def test_whatever_has_a_checkpoints_name_is_whole_whenever_its_writers_are_killed(tmp_path):
+    kill_while_writing(tmp_path, 5, random.Random(0))
 
 
 @pytest.mark.torture
-def test_whatever_has_a_checkpoints_name_is_whole_in_many_kills(tmp_path, monkeypatch):
-    kill_while_writing(tmp_path, 50, random.Random(1), monkeypatch)
+def test_whatever_has_a_checkpoints_name_is_whole_in_many_kills(tmp_path):
+    kill_while_writing(tmp_path, 50, random.Random(1))

@@ -1,6 +1,7 @@
 """Laws of launching: a rank's end is the launcher's, with its status; no rank outlives its launcher, however it ends.
 
-The ranks are a few lines of Python in place of the command line; launcher, processes and signals are real.
+The ranks are a few lines of Python in place of the command line; launcher, processes and signals are real. Each law is
+that of ranks that are forks of the launcher, and of ranks that are new interpreters.
 """
 
 import os
@@ -12,20 +13,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline import preload
 from pipeline.launch import is_rank, local_world_size, processor_share, rank_and_world_size
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
 LAUNCHER = """
-    import sys
+    import signal, sys
     from pathlib import Path
     from pipeline import launch
-    grace, ranks, logs, program = sys.argv[1:5]
+    for number in (signal.SIGHUP, signal.SIGQUIT):  # may be ignored where the tests run in the background
+        signal.signal(number, signal.SIG_DFL)
+    start, grace, ranks, logs = sys.argv[1:5]
     launch.GRACE_SECONDS = float(grace)
-    sys.exit(launch.run_ranks(sys.argv[5:], int(ranks), Path(logs), [sys.executable, "-c", program]))
+    exec(BEFORE)
+    sys.exit(launch.run_ranks(sys.argv[5:], int(ranks), Path(logs), "rank_of_a_test", getattr(launch, start)))
 """
 RANK = """
     import itertools, os, sys, signal, time
@@ -45,16 +51,34 @@ RANK = """
 """
 
 
-def launched(folder: Path, ranks: int, rest_of_rank: str, *arguments: str, grace: float = 0.3) -> subprocess.Popen[str]:
-    program = textwrap.dedent(RANK) + textwrap.dedent(rest_of_rank)
-    logs = str(folder / "logs")
-    command = [sys.executable, "-c", textwrap.dedent(LAUNCHER), str(grace), str(ranks), logs, program, str(folder)]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(params=["fork", "spawn"])
+def start(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def ended(folder: Path, ranks: int, rest_of_rank: str, *arguments: str, grace: float = 0.3) -> tuple[int, str, str]:
+def write_rank(folder: Path, rest_of_rank: str) -> None:
+    """The module that ranks run."""
+    program = textwrap.indent(textwrap.dedent(RANK) + textwrap.dedent(rest_of_rank), "    ")
+    (folder / "rank_of_a_test.py").write_text(f"def main():\n{program}\nif __name__ == '__main__': main()\n")
+
+
+def launched(
+    start: str, folder: Path, ranks: int, rest_of_rank: str, *arguments: str, grace: float = 0.3, before: str = ""
+) -> subprocess.Popen[str]:
+    write_rank(folder, rest_of_rank)
+    launcher = textwrap.dedent(LAUNCHER).replace("BEFORE", repr(textwrap.dedent(before)))
+    command = [sys.executable, "-c", launcher, start, grace, ranks, folder / "logs", folder]
+    return subprocess.Popen(
+        [*map(str, command), *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(
+    start: str, folder: Path, ranks: int, rest_of_rank: str, *arguments: str, grace: float = 0.3, before: str = ""
+) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a launch that ends by itself."""
-    process = launched(folder, ranks, rest_of_rank, *arguments, grace=grace)
+    process = launched(start, folder, ranks, rest_of_rank, *arguments, grace=grace, before=before)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out, err
 
@@ -78,10 +102,10 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def waiting_ranks(folder: Path, ranks: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def waiting_ranks(start: str, folder: Path, ranks: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A launch whose ranks note SIGTERM and otherwise wait for ever, and their process ids."""
     program = "note_each_term(); note(f'begun-{rank}', os.getpid())\nwhile True: time.sleep(0.01)"
-    process = launched(folder, ranks, program)
+    process = launched(start, folder, ranks, program)
     try:
         wait_for(folder, *(f"begun-{rank}" for rank in range(ranks)))
         yield process, [int((folder / f"begun-{rank}").read_text()) for rank in range(ranks)]
@@ -93,36 +117,36 @@ def waiting_ranks(folder: Path, ranks: int) -> Iterator[tuple[subprocess.Popen[s
         process.communicate()
 
 
-def test_each_rank_gets_the_arguments_and_the_environment_that_torchrun_would_give_it(tmp_path):
+def test_each_rank_gets_the_arguments_and_the_environment_that_torchrun_would_give_it(start, tmp_path):
     program = """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         note(f"seen-{rank}", [sys.argv[2:], *map(os.environ.get, names)])
     """
-    assert ended(tmp_path, 3, program, "pretrain", "a b.yaml")[0] == 0
+    assert ended(start, tmp_path, 3, program, "pretrain", "a b.yaml")[0] == 0
     seen = [(tmp_path / f"seen-{rank}").read_text() for rank in range(3)]
     port = eval(seen[0])[-1]
     for rank, text in enumerate(seen):
         assert eval(text) == [["pretrain", "a b.yaml"], str(rank), str(rank), "3", "3", "127.0.0.1", port]
 
 
-def test_rank_0_has_the_terminal_and_the_others_their_logs_which_are_only_added_to(tmp_path):
+def test_rank_0_has_the_terminal_and_the_others_their_logs_which_are_only_added_to(start, tmp_path):
     program = "print('out', rank, flush=True); print('err', rank, file=sys.stderr)"
     for _ in range(2):
-        assert ended(tmp_path, 3, program) == (0, "out 0\n", "err 0\n")
+        assert ended(start, tmp_path, 3, program) == (0, "out 0\n", "err 0\n")
     assert names(tmp_path / "logs", "rank") == ["rank-1.log", "rank-2.log"]
     assert (tmp_path / "logs" / "rank-2.log").read_text() == "out 2\nerr 2\n" * 2
 
 
 @pytest.mark.parametrize("status", [1, 2, 3])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_launcher_ends_with_the_failing_ranks_status_and_ends_the_others(tmp_path, failing, status):
+def test_the_launcher_ends_with_the_failing_ranks_status_and_ends_the_others(start, tmp_path, failing, status):
     program = f"""
         note(f"begun-{{rank}}", os.getpid()); all_are("begun")
         if rank == {failing}:
             print("before"); print("the reason"); print("  and what to do"); sys.exit({status})
         while True: time.sleep(0.01)
     """
-    found, out, err = ended(tmp_path, 2, program)
+    found, out, err = ended(start, tmp_path, 2, program)
     assert found == status
     if failing:
         log = tmp_path / "logs" / "rank-1.log"
@@ -132,18 +156,18 @@ def test_the_launcher_ends_with_the_failing_ranks_status_and_ends_the_others(tmp
     assert not any(alive(int((tmp_path / name).read_text())) for name in names(tmp_path, "begun"))
 
 
-def test_all_ranks_that_stop_before_the_end_are_a_launch_that_stopped_before_the_end(tmp_path):
-    assert ended(tmp_path, 2, "sys.exit(3)")[0] == 3
+def test_all_ranks_that_stop_before_the_end_are_a_launch_that_stopped_before_the_end(start, tmp_path):
+    assert ended(start, tmp_path, 2, "sys.exit(3)")[0] == 3
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_is_a_failure_that_is_named_with_what_to_do_and_ends_the_others(tmp_path, killed):
+def test_a_killed_rank_is_a_failure_that_is_named_with_what_to_do_and_ends_the_others(start, tmp_path, killed):
     program = f"""
         note(f"begun-{{rank}}", os.getpid()); all_are("begun")
         if rank == {killed}: os.kill(os.getpid(), signal.SIGKILL)
         while True: time.sleep(0.01)
     """
-    status, _, err = ended(tmp_path, 2, program)
+    status, _, err = ended(start, tmp_path, 2, program)
     assert status == 1
     assert (
         err
@@ -152,17 +176,17 @@ def test_a_killed_rank_is_a_failure_that_is_named_with_what_to_do_and_ends_the_o
     assert not any(alive(int((tmp_path / name).read_text())) for name in names(tmp_path, "begun"))
 
 
-def test_the_others_may_end_by_themselves_after_one_has_failed(tmp_path):
+def test_the_others_may_end_by_themselves_after_one_has_failed(start, tmp_path):
     program = (
         "note(f'begun-{rank}'); all_are('begun')\nif rank: time.sleep(0.1); note('ended')\nsys.exit(0 if rank else 2)"
     )
-    assert ended(tmp_path, 2, program, grace=PATIENCE_SECONDS)[0] == 2
+    assert ended(start, tmp_path, 2, program, grace=PATIENCE_SECONDS)[0] == 2
     assert (tmp_path / "ended").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGQUIT])
-def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path, number):
-    with waiting_ranks(tmp_path, 3) as (process, ranks):
+def test_no_rank_outlives_a_launcher_that_was_killed(start, tmp_path, number):
+    with waiting_ranks(start, tmp_path, 3) as (process, ranks):
         assert all(map(alive, ranks))
         process.send_signal(number)
         process.wait()
@@ -186,8 +210,8 @@ def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_too(tmp_path):
 @pytest.mark.parametrize(
     "numbers", [[signal.SIGTERM, signal.SIGINT], [signal.SIGINT], [signal.SIGTERM] * 3 + [signal.SIGINT]]
 )
-def test_requests_to_stop_reach_every_rank_as_sigterm_and_a_second_ctrl_c_kills_them(tmp_path, numbers):
-    with waiting_ranks(tmp_path, 2) as (process, ranks):
+def test_requests_to_stop_reach_every_rank_as_sigterm_and_a_second_ctrl_c_kills_them(start, tmp_path, numbers):
+    with waiting_ranks(start, tmp_path, 2) as (process, ranks):
         for count, number in enumerate(numbers, start=1):
             process.send_signal(number)
             wait_for(tmp_path, f"term-{count}-0", f"term-{count}-1")
@@ -204,3 +228,87 @@ def test_a_process_is_a_rank_only_in_a_launchers_environment(monkeypatch):
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "1000")):
         monkeypatch.setenv(name, value)
     assert is_rank() and rank_and_world_size() == (3, 8) and local_world_size(5) == 1000 and processor_share() == 1
+
+
+def test_a_request_that_comes_while_ranks_are_being_started_reaches_all_of_them(start, tmp_path):
+    """Here a SIGTERM comes before rank 1 is; a rank that it did not reach would be waited for."""
+    program = f"""
+        import os, signal
+        from pipeline import launch
+        started = launch.{start}
+        def interrupted(module, arguments, environment, log):
+            if environment["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return started(module, arguments, environment, log)
+        launch.{start} = interrupted
+    """
+    rank = "while True: time.sleep(0.01)"
+    status, _, err = ended(start, tmp_path, 3, rank, grace=PATIENCE_SECONDS, before=program)
+    assert status == 3 and "was stopped by SIGTERM" in err
+
+
+def test_a_start_that_fails_leaves_no_rank(start, tmp_path):
+    program = f"""
+        from pipeline import launch
+        started = launch.{start}
+        def failing(module, arguments, environment, log):
+            if environment["RANK"] == "2":
+                while not Path(arguments[0], "begun-1").exists(): pass
+                raise OSError("no more processes")
+            return started(module, arguments, environment, log)
+        launch.{start} = failing
+    """
+    rank = "note(f'begun-{rank}', os.getpid())\nwhile True: time.sleep(0.01)"
+    status, _, err = ended(start, tmp_path, 3, rank, before=program)
+    assert status == 1 and "no more processes" in err
+    wait_for_end(int((tmp_path / "begun-1").read_text()))
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --------------------------------------------------------------------------------------------- what a launcher preloads
+
+
+def test_ranks_are_forks_where_that_is_safe_and_new_interpreters_where_it_is_not(tmp_path):
+    """By itself a launcher decides; here one that has a single thread, has two, or has joined a process group."""
+    program = """
+        import os, sys, threading
+        from pathlib import Path
+        from pipeline import launch
+        from pipeline.preload import may_fork, preload
+        assert preload() and {"torch", "deepspeed", "pipeline.train"} <= set(sys.modules)
+        assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ and may_fork()
+        folder = sys.argv[1]
+        for what in ("alone", "with a thread"):
+            if what != "alone":
+                threading.Thread(target=threading.Event().wait, daemon=True).start()
+            assert launch.run_ranks([folder, what], 2, Path(folder, "logs"), "rank_of_a_test") == 0
+    """
+    rank = "import multiprocessing; note(f'{sys.argv[2]}-{rank}', multiprocessing.parent_process() is not None)"
+    write_rank(tmp_path, rank)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    found = {
+        what: [(tmp_path / f"{what}-{rank}").read_text() for rank in (0, 1)] for what in ("alone", "with a thread")
+    }
+    assert found == {"alone": ["True"] * 2, "with a thread": ["False"] * 2}
+
+
+@pytest.mark.parametrize(("answer", "initialized"), [(0, True), (100, True), (3, False), (None, False)])
+def test_cudas_driver_is_at_work_once_it_answers_anything_but_not_initialized(monkeypatch, answer, initialized):
+    """cuda.h: 0 is success, 100 no device, 3 not initialized; None: there is no driver."""
+
+    def library(name: str) -> SimpleNamespace:
+        if answer is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(cuDeviceGetCount=lambda count: answer)
+
+    monkeypatch.setattr(preload.ctypes, "CDLL", library)
+    assert preload.cuda_is_initialized() is initialized

@@ -1,7 +1,7 @@
 """Laws of the mirror: what is there is whole, what fails is said and stops nothing, and a lost run comes back."""
 
 import json
-import multiprocessing
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from pipeline.mirror import Mirror, bring_back, complete, copies, send
 from pipeline.overrides import read_config
 from pipeline.run_folder import claim
 from tests.data.servers import Server, forever, s3_server
-from tests.pipeline.runs import ROOT
+from tests.forked import ROOT, forkserver
 from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, written
 
 URL = "s3://data/runs/tiny"
@@ -223,7 +223,8 @@ def test_a_run_that_is_alive_elsewhere_is_not_written_into(run, s3, monkeypatch)
     assert not (run / "checkpoints").exists()
 
 
-def start(config: Config, together: Any) -> None:
+def start(config: Config, together: Any, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # where S3 is
     together.wait()
     bring_back(config)
     read_everything(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
@@ -233,9 +234,8 @@ def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
     send(run / "checkpoints" / step_name(4), run, URL)
     shutil.rmtree(run)
     s3.forget()
-    server = multiprocessing.get_context("spawn")
-    together = server.Barrier(3)
-    ranks = [server.Process(target=start, args=(config_of(run), together)) for _ in range(3)]
+    together = forkserver.Barrier(3)
+    ranks = [forkserver.Process(target=start, args=(config_of(run), together, dict(os.environ))) for _ in range(3)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

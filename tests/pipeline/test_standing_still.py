@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline.marks import Heard
 from pipeline.stacks import FOREIGN, Frame, Standing, Thread, named, odd_ranks, page, standing, where
+from tests import forked
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
     ROOT,
@@ -33,7 +34,7 @@ from tests.pipeline.runs import (
     started,
     wait_until,
 )
-from tests.pipeline.standing_still import PROGRAM, SLOW_SECONDS
+from tests.pipeline.standing_still import MODULE, SLOW_SECONDS
 
 # --------------------------------------------------------------------------------------------------- who is waited for
 
@@ -206,7 +207,7 @@ def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
 
 # ------------------------------------------------------------------------------------------------------------ real runs
 
-TIMEOUT = 20
+TIMEOUT = 10
 STEPS = 8
 
 
@@ -224,10 +225,7 @@ def request_of(digits: Path) -> Callable[..., list[object]]:
 
 
 def with_fault(ranks: int, fault: str, rank: int, call: int, arguments: list[object]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*PROGRAM, *map(str, [ranks, fault, rank, call, *arguments])],
-        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
-    )  # fmt: skip
+    return forked.run(MODULE, ranks, fault, rank, call, *arguments, timeout=PATIENCE_SECONDS)
 
 
 def check_told(run: Path, said: str, kind: str, rank: int, ranks: int, within: str | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.records import starts
+from tests import forked
 from tests.cluster.slurm import Cluster
 from tests.pipeline.runs import ROOT, events, last_step
 
@@ -33,6 +34,8 @@ def keys(packed: Path, run: Path, *more: str) -> list[str]:
 
 def command(cluster: Cluster, *words: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`coatnet ...` on the cluster's login node."""
+    if checkout == ROOT:
+        return forked.run("slurm.cli", *words, env=cluster.environment, timeout=120)
     environment = {**cluster.environment, "PYTHONPATH": str(checkout)}
     program = [sys.executable, "-P", "-m", "slurm.cli", *words]
     return subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)

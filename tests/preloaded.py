@@ -1,0 +1,19 @@
+"""What the tests' fork server imports (forked.py). It does nothing else, so that a fork of it is a new process."""
+
+import gc
+import os
+from importlib import import_module
+
+from pipeline.preload import preload
+
+_before = dict(os.environ)
+assert preload(), "the fork server has threads, a process group, or CUDA's driver"
+COMMANDS = ["pipeline.export", "pipeline.finetune", "pipeline.out_of_memory", "pipeline.predict", "pipeline.preview"]
+COMMANDS += ["pipeline.pretrain", "pipeline.score", "slurm.cli", "data.pack"]
+STAGE_3 = ["deepspeed.runtime.zero.stage3", "torch._dynamo", "torch.onnx"]
+TESTS = ["tests.pipeline.many_runs", "tests.pipeline.peaks", "tests.pipeline.standing_still"]
+TESTS += ["tests.pipeline.test_checkpoint", "tests.data.test_schedules", "tests.models.test_norm_across_ranks"]
+for module in COMMANDS + STAGE_3 + TESTS:
+    import_module(module)
+set_by_imports = {name: value for name, value in os.environ.items() if _before.get(name) != value}
+gc.freeze()  # a collection would write into every page, and copy it
