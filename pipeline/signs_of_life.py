@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.engine import on_rank_zero
+from pipeline.engine import gathered, on_rank_zero
 from pipeline.launch import host_name, rank_and_world_size
 from pipeline.marks import Heard, is_due, last_mark
 from pipeline.record import Events
@@ -49,7 +49,7 @@ def watch_ranks(patience: float, events: Events, stacks: Path) -> Watch:
     store = served or dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=patience))
     watch = Watch(store, rank, world_size, patience, events, stacks)
     watch.show()
-    dist.barrier()  # so that each finds what the others show
+    watch.meet()  # a collective, so that each then finds what the others show
     for work in (watch.talk, watch.judge):
         threading.Thread(target=work, name=WATCHING, daemon=True).start()
     return watch
@@ -65,6 +65,7 @@ class Watch(AbstractContextManager["Watch"]):
         self._patience, self._interval = patience, min(5.0, patience / 10)
         self._events, self._stacks = events, stacks
         self._others = list(range(1, world_size)) if rank == 0 else [0]
+        self._places: list[dict[str, Any]] = []
         self._shown: dict[int, str] = {}
         self._heard = Heard(patience, self._interval, self._others, time.monotonic())
         self._signs, self._left, self._answered = 0, threading.Event(), False
@@ -73,7 +74,11 @@ class Watch(AbstractContextManager["Watch"]):
         """Shows that this process runs and its last mark, or that it leaves."""
         self._signs += 1
         facts = {"sign": _LEFT if left else self._signs, "mark": last_mark().number}
-        self._store.set(f"{self._rank}", json.dumps({**facts, "process": os.getpid(), "host": host_name()}))
+        self._store.set(f"{self._rank}", json.dumps(facts))
+
+    def meet(self) -> None:
+        """Has all ranks know the others' processes, which one that is frozen could not tell any more."""
+        self._places = gathered([{"process": os.getpid(), "host": host_name()}])
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
@@ -140,7 +145,7 @@ class Watch(AbstractContextManager["Watch"]):
             return found
         answers = self._asked(silent)
         odd, why = odd_ranks({rank: each.threads if each else None for rank, each in answers.items()})
-        facts = [{"rank": rank, **self._facts(rank)} for rank in odd]
+        facts = [{"rank": rank, **self._places[rank]} for rank in odd]
         self._events.write("frozen" if silent else "hang", by=writer, ranks=facts, stacks=str(self._stacks))
         title = f"{datetime.now():%Y-%m-%d %H:%M:%S}, attempt {self._stacks.stem.rpartition('-')[2]}: {found}\n"
         title += f"standing out: {named(odd)}, {why}" if odd else "no rank stands out"
@@ -185,12 +190,7 @@ class Watch(AbstractContextManager["Watch"]):
         return f"{self._who(rank)} is in {where(answer.threads)}" if answer else self._who(rank)
 
     def _who(self, rank: int) -> str:
-        return "rank {} (process {process} on {host})".format(rank, **self._facts(rank))
-
-    def _facts(self, rank: int) -> dict[str, Any]:
-        own = {"process": os.getpid(), "host": host_name()}
-        facts = own if rank == self._rank else json.loads(self._shown.get(rank, '{"process": "?", "host": "?"}'))
-        return {"process": facts["process"], "host": facts["host"]}
+        return "rank {} (process {process} on {host})".format(rank, **self._places[rank])
 
 
 def _say(verdict: str) -> None:

@@ -19,7 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.engine import start_process_group
+from pipeline.launch import free_port
 from pipeline.marks import Heard
+from pipeline.record import Events
+from pipeline.signs_of_life import watch_ranks
 from pipeline.stacks import FOREIGN, Frame, Standing, Thread, named, odd_ranks, page, standing, where
 from tests import forked
 from tests.pipeline.runs import (
@@ -203,6 +207,39 @@ def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
     assert own in {frame.file for frame in found.threads[0].frames} and found.threads[0].name == "MainThread"
     (other,) = (thread.frames for thread in found.threads if thread.name == "a thread that waits")
     assert other[0].file == "threading.py" and other[0].function == "wait"
+
+
+# ------------------------------------------------------------------------------------------------ from the very first
+
+
+def freeze_at_once(run: Path, rank: int, port: int, frozen: int) -> None:
+    """A rank of two that watches; one stands still as soon as it does, before the other has heard of it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    start_process_group()
+    with watch_ranks(2.0, Events(run, 0, rank), run / "logs" / "stacks-attempt-0.txt"):
+        if rank == frozen:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_rank_that_is_frozen_before_the_others_heard_of_it_is_named_by_its_process(
+    tmp_path: Path, frozen: int
+) -> None:
+    port = free_port()
+    ranks = [forked.forkserver.Process(target=freeze_at_once, args=(tmp_path, rank, port, frozen)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        ranks[1 - frozen].join(PATIENCE_SECONDS)
+        assert ranks[1 - frozen].exitcode == 1
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    (event,) = events(tmp_path, "frozen")
+    assert event["ranks"] == [{"rank": frozen, "process": ranks[frozen].pid, "host": os.uname().nodename}]
 
 
 # ------------------------------------------------------------------------------------------------------------ real runs
