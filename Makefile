@@ -1,6 +1,6 @@
 # Everything happens in .venv, which `make install` makes: nothing is installed elsewhere.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test torture gpu clean
+.PHONY: help install demo lint check test torture gpu clean
 .DELETE_ON_ERROR:
 
 INSTALLED := .venv/installed
@@ -15,6 +15,7 @@ help:
 	@echo 'make install  the virtual environment .venv, with the builds of torch and DALI that fit this machine'
 	@echo '              (GPU_CUDA=13 or 12 on a login node, for nodes with GPUs; PYTHON=... for another Python)'
 	@echo 'make demo     pack, pretrain, kill, go on, fine-tune and evaluate on real images, in four to seven minutes'
+	@echo 'make check    lint, types and the tests that are quick: for while you work'
 	@echo 'make test     lint, types and the whole test suite on the CPU'
 	@echo 'make torture  the same tests with bigger numbers, and those marked torture'
 	@echo 'make gpu      the tests that need a CUDA device'
@@ -31,14 +32,30 @@ $(INSTALLED): pyproject.toml constraints.txt pipeline/install.py
 demo: $(INSTALLED)
 	@CUDA_VISIBLE_DEVICES= .venv/bin/python demo/demo.py
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
+
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest
+
+# What trains, or submits to a Slurm; and long properties, DALI, whole families, and doctors.
+NOT_IN_CHECK := test_weak test_forked cluster/test_slurm slurm/test_jobs \
+	$(addprefix pipeline/test_,attempts cold_starts end_to_end export faults guards memory mirror mixing out_of_memory \
+	predict restore standing_still watching zero) models/test_norm_across_ranks \
+	$(addprefix data/test_,cache decode loader schedules storage) pipeline/test_preview \
+	$(addprefix models/test_,convert count) $(addprefix pipeline/test_,doctor doctor_of_ranks)
+
+check: lint
+	$(PYTEST) -n 2 $(NOT_IN_CHECK:%=--ignore tests/%.py)
+	@echo 'make check left out, of make test: $(NOT_IN_CHECK)'
+
+# Three workers for two cores, since much is waiting; a file stays with one, for what it trains once; the longest first.
+test: lint
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 torture: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=long .venv/bin/pytest -m 'torture or not gpu'
+	HYPOTHESIS_PROFILE=long $(PYTEST) -m 'torture or not gpu'
 
 gpu: $(INSTALLED)
 	@.venv/bin/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device; .venv/bin/coatnet doctor says why")'

@@ -4,6 +4,7 @@ And the images that most runs of the tests train on, and what the marker gpu nee
 of these would skip.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,19 @@ from tests.pipeline.runs import pack_digits
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+LONGEST = [
+    "test_zero", "test_faults", "test_end_to_end", "test_jobs", "test_guards", "test_schedules", "test_standing_still",
+    "test_cold_starts", "test_attempts", "test_doctor_of_ranks", "test_mirror", "test_storage", "test_preview",
+    "test_restore",
+]  # fmt: skip
+"""The files that take longest, first: begun last, one of them would be waited for alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -29,3 +43,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits of the demo, packed in shards of 200: FOLDER/train and FOLDER/val. To be read, not to be changed."""
     return pack_digits(tmp_path_factory.mktemp("digits"))
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second or two
