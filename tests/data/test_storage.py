@@ -35,7 +35,7 @@ class Far:
     def __init__(self, server: Server, folder: str, put: Callable[[bytes], None]) -> None:
         self.server, self.folder, self.url, self.put = server, folder, f"{folder}/a.tar", put
         self.faults: list[Fault] = []
-        self.storage = Storage(attempts=4, deadline=0.5, first_wait=0.01, on_fault=self.faults.append)
+        self.storage = Storage(attempts=4, deadline=3.0, first_wait=0.01, on_fault=self.faults.append)
         put(CONTENT)
         server.forget()
 
@@ -87,13 +87,13 @@ def test_a_fault_that_stays_ends_after_the_attempts_that_were_allowed_and_no_oth
 @pytest.mark.parametrize("fault", ["hang", "trickle"])
 def test_a_server_that_never_ends_its_answer_does_not_hold_a_read(far, fault):
     far.server.plan = forever(fault)
-    with pytest.raises(DataError, match=r"cannot be read: 2 attempts in 0 s, the last: .*past its deadline"):
+    with pytest.raises(DataError, match=r"cannot be read: 2 attempts in \d+ s, the last: .*past its deadline"):
         replace(far.storage, attempts=2, deadline=0.2).read(far.url, BEGIN, END)
 
 
 def test_the_patience_ends_attempts_that_the_count_would_allow(far):
     far.server.plan = forever("503")
-    with pytest.raises(DataError, match=r"cannot be read: [1-9] attempts in 0 s"):
+    with pytest.raises(DataError, match=r"cannot be read: [1-9] attempts in \d+ s"):
         replace(far.storage, attempts=1000, patience=0.3, first_wait=0.1).read(far.url, BEGIN, END)
 
 
