@@ -31,5 +31,6 @@ def bench(name: str | None, arguments: list[str]) -> None:
     if name not in benchmarks():
         raise BadRequest(f"benchmark {name!r} does not exist; there are {', '.join(benchmarks())}")
     sys.argv[1:] = arguments
+    sys.path.insert(0, str(FOLDER.parent))  # some use what the tests have, which is not installed
     # As __main__ in every respect: the processes that a benchmark starts look there for its functions.
     runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
