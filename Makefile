@@ -23,9 +23,9 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt pipeline/install.py
+$(INSTALLED): pyproject.toml constraints.txt pipeline/doctor/install.py
 	@test -n '$(PYTHON)' || { echo 'make: no Python 3.11 to 3.13 with venv found; install one or say PYTHON=...'; exit 2; }
-	@$(PYTHON) -m pipeline.install
+	@$(PYTHON) -m pipeline.doctor.install
 	@touch $@
 
 # The demo and the tests are for two CPU cores, also where there is a GPU; the GPU's own are `make gpu`.
@@ -42,9 +42,9 @@ PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest
 # What trains, or submits to a Slurm; and long properties, DALI, whole families, and doctors.
 NOT_IN_CHECK := test_weak test_forked cluster/test_slurm slurm/test_jobs \
 	$(addprefix pipeline/test_,attempts cold_starts end_to_end export faults guards memory mirror mixing out_of_memory \
-	predict restore standing_still watching zero) models/test_norm_across_ranks \
+	monitoring predict restore watchdog zero) models/test_norm_across_ranks \
 	$(addprefix data/test_,cache decode loader schedules storage) pipeline/test_preview \
-	$(addprefix models/test_,convert count) $(addprefix pipeline/test_,doctor doctor_of_ranks)
+	$(addprefix models/test_,convert count) $(addprefix pipeline/test_,doctor rank_doctor)
 
 check: lint
 	$(PYTEST) -n 2 $(NOT_IN_CHECK:%=--ignore tests/%.py)

@@ -1,1 +1,1 @@
-"""Measurements, each of which `coatnet bench NAME` runs again; what they printed is in results/. Next: order.py."""
+"""Measurements, each of which `coatnet bench NAME` runs again; what they printed is in results/."""

@@ -4,7 +4,7 @@
 
 On a GPU if there is one. Queries, keys and values come and the result goes as in the network, under autocast where they
 are bfloat16. Every round goes once through all shapes and backends, so that a while of a busy machine is in few of the
-rounds of each: the best of them is what counts. Next: peers.py.
+rounds of each: the best of them is what counts.
 """
 
 import argparse
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import document, machine, timer
-from models.attention import relative_attention
-from models.backends import BACKENDS, Backend, fastest
+from models.attention import BACKENDS, Backend, fastest, relative_attention
 
 ROUNDS = 21
 

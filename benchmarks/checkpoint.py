@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
-from pipeline import ema
-from pipeline.checkpoint import step_name
-from pipeline.config import Checkpoint, Model, Optim, Train, Zero
-from pipeline.engine import build_engine, start_process_group
-from pipeline.network import build_network, initial_values
-from pipeline.record import Events
-from pipeline.restore import restore
-from pipeline.save import CheckpointWriter
+from pipeline.checkpoint.reader import step_name
+from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.config.schema import Checkpoint, Model, Optim, Train, Zero
+from pipeline.run.events import Events
+from pipeline.training import ema
+from pipeline.training.engine import build_engine, start_process_group
+from pipeline.training.model import build_model, init_weights
 
 ROUNDS, PIECE_BYTES = 5, 1 << 20
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -45,8 +45,8 @@ def engine_and_average() -> tuple[Any, ema.Statistics]:
     os.environ.update(ONE_RANK)
     device = start_process_group()
     train = Train(steps=1, global_batch=1, micro_batch=1)
-    model = build_network(Model(name="coatnet_2"), train, 1000, device, initial_values(0), None)
-    return build_engine(model, train, Optim(), Zero()), ema.copied(ema.statistics(model))
+    model = build_model(Model(name="coatnet_2"), train, 1000, device, init_weights(0), None)
+    return build_engine(model, train, Optim(), Zero()), ema.clone(ema.statistics(model))
 
 
 def measure(folder: Path) -> tuple[dict[str, float], int, bool]:

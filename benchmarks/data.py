@@ -5,7 +5,7 @@
 On the CPU, also where there is a GPU. A PATH is what `coatnet data pack` takes; the defaults are an ImageNet sample, at
 224, and CIFAR-10, at 32. Every contestant reads the same images without end, in a process of its own, and gives uint8
 [n, height, width, 3]; they take turns, round by round, so that a busy machine slows all of them. Where processors are
-shared only CPU time is sound: that of the contestant with its workers, without that of S3. Next: order.py.
+shared only CPU time is sound: that of the contestant with its workers, without that of S3.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from benchmarks.machine import document, machine
 from benchmarks.peers import import_timm
 from data.augment import Augmentation
 from data.codec import EXTENSIONS
-from data.loader import Share, training_batches
+from data.loader import LoaderSpec, training_batches
 from data.memory import DECODED_AT_ONCE
 from data.order import Order
-from data.pack import pack
-from data.shards import read_manifest
+from data.packing.pack import pack
+from data.shards.manifest import read_manifest
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
 PROCESSORS = len(os.sched_getaffinity(0))
@@ -88,7 +88,7 @@ def ours(case: Case) -> Iterator[int]:
     manifest = read_manifest(case.url)
     order = Order(0, np.array([shard.samples for shard in manifest.shards]), BATCH, WINDOW)
     drawn = Augmentation(crop="random_resized", flip=True, layers=case.layers, magnitude=float(MAGNITUDE))
-    share = Share(0, 1, BATCH, case.resolution, torch.device("cpu"), PROCESSORS)
+    share = LoaderSpec(0, 1, BATCH, case.resolution, torch.device("cpu"), PROCESSORS)
     with training_batches(manifest, order, drawn, share, 0, 0, 10**9) as steps:
         yield from (len(batch.images) for batches in steps for batch in batches)
 

@@ -5,8 +5,6 @@
 One rank trains `--steps` steps by the real loop. In a step without, no loss is judged or permitted, nothing is agreed
 upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and
 metrics: the more exact figure, since on a busy machine steps differ by more than a hundredth.
-
-Next: ../pipeline/guards.py.
 """
 
 from __future__ import annotations
@@ -26,12 +24,12 @@ import torch
 
 from benchmarks.machine import machine
 from pipeline import train as loop
-from pipeline.attempts import Lookout
-from pipeline.guards import Verdict
-from pipeline.launch import free_port
-from pipeline.overrides import read_config
-from pipeline.prepare import prepare
-from pipeline.record import Metrics
+from pipeline.checkpoint.attempts import SupersededCheck
+from pipeline.config.parsing import read_config
+from pipeline.distributed.launcher import free_port
+from pipeline.monitoring.metrics import Metrics
+from pipeline.plan import make_plan
+from pipeline.training.loss_guard import Verdict
 
 WARM_UP = 4
 
@@ -78,14 +76,14 @@ class Meter:
         def patch(place: Any, name: str, instead: Callable[..., Any]) -> None:
             patched.enter_context(mock.patch.object(place, name, self.timed(getattr(place, name), instead)))
 
-        summed, agreed = loop.summed, self.timed(loop.summed, lambda shared: shared)
+        summed, agreed = loop.all_reduce_sum, self.timed(loop.all_reduce_sum, lambda shared: shared)
         patched.enter_context(mock.patch.object(loop, "learning_rate", self.next_step))
         patched.enter_context(  # what the ranks agree upon is float64, batch norm's sums are not
-            mock.patch.object(loop, "summed", lambda v: agreed(v) if v.dtype == torch.float64 else summed(v))
+            mock.patch.object(loop, "all_reduce_sum", lambda v: agreed(v) if v.dtype == torch.float64 else summed(v))
         )
-        patch(loop, "permission", lambda mean_loss, limit: torch.ones((), device=mean_loss.device))
-        patch(loop, "judge", lambda guard, step, loss, applied: (Verdict.GO_ON, "", guard))
-        patch(Lookout, "sees_newer", lambda lookout: False)
+        patch(loop, "gate", lambda mean_loss, limit: torch.ones((), device=mean_loss.device))
+        patch(loop, "update", lambda guard, step, loss, applied: (Verdict.APPLY, "", guard))
+        patch(SupersededCheck, "is_superseded", lambda lookout: False)
         patch(Metrics, "step", lambda *given: None)
         return patched
 
@@ -103,7 +101,7 @@ def main() -> int:
         config = read_config(wanted.preset, [*wanted.settings, *length])
         meter = Meter()
         with meter.install():
-            loop.train(config, prepare(config, "pretrain", 1, 1), [])
+            loop.train(config, make_plan(config, "pretrain", 1, 1), [])
     watched, without = (statistics.median(meter.seconds[which]) for which in (True, False))
     inside = statistics.fmean(meter.inside[WARM_UP:])
     more = f"{100 * (watched / without - 1):+.2f} %"

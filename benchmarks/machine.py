@@ -1,4 +1,4 @@
-"""What a figure was measured on, how a piece of work is timed, and how figures are recorded. Next: order.py."""
+"""What a figure was measured on, how a piece of work is timed, and how figures are recorded."""
 
 import json
 import platform

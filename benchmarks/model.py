@@ -3,7 +3,7 @@
     coatnet bench model --size coatnet_0 --batch 16
 
 On a GPU if there is one, else on all cores of the CPU. Every contestant has a process of its own, so that its peak
-memory is its own; they take turns, round by round, so that a busy machine slows all of them. Next: attention.py.
+memory is its own; they take turns, round by round, so that a busy machine slows all of them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.machine import document, machine, timer
 from benchmarks.peers import import_timm
 from models import coatnet
 from models.count import count
-from models.family import FAMILY
+from models.variants import FAMILY
 
 OURS, OURS_AS_TIMM, TIMM, TIMM_CHANNELS_LAST = "ours", "ours, timm's settings", "timm", "timm, channels-last"
 LEGEND = f"""\

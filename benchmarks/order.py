@@ -2,7 +2,7 @@
 
 Times are the median of 21 runs in one process; an epoch is opened afresh each time. The simulation asks the order for
 every window of some of 4,096 ranks, over an epoch and the steps behind it; a window counts as read, whole, in the
-step that needs its first sample, and as held until its last one is used. Next: ../data/order.py.
+step that needs its first sample, and as held until its last one is used.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from benchmarks.machine import machine
 from data.memory import READ_AHEAD_BYTES
-from data.order import Epoch, Order, deal, positions_of_step
+from data.order import Epoch, Order, positions_of_step, rank_micro_batches
 
 SHARDS, SAMPLES_PER_SHARD, WINDOW, RUNS = 300_000, 10_000, 32, 21
 RANKS, MICRO_BATCH, SAMPLE_BYTES = 4_096, 16, 110_000
@@ -77,7 +77,7 @@ def simulate(order: Order, ranks: range, steps: int) -> Reads:
     batch, shape = order.global_batch, (len(ranks), steps)
     reads = Reads(np.zeros(shape, int), np.zeros(shape, int), np.zeros(shape, int), np.zeros(len(ranks), int))
     for i, rank in enumerate(ranks):
-        for number in deal(batch // MICRO_BATCH, rank, RANKS):
+        for number in rank_micro_batches(batch // MICRO_BATCH, rank, RANKS):
             for position in range(number * MICRO_BATCH, (number + 1) * MICRO_BATCH):
                 while (step := position // batch) < steps:
                     epoch, g = order.place(position)

@@ -1,4 +1,4 @@
-"""timm, the peer that benchmarks and tests compare with; it imports beside every build of torch. Next: model.py."""
+"""timm, the peer that benchmarks and tests compare with; it imports beside every build of torch."""
 
 import importlib
 import importlib.util

@@ -5,7 +5,7 @@
 Opens the loader of one rank and takes its first step: threads, DALI and all. The places take turns, round by round, and
 every figure is the median. What differs is how many samples the windows have that are begun by then: a rank that goes
 on reads all rows of a window, an epoch's first windows are shorter, and near its end the next epoch's are read as well.
-The position as such costs nothing. Next: ../data/loader.py.
+The position as such costs nothing.
 """
 
 import argparse
@@ -23,12 +23,12 @@ import torch
 
 from benchmarks.machine import machine
 from data.augment import Augmentation
-from data.draws import Purpose, words
-from data.loader import Share, training_batches
+from data.loader import LoaderSpec, training_batches
 from data.memory import DECODED_AT_ONCE
 from data.order import Order
-from data.pack import pack
-from data.shards import Manifest, read_manifest
+from data.packing.pack import pack
+from data.rng import Stream, uint32s
+from data.shards.manifest import Manifest, read_manifest
 
 SAMPLES, SHARDS, SIDE, GLOBAL_BATCH, WINDOW, ROUNDS = 20_000, 40, 16, 64, 32, 21
 RUNS_LOOKED_AHEAD = 4
@@ -44,7 +44,7 @@ STEPS = {
 
 def packed(folder: Path) -> Manifest:
     """Packs images of noise, as plain as PPM, from a tar."""
-    noise = words(0, Purpose.PACK, np.arange(SAMPLES), 3 * SIDE * SIDE // 4).astype("<u4")
+    noise = uint32s(0, Stream.PACK, np.arange(SAMPLES), 3 * SIDE * SIDE // 4).astype("<u4")
     with tarfile.open(folder / "images.tar", "w") as archive:
         for number, pixels in enumerate(noise):
             contents = b"P6 %d %d 255\n" % (SIDE, SIDE) + pixels.tobytes()
@@ -59,7 +59,7 @@ def packed(folder: Path) -> Manifest:
 def seconds_to_first_batch(manifest: Manifest, order: Order, step: int) -> float:
     """Seconds from opening the loader at a step to having its micro batches."""
     augmentation = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=5.0)
-    share = Share(0, 1, GLOBAL_BATCH, SIDE, torch.device("cpu"), 2)
+    share = LoaderSpec(0, 1, GLOBAL_BATCH, SIDE, torch.device("cpu"), 2)
     gc.collect()  # else it falls due every few times, and often at the same place
     start = time.perf_counter()
     with training_batches(manifest, order, augmentation, share, 0, step, step + 1000) as steps:

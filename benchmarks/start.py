@@ -4,7 +4,6 @@
     coatnet bench start --beside ../before   # and those of another checkout, in turn
 
 Each figure is the median of `--times` whole commands, from the shell's point of view, after one that is not counted.
-Next: ../pipeline/preload.py.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From a folder of images to a batch on the device; knows nothing of models or training. Next: order.py."""
+"""From a folder of images to a batch on the device; knows nothing of models or training."""

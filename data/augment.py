@@ -3,8 +3,6 @@
 Pure arithmetic on arrays; the same on every rank, in every order, and whatever a sample is batched with. Pixels are
 not known here. A random resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of the area and an
 aspect ratio of 3/4 to 4/3, ten tries, then the largest centred crop within these ratios.
-
-Next: randaugment.py.
 """
 
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data.draws import Purpose, uniforms
-from data.errors import BadRequest
+from data.errors import UsageError
 from data.randaugment import MOST_MAGNITUDE, Operation
+from data.rng import Stream, uniforms
 
 RATIOS = (3 / 4, 4 / 3)
 TRIES = 10
@@ -26,7 +24,7 @@ class Augmentation:
     """What training does to its samples: RandAugment's layers and magnitude on the scale of randaugment.py.
 
     `crop_area` (shares of the image's area) belongs to "random_resized", `center_fraction` (of the short side) to
-    "center"; "none" takes the whole image, whatever its shape. Raises BadRequest for values outside their range.
+    "center"; "none" takes the whole image, whatever its shape. Raises UsageError for values outside their range.
     """
 
     crop: Literal["random_resized", "center", "none"]
@@ -38,19 +36,19 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if self.crop not in ("random_resized", "center", "none"):
-            raise BadRequest(f"crop is {self.crop!r}; it is random_resized, center or none")
+            raise UsageError(f"crop is {self.crop!r}; it is random_resized, center or none")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise BadRequest(f"crop_area is {self.crop_area}; it has a smallest and a largest share, above 0 to 1")
+            raise UsageError(f"crop_area is {self.crop_area}; it has a smallest and a largest share, above 0 to 1")
         if not 0 < self.center_fraction <= 1:
-            raise BadRequest(f"center_fraction is {self.center_fraction}; it is above 0 and at most 1")
+            raise UsageError(f"center_fraction is {self.center_fraction}; it is above 0 and at most 1")
         if self.layers < 0:
-            raise BadRequest(f"RandAugment's layers are {self.layers}; 0 or more can be applied")
+            raise UsageError(f"RandAugment's layers are {self.layers}; 0 or more can be applied")
         if not 0 <= self.magnitude <= MOST_MAGNITUDE:
-            raise BadRequest(f"RandAugment's magnitude is {self.magnitude}; it is from 0 to {MOST_MAGNITUDE:g}")
+            raise UsageError(f"RandAugment's magnitude is {self.magnitude}; it is from 0 to {MOST_MAGNITUDE:g}")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AugmentParams:
     """What is done to each of n samples, in this order: crop, flip, one operation per layer.
 
     `crop_start` and `crop_shape` int32 [n, 2] are (y, x) and (height, width) in the upright image, `flip` int32 [n] is
@@ -64,19 +62,19 @@ class Recipe:
     signs: NDArray[np.int32]
 
 
-def draw(
+def sample_params(
     augmentation: Augmentation, seed: int, epochs: ArrayLike, samples: ArrayLike, heights: ArrayLike, widths: ArrayLike
-) -> Recipe:
+) -> AugmentParams:
     """The recipe of n samples (their global numbers, in the epoch of each) whose upright images have these sizes."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     if augmentation.crop == "random_resized":
-        numbers = uniforms(seed, Purpose.CROP, samples, 2 + 2 * TRIES, epochs)
+        numbers = uniforms(seed, Stream.CROP, samples, 2 + 2 * TRIES, epochs)
         start, shape = _random_resized(augmentation.crop_area, numbers, heights, widths)
     else:
         start, shape = _center(augmentation.center_fraction if augmentation.crop == "center" else None, heights, widths)
-    heads = uniforms(seed, Purpose.FLIP, samples, 1, epochs)[:, 0] < 0.5
-    layers = uniforms(seed, Purpose.RANDAUGMENT, samples, 2 * augmentation.layers, epochs)
-    return Recipe(
+    heads = uniforms(seed, Stream.FLIP, samples, 1, epochs)[:, 0] < 0.5
+    layers = uniforms(seed, Stream.RANDAUGMENT, samples, 2 * augmentation.layers, epochs)
+    return AugmentParams(
         crop_start=start.astype(np.int32),
         crop_shape=shape.astype(np.int32),
         flip=(heads & augmentation.flip).astype(np.int32),
@@ -85,11 +83,11 @@ def draw(
     )
 
 
-def fixed(center_fraction: float | None, heights: ArrayLike, widths: ArrayLike) -> Recipe:
+def eval_params(center_fraction: float | None, heights: ArrayLike, widths: ArrayLike) -> AugmentParams:
     """The recipe of evaluation: the centred square of this fraction of the short side, or all of the image (None)."""
     start, shape = _center(center_fraction, np.asarray(heights, np.int64), np.asarray(widths, np.int64))
     none = np.zeros((len(start), 0), np.int32)
-    return Recipe(start.astype(np.int32), shape.astype(np.int32), np.zeros(len(start), np.int32), none, none)
+    return AugmentParams(start.astype(np.int32), shape.astype(np.int32), np.zeros(len(start), np.int32), none, none)
 
 
 def _center(

@@ -3,8 +3,6 @@
 DALI's decoder can end the process on damaged bytes; nvImageCodec answers them with nothing worse than None. So bytes
 of unknown origin come here first, and what decodes here decodes in DALI. Any number of threads may call: each has its
 own decoder of one thread, and the interpreter is free while it decodes. Where bytes come from is not known here.
-
-Next: decode.py.
 """
 
 import os

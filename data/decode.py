@@ -7,8 +7,6 @@ and how far DALI runs ahead change nothing. That holds within one device and DAL
 another codec, a few levels off. The bytes must be known to decode (codec.py) and the crop to lie in the image: on
 others DALI's decoder can end the process, and no error is raised. Bilinear rather than bicubic: it is cheaper and does
 not overshoot. Normalisation is not done here, nor is it known where bytes come from.
-
-Next: loader.py.
 """
 
 from collections import deque
@@ -22,11 +20,11 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIImageType
 
-from data.augment import Recipe
+from data.augment import AugmentParams
 from data.errors import DataError
 from data.randaugment import FILL, Family, Tables, tables
 
-Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], Recipe]]
+Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], AugmentParams]]
 AHEAD = 2
 """Batches that DALI is working on or has ready, the one handed over included."""
 
@@ -126,11 +124,11 @@ class _Feed:
         return inputs
 
 
-def _stand_in(layers: int) -> tuple[list[NDArray[np.uint8]], Recipe]:
+def _stand_in(layers: int) -> tuple[list[NDArray[np.uint8]], AugmentParams]:
     """One pixel, whole and as it is, in place of an empty batch, which DALI refuses."""
     nothing = np.zeros((1, layers), np.int32)
     corner = np.zeros((1, 2), np.int32)
-    recipe = Recipe(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
+    recipe = AugmentParams(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
     return [np.frombuffer(b"P6 1 1 255 \0\0\0", np.uint8)], recipe
 
 

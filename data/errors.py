@@ -1,7 +1,7 @@
 """The two ways in which work on data ends early: the request was wrong, or the work failed."""
 
 
-class BadRequest(ValueError):
+class UsageError(ValueError):
     """What was asked for cannot be done as it stands; the message says what to change. Exit status 2."""
 
 

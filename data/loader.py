@@ -5,8 +5,6 @@
 A window is read once and kept until its last sample is used; one that has no good sample is replaced from its
 neighbours, elsewhere in the epoch. Windows are fetched ahead within a byte budget (memory.py), one thread assembles
 batches and runs DALI ahead of the training step.
-
-Next: ../pipeline/config.py.
 """
 
 from __future__ import annotations
@@ -14,10 +12,11 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TypeVar
@@ -26,14 +25,14 @@ import numpy as np
 import torch
 
 from data import augment
-from data.augment import Augmentation, Recipe
+from data.augment import Augmentation, AugmentParams
 from data.decode import Decoder
 from data.errors import DataError
 from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES
-from data.order import Order, Stretch, Window, deal, passes, positions_of_step
+from data.order import Order, SampleRange, Window, accumulation_steps, positions_of_step, rank_micro_batches
 from data.reader import Sample, read_stretches
-from data.shards import Broken, Manifest
-from data.threads import in_order
+from data.shards.manifest import BadSample, Manifest
+from data.storage.prefetch import ordered_map
 
 READ_AHEAD_SAMPLES = 4096
 """Samples that are looked ahead at most; or a window of each slot, where that is more."""
@@ -60,13 +59,13 @@ class Batch:
     keys: list[str]
     numbers: np.ndarray
     replaced: np.ndarray
-    broken: list[Broken]
+    broken: list[BadSample]
     shapes: np.ndarray
-    recipe: Recipe
+    recipe: AugmentParams
 
 
 @dataclass(frozen=True)
-class Share:
+class LoaderSpec:
     """Which part of the global batches one rank decodes, and how."""
 
     rank: int
@@ -82,13 +81,13 @@ def training_batches(
     manifest: Manifest,
     order: Order,
     augmentation: Augmentation,
-    share: Share,
+    share: LoaderSpec,
     seed: int,
     first_step: int,
     last_step: int,
 ) -> Iterator[Iterator[list[Batch]]]:
     """This rank's micro batches of each step from `first_step` up to `last_step` (excluded), in the order of passes."""
-    own = deal(order.global_batch // share.micro_batch, share.rank, share.world_size)
+    own = rank_micro_batches(order.global_batch // share.micro_batch, share.rank, share.world_size)
     mine = np.concatenate([np.arange(m * share.micro_batch, (m + 1) * share.micro_batch) for m in own])
     positions = (positions_of_step(step, order.global_batch)[mine].tolist() for step in range(first_step, last_step))
     flat = itertools.chain.from_iterable(positions)
@@ -98,13 +97,13 @@ def training_batches(
 
 @contextmanager
 def batches_at(
-    manifest: Manifest, order: Order, augmentation: Augmentation, share: Share, seed: int, positions: Iterable[int]
+    manifest: Manifest, order: Order, augmentation: Augmentation, share: LoaderSpec, seed: int, positions: Iterable[int]
 ) -> Iterator[Iterator[Batch]]:
     """Micro batches of the samples at rising positions, of each slot without a gap, as training has them there."""
     per_chunk = max(1, DECODED_AT_ONCE // share.micro_batch) * share.micro_batch
     most = manifest.labels_per_sample
     with _reading_threads() as pool:
-        slots = passes(order.global_batch // share.micro_batch, share.world_size) * share.micro_batch
+        slots = accumulation_steps(order.global_batch // share.micro_batch, share.world_size) * share.micro_batch
         places = _placed_ahead(_Windows(manifest, order, pool), positions, per_chunk, slots)
         chunks = map(partial(_assembled, augmentation, seed), places)
         with _in_background(lambda: _decoded(chunks, augmentation, share, per_chunk, most)) as batches:
@@ -112,7 +111,7 @@ def batches_at(
 
 
 @contextmanager
-def evaluation_batches(manifest: Manifest, crop_fraction: float | None, share: Share) -> Iterator[Iterator[Batch]]:
+def evaluation_batches(manifest: Manifest, crop_fraction: float | None, share: LoaderSpec) -> Iterator[Iterator[Batch]]:
     """This rank's fixed micro batches of the whole set, in manifest order, less the broken samples.
 
     Of each image the centred square of `crop_fraction` of the short side is taken, of None the whole.
@@ -127,8 +126,8 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, share: S
         found = read_stretches(manifest, _stretches_between(starts, first, int(numbers[-1]) + 1))
         good = [(number, sample) for number, sample in zip(numbers, found, strict=True) if isinstance(sample, Sample)]
         samples = [sample for _, sample in good]
-        recipe = augment.fixed(crop_fraction, *_shapes(samples))
-        broken: list[Broken | None] = [sample for sample in found if isinstance(sample, Broken)]
+        recipe = augment.eval_params(crop_fraction, *_shapes(samples))
+        broken: list[BadSample | None] = [sample for sample in found if isinstance(sample, BadSample)]
         used = np.array([number for number, _ in good], np.int64)
         replaced = np.zeros(len(used), bool)
         return _Chunk(used, samples, [s.key for s in samples], used, replaced, recipe, broken)
@@ -137,8 +136,8 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, share: S
         crop="none", flip=False, layers=0, magnitude=0.0
     )  # of which only the layers matter here
     with _reading_threads() as pool:
-        mine = deal(micro_batches, share.rank, share.world_size)
-        chunks = in_order(pool, read, mine, 2 * READING_THREADS)
+        mine = rank_micro_batches(micro_batches, share.rank, share.world_size)
+        chunks = ordered_map(pool, read, mine, 2 * READING_THREADS)
         with _in_background(lambda: _decoded(chunks, augmentation, share, share.micro_batch, most)) as batches:
             yield batches
 
@@ -146,7 +145,7 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, share: S
 # ------------------------------------------------------------------------------------ from positions to open windows
 
 
-Found = list[Sample | Broken]
+Found = list[Sample | BadSample]
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def _read_window(manifest: Manifest, order: Order, window: Window) -> tuple[Foun
             return found, instead
     tried = [window, *_neighbours(order, window)]
     names = {manifest.shards[stretch.shard].name: None for each in tried for stretch in each.stretches}
-    own = next(sample for sample in found if isinstance(sample, Broken))
+    own = next(sample for sample in found if isinstance(sample, BadSample))
     raise DataError(
         f"{own.shard}: all {len(found)} samples of a window are broken, {own.key} for one: {own.reason};"
         f" so are those of the {NEIGHBOURS} windows tried in its place, in {', '.join(names)}"
@@ -264,8 +263,8 @@ class _Chunk:
     keys: list[str]
     numbers: np.ndarray
     replaced: np.ndarray
-    recipe: Recipe
-    broken: list[Broken | None]  # by place; in evaluation those that were left out
+    recipe: AugmentParams
+    broken: list[BadSample | None]  # by place; in evaluation those that were left out
 
 
 def _assembled(augmentation: Augmentation, seed: int, places: list[_Place]) -> _Chunk:
@@ -275,13 +274,13 @@ def _assembled(augmentation: Augmentation, seed: int, places: list[_Place]) -> _
     keys = [bad.key if bad else sample.key for sample, bad in found]
     epochs = np.array([place.epoch for place in places])
     numbers = np.array([place.window.numbers[place.window.indices[place.row]] for place in places])
-    recipe = augment.draw(augmentation, seed, epochs, numbers, *_shapes(samples))
+    recipe = augment.sample_params(augmentation, seed, epochs, numbers, *_shapes(samples))
     replaced = np.array([bad is not None for bad in broken])
     positions = np.array([place.position for place in places])
     return _Chunk(positions, samples, keys, numbers, replaced, recipe, broken)
 
 
-def _good_sample(place: _Place) -> tuple[Sample, Broken | None]:
+def _good_sample(place: _Place) -> tuple[Sample, BadSample | None]:
     """The sample of a place, or the next good one of its window (or of that window's stand-in) with the broken one."""
     found, instead = place.window.read.result()
     index = int(place.window.indices[place.row])
@@ -293,12 +292,12 @@ def _good_sample(place: _Place) -> tuple[Sample, Broken | None]:
 
 
 def _decoded(
-    chunks: Iterator[_Chunk], augmentation: Augmentation, share: Share, at_once: int, most_labels: int
+    chunks: Iterator[_Chunk], augmentation: Augmentation, share: LoaderSpec, at_once: int, most_labels: int
 ) -> Iterator[Batch]:
     """Micro batches of the chunks, through one DALI pipeline that runs ahead."""
     inside: deque[_Chunk] = deque()
 
-    def source() -> tuple[list[np.ndarray], Recipe]:
+    def source() -> tuple[list[np.ndarray], AugmentParams]:
         inside.append(next(chunks))
         return [np.frombuffer(sample.image, np.uint8) for sample in inside[-1].samples], inside[-1].recipe
 
@@ -319,7 +318,7 @@ def _decoded(
         for first in range(0, max(1, len(chunk.samples)), share.micro_batch):
             part = slice(first, first + share.micro_batch)
             broken = [bad for bad in chunk.broken[part] if bad is not None]
-            recipe = Recipe(*(getattr(chunk.recipe, field.name)[part] for field in fields(Recipe)))
+            recipe = AugmentParams(*(getattr(chunk.recipe, field.name)[part] for field in fields(AugmentParams)))
             places = chunk.positions[part], chunk.keys[part], chunk.numbers[part], chunk.replaced[part]
             yield Batch(images[part], labels[part], *places, broken, shapes[part], recipe)
 
@@ -338,13 +337,13 @@ def _shapes(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s.height for s in samples], np.int64), np.array([s.width for s in samples], np.int64)
 
 
-def _stretches_between(starts: np.ndarray, first: int, last: int) -> list[Stretch]:
+def _stretches_between(starts: np.ndarray, first: int, last: int) -> list[SampleRange]:
     """The stretches of samples first .. last - 1 in manifest order; `starts` has N as its last element."""
     stretches = []
     while first < last:
         shard = int(np.searchsorted(starts, first, side="right")) - 1
         rows = min(last, int(starts[shard + 1])) - first
-        stretches.append(Stretch(shard, first - int(starts[shard]), rows))
+        stretches.append(SampleRange(shard, first - int(starts[shard]), rows))
         first += rows
     return stretches
 
@@ -401,3 +400,27 @@ def _in_background(produce: Callable[[], Iterator[Item]]) -> Iterator[Iterator[I
     finally:
         ended.set()
         thread.join()
+
+
+Batches = Callable[[int, int], AbstractContextManager[Iterator[list[Batch]]]]
+"""This rank's micro batches of each step from one up to another, read ahead while the context is open."""
+
+
+def steps_of_batches(
+    batches: Batches, first: int, end: int, passed_over: Collection[int]
+) -> Generator[tuple[int, list[Batch] | None, float], None, None]:
+    """The steps (from 0) from `first` up to `end`: number, micro batches, and the seconds that were waited for them.
+
+    One that is passed over has None in their place; the last one never is.
+    """
+    left_out = sorted({step for step in passed_over if first <= step < end - 1})
+    step = first
+    for until in [*left_out, end]:
+        if step < until:
+            with batches(step, until) as reading:
+                for number in range(step, until):
+                    began = time.perf_counter()
+                    yield number, next(reading), time.perf_counter() - began
+        if until < end:
+            yield until, None, 0.0
+        step = until + 1

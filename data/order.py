@@ -12,8 +12,6 @@ staggered from slot to slot:
 Promised: an epoch has every sample exactly once; the samples of a step depend on nothing but seed, shards, B and W
 (the number of ranks is not among them); position 3,000,000,000 costs what position 10 costs; memory is O(shards + B).
 What a sample is, or where its bytes are, is not known here.
-
-Next: loader.py.
 """
 
 from dataclasses import dataclass
@@ -23,8 +21,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data import draws
-from data.draws import Purpose
+from data import rng
+from data.rng import Stream
 
 Positions = TypeVar("Positions", int, NDArray[np.int64])
 _KEYS_AT_ONCE = 2**18
@@ -40,17 +38,17 @@ def positions_of_step(step: int, global_batch: int) -> NDArray[np.int64]:
     return np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
 
 
-def deal(micro_batches: int, rank: int, world_size: int) -> range:
+def rank_micro_batches(micro_batches: int, rank: int, world_size: int) -> range:
     """Numbers of the micro batches of a step that a rank takes, one a pass: pass p takes p * world_size + rank."""
     return range(rank, micro_batches, world_size)
 
 
-def passes(micro_batches: int, world_size: int) -> int:
+def accumulation_steps(micro_batches: int, world_size: int) -> int:
     """Passes that a step takes; in the last one some ranks may have no micro batch."""
     return -(-micro_batches // world_size)
 
 
-class Stretch(NamedTuple):
+class SampleRange(NamedTuple):
     """Neighbouring samples of one shard: `rows` of them from `first_row` on."""
 
     shard: int
@@ -71,7 +69,7 @@ class Window:
     number: int
     first_row_of_lane: int
     samples: int
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[SampleRange, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +133,10 @@ class Epoch:
     def __init__(self, order: Order, number: int) -> None:
         self.order, self.number = order, number
         seed, lanes = order.seed, order.global_batch
-        self._shards = draws.permutation(seed, Purpose.SHARD_ORDER, 0, len(order.shard_samples), number)
+        self._shards = rng.permutation(seed, Stream.SHARD_ORDER, 0, len(order.shard_samples), number)
         self._ends = np.cumsum(order.shard_samples[self._shards])
-        self._rotation = int(draws.keys64(seed, Purpose.ROTATION, 0, 1, number)[0]) % order.samples
-        self._lane_of_slot = draws.permutation(seed, Purpose.LANES, 0, lanes, number)
+        self._rotation = int(rng.uint64s(seed, Stream.ROTATION, 0, 1, number)[0]) % order.samples
+        self._lane_of_slot = rng.permutation(seed, Stream.LANES, 0, lanes, number)
         self._rows_of_slot = order.samples // lanes + (np.arange(lanes) < order.samples % lanes)
         rows_of_lane = np.empty(lanes, np.int64)
         rows_of_lane[self._lane_of_slot] = self._rows_of_slot
@@ -190,7 +188,7 @@ class Epoch:
 
     def _permutations(self, windows: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """`draws.permutation` of each window's rows, side by side: [windows, most rows], cut off at its own rows."""
-        keys = draws.keys64(self.order.seed, Purpose.WINDOW, windows, int(rows.max()), self.number)
+        keys = rng.uint64s(self.order.seed, Stream.WINDOW, windows, int(rows.max()), self.number)
         keys[np.arange(keys.shape[1]) >= rows[:, None]] = np.iinfo(np.uint64).max
         return np.argsort(keys, axis=1, kind="stable")
 
@@ -199,13 +197,13 @@ class Epoch:
         place = (np.asarray(virtual) + self._rotation) % self.order.samples
         return place, np.searchsorted(self._ends, place, side="right")
 
-    def _stretches(self, virtual: int, rows: int) -> tuple[Stretch, ...]:
+    def _stretches(self, virtual: int, rows: int) -> tuple[SampleRange, ...]:
         stretches = []
         while rows:
             place, k = (int(part) for part in self._seek(virtual))
             shard = int(self._shards[k])
             left = int(self._ends[k]) - place
-            stretches.append(Stretch(shard, int(self.order.shard_samples[shard]) - left, min(rows, left)))
+            stretches.append(SampleRange(shard, int(self.order.shard_samples[shard]) - left, min(rows, left)))
             virtual, rows = virtual + stretches[-1].rows, rows - stretches[-1].rows
         return tuple(stretches)
 

@@ -20,8 +20,6 @@ parameter, magnitude 0 is none. TensorFlow's has its identity elsewhere (enhanci
 Solarize at 256 v, Posterize at 4 v bits, both strongest at v = 0) and translates by 100 v pixels whatever the
 image's size; shear, rotation and SolarizeAdd are the same. Like TensorFlow's, and unlike timm's, it is not clipped at
 10: the paper's "2, 15" is layers 2, magnitude 15.
-
-Next: decode.py.
 """
 
 import math

@@ -4,8 +4,6 @@ A run of neighbouring samples is one contiguous byte range of a tar, and such a 
 table rows come by one ranged read, its bytes by another. A sample is Broken whose checksum does not agree after a
 second read, or that was never decoded and does not decode, or whose label is no class; who replaces it is the loader's
 business, since only that knows the window.
-
-Next: augment.py.
 """
 
 from __future__ import annotations
@@ -25,18 +23,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.codec import Undecodable, examine
 from data.errors import DataError
-from data.order import Stretch
-from data.parts import Unusable, image_part
-from data.shards import (
-    FLAG_DECODED,
-    FLAG_UNCHECKED,
-    Broken,
-    Manifest,
-    is_part,
-    key_of_line,
-    printable,
-    read_rows,
-)
+from data.order import SampleRange
+from data.shards.labels import InvalidSample, image_part
+from data.shards.manifest import BadSample, Manifest
+from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, read_rows
+from data.shards.tar_index import is_part, key_of_line, printable
 
 BLOCK = tarfile.BLOCKSIZE
 _HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x B 166x")  # name, size, checksum, type, first byte of the prefix
@@ -53,12 +44,12 @@ class Sample:
     width: int
 
 
-def read_stretches(manifest: Manifest, stretches: Sequence[Stretch]) -> list[Sample | Broken]:
+def read_stretches(manifest: Manifest, stretches: Sequence[SampleRange]) -> list[Sample | BadSample]:
     """The samples of neighbouring runs, in order; DataError where storage or table cannot be read."""
     return [sample for stretch in stretches for sample in _read_stretch(manifest, stretch)]
 
 
-def _read_stretch(manifest: Manifest, stretch: Stretch) -> list[Sample | Broken]:
+def _read_stretch(manifest: Manifest, stretch: SampleRange) -> list[Sample | BadSample]:
     shard = manifest.shards[stretch.shard]
     storage, url = manifest.storage, manifest.url_of(stretch.shard)
     rows = read_rows(storage, manifest.url_of(stretch.shard, ".npy"), stretch.first_row, stretch.rows)
@@ -70,7 +61,7 @@ def _read_stretch(manifest: Manifest, stretch: Stretch) -> list[Sample | Broken]
     return [
         _sample(parts, row, manifest, shard.name)
         if parts
-        else Broken(shard.name, printable(key), "its bytes are not those that were packed or indexed")
+        else BadSample(shard.name, printable(key), "its bytes are not those that were packed or indexed")
         for row, parts, key in zip(rows, found, keys, strict=True)
     ]
 
@@ -137,23 +128,23 @@ def _octal(field: bytes) -> int:
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
-def _sample(parsed: dict[str, Any], row: np.void, manifest: Manifest, shard: str) -> Sample | Broken:
+def _sample(parsed: dict[str, Any], row: np.void, manifest: Manifest, shard: str) -> Sample | BadSample:
     key = printable(parsed["__key__"])
     parts = {name: content for name, content in parsed.items() if name not in ("__key__", "__url__")}
     try:
         image, labels = parts[image_part(parts)], manifest.labels_of(parts)
-    except Unusable as unusable:
-        return Broken(shard, key, str(unusable))
+    except InvalidSample as unusable:
+        return BadSample(shard, key, str(unusable))
     height, width = int(row["height"]), int(row["width"])
     if not int(row["flags"]) & FLAG_DECODED:  # DALI's decoder may crash on bytes that never decoded
         try:
             _, height, width = examine(image)
         except Undecodable as undecodable:
-            return Broken(shard, key, str(undecodable))
+            return BadSample(shard, key, str(undecodable))
     return Sample(key, image, labels, height, width)
 
 
-def _keys(manifest: Manifest, stretch: Stretch) -> list[str]:
+def _keys(manifest: Manifest, stretch: SampleRange) -> list[str]:
     """The keys of a stretch by the shard's index, since a damaged sample's own header may be what is damaged."""
     numbers = range(stretch.first_row, stretch.first_row + stretch.rows)
     try:

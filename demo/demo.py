@@ -4,8 +4,6 @@ Every step is a command that a person could type; it is echoed before it runs. A
 
     unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL, gone on with on one rank
     -> count the samples, compare the losses -> fine-tune at a higher resolution -> evaluate
-
-Next: ../README.md.
 """
 
 import json

@@ -4,8 +4,6 @@
 
 The same bytes each time with the same zlib: names sorted, times zero, owner root, a fixed permutation for the split.
 The demo itself needs neither this script nor scikit-learn.
-
-Next: demo.py.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""CoAtNet in plain PyTorch: `coatnet("coatnet_0")` makes one. Next: family.py."""
+"""CoAtNet in plain PyTorch: `coatnet("coatnet_0")` makes one."""
 
 from .coatnet import coatnet
 

@@ -2,7 +2,7 @@
 
 Blocks take and give maps [n, width, h, w] in channels-last memory, where [n, h, w, width] is a view: neither kind, nor
 the passage from one to the other, copies. No randomness: a caller who wants stochastic depth hands in, per sample and
-branch, a factor (0, or 1 / probability of staying). Next: attention.py.
+branch, a factor (0, or 1 / probability of staying).
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .family import StridePlace
-from .initial import convolution, linear
+from .init import convolution, linear
+from .variants import StridePlace
 
 Norm = Callable[[int], nn.Module]
 """Of a width: a norm of maps [n, width, h, w] in an MBConv, of rows [..., width] in a Transformer block."""
@@ -31,7 +31,7 @@ def downsample(x: Tensor, stride: int, pool: Pool) -> Tensor:
     return F.max_pool2d(x, stride) if pool == "max" else F.avg_pool2d(x, stride)
 
 
-def weigh(branch: Tensor, factors: Tensor | None) -> Tensor:
+def apply_drop_path(branch: Tensor, factors: Tensor | None) -> Tensor:
     """A residual branch [n, ...] times its factors [n], in the branch's own type; None leaves it."""
     return branch if factors is None else branch * factors.to(branch.dtype).view(-1, 1, 1, 1)
 
@@ -92,7 +92,7 @@ class MBConv(nn.Module):
         y = self.depthwise(gelu(self.expand_norm(y)))
         y = self.squeeze_excitation(gelu(self.depthwise_norm(y)))
         y = self.shrink(y)
-        return self.shortcut(x) + weigh(y, None if survival is None else survival[:, 0])
+        return self.shortcut(x) + apply_drop_path(y, None if survival is None else survival[:, 0])
 
 
 class FeedForward(nn.Module):
@@ -137,9 +137,9 @@ class TransformerBlock(nn.Module):
         attended, fed = (None, None) if survival is None else survival.unbind(1)
         y = _maps(self.attention_norm(_places(x)))
         y = self.attention(_places(downsample(y, self.stride, self.pool)))
-        x = self.shortcut(x) + weigh(_maps(y), attended)
+        x = self.shortcut(x) + apply_drop_path(_maps(y), attended)
         y = self.feed_forward(self.feed_forward_norm(_places(x)))
-        return x + weigh(_maps(y), fed)
+        return x + apply_drop_path(_maps(y), fed)
 
 
 def _places(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     stem, s1, s2, s3, s4 = model.forward_features(images)             # [n, width, h / 2, w / 2] ... / 32
 
 What the paper leaves open follows google-research/maxvit, which was built on CoAtNet's code, and of the remaining
-readings the one whose parameters and FLOPs agree with the published ones (count.py). Next: blocks.py.
+readings the one whose parameters and FLOPs agree with the published ones (count.py).
 """
 
 from collections import deque
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Form, RelativeAttention
-from .backends import Backend, check_backend
+from .attention import Backend, BiasPosition, RelativeAttention, check_backend
 from .blocks import MBConv, Norm, Pool, TransformerBlock, gelu
-from .family import Layout, Stage, Stem, StridePlace, layout_of
-from .initial import Normal, convolution, from_torch, initialize, linear
-from .norm import BatchNorm2d, LayerNorm2d, without_statistics
+from .init import Normal, convolution, from_torch, initialize, linear
+from .norm import BatchNorm2d, LayerNorm2d, frozen_statistics
+from .variants import Layout, Stage, Stem, StridePlace, layout_of
 
 Block = MBConv | TransformerBlock
 Grid = tuple[int, int]
@@ -41,7 +40,7 @@ def coatnet(
     pool: Pool = "max",
     norm: Literal["batch", "layer"] = "batch",
     head_size: int | None = None,
-    relative_attention: Form = "pre_softmax",
+    relative_attention: BiasPosition = "pre_softmax",
     attention: Backend | Literal["auto"] = "auto",
     batch_norm_momentum: float = 0.01,
     batch_norm_eps: float = 1e-3,
@@ -64,7 +63,7 @@ def coatnet(
     _check_choice("stride", layout.stride, get_args(StridePlace))
     _check_choice("pool", pool, get_args(Pool))
     _check_choice("norm", norm, ("batch", "layer"))
-    _check_choice("relative_attention", relative_attention, get_args(Form))
+    _check_choice("relative_attention", relative_attention, get_args(BiasPosition))
     check_backend(attention)
     batch_norm = partial(BatchNorm2d, eps=batch_norm_eps, momentum=batch_norm_momentum, group=batch_norm_group)
     map_norm: Norm = batch_norm if norm == "batch" else partial(LayerNorm2d, eps=layer_norm_eps)
@@ -191,7 +190,7 @@ def _recomputed(block: nn.Module, *inputs: Any) -> Tensor:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), without_statistics()
+    return nullcontext(), frozen_statistics()
 
 
 def _stage_numbers(chosen: str | Collection[int], stages: int) -> set[int]:

@@ -2,7 +2,7 @@
 
 timm's defaults are another reading of the paper (average pooling, the stride at the depthwise convolution, other
 epsilons, a stem without biases, heads of 32), but its constructor takes arguments that make it compute ours. What it
-calls `_rw`, `rmlp` or `coatnext` is another network. Next: ../pipeline/export.py.
+calls `_rw`, `rmlp` or `coatnext` is another network.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
 Two counts of multiply-adds. `multiply_adds` are those of convolutions and matrix products, exactly. With overhead it is
 what the paper's figures seem to be: a graph counter's view, which charges pointwise work too. Its four coefficients
 were fitted to the 17 rows of CoAtNet-0 to -4; every one of them then comes out as printed, and CoAtNet-5, which was
-held out, within 0.1 %. A hypothesis about the authors' counter, and no cost of any machine. Next: convert.py.
+held out, within 0.1 %. A hypothesis about the authors' counter, and no cost of any machine.
 """
 
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from .attention import RelativeAttention
 from .blocks import FeedForward, MBConv
 from .coatnet import CoAtNet, ConvolutionStem, coatnet
-from .family import Layout, StridePlace
+from .variants import Layout, StridePlace
 
 PER_CONVOLUTION_ACTIVATION = 5.26
 """Of every output of a norm with GELU in stem and MBConv."""

@@ -2,10 +2,10 @@
 
 A group is a fixed set of consecutive samples, so what a sample is normalised by does not depend on the number of ranks,
 nor on how many groups a forward holds; where a group lies on several ranks, they synchronise (`across_ranks`). Each
-training forward adds up its groups' statistics; whoever runs the step takes the sums (`take_statistics`), adds them
+training forward adds up its groups' statistics; whoever runs the step takes the sums (`pop_statistics`), adds them
 over the ranks, and applies them (`apply_statistics`), or drops them with the step. A forward that repeats another
-(activation checkpointing), or that only keeps other ranks company, is run under `without_statistics` and adds none.
-Layer normalisation of maps is here too. Next: initial.py.
+(activation checkpointing), or that only keeps other ranks company, is run under `frozen_statistics` and adds none.
+Layer normalisation of maps is here too.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _adds_statistics: ContextVar[bool] = ContextVar("_adds_statistics", default=True
 
 
 @contextmanager
-def without_statistics() -> Iterator[None]:
+def frozen_statistics() -> Iterator[None]:
     """Inside, forwards count for nothing in the running statistics."""
     before = _adds_statistics.set(False)
     try:
@@ -176,7 +176,7 @@ def _batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
 
 
 @torch.no_grad()
-def take_statistics(model: nn.Module) -> Tensor:
+def pop_statistics(model: nn.Module) -> Tensor:
     """All sums of means and variances and the counts of groups since the last call, float32 in one row; zeroes them.
 
     Rows of several ranks may be added before `apply_statistics`.

@@ -1,1 +1,1 @@
-"""What the commands do: configuration, training, going on, fine-tuning, evaluation. Next: cli.py."""
+"""What the commands do: configuration, training, going on, fine-tuning, evaluation."""

@@ -2,8 +2,6 @@
 
 Exit status: 0 done; 1 the work failed; 2 the request was wrong; 3 stopped before the end and can go on. What is heavy
 to import is imported by the command that needs it, so that help comes at once.
-
-Next: config.py.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline import stopping
-from pipeline.failures import note_failure
-from pipeline.launch import adopt_srun, end_with_launcher, is_rank, rank_and_world_size
+from pipeline.distributed import signals
+from pipeline.distributed.environment import is_rank, rank_and_world_size, read_slurm_env
+from pipeline.distributed.launcher import die_with_parent
+from pipeline.run.failures import record_failure
 
 app = typer.Typer(
     name="coatnet",
@@ -60,7 +59,7 @@ MegabytesPerShard = Annotated[int, typer.Option(min=1, help="about the most MiB 
 @app.command(epilog="Example: coatnet pretrain configs/tiny.yaml --procs 2 run.dir=runs/tiny data.train=digits/train")
 def pretrain(config: ConfigFile, overrides: Overrides = None, procs: Ranks = 1, check: Check = False) -> None:
     """Train, or go on from the newest good checkpoint in run.dir. `coatnet keys` lists what can be set."""
-    from pipeline.pretrain import pretrain
+    from pipeline.commands.pretrain import pretrain
 
     raise typer.Exit(pretrain(config, overrides or [], procs, check))
 
@@ -75,7 +74,7 @@ def finetune(
     check: Check = False,
 ) -> None:
     """Start from another run's weights (its moving average, if it has one), usually at another resolution."""
-    from pipeline.finetune import finetune
+    from pipeline.commands.finetune import finetune
 
     raise typer.Exit(finetune(config, overrides or [], source, weights, procs, check))
 
@@ -89,7 +88,7 @@ def preview(
     epoch: Annotated[int, typer.Option(min=0, help="whose first samples are shown")] = 0,
 ) -> None:
     """Show training samples exactly as the model will see them, with what was drawn for each."""
-    from pipeline.preview import preview
+    from pipeline.commands.preview import preview
 
     raise typer.Exit(preview(config, out, overrides or [], samples, epoch))
 
@@ -105,9 +104,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Top-1, top-5 and loss over exactly every sample once, the same on any number of ranks."""
-    from pipeline.score import score
+    from pipeline.commands.evaluate import evaluate_command
 
-    raise typer.Exit(score(run, data, weights, resolution, crop, procs, as_json))
+    raise typer.Exit(evaluate_command(run, data, weights, resolution, crop, procs, as_json))
 
 
 @app.command(epilog="Example: coatnet predict runs/tiny photos/ cat.jpg")
@@ -121,7 +120,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """The likeliest classes of image files."""
-    from pipeline.predict import predict
+    from pipeline.commands.predict import predict
 
     raise typer.Exit(predict(run, images, weights, resolution, crop, top, as_json))
 
@@ -135,7 +134,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a run's weights, and what made them, as one file, or as a folder for timm."""
-    from pipeline.export import export
+    from pipeline.commands.export import export
 
     raise typer.Exit(export(run, out, layout, weights, overwrite))
 
@@ -147,7 +146,7 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a file to evaluate and fine-tune from out of timm's coatnet_0_224 to coatnet_5_224."""
-    from pipeline.export import import_from_timm
+    from pipeline.commands.export import import_from_timm
 
     raise typer.Exit(import_from_timm(source, out, overwrite))
 
@@ -155,7 +154,7 @@ def import_(
 @app.command(epilog="Example: coatnet models --json")
 def models(as_json: AsJson = False) -> None:
     """The family and its variants: parameters and multiply-adds, counted, beside the published ones."""
-    from pipeline.sizes import models
+    from pipeline.commands.models import models
 
     raise typer.Exit(models(as_json))
 
@@ -163,7 +162,7 @@ def models(as_json: AsJson = False) -> None:
 @app.command()
 def keys() -> None:
     """List every key of a configuration with its default and meaning."""
-    from pipeline.describe import keys_table
+    from pipeline.commands.keys import keys_table
 
     print(keys_table())
 
@@ -177,7 +176,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine has, what fits together, and what is missing; as ranks, of their whole allocation."""
-    from pipeline.describe import doctor_report
+    from pipeline.doctor.report import doctor_report
 
     raise typer.Exit(doctor_report(config, overrides or [], as_json))
 
@@ -191,7 +190,7 @@ def bench(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT]...", help="of the benchmark")] = None,
 ) -> None:
     """Run one of the benchmarks again that the documents quote, on this machine."""
-    from pipeline.bench import bench
+    from pipeline.commands.bench import bench
 
     bench(name, arguments or [])
 
@@ -217,7 +216,7 @@ def pack(
 
     Interrupted and started again, it goes on.
     """
-    from pipeline.describe import pack_and_report
+    from pipeline.commands.data import pack_and_report
 
     raise typer.Exit(
         pack_and_report(
@@ -256,7 +255,7 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Make WebDataset shards that are there already ready to train on; what is broken is listed."""
-    from pipeline.describe import index_and_report
+    from pipeline.commands.data import index_and_report
 
     raise typer.Exit(index_and_report(url, out, decode, classes, label_field, workers, as_json))
 
@@ -268,7 +267,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read everything, decode every image; list what is broken, and exit with 1 if anything is."""
-    from pipeline.describe import verify_and_report
+    from pipeline.commands.data import verify_and_report
 
     raise typer.Exit(verify_and_report(url, workers, as_json))
 
@@ -277,10 +276,10 @@ def main() -> None:
     """The console script: runs the command and turns how it ended into lines and an exit status."""
     # numpy's algebra, which nothing here uses, would start a thread a core, and who has several can't be forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    adopt_srun()
-    end_with_launcher()
+    read_slurm_env()
+    die_with_parent()
     if is_rank() and sys.argv[1:2] in (["pretrain"], ["finetune"]):
-        stopping.listen()  # before anything heavy: until then a signal would end this rank
+        signals.install_handlers()  # before anything heavy: until then a signal would end this rank
     try:
         app()
     except SystemExit:
@@ -308,14 +307,14 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 def _ended(error: Exception) -> int:
     """Says why a command ended; one line for what a person can act on, all of it for what is a fault of ours."""
-    from pipeline.errors import BadRequest, DataError, RunFailed, RunStopped
+    from pipeline.errors import DataError, Interrupted, RunFailed, UsageError
 
-    statuses = {BadRequest: 2, DataError: 1, RunFailed: 1, RunStopped: 3}
+    statuses = {UsageError: 2, DataError: 1, RunFailed: 1, Interrupted: 3}
     for kind, status in statuses.items():
         if isinstance(error, kind):
             print(f"coatnet: {error}", file=sys.stderr)
             if status < 3:
-                note_failure(status, str(error))
+                record_failure(status, str(error))
             return status
     if is_rank() and any(words in str(error) for words in _LOST):
         print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
@@ -323,7 +322,7 @@ def _ended(error: Exception) -> int:
     if is_rank() and "Timed out waiting" in str(error):  # gloo's, too
         print(f"coatnet: rank {rank_and_world_size()[0]} waited in vain for another rank", file=sys.stderr)
         return 1
-    note_failure(1, f"{type(error).__name__}: {error}")
+    record_failure(1, f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
     return 1
 

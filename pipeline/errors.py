@@ -1,11 +1,8 @@
-"""How a command ends before its work is done, as exit status and one line for the person who must act.
+"""How a command ends before its work is done, as exit status and one line for the person who must act."""
 
-Next: cli.py, which turns these into exit statuses.
-"""
+from data.errors import DataError, UsageError
 
-from data.errors import BadRequest, DataError
-
-__all__ = ["BadRequest", "DataError", "RunFailed", "RunStopped", "first_line"]
+__all__ = ["DataError", "Interrupted", "RunFailed", "UsageError", "first_line"]
 
 
 def first_line(error: BaseException) -> str:
@@ -17,5 +14,5 @@ class RunFailed(RuntimeError):
     """The work failed; the message says where and what to do. Exit status 1."""
 
 
-class RunStopped(RuntimeError):
+class Interrupted(RuntimeError):
     """The run stopped before its end and can go on. Exit status 3."""

@@ -1,7 +1,4 @@
-"""The console script: pipeline's commands, and those that know Slurm. No logic.
-
-Next: submit.py.
-"""
+"""The console script: pipeline's commands, and those that know Slurm. No logic."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="again every few seconds, until Ctrl-C")] = False,
 ) -> None:
     """What runs are doing: job, step, loss, speed, time left, restarts."""
-    from slurm.status import status
+    from slurm.status_view import status
 
     raise typer.Exit(status(runs, as_json, watch))
 

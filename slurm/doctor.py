@@ -1,6 +1,6 @@
 """`coatnet submit doctor`: the doctor as every rank of the allocation that a run would get, and its report here.
 
-As a module it is what that job's batch script runs: python -m slurm.doctor RUN REQUEST.json. Next: job.py.
+As a module it is what that job's batch script runs: python -m slurm.doctor RUN REQUEST.json.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipeline.config.parsing import read_config
 from pipeline.errors import RunFailed
-from pipeline.overrides import read_config
-from slurm import client, job, queue, records
-from slurm.submit import Work, check_cluster, prepare, submit_to_slurm
+from slurm import history, job, scheduler
+from slurm.submit import JobSpec, check_cluster, prepare, submit_to_slurm
 
 MINUTES = 15
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -23,13 +23,13 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
     """Submits, waits for the report and prints it; returns the exit status, 1 where something is missing or broken."""
     config = read_config(preset, overrides)
     config = config.model_copy(update={"slurm": config.slurm.model_copy(update={"time": MINUTES, "min_nodes": None})})
-    work = Work("doctor", config, None)
+    work = JobSpec("doctor", config, None)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             print(prepare(work, Path(folder), None)[1])
         return 0
     check_cluster(config)
-    folder = records.folder(work.run) / "doctor"
+    folder = history.folder(work.run) / "doctor"
     wanted, text, command = prepare(work, folder, None)
     number = submit_to_slurm(folder, wanted, text, command)
     log, report = folder / f"{number}_0_log.out", folder / f"{number}.txt"
@@ -49,9 +49,9 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
 def wait_for(number: str) -> dict[str, str]:
     """What Slurm says of a job that has ended; says itself why one waits."""
     told: str | None = None
-    while (facts := queue.show_job(number)) and facts["JobState"] in queue.WAITING | queue.BUSY:
+    while (facts := scheduler.show_job(number)) and facts["JobState"] in scheduler.WAITING | scheduler.BUSY:
         why = "" if facts["Reason"] == "None" else f": {facts['Reason']}"
-        waits = f"waits{why}" if facts["JobState"] in queue.WAITING else "runs"
+        waits = f"waits{why}" if facts["JobState"] in scheduler.WAITING else "runs"
         if waits != told:
             print(f"job {number} {waits}", file=sys.stderr, flush=True)
             told = waits
@@ -62,12 +62,12 @@ def wait_for(number: str) -> dict[str, str]:
 def main(run: Path, request: job.Request) -> int:
     """In the allocation: one report of all ranks."""
     where = job.allocation()
-    report = records.folder(run) / "doctor" / f"{where.job}.txt"
+    report = history.folder(run) / "doctor" / f"{where.job}.txt"
     return job.run_ranks(run, request, where, request.command, report)[0]
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), job.read_request(Path(sys.argv[2]))))
-    except client.ERRORS as error:
+    except scheduler.ERRORS as error:
         sys.exit(f"coatnet: {error}")

@@ -4,7 +4,7 @@
 
 There is no daemon: the job requeues itself. It does not catch SIGTERM, so that a job that is cancelled ends here.
 Where the batch script is killed (Slurm requeues the job itself, or its node is gone), the next start finds a start
-without an end, and says what it was. Next: cause.py.
+without an end, and says what it was.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline import failures
-from pipeline.json_lines import JsonLines, read_lines
-from pipeline.launch import slurm_port
-from pipeline.run_folder import newest_step
-from slurm import client, queue, records
-from slurm.cause import (
+from pipeline.checkpoint.attempts import latest_step
+from pipeline.distributed.environment import FILE, START, slurm_port
+from pipeline.run.jsonl import JsonLines, read_lines
+from slurm import history, scheduler
+from slurm.requeue import (
     FAILURES,
     STANDSTILLS,
     Cause,
     Decision,
     Ending,
-    cause_of,
-    cause_of_silence,
-    decide,
+    classify_exit,
+    classify_missing_exit,
     killed_on,
     named_as_failed,
+    requeue_decision,
 )
 
 MOST_WORDS = 1000
@@ -91,7 +90,7 @@ def allocation(restart: int = 0) -> Allocation:
     environment = os.environ
     if "SLURM_JOB_ID" not in environment:
         return Allocation(f"local-{os.getpid()}", restart, ())
-    nodes = client.ask("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
+    nodes = scheduler.run_slurm("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
     if "SLURM_ARRAY_JOB_ID" in environment:
         return Allocation(environment["SLURM_ARRAY_JOB_ID"], int(environment["SLURM_ARRAY_TASK_ID"]), tuple(nodes))
     return Allocation(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", 0)), tuple(nodes))
@@ -102,24 +101,26 @@ def main(run: Path, request: Request) -> int:
     restart = 0
     while True:
         where = allocation(restart)
-        say(run, f"{records.BEGINS} {where.start} on {', '.join(where.nodes) or 'this machine'}")
-        close_open_starts(run, where)
-        if records.is_cancelled(run):
+        say(run, f"{history.BEGINS} {where.start} on {', '.join(where.nodes) or 'this machine'}")
+        close_stale_starts(run, where)
+        if history.is_cancelled(run):
             return 1
-        records.note_start(run, where.start, where.nodes, newest_step(run) or 0)
+        history.record_start(run, where.start, where.nodes, latest_step(run) or 0)
         status, said = run_ranks(run, request, where, request.command)
         ending = ending_of(run, request, where, status, said)
-        cause = cause_of(ending)
-        decision = conclude(run, request, where, cause, ending.lost or first_failed(run, where, said))
+        cause = classify_exit(ending)
+        decision = record_and_decide(run, request, where, cause, ending.lost or first_failed(run, where, said))
         say(run, f"end of {where.start}: {decision.why}")
         if not decision.again:
             if request.requeue == "array":
-                client.insist("scancel", "--state=PENDING", where.job)  # the elements that nobody needs any more
+                scheduler.ask_with_retries(
+                    "scancel", "--state=PENDING", where.job
+                )  # the elements that nobody needs any more
             if cause is Cause.DONE and request.evaluate is not None:
                 return evaluate(run, request, where)
             return 0 if cause is Cause.DONE else max(1, min(status, 125))
         if where.nodes:
-            return start_again(run, request, where, decision)
+            return requeue_job(run, request, where, decision)
         time.sleep(decision.after)
         restart += 1
 
@@ -137,8 +138,8 @@ def run_ranks(
     program = [*shlex.split(request.command_prefix or ""), request.python, "-P", "-m", "pipeline.cli", *command]
     environment = dict(os.environ) | {
         "PYTHONPATH": request.code,
-        failures.START: where.start,
-        failures.FILE: str(records.folder(run).resolve() / "failures.jsonl"),
+        START: where.start,
+        FILE: str(history.folder(run).resolve() / "failures.jsonl"),
     }
     (run / "logs").mkdir(parents=True, exist_ok=True)
     if where.nodes:
@@ -181,59 +182,59 @@ def evaluate(run: Path, request: Request, where: Allocation) -> int:
 
 def ending_of(run: Path, request: Request, where: Allocation, status: int, said: list[str]) -> Ending:
     """What can be known of a start that just ended, from its records, Slurm and srun's last words."""
-    began = records.starts(run)[-1].began
+    began = history.starts(run)[-1].began
     told = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
     ends = [row for row in told if row["event"] in ("done", "stop", *STANDSTILLS)]
     last = ends[-1] if ends else {}
-    noted = tuple(row["status"] for row in records.failures(run, where.start))
+    noted = tuple(row["status"] for row in history.failures(run, where.start))
     finished = status == 0 and not ends  # there was nothing left to do
     return Ending(
         status,
         "done" if finished else last.get("event"),
         last.get("reason"),
         noted,
-        records.is_cancelled(run),
+        history.is_cancelled(run),
         tuple(sorted({*lost_nodes(where.nodes), *named_as_failed(said)})),
         seconds_left(where),
         request.lead,
     )
 
 
-def conclude(run: Path, request: Request, where: Allocation, cause: Cause, nodes: tuple[str, ...]) -> Decision:
+def record_and_decide(run: Path, request: Request, where: Allocation, cause: Cause, nodes: tuple[str, ...]) -> Decision:
     """Writes down why a start ended, on which nodes if that was their fault, and what follows; returns that."""
-    own = [start for start in records.starts(run) if start.job == where.job]
+    own = [start for start in history.starts(run) if start.job == where.job]
     last_step = last_step_done(run)
     failed = nodes if cause in {Cause.NODE_LOST, *FAILURES} else ()
     ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
-    decision = decide(cause, ended, request.max_restarts, request.backoff)
-    records.note_end(run, where.start, cause, last_step, failed, decision.why, decision.again)
+    decision = requeue_decision(cause, ended, request.max_restarts, request.backoff)
+    history.record_end(run, where.start, cause, last_step, failed, decision.why, decision.again)
     if decision.again:
-        note_restart(run, where.start, cause, last_step)
+        record_requeue(run, where.start, cause, last_step)
     return decision
 
 
-def close_open_starts(run: Path, where: Allocation) -> None:
+def close_stale_starts(run: Path, where: Allocation) -> None:
     """Says how starts ended whose batch script was killed before it could."""
-    for start in records.starts(run):
+    for start in history.starts(run):
         if start.ended is None and start.name != where.start:
-            cause, nodes = cause_of_silence(records.batch_log(run, start), start.nodes, lost_nodes(start.nodes))
+            cause, nodes = classify_missing_exit(history.batch_log(run, start), start.nodes, lost_nodes(start.nodes))
             again, last_step = start.job == where.job, last_step_done(run)
             why = f"{cause}: Slurm started it again" if again else f"{cause}: its job ended"
-            at = max(start.began, records.last_sign_of_life(run))
-            records.note_end(run, start.name, cause, last_step, nodes, why, again, at)
+            at = max(start.began, history.last_update(run))
+            history.record_end(run, start.name, cause, last_step, nodes, why, again, at)
             if again:
-                note_restart(run, start.name, cause, last_step)
+                record_requeue(run, start.name, cause, last_step)
 
 
 def first_failed(run: Path, where: Allocation, said: list[str]) -> tuple[str, ...]:
     """The node of the rank that failed first; others fail because of it."""
-    noted = sorted(records.failures(run, where.start), key=lambda row: row["time"])
+    noted = sorted(history.failures(run, where.start), key=lambda row: row["time"])
     return tuple([*killed_on(said), *(row["host"] for row in noted)][:1])
 
 
-def note_restart(run: Path, start: str, cause: Cause, last_step: int) -> None:
+def record_requeue(run: Path, start: str, cause: Cause, last_step: int) -> None:
     """In events.jsonl, with the steps that have to be done again."""
-    lost = max(0, last_step - (newest_step(run) or 0))
+    lost = max(0, last_step - (latest_step(run) or 0))
     lines = JsonLines(run / "events.jsonl")
     lines.write({"time": round(time.time(), 3), "event": "restart", "start": start, "cause": cause, "steps_lost": lost})
     lines.close()
@@ -246,12 +247,12 @@ def last_step_done(run: Path) -> int:
 # --------------------------------------------------------------------------------------------------------------- Slurm
 
 
-def start_again(run: Path, request: Request, where: Allocation, decision: Decision) -> int:
+def requeue_job(run: Path, request: Request, where: Allocation, decision: Decision) -> int:
     """Requeues this job; with an array the next of its elements follows by itself."""
     if request.requeue == "array":
         time.sleep(decision.after)
         return 1
-    facts = queue.parsed(client.insist("scontrol", "-o", "show", "job", where.job))
+    facts = scheduler.parsed(scheduler.ask_with_retries("scontrol", "-o", "show", "job", where.job))
     if (facts["JobState"], facts["Restarts"]) != ("RUNNING", str(where.restart)):
         say(run, "cancelled, or started again, meanwhile: this start does nothing more")
         return 1
@@ -260,14 +261,16 @@ def start_again(run: Path, request: Request, where: Allocation, decision: Decisi
         say(run, f"{', '.join(decision.exclude)} failed repeatedly, but there are too few other nodes")
     change = ("scontrol", "update", f"jobid={where.job}")  # of a job that is to start, not of one that runs
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too; live until all is changed
-    client.insist("scontrol", "requeue", where.job)
+    scheduler.ask_with_retries("scontrol", "requeue", where.job)
     if exclude:
-        client.insist(*change, f"ExcNodeList={','.join([*([request.exclude] if request.exclude else []), *exclude])}")
+        scheduler.ask_with_retries(
+            *change, f"ExcNodeList={','.join([*([request.exclude] if request.exclude else []), *exclude])}"
+        )
     if request.min_nodes < request.nodes:  # Slurm would wait for as many as this start had
         fewest = request.min_nodes * request.tasks_per_node
-        client.insist(*change, f"NumTasks={fewest}", f"NumNodes={request.min_nodes}-{request.nodes}")
+        scheduler.ask_with_retries(*change, f"NumTasks={fewest}", f"NumNodes={request.min_nodes}-{request.nodes}")
     if decision.after > 0:
-        client.insist(*change, f"StartTime=now+{round(decision.after)}")
+        scheduler.ask_with_retries(*change, f"StartTime=now+{round(decision.after)}")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(600)  # not reached
     return 1
@@ -277,13 +280,13 @@ def lost_nodes(nodes: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the nodes that Slurm does not count on any more."""
     if not nodes:
         return ()
-    states = client.insist("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    states = scheduler.ask_with_retries("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
     return tuple(sorted(name for name, state in node_states(states) if is_down(state)))
 
 
 def usable_nodes() -> set[str]:
     """Of this job's partition those that it may start on, now or later."""
-    states = client.insist("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N %T")
+    states = scheduler.ask_with_retries("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N %T")
     return {name for name, state in node_states(states) if not is_down(state) and not state.startswith("drain")}
 
 
@@ -300,7 +303,9 @@ def seconds_left(where: Allocation) -> float | None:
     """Of the job's time limit; None without one."""
     if not where.nodes:
         return None
-    return client.seconds_of(client.insist("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L"))
+    return scheduler.seconds_of(
+        scheduler.ask_with_retries("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L")
+    )
 
 
 def say(run: Path, line: str) -> None:
@@ -310,5 +315,5 @@ def say(run: Path, line: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), read_request(Path(sys.argv[2]))))
-    except client.ERRORS as error:
+    except scheduler.ERRORS as error:
         sys.exit(f"coatnet: {error}")

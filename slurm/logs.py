@@ -1,7 +1,4 @@
-"""`coatnet logs`: the end of what a rank, or the batch script, said, and what it goes on to say.
-
-Next: cancel.py.
-"""
+"""`coatnet logs`: the end of what a rank, or the batch script, said, and what it goes on to say."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import BadRequest
-from slurm import client, queue, records
+from pipeline.errors import UsageError
+from slurm import history, scheduler
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_QUESTIONS = 5.0
@@ -22,11 +19,11 @@ _BLOCK = 1 << 16
 
 def logs(run: Path, rank: int | None, follow: bool, lines: int) -> int:
     """Prints the last lines of a log, and with `follow` goes on until the run is over or Ctrl-C; returns the status."""
-    queue.check_run(run)
+    scheduler.check_run(run)
     path = newest_log(run, rank)
     if path is None and (not follow or _is_over(run)):
         whose = "any rank or job" if rank is None else f"rank {rank}"
-        raise BadRequest(f"{run}: there is no log of {whose} yet; coatnet status {run} says where the run stands")
+        raise UsageError(f"{run}: there is no log of {whose} yet; coatnet status {run} says where the run stands")
     offsets = {file: file.stat().st_size for file in all_logs(run)}
     if path is not None:
         offsets[path], text = tail(path, lines)
@@ -46,7 +43,7 @@ def newest_log(run: Path, rank: int | None) -> Path | None:
     """
     wanted = rank or 0
     own = [file for file in (run / "logs").glob(f"*-{wanted}.log") if not file.name.startswith("rank-")]
-    own += [file for file in [records.folder(run) / "local.log"] if wanted == 0 and file.exists()]
+    own += [file for file in [history.folder(run) / "local.log"] if wanted == 0 and file.exists()]
     kept = [file for file in [run / "logs" / f"rank-{wanted}.log"] if file.exists()]
     newest, plain = max(own, key=_changed, default=None), max(kept, key=_changed, default=None)
     if newest is not None and (plain is None or _changed(plain) < _changed(newest) + SAME_TIME_SECONDS):
@@ -70,7 +67,7 @@ def last_words(run: Path) -> str | None:
 
 
 def all_logs(run: Path) -> list[Path]:
-    batch = [file for file in records.folder(run).glob("*") if re.search(r"(\.log|_log\.out)$", file.name)]
+    batch = [file for file in history.folder(run).glob("*") if re.search(r"(\.log|_log\.out)$", file.name)]
     return [*(run / "logs").glob("*.log"), *batch]
 
 
@@ -124,8 +121,8 @@ def _write(text: bytes) -> None:
 def _is_over(run: Path) -> bool:
     """Whether nothing of the run is alive, as far as Slurm answers."""
     try:
-        return not queue.is_held(run) and not queue.living(run)
-    except client.ERRORS as error:
+        return not scheduler.is_locked(run) and not scheduler.active_jobs(run)
+    except scheduler.ERRORS as error:
         print(f"coatnet: {error}", file=sys.stderr)
         return False
 

@@ -1,7 +1,4 @@
-"""`coatnet submit`: checks, copies program and configuration into the run, and hands the job to Slurm.
-
-Next: request.py.
-"""
+"""`coatnet submit`: checks, copies program and configuration into the run, and hands the job to Slurm."""
 
 from __future__ import annotations
 
@@ -16,21 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, Slurm
-from pipeline.errors import BadRequest
-from pipeline.finetune import check_against, check_source, source_of
-from pipeline.json_lines import read_lines
-from pipeline.overrides import read_config, to_yaml
-from pipeline.run_folder import compare
-from pipeline.start import check_config
-from slurm import client, queue, records
+from pipeline.commands.finetune import check_compatible_config, check_source, source_of
+from pipeline.commands.pretrain import check_config
+from pipeline.config.parsing import read_config, to_yaml
+from pipeline.config.schema import Config, Slurm
+from pipeline.errors import UsageError
+from pipeline.plan import config_changes
+from pipeline.run.jsonl import read_lines
+from slurm import history, scheduler
 from slurm.job import Request
-from slurm.request import batch_command, parameters, script, tasks_per_node
-from slurm.snapshot import snapshot
+from slurm.sbatch import batch_command, parameters, script, snapshot, tasks_per_node
 
 
 @dataclass(frozen=True)
-class Work:
+class JobSpec:
     """One job of a chain."""
 
     command: str
@@ -57,18 +53,18 @@ def submit(
     dry_run: bool,
 ) -> int:
     """Submits a run, and its fine-tuning after it; returns the exit status."""
-    works = [Work(command, read_config(preset, overrides), source, weights)]
+    works = [JobSpec(command, read_config(preset, overrides), source, weights)]
     if then is not None:
         after, *changes = shlex.split(then)
-        works.append(Work("finetune", read_config(after, changes), str(works[0].run), evaluate=True))
+        works.append(JobSpec("finetune", read_config(after, changes), str(works[0].run), evaluate=True))
     if cluster not in ("slurm", "local"):
-        raise BadRequest(f"--cluster is {cluster!r}; it is slurm or local")
+        raise UsageError(f"--cluster is {cluster!r}; it is slurm or local")
     if cluster == "local" and then is not None:
-        raise BadRequest("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
+        raise UsageError("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
     for work, before in zip(works, [None, *works], strict=False):
         check(work, before)
     if then is not None and works[0].config.slurm.requeue == "array":
-        raise BadRequest(
+        raise UsageError(
             "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
         )
     dependency: str | None = None
@@ -83,54 +79,54 @@ def submit(
     return 0
 
 
-def check(work: Work, before: Work | None) -> None:
-    """BadRequest where the run could not begin, or not go on, with this request, behind the one that is `before` it."""
+def check(work: JobSpec, before: JobSpec | None) -> None:
+    """UsageError where the run could not begin, or not go on, with this request, behind the one that is `before` it."""
     slurm = work.config.slurm
     if work.command == "finetune" and work.source is None:
-        raise BadRequest("submit finetune needs --from RUN")
+        raise UsageError("submit finetune needs --from RUN")
     if work.evaluate and work.config.data.val is None:
-        raise BadRequest("--then evaluates in the end, so its data.val must be set")
+        raise UsageError("--then evaluates in the end, so its data.val must be set")
     ranks = slurm.nodes * tasks_per_node(slurm)
     for nodes in range(slurm.min_nodes or slurm.nodes, slurm.nodes + 1):
         check_config(work.config, nodes * tasks_per_node(slurm), quiet=nodes * tasks_per_node(slurm) != ranks)
-    compare(work.run, work.config, work.command)
+    config_changes(work.run, work.config, work.command)
     if before is not None:
         ancestors = source_of(before.run, Path(before.source), None).ancestry if before.source else []
-        check_against(work.config, before.config, str(before.run), ancestors)
+        check_compatible_config(work.config, before.config, str(before.run), ancestors)
     elif work.source is not None:
         check_source(work.config, work.source, work.weights)
 
 
 def jobs_that_end(run: Path) -> list[str]:
-    """A run's jobs that were cancelled a moment ago; BadRequest where it is alive: a job or a process is to go on."""
-    living = queue.living(run)
-    if living and records.is_cancelled(run):
+    """A run's jobs that were cancelled a moment ago; UsageError where it is alive: a job or a process is to go on."""
+    living = scheduler.active_jobs(run)
+    if living and history.is_cancelled(run):
         return list(living)
     for job, facts in living.items():
-        raise BadRequest(
+        raise UsageError(
             f"{run}: its job {job} is {facts['JobState'].lower()} and starts again by itself;"
             f" `coatnet cancel {run}` ends it, if another is to take its place"
         )
-    if queue.is_held(run):
+    if scheduler.is_locked(run):
         holder = (run / ".lock").read_text().strip()
-        raise BadRequest(f"{run}: this run is alive ({holder}); end it first, or choose another run.dir")
+        raise UsageError(f"{run}: this run is alive ({holder}); end it first, or choose another run.dir")
     return []
 
 
 def check_cluster(config: Config) -> None:
-    """BadRequest where the cluster could never give what is asked for; Unanswered where it does not answer."""
-    if not client.is_installed():
-        raise BadRequest("no Slurm on this machine's PATH: submit from a login node, or with --cluster local")
-    reasons = [why_never(config.slurm, facts) for facts in partitions(config.slurm.partition)]
+    """UsageError where the cluster could never give what is asked for; Unanswered where it does not answer."""
+    if not scheduler.is_installed():
+        raise UsageError("no Slurm on this machine's PATH: submit from a login node, or with --cluster local")
+    reasons = [unsatisfiable_reason(config.slurm, facts) for facts in partitions(config.slurm.partition)]
     if all(reasons):
-        raise BadRequest("; ".join(filter(None, reasons)))
+        raise UsageError("; ".join(filter(None, reasons)))
 
 
-def why_never(slurm: Slurm, partition: Mapping[str, str]) -> str | None:
+def unsatisfiable_reason(slurm: Slurm, partition: Mapping[str, str]) -> str | None:
     """Why a partition will never run the job, which it would let wait all the same. Pure."""
     name = partition["PartitionName"]
     most = min(int(partition[limit]) for limit in ("TotalNodes", "MaxNodes") if partition[limit].isdigit())
-    longest, asked = client.seconds_of(partition["MaxTime"]), client.seconds_of(str(slurm.time))
+    longest, asked = scheduler.seconds_of(partition["MaxTime"]), scheduler.seconds_of(str(slurm.time))
     if partition["State"] != "UP":
         return f"partition {name} is {partition['State']}"
     if (slurm.min_nodes or slurm.nodes) > most:
@@ -143,19 +139,19 @@ def why_never(slurm: Slurm, partition: Mapping[str, str]) -> str | None:
 def partitions(wanted: str | None) -> list[dict[str, str]]:
     """What Slurm knows (State, TotalNodes, MaxTime, GraceTime ...) of the partitions a job may go to.
 
-    `wanted` are names with commas between them; None: the default, or all where there is none. BadRequest where one
+    `wanted` are names with commas between them; None: the default, or all where there is none. UsageError where one
     does not exist.
     """
-    found = [queue.parsed(line) for line in client.ask("scontrol", "-o", "show", "partition").splitlines()]
+    found = [scheduler.parsed(line) for line in scheduler.run_slurm("scontrol", "-o", "show", "partition").splitlines()]
     there = {facts["PartitionName"]: facts for facts in found if facts}
     default = [name for name, facts in there.items() if facts["Default"] == "YES"]
     names = wanted.split(",") if wanted else default or list(there)
     if missing := [name for name in names if name not in there]:
-        raise BadRequest(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(there))}")
+        raise UsageError(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(there))}")
     return [there[name] for name in names]
 
 
-def submit_one(work: Work, dependency: str | None, cluster: str, dry_run: bool) -> str:
+def submit_one(work: JobSpec, dependency: str | None, cluster: str, dry_run: bool) -> str:
     """Writes what the job needs into the run's folder and submits it; returns the job's id."""
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -163,19 +159,19 @@ def submit_one(work: Work, dependency: str | None, cluster: str, dry_run: bool) 
         return "JOB-BEFORE"
     if cluster == "slurm":
         slurm = work.config.slurm
-        for warning in warnings(seconds_to_stop(work.run), slurm.lead, grace_seconds(slurm.partition)):
+        for warning in warnings(stop_seconds(work.run), slurm.lead, grace_seconds(slurm.partition)):
             print(f"warning: {warning}", file=sys.stderr)
-    folder = records.folder(work.run)
+    folder = history.folder(work.run)
     wanted, text, command = prepare(work, folder, dependency)
     job = submit_locally(work.run, text) if cluster == "local" else submit_to_slurm(folder, wanted, text, command)
     facts = {"command": work.command, "nodes": work.config.slurm.nodes, "dependency": dependency}
-    records.note_submission(work.run, job=job, **facts, host=os.uname().nodename)
+    history.record_submission(work.run, job=job, **facts, host=os.uname().nodename)
     waits = f", {dependency}" if dependency else ""
     print(f"{work.run}: job {job}{waits}; coatnet status {work.run} says where it stands")
     return job
 
 
-def prepare(work: Work, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
+def prepare(work: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
     """Copies program and configuration; returns submitit's parameters, the script, and the script's last line."""
     slurm = work.config.slurm
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +208,7 @@ def submit_to_slurm(folder: Path, wanted: dict[str, Any], text: str, command: st
     """The id that sbatch gives; Refused with its words where it refuses."""
     checked = folder / ".check.sh"
     checked.write_text(text)
-    client.ask("sbatch", "--test-only", str(checked))
+    scheduler.run_slurm("sbatch", "--test-only", str(checked))
     checked.unlink()
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
@@ -222,12 +218,12 @@ def submit_to_slurm(folder: Path, wanted: dict[str, Any], text: str, command: st
     try:
         return executor._submit_command(command).job_id
     except FailedJobError as error:
-        raise BadRequest(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
+        raise UsageError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
 
 
 def submit_locally(run: Path, text: str) -> str:
     """Runs the script on this machine, in a session of its own, so that it outlives this terminal."""
-    folder = records.folder(run)
+    folder = history.folder(run)
     path = folder / "local.sh"
     path.write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -239,7 +235,7 @@ def submit_locally(run: Path, text: str) -> str:
     return f"local-{process.pid}"
 
 
-def seconds_to_stop(run: Path) -> float:
+def stop_seconds(run: Path) -> float:
     """The longest of a run's last steps and saves together; 0 where it has never trained."""
     steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl") if "step_seconds" in row]
     saves = [row["seconds"] for row in read_lines(run / "events.jsonl") if row["event"] == "checkpoint"]
@@ -261,6 +257,6 @@ def warnings(needed: float, lead: float, grace: float) -> list[str]:
 
 def grace_seconds(partition: str | None) -> float:
     """Seconds from a preemption's SIGTERM to SIGKILL: the partition's grace and the cluster's wait."""
-    waits = re.findall(r"^KillWait\s*=\s*(\d+)", client.ask("scontrol", "show", "config"), re.MULTILINE)
+    waits = re.findall(r"^KillWait\s*=\s*(\d+)", scheduler.run_slurm("scontrol", "show", "config"), re.MULTILINE)
     graces = [float(facts["GraceTime"]) for facts in partitions(partition) if facts["GraceTime"].isdigit()]
     return sum(map(float, waits)) + min(graces, default=0.0)

@@ -19,8 +19,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 LONGEST = [
-    "test_zero", "test_faults", "test_end_to_end", "test_jobs", "test_guards", "test_schedules", "test_standing_still",
-    "test_cold_starts", "test_attempts", "test_doctor_of_ranks", "test_mirror", "test_storage", "test_preview",
+    "test_zero", "test_faults", "test_end_to_end", "test_jobs", "test_guards", "test_schedules", "test_watchdog",
+    "test_cold_starts", "test_attempts", "test_rank_doctor", "test_mirror", "test_storage", "test_preview",
     "test_restore",
 ]  # fmt: skip
 """The files that take longest, first: begun last, one of them would be waited for alone."""

@@ -4,14 +4,21 @@ import gc
 import os
 from importlib import import_module
 
-from pipeline.preload import preload
+from pipeline.commands.pretrain import import_training
+from pipeline.distributed.preload import preload
 
 _before = dict(os.environ)
-assert preload(), "the fork server has threads, a process group, or CUDA's driver"
-COMMANDS = ["pipeline.export", "pipeline.finetune", "pipeline.out_of_memory", "pipeline.predict", "pipeline.preview"]
-COMMANDS += ["pipeline.pretrain", "pipeline.score", "slurm.cli", "data.pack"]
+assert preload(import_training), "the fork server has threads, a process group, or CUDA's driver"
+COMMANDS = [
+    "pipeline.commands.export",
+    "pipeline.commands.finetune",
+    "pipeline.memory.oom",
+    "pipeline.commands.predict",
+    "pipeline.commands.preview",
+]
+COMMANDS += ["pipeline.commands.pretrain", "pipeline.commands.evaluate", "slurm.cli", "data.packing.pack"]
 STAGE_3 = ["deepspeed.runtime.zero.stage3", "torch._dynamo", "torch.onnx"]
-TESTS = ["tests.pipeline.many_runs", "tests.pipeline.peaks", "tests.pipeline.standing_still"]
+TESTS = ["tests.pipeline.batch_runs", "tests.pipeline.peaks", "tests.pipeline.hang_injection"]
 TESTS += ["tests.pipeline.test_checkpoint", "tests.data.test_schedules", "tests.models.test_norm_across_ranks"]
 for module in COMMANDS + STAGE_3 + TESTS:
     import_module(module)

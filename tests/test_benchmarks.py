@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.backends import fastest
+from models.attention import fastest
 from tests.pipeline.runs import coatnet
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.weak import Recipe, agreement, chain, cifar10, measure, table
-from pipeline import ancestry
-from pipeline.errors import BadRequest
-from pipeline.finetune import finetune
-from pipeline.overrides import read_config
+from benchmarks.weak_augmentation import Recipe, agreement, chain, cifar10, measure, table
+from pipeline.commands.finetune import finetune
+from pipeline.config.parsing import read_config
+from pipeline.errors import UsageError
+from pipeline.lineage import check_new_augmentations, lineage_entry
 from tests.pipeline.runs import ROOT, coatnet, events
 
 CIFAR10 = ROOT.parent / "shared" / "data"
@@ -32,9 +32,9 @@ def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digit
 
     assert third() == 0  # RandAugment was allowed there, and is seen since
     both = rf"flip \(augment.flip=true\) is on here .* \({tmp_path}/runs/pretrain-off-0, {tuned}\)"
-    with pytest.raises(BadRequest, match=both):
+    with pytest.raises(UsageError, match=both):
         third("augment.flip=true")
-    with pytest.raises(BadRequest, match=r"RandAugment \(augment.randaugment={layers: 1, magnitude: 1.0}\) is on here"):
+    with pytest.raises(UsageError, match=r"RandAugment \(augment.randaugment={layers: 1, magnitude: 1.0}\) is on here"):
         third(source=tmp_path / "runs" / "pretrain-off-0")
     assert third("augment.allow_new=true", source=tmp_path / "runs" / "pretrain-off-0") == 0
 
@@ -52,8 +52,8 @@ def test_what_is_compared_differs_in_nothing_else_and_only_off_to_on_is_new() ->
         assert all(config == of_stage[0] for config in of_stage)
     for name, config in configs.items():
         if name.startswith("finetune"):
-            first = ancestry.entry(configs[f"pretrain-{name.split('-')[1]}-1"], 1, [])
-            assert ancestry.check(config, [first]) == (["RandAugment"] if name == "finetune-off-on-1" else [])
+            first = lineage_entry(configs[f"pretrain-{name.split('-')[1]}-1"], 1, [])
+            assert check_new_augmentations(config, [first]) == (["RandAugment"] if name == "finetune-off-on-1" else [])
 
 
 def test_a_verdict_is_one_only_where_all_seeds_say_so() -> None:

@@ -10,9 +10,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data import shards
-from data.pack import pack
-from data.shards import Manifest, Shard
+from data.packing.pack import pack
+from data.shards.manifest import Manifest, Shard, read_manifest, write_manifest
+from data.shards.sample_table import sample_table, table_bytes
+from data.shards.tar_index import index_tar, index_text
 
 SIDE = 24
 """The short side of every image: at this resolution a centred square is a slice of the image, not resampled."""
@@ -46,7 +47,7 @@ class PackedSet:
     def keys(self) -> list[str]:
         """In the manifest's order."""
         tars = [Path(self.manifest.url_of(i)).read_bytes() for i in range(len(self.manifest.shards))]
-        return [sample.key for tar in tars for sample in shards.index_tar(tar)]
+        return [sample.key for tar in tars for sample in index_tar(tar)]
 
 
 def encoded(number: int) -> tuple[str, bytes]:
@@ -71,7 +72,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedSet:
         originals[f"{CLASSES[label]}/{number}"] = Original(contents, label)
     request = {"samples_per_shard": 9, "bytes_per_shard": None, "seed": 0, "workers": 2, "overwrite": False}
     pack(str(source), str(folder), **request, progress=lambda done, total: None)
-    return PackedSet(folder, shards.read_manifest(str(folder)), originals)
+    return PackedSet(folder, read_manifest(str(folder)), originals)
 
 
 Written = Callable[[Path, Sequence[dict[str, bytes]], int, int], Manifest]
@@ -87,14 +88,14 @@ def by_hand() -> Written:
             for number, parts in enumerate(samples):
                 tar.write({"__key__": f"{number:04d}", **parts})
         contents = stream.getvalue()
-        index = shards.index_tar(contents)
-        rows = shards.sample_table(contents, index, [(0, 0)] * len(index), flags)
+        index = index_tar(contents)
+        rows = sample_table(contents, index, [(0, 0)] * len(index), flags)
         folder.mkdir(exist_ok=True)
         (folder / "shard-000000.tar").write_bytes(contents)
-        (folder / "shard-000000.npy").write_bytes(shards.table_bytes(rows))
-        (folder / "shard-000000.idx").write_text(shards.index_text(index))
+        (folder / "shard-000000.npy").write_bytes(table_bytes(rows))
+        (folder / "shard-000000.idx").write_text(index_text(index))
         shard = Shard("shard-000000.tar", len(index), len(contents))
-        shards.write_manifest(str(folder), [f"class {i}" for i in range(classes)], [shard])
-        return shards.read_manifest(str(folder))
+        write_manifest(str(folder), [f"class {i}" for i in range(classes)], [shard])
+        return read_manifest(str(folder))
 
     return write

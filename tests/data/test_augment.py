@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.augment import RATIOS, Augmentation, Recipe, draw, fixed
-from data.errors import BadRequest
+from data.augment import RATIOS, Augmentation, AugmentParams, eval_params, sample_params
+from data.errors import UsageError
 from data.randaugment import Operation
 
 RANDOM = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=5)
@@ -18,7 +18,7 @@ sizes = st.integers(1, 20_000)
 numbers = st.integers(0, 2**40)
 
 
-def rows(recipe: Recipe, chosen: np.ndarray | slice) -> list[np.ndarray]:
+def rows(recipe: AugmentParams, chosen: np.ndarray | slice) -> list[np.ndarray]:
     return [getattr(recipe, field.name)[chosen] for field in fields(recipe)]
 
 
@@ -28,10 +28,10 @@ def rows(recipe: Recipe, chosen: np.ndarray | slice) -> list[np.ndarray]:
     data=st.data(),
 )
 def test_a_recipe_does_not_depend_on_what_it_is_drawn_with(seed: int, asked: list[tuple[int, ...]], data) -> None:
-    together = draw(RANDOM, seed, *np.array(asked, np.int64).T)
+    together = sample_params(RANDOM, seed, *np.array(asked, np.int64).T)
     order = np.array(data.draw(st.permutations(range(len(asked)))))
-    shuffled = draw(RANDOM, seed, *np.array(asked, np.int64)[order].T)
-    alone = draw(RANDOM, seed, *np.array(asked, np.int64)[order[:1]].T)
+    shuffled = sample_params(RANDOM, seed, *np.array(asked, np.int64)[order].T)
+    alone = sample_params(RANDOM, seed, *np.array(asked, np.int64)[order[:1]].T)
     for all_rows, again, one in zip(
         rows(together, order), rows(shuffled, slice(None)), rows(alone, slice(1)), strict=True
     ):
@@ -45,14 +45,18 @@ def test_another_seed_epoch_or_sample_is_another_draw(changed: str) -> None:
 
     def drawn(seed: int, epoch: int, sample: int) -> list[np.ndarray]:
         n = np.arange(64)
-        return rows(draw(RANDOM, seed, np.full(64, epoch), sample + 1000 * n, n * 0 + 375, n * 0 + 500), slice(None))
+        return rows(
+            sample_params(RANDOM, seed, np.full(64, epoch), sample + 1000 * n, n * 0 + 375, n * 0 + 500), slice(None)
+        )
 
     for one, other in zip(drawn(**place), drawn(**place | {changed: place[changed] + 1}), strict=True):
         assert (one != other).any()
 
 
 def test_draws_stay_what_they_were_in_earlier_versions() -> None:
-    recipe = draw(RANDOM, seed=1, epochs=[0, 7], samples=[2, 3_000_000_000], heights=[375, 32], widths=[500, 32])
+    recipe = sample_params(
+        RANDOM, seed=1, epochs=[0, 7], samples=[2, 3_000_000_000], heights=[375, 32], widths=[500, 32]
+    )
     found = [part.tolist() for part in rows(recipe, slice(None))]
     assert found == [
         [[111, 92], [5, 2]],
@@ -68,7 +72,7 @@ def test_a_crop_lies_in_the_image_and_has_a_pixel(
     height: int, width: int, sample: int, low: float, high: float
 ) -> None:
     augmentation = replace(RANDOM, crop_area=(min(low, high), max(low, high)))
-    recipe = draw(augmentation, 0, 0, np.arange(sample, sample + 50), np.full(50, height), np.full(50, width))
+    recipe = sample_params(augmentation, 0, 0, np.arange(sample, sample + 50), np.full(50, height), np.full(50, width))
     assert (recipe.crop_start >= 0).all() and (recipe.crop_shape >= 1).all()
     assert (recipe.crop_start + recipe.crop_shape <= [height, width]).all()
 
@@ -84,7 +88,7 @@ def test_a_crop_has_the_area_and_the_ratio_that_were_asked_for(
     width = max(1, round(height * ratio))
     high = low + span * (1 - low)
     augmentation = replace(RANDOM, crop_area=(low, high))
-    recipe = draw(augmentation, 0, 0, np.arange(sample, sample + 50), np.full(50, height), np.full(50, width))
+    recipe = sample_params(augmentation, 0, 0, np.arange(sample, sample + 50), np.full(50, height), np.full(50, width))
     h, w = recipe.crop_shape.T.astype(float)
     largest = (h == height) | (w == width)
     assert ((w - 0.5) / (h + 0.5) <= RATIOS[1]).all() and ((w + 0.5) / (h - 0.5) >= RATIOS[0]).all()
@@ -93,7 +97,7 @@ def test_a_crop_has_the_area_and_the_ratio_that_were_asked_for(
 
 
 def test_a_ribbon_is_cropped_in_its_middle() -> None:
-    recipe = draw(RANDOM, 0, 0, [1, 2], [10, 1000], [1000, 10])
+    recipe = sample_params(RANDOM, 0, 0, [1, 2], [10, 1000], [1000, 10])
     assert recipe.crop_shape.tolist() == [[10, 13], [13, 10]]
     assert recipe.crop_start.tolist() == [[0, 493], [493, 0]]
 
@@ -102,7 +106,7 @@ def test_crops_flips_and_operations_have_their_distributions() -> None:
     """Areas up to half a square always fit, so nothing is rejected and the draws show as they are."""
     augmentation = replace(RANDOM, crop_area=(0.1, 0.5))
     n, side = SAMPLES, 10_000
-    recipe = draw(augmentation, 0, 3, np.arange(n), np.full(n, side), np.full(n, side))
+    recipe = sample_params(augmentation, 0, 3, np.arange(n), np.full(n, side), np.full(n, side))
     height, width = recipe.crop_shape.T.astype(float)
     area = (height * width / side**2 - 0.1) / 0.4
     ratio = (np.log(width / height) - np.log(RATIOS[0])) / np.log(RATIOS[1] / RATIOS[0])
@@ -119,16 +123,18 @@ def test_crops_flips_and_operations_have_their_distributions() -> None:
 
 
 def test_a_layer_is_the_same_whatever_comes_after_it() -> None:
-    one, three = (draw(replace(RANDOM, layers=k), 0, 0, np.arange(99), np.full(99, 9), np.full(99, 9)) for k in (1, 3))
+    one, three = (
+        sample_params(replace(RANDOM, layers=k), 0, 0, np.arange(99), np.full(99, 9), np.full(99, 9)) for k in (1, 3)
+    )
     np.testing.assert_array_equal(one.operations, three.operations[:, :1])
     np.testing.assert_array_equal(one.signs, three.signs[:, :1])
-    assert set(draw(RANDOM, 0, 0, np.arange(999), [9] * 999, [9] * 999).operations.ravel()) == set(Operation)
+    assert set(sample_params(RANDOM, 0, 0, np.arange(999), [9] * 999, [9] * 999).operations.ravel()) == set(Operation)
 
 
 def test_what_is_off_is_not_done() -> None:
     plain = Augmentation(crop="center", center_fraction=0.5, flip=False, layers=0, magnitude=0)
-    drawn = draw(plain, 0, 0, np.arange(50), np.full(50, 300), np.full(50, 401))
-    evaluated = fixed(0.5, np.full(50, 300), np.full(50, 401))
+    drawn = sample_params(plain, 0, 0, np.arange(50), np.full(50, 300), np.full(50, 401))
+    evaluated = eval_params(0.5, np.full(50, 300), np.full(50, 401))
     for one, other in zip(rows(drawn, slice(None)), rows(evaluated, slice(None)), strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype == np.int32
@@ -137,7 +143,7 @@ def test_what_is_off_is_not_done() -> None:
 
 @given(height=sizes, width=sizes, fraction=st.floats(0.001, 1))
 def test_evaluation_takes_the_centred_square_of_its_fraction(height: int, width: int, fraction: float) -> None:
-    recipe = fixed(fraction, [height], [width])
+    recipe = eval_params(fraction, [height], [width])
     (side, other), start = recipe.crop_shape[0], recipe.crop_start[0]
     assert side == other and side >= 1 and abs(side - fraction * min(height, width)) <= max(0.5, 1 - fraction)
     assert (abs(2 * start + side - np.array([height, width])) <= 1).all() and (start >= 0).all()
@@ -146,19 +152,19 @@ def test_evaluation_takes_the_centred_square_of_its_fraction(height: int, width:
 def test_without_a_crop_the_whole_image_is_taken_in_training_and_in_evaluation():
     heights, widths = np.array([30, 500, 1]), np.array([40, 375, 9])
     plain = Augmentation(crop="none", flip=False, layers=0, magnitude=0)
-    for recipe in (draw(plain, 0, [0, 1, 2], [5, 6, 7], heights, widths), fixed(None, heights, widths)):
+    for recipe in (sample_params(plain, 0, [0, 1, 2], [5, 6, 7], heights, widths), eval_params(None, heights, widths)):
         assert recipe.crop_start.tolist() == [[0, 0]] * 3
         assert recipe.crop_shape.tolist() == [[30, 40], [500, 375], [1, 9]]
 
 
 def test_the_whole_centred_square_at_fraction_one() -> None:
-    recipe = fixed(1.0, [375, 500], [500, 333])
+    recipe = eval_params(1.0, [375, 500], [500, 333])
     assert recipe.crop_start.tolist() == [[0, 62], [83, 0]] and recipe.crop_shape.tolist() == [[375, 375], [333, 333]]
 
 
 def test_no_samples_have_an_empty_recipe() -> None:
     none = np.array([], np.int64)
-    for recipe in (fixed(1.0, none, none), draw(RANDOM, 0, none, none, none, none)):
+    for recipe in (eval_params(1.0, none, none), sample_params(RANDOM, 0, none, none, none, none)):
         assert recipe.crop_start.shape == recipe.crop_shape.shape == (0, 2) and recipe.flip.shape == (0,)
 
 
@@ -178,5 +184,5 @@ def test_no_samples_have_an_empty_recipe() -> None:
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(wrong: dict, named: str) -> None:
-    with pytest.raises(BadRequest, match=named):
+    with pytest.raises(UsageError, match=named):
         replace(RANDOM, **wrong)

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from data.augment import Augmentation
-from data.cache import BLOCK_BYTES, NodeCache, with_cache
-from data.loader import Share, training_batches
+from data.loader import LoaderSpec, training_batches
 from data.order import Order
 from data.reader import Sample, read_stretches
-from data.shards import read_manifest
-from data.storage import PLAIN, Fault, Storage, locate, write_file
+from data.shards.manifest import read_manifest, with_cache
+from data.storage.cache import BLOCK_BYTES, NodeCache
+from data.storage.remote import DEFAULT, ReadError, Storage, open_fs, write_file
 from tests.data.servers import Server, http_server, once, s3_server
 from tests.data.test_reader import whole
 
@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def cache_in(folder: Path, max_bytes: int | None = None, storage: Storage = PLAIN) -> NodeCache:
+def cache_in(folder: Path, max_bytes: int | None = None, storage: Storage = DEFAULT) -> NodeCache:
     """What a rank that has just started makes of the folder."""
     return NodeCache(storage, folder, max_bytes, "fingerprint", lambda url: SIZE if url.endswith("a.tar") else None)
 
@@ -63,14 +63,14 @@ def test_three_epochs_from_s3_read_the_set_once_and_give_what_was_packed(packed,
     """Each epoch by two new ranks, with the order that training has."""
     with s3_server() as server:
         for path in packed.folder.iterdir():
-            write_file(*locate(f"s3://data/set/{path.name}"), path.read_bytes())
+            write_file(*open_fs(f"s3://data/set/{path.name}"), path.read_bytes())
         order = Order(3, np.array([shard.samples for shard in packed.manifest.shards]), 4, 5)
         plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
         keys: list[str] = []
         for epoch in range(3):
             for rank in range(2):
-                manifest = with_cache(read_manifest("s3://data/set"), PLAIN, str(folder), None)
-                share = Share(rank, 2, 2, 24, torch.device("cpu"), 2)
+                manifest = with_cache(read_manifest("s3://data/set"), DEFAULT, str(folder), None)
+                share = LoaderSpec(rank, 2, 2, 24, torch.device("cpu"), 2)
                 steps = 10 * epoch, 10 * (epoch + 1)
                 with training_batches(manifest, order, plain, share, 3, *steps) as loaded:
                     keys += [key for step in loaded for batch in step for key in batch.keys]
@@ -100,14 +100,14 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from data.cache import NodeCache
-from data.storage import PLAIN
+from data.storage.cache import NodeCache
+from data.storage.remote import DEFAULT
 url, folder, size, dies_at = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 if dies_at:  # the kernel ends the process with the byte of a file that is one too many
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (dies_at, dies_at))
-cache = NodeCache(PLAIN, folder, None, "fingerprint", lambda url: size)
+cache = NodeCache(DEFAULT, folder, None, "fingerprint", lambda url: size)
 cache.read(url, size - 1, size)
 cache.read(url, 0, size)
 """
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_made_is_the_same(server, tmp_path, content, cap
 
 
 def test_damage_on_the_way_is_told_and_does_not_stay_in_the_cache(packed, folder):
-    faults: list[Fault] = []
+    faults: list[ReadError] = []
     with http_server(packed.folder) as server:
         storage = Storage(on_fault=faults.append)
         manifest = with_cache(read_manifest(server.url), storage, str(folder), None)
@@ -227,12 +227,12 @@ def test_another_set_at_the_same_url_is_not_answered_from_the_old_one(server, fo
     url = f"{server.url}/a.tar"
     cache_in(folder).read(url, 0, SIZE)
     (tmp_path / "served" / "a.tar").write_bytes(content[::-1])
-    other = NodeCache(PLAIN, folder, None, "another fingerprint", lambda url: SIZE)
+    other = NodeCache(DEFAULT, folder, None, "another fingerprint", lambda url: SIZE)
     assert other.read(url, 0, SIZE) == content[::-1]
 
 
 def test_a_lock_that_another_process_holds_for_good_does_not_stop_a_read(server, folder, content, monkeypatch):
-    monkeypatch.setattr("data.cache.PATIENCE", 0.2)
+    monkeypatch.setattr("data.storage.cache.PATIENCE", 0.2)
     cache_in(folder).read(f"{server.url}/a.tar", 0, SIZE)
     program = "import fcntl, sys\nfiles = [open(name, 'a') for name in sys.argv[1:]]\n"
     program += "[fcntl.flock(file, fcntl.LOCK_EX) for file in files]\nprint('locked', flush=True)\nsys.stdin.read()"
@@ -248,7 +248,7 @@ def test_a_lock_that_another_process_holds_for_good_does_not_stop_a_read(server,
 
 
 def test_a_set_on_a_disk_is_not_cached(packed, folder):
-    manifest = with_cache(packed.manifest, PLAIN, str(folder), None)
+    manifest = with_cache(packed.manifest, DEFAULT, str(folder), None)
     read_stretches(manifest, whole(manifest))
     assert not folder.exists()
 
@@ -256,6 +256,6 @@ def test_a_set_on_a_disk_is_not_cached(packed, folder):
 def test_the_folder_may_name_variables_of_the_node(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH_OF_THIS_NODE", str(tmp_path))
     with http_server(packed.folder) as server:
-        manifest = with_cache(read_manifest(server.url), PLAIN, "$SCRATCH_OF_THIS_NODE/cache", None)
+        manifest = with_cache(read_manifest(server.url), DEFAULT, "$SCRATCH_OF_THIS_NODE/cache", None)
         read_stretches(manifest, whole(manifest))
     assert len(blocks_in(tmp_path / "cache")) == 2 * len(manifest.shards)

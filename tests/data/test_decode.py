@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from data import decode
-from data.augment import Augmentation, Recipe, draw, fixed
+from data.augment import Augmentation, AugmentParams, eval_params, sample_params
 from data.decode import Decoder
 from data.errors import DataError
 
@@ -41,7 +41,7 @@ def upright(image: np.ndarray) -> np.ndarray:
 
 def decoder_of(
     images: Sequence[np.ndarray],
-    recipe: Recipe,
+    recipe: AugmentParams,
     *,
     batches: Sequence[Sequence[int]] | None = None,
     threads: int = 1,
@@ -51,7 +51,7 @@ def decoder_of(
     """A decoder of these images in batches of these indices; one batch of all of them unless said otherwise."""
     chosen = [np.array(batch, np.int64) for batch in (batches or [range(len(images))])]
     answers = iter(
-        [([images[i] for i in b], Recipe(*(getattr(recipe, f.name)[b] for f in fields(recipe)))) for b in chosen]
+        [([images[i] for i in b], AugmentParams(*(getattr(recipe, f.name)[b] for f in fields(recipe)))) for b in chosen]
     )
     return Decoder(
         resolution=resolution,
@@ -65,23 +65,23 @@ def decoder_of(
     )
 
 
-def pixels_of(images: Sequence[np.ndarray], recipe: Recipe, **options) -> np.ndarray:
+def pixels_of(images: Sequence[np.ndarray], recipe: AugmentParams, **options) -> np.ndarray:
     return torch.cat(list(decoder_of(images, recipe, **options))).cpu().numpy()
 
 
-def whole(image: np.ndarray, count: int = 1) -> Recipe:
+def whole(image: np.ndarray, count: int = 1) -> AugmentParams:
     """The recipe that takes all of an upright image as it is."""
     height, width, _ = upright(image).shape
     shape = np.tile(np.array([height, width], np.int32), (count, 1))
-    return replace(fixed(1.0, [height] * count, [width] * count), crop_start=shape * 0, crop_shape=shape)
+    return replace(eval_params(1.0, [height] * count, [width] * count), crop_start=shape * 0, crop_shape=shape)
 
 
-def sample_set(count: int = 40) -> tuple[list[np.ndarray], Recipe]:
+def sample_set(count: int = 40) -> tuple[list[np.ndarray], AugmentParams]:
     """JPEGs and PNGs of several sizes, each with its crop, flip and two operations."""
     images = [picture(i, 30 + 7 * (i % 9), 90 - 5 * (i % 11)) for i in range(count)]
     files = [encoded(image, "PNG" if i % 5 == 0 else "JPEG") for i, image in enumerate(images)]
     sizes = np.array([image.size for image in images])
-    return files, draw(FULL, 0, 0, np.arange(count), sizes[:, 1], sizes[:, 0])
+    return files, sample_params(FULL, 0, 0, np.arange(count), sizes[:, 1], sizes[:, 0])
 
 
 def split(order: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -139,7 +139,7 @@ def test_a_crop_of_the_output_size_is_pillows_to_the_bit(kind: str) -> None:
 
 def test_a_resized_crop_sees_nothing_outside_of_it() -> None:
     file = encoded(picture(2, 300, 200))
-    recipe = draw(replace(FULL, layers=0), 0, 0, np.arange(20), np.full(20, 300), np.full(20, 200))
+    recipe = sample_params(replace(FULL, layers=0), 0, 0, np.arange(20), np.full(20, 300), np.full(20, 200))
     cut = [
         upright(file)[y : y + h, x : x + w] for (y, x), (h, w) in zip(recipe.crop_start, recipe.crop_shape, strict=True)
     ]
@@ -199,7 +199,7 @@ def test_an_image_comes_upright_and_is_cropped_upright(orientation: int) -> None
 def test_an_error_of_the_source_comes_out_as_it_is_and_again(error: Exception) -> None:
     files, recipe = sample_set(4)
 
-    def source() -> Iterator[tuple[list[np.ndarray], Recipe]]:
+    def source() -> Iterator[tuple[list[np.ndarray], AugmentParams]]:
         yield files, recipe
         yield files, recipe
         raise error
@@ -244,10 +244,10 @@ def test_a_process_ends_with_an_open_decoder_and_without_a_gpu(ending: str) -> N
         import io, threading
         import numpy as np
         from PIL import Image
-        from data.augment import fixed
+        from data.augment import eval_params
         from data.decode import Decoder
         Image.new("RGB", (40, 40)).save(file := io.BytesIO(), "JPEG")
-        answer = [np.frombuffer(file.getvalue(), np.uint8)], fixed(1.0, [40], [40])
+        answer = [np.frombuffer(file.getvalue(), np.uint8)], eval_params(1.0, [40], [40])
         decoder = Decoder(resolution=40, batch_size=1, layers=0, magnitude=0, device="cpu", device_id=None, threads=2,
                           source=lambda: answer)
         thread = threading.Thread(target=next, args=(decoder,))

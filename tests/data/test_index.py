@@ -22,14 +22,15 @@ from fsspec.implementations.local import LocalFileSystem
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from data import shards
 from data.augment import Augmentation
-from data.errors import BadRequest, DataError
-from data.index import Report, find_tars, index
-from data.loader import Share, training_batches
-from data.order import Order, Stretch
+from data.errors import DataError, UsageError
+from data.loader import LoaderSpec, training_batches
+from data.order import Order, SampleRange
+from data.packing.index import Report, find_tars, index
 from data.reader import Sample, read_stretches
-from data.shards import Broken, Manifest, read_manifest
+from data.shards.manifest import BadSample, Manifest, read_manifest
+from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, sample_table, table_rows
+from data.shards.tar_index import index_tar
 
 SIDE, SAMPLES = 24, 30
 
@@ -67,8 +68,8 @@ def indexed(url: object, out: object = None, **changed: Any) -> Report:
     return index(str(url), place, **{**request, **changed}, progress=lambda done, total: None)
 
 
-def everything(manifest: Manifest) -> list[Sample | Broken]:
-    return read_stretches(manifest, [Stretch(i, 0, shard.samples) for i, shard in enumerate(manifest.shards)])
+def everything(manifest: Manifest) -> list[Sample | BadSample]:
+    return read_stretches(manifest, [SampleRange(i, 0, shard.samples) for i, shard in enumerate(manifest.shards)])
 
 
 # ------------------------------------------------------------------------------------------------- shards of any writer
@@ -165,9 +166,9 @@ def test_decoding_stores_checksums_and_sizes_and_the_mark_that_headers_alone_do_
     indexed(folder, tmp_path, decode=decode, **request)
     for tar in folder.glob("*.tar"):
         contents = tar.read_bytes()
-        samples = shards.index_tar(contents)
-        known = shards.sample_table(contents, samples, [(SIDE, SIDE)] * len(samples), shards.FLAG_DECODED)
-        unknown = shards.table_rows(samples, 0, [(0, 0)] * len(samples), shards.FLAG_UNCHECKED)
+        samples = index_tar(contents)
+        known = sample_table(contents, samples, [(SIDE, SIDE)] * len(samples), FLAG_DECODED)
+        unknown = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
         assert np.array_equal(np.load(tmp_path / f"{tar.stem}.npy"), known if decode else unknown)
 
 
@@ -177,7 +178,7 @@ def test_they_train_with_the_pixels_and_labels_of_their_files(foreign, decode, t
     manifest = read_manifest(str(tmp_path))
     order = Order(0, np.array([shard.samples for shard in manifest.shards]), 10, 4)
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
-    with training_batches(manifest, order, plain, Share(0, 1, 5, SIDE, torch.device("cpu"), 1), 0, 0, 3) as steps:
+    with training_batches(manifest, order, plain, LoaderSpec(0, 1, 5, SIDE, torch.device("cpu"), 1), 0, 0, 3) as steps:
         batches = [batch for step in steps for batch in step]
     files = {key: (encoded, label) for key, encoded, label in of_webdataset(folder, request.get("label_field"))}
     assert sorted(key for batch in batches for key in batch.keys) == sorted(files)
@@ -287,7 +288,7 @@ def test_names_as_labels_are_numbered_by_the_lines_of_the_file_of_classes(tmp_pa
     report = indexed(folder, classes=str(names))
     assert labels_in(folder)[:3] == [(1,), (0,), (2,)]
     reason = "its label is 'cow'; it must be 0 to 2 or the name of a class"
-    assert (report.classes, report.broken) == (3, (Broken("a.tar", "0003", reason),))
+    assert (report.classes, report.broken) == (3, (BadSample("a.tar", "0003", reason),))
     assert labels_in(folder)[3] == reason
 
 
@@ -305,7 +306,7 @@ def test_several_labels_of_a_sample_come_in_a_row_filled_up_with_minus_one(tmp_p
     indexed(folder, label_field="labels")
     manifest = read_manifest(str(folder))
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
-    share = Share(0, 1, 8, SIDE, torch.device("cpu"), 1)
+    share = LoaderSpec(0, 1, 8, SIDE, torch.device("cpu"), 1)
     with training_batches(manifest, Order(0, np.array([8]), 8, 8), plain, share, 0, 0, 1) as steps:
         (batch,) = next(steps)
     rows = {"0": [2, -1, -1], "1": [0, 1, -1], "2": [1, -1, -1], "3": [2, 0, 1]}
@@ -334,7 +335,7 @@ def test_a_label_that_is_none_is_listed_and_the_sample_is_broken_for_training(tm
     (listed,) = indexed(folder, label_field="label").broken
     assert (listed.shard, listed.key) == ("a.tar", "0001") and re.match(reason, listed.reason)
     good, bad = everything(read_manifest(str(folder)))
-    assert isinstance(good, Sample) and isinstance(bad, Broken) and bad.key == "0001"
+    assert isinstance(good, Sample) and isinstance(bad, BadSample) and bad.key == "0001"
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -386,7 +387,7 @@ def test_a_global_header_that_says_nothing_of_names_is_no_obstacle_and_an_empty_
     assert (report.shards, report.samples, report.broken) == (
         1,
         2,
-        (Broken("b.tar", "", "has no samples; it is left out"),),
+        (BadSample("b.tar", "", "has no samples; it is left out"),),
     )
 
 
@@ -415,7 +416,7 @@ def test_what_cannot_be_indexed_as_asked_is_refused_in_one_line_that_says_what_t
     indexed("done")
     labelled(tmp_path / "captioned", [{"a": "a cat", "b": {"c": 1}}])
     written(tmp_path / "named", [{"jpg": image(0), "cls": b"cat"}])
-    with pytest.raises(BadRequest, match=message) as refused:
+    with pytest.raises(UsageError, match=message) as refused:
         indexed(url, **request_)
     assert "\n" not in str(refused.value)
 

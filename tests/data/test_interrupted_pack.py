@@ -10,9 +10,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data import shards
-from data.errors import BadRequest
-from data.pack import PackReport
+from data.errors import UsageError
+from data.packing.pack import PackReport
+from data.shards.manifest import read_manifest
 from tests.data.servers import s3_server
 from tests.data.test_pack import encoded, files_in, lay_out, packed
 
@@ -104,7 +104,7 @@ def test_half_a_note_of_what_is_done_counts_as_none(source, whole, tmp_path):
 def test_a_pack_with_other_options_is_not_mixed_with_one_that_is_unfinished(source, changed, message, tmp_path):
     packed_until(source, tmp_path / "out", 30)
     before = files_in_all(tmp_path / "out")
-    with pytest.raises(BadRequest, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         packed(source, tmp_path / "out", **{**TWO_EACH, **changed})
     assert "--overwrite" in str(error.value) and "\n" not in str(error.value)
     assert files_in_all(tmp_path / "out") == before
@@ -121,10 +121,10 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
     source = lay_out(tmp_path / "in", FILES)
     packed_until(source, tmp_path / "out", 30)
     (source / "a" / "3.jpg").write_bytes(encoded(3) + b"\0")
-    with pytest.raises(BadRequest, match="the source has other files, labels or classes now"):
+    with pytest.raises(UsageError, match="the source has other files, labels or classes now"):
         packed(source, tmp_path / "out", **TWO_EACH)
     elsewhere = lay_out(tmp_path / "other", FILES)
-    with pytest.raises(BadRequest, match=r"source was .*in and is .*other"):
+    with pytest.raises(UsageError, match=r"source was .*in and is .*other"):
         packed(elsewhere, tmp_path / "out", **TWO_EACH)
 
 
@@ -141,7 +141,7 @@ def test_in_s3_an_interrupted_pack_goes_on_too(source, tmp_path):
     with s3_server() as server:
         fs = fsspec.filesystem("s3", endpoint_url=server.url)
         assert packed_until(source, "s3://data/out", 55, samples_per_shard=10) is None
-        with pytest.raises(BadRequest, match="seed was 0 and is 1"):
+        with pytest.raises(UsageError, match="seed was 0 and is 1"):
             packed(source, "s3://data/out", samples_per_shard=10, seed=1)
         assert packed(source, "s3://data/out", samples_per_shard=10).kept > 0
         written = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("data/out")}
@@ -150,7 +150,7 @@ def test_in_s3_an_interrupted_pack_goes_on_too(source, tmp_path):
 
 KILLED = """
 import sys, time
-from data.pack import pack
+from data.packing.pack import pack
 def slowly(done, total):
     print(done, flush=True)
     time.sleep(0.002)
@@ -183,7 +183,7 @@ def check_kills(source: Path, expected: dict[str, bytes], destination: Path, tim
     if not (destination / "manifest.json").exists():
         assert packed(source, destination, **TWO_EACH).kept > 0
     assert files_in(destination) == expected
-    assert len(shards.read_manifest(str(destination)).shards) > 20
+    assert len(read_manifest(str(destination)).shards) > 20
 
 
 def test_a_process_that_is_killed_twice_leaves_what_the_next_one_goes_on_from(source, whole, tmp_path):

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from data import augment, loader
 from data.augment import Augmentation
 from data.decode import Decoder
-from data.errors import BadRequest, DataError
-from data.loader import Batch, Share, evaluation_batches, training_batches
+from data.errors import DataError, UsageError
+from data.loader import Batch, LoaderSpec, evaluation_batches, training_batches
 from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES, RUNS_IN_MEMORY, check_memory
 from data.order import Order, Window
-from data.shards import Manifest, Shard, index_tar, read_manifest
-from data.storage import Storage
+from data.shards.manifest import Manifest, Shard, read_manifest
+from data.shards.tar_index import index_tar
+from data.storage.remote import Storage
 
 SIDE, SEED = 24, 7
 CENTRE = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
@@ -60,8 +61,8 @@ def order_of(manifest: Manifest, global_batch: int, window: int, seed: int = SEE
     return Order(seed, np.array([shard.samples for shard in manifest.shards]), global_batch, window)
 
 
-def share_of(rank: int, world_size: int, micro_batch: int) -> Share:
-    return Share(rank, world_size, micro_batch, SIDE, torch.device("cpu"), 1)
+def share_of(rank: int, world_size: int, micro_batch: int) -> LoaderSpec:
+    return LoaderSpec(rank, world_size, micro_batch, SIDE, torch.device("cpu"), 1)
 
 
 def loaded(
@@ -191,7 +192,7 @@ def test_pixels_are_what_the_decoder_makes_of_each_samples_own_draws(packed):
     numbers = order.samples_at(positions)
     files = [np.frombuffer(packed.originals[keys[number]].encoded, np.uint8) for number in numbers]
     rows = np.concatenate([np.load(packed.manifest.url_of(i, ".npy")) for i in range(len(packed.manifest.shards))])
-    recipe = augment.draw(
+    recipe = augment.sample_params(
         FULL, SEED, positions // order.samples, numbers, rows["height"][numbers], rows["width"][numbers]
     )
     answers = iter([(files, recipe)])
@@ -486,14 +487,14 @@ def test_windows_that_do_not_fit_the_memory_are_refused_with_the_figure_and_what
 
     if held <= memory / 2:
         return check(window)
-    with pytest.raises(BadRequest) as refused:
+    with pytest.raises(UsageError) as refused:
         check(window)
     assert f"data.window={window} " in str(refused.value) and f"{held / 2**30:.1f} GiB" in str(refused.value)
     fitting = re.search(r"; data.window=(\d+) would fit", str(refused.value))
     if fitting is not None:
         check(int(fitting[1]))
-        with pytest.raises(BadRequest):
+        with pytest.raises(UsageError):
             check(int(fitting[1]) + 1)
     else:
-        with pytest.raises(BadRequest, match="no window fits"):
+        with pytest.raises(UsageError, match="no window fits"):
             check(1)

@@ -17,11 +17,12 @@ from PIL import Image, ImageOps
 from webdataset import TarWriter
 
 from data.augment import Augmentation
-from data.index import index
-from data.loader import Share, evaluation_batches, training_batches
+from data.loader import LoaderSpec, evaluation_batches, training_batches
 from data.order import Order
-from data.pack import pack
-from data.shards import Broken, index_tar, read_manifest
+from data.packing.index import index
+from data.packing.pack import pack
+from data.shards.manifest import BadSample, read_manifest
+from data.shards.tar_index import index_tar
 from tests.forked import forkserver
 
 SIDE = 24
@@ -173,8 +174,8 @@ def assert_outcomes(
     trained, evaluated = child.submit(loaded, url, device).result()
     own = {name.partition(".")[0]: reference(encoded) for name, encoded in GOOD.items()}
     for seen, times in ((trained, 2), (evaluated, 1)):
-        places = [place for place in seen if not isinstance(place, Broken)]
-        named = [each for each in seen if isinstance(each, Broken)]
+        places = [place for place in seen if not isinstance(place, BadSample)]
+        named = [each for each in seen if isinstance(each, BadSample)]
         assert_reasons({each.key: each.reason for each in named}, broken)
         assert len(named) == times * len(broken) and {each.shard for each in named} <= {"shard-000000.tar"}
         labels = {key: label for key, label, _ in places if key not in broken}
@@ -193,10 +194,10 @@ def assert_outcomes(
 Place = tuple[str, int, np.ndarray]
 
 
-def loaded(url: str, device: str) -> tuple[list[Place | Broken], list[Place | Broken]]:
+def loaded(url: str, device: str) -> tuple[list[Place | BadSample], list[Place | BadSample]]:
     """Two epochs of training and one evaluation: key, label and pixels of each place, and what is said to be broken."""
     manifest = read_manifest(url)
-    share = Share(0, 1, manifest.samples, SIDE, torch.device(device, 0), 1)
+    share = LoaderSpec(0, 1, manifest.samples, SIDE, torch.device(device, 0), 1)
     order = Order(0, np.array([manifest.samples]), manifest.samples, 2)
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
     with training_batches(manifest, order, plain, share, 0, 0, 2) as steps:
@@ -205,6 +206,6 @@ def loaded(url: str, device: str) -> tuple[list[Place | Broken], list[Place | Br
         return trained, [each for batch in batches for each in places_of(batch)]
 
 
-def places_of(batch) -> Iterator[Place | Broken]:
+def places_of(batch) -> Iterator[Place | BadSample]:
     yield from zip(batch.keys, batch.labels[:, 0].tolist(), batch.images.cpu().numpy(), strict=True)
     yield from batch.broken

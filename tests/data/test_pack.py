@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from data import codec, shards
-from data.errors import BadRequest, DataError
-from data.pack import PackReport, keys_of, pack
-from data.source import SUFFIXES, list_source
+from data import codec
+from data.errors import DataError, UsageError
+from data.packing.pack import PackReport, keys_of, pack
+from data.packing.sources import SUFFIXES, list_source
+from data.shards.manifest import read_manifest
+from data.shards.sample_table import FLAG_DECODED
+from data.shards.tar_index import index_tar, index_text, split_name
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -146,19 +149,19 @@ def test_dalis_own_reader_reads_every_sample_by_our_index_and_decodes_it_to_the_
 
 
 def test_manifest_index_and_table_agree_with_the_tars(shards_of_zoo):
-    manifest = shards.read_manifest(str(shards_of_zoo))
+    manifest = read_manifest(str(shards_of_zoo))
     assert manifest.classes == tuple(LABELS)
     assert set(files_in(shards_of_zoo)) == {"manifest.json"} | {
         shard.name[:-3] + suffix for shard in manifest.shards for suffix in ("tar", "idx", "npy")
     }
     for number, shard in enumerate(manifest.shards):
         tar = Path(manifest.url_of(number)).read_bytes()
-        index, rows = shards.index_tar(tar), np.load(manifest.url_of(number, ".npy"))
-        assert Path(manifest.url_of(number, ".idx")).read_text(encoding="utf-8") == shards.index_text(index)
+        index, rows = index_tar(tar), np.load(manifest.url_of(number, ".npy"))
+        assert Path(manifest.url_of(number, ".idx")).read_text(encoding="utf-8") == index_text(index)
         assert (shard.samples, shard.bytes) == (len(index), len(tar)) == (len(rows), len(tar))
         assert [(each.offset, each.bytes) for each in index] == rows[["offset", "bytes"]].tolist()
         assert all(zlib.crc32(tar[at : at + size]) == crc for at, size, crc, *_ in rows.tolist())
-        assert set(rows["flags"]) == {shards.FLAG_DECODED}
+        assert set(rows["flags"]) == {FLAG_DECODED}
 
 
 def test_the_table_has_each_image_upright_as_it_decodes(shards_of_zoo):
@@ -244,7 +247,7 @@ def test_a_shard_whose_images_are_all_broken_does_not_exist_and_moves_no_other_s
     (source / f"{order[1]}.jpg").write_bytes(b"broken")
     packed(source, tmp_path / "out", samples_per_shard=1)
     assert [sample["__key__"] for sample in samples_in(tmp_path / "out")] == [order[0], *order[2:]]
-    names = [shard.name for shard in shards.read_manifest(str(tmp_path / "out")).shards]
+    names = [shard.name for shard in read_manifest(str(tmp_path / "out")).shards]
     assert names == [f"shard-{number:06d}.tar" for number in range(3)]
 
 
@@ -253,7 +256,7 @@ def test_keys_are_all_different_and_neither_webdataset_nor_dali_reads_them_other
     keys = keys_of(sorted(f"__{name}__/{name}.jpg" for name in names))
     assert len(set(keys)) == len(names)
     for key in keys:
-        assert shards.split_name(f"{key}.jpg") == (key, "jpg")
+        assert split_name(f"{key}.jpg") == (key, "jpg")
         assert not key.startswith("__") and not set(key) & set(" .()")
 
 
@@ -274,7 +277,7 @@ def test_progress_counts_every_image_file_to_the_end(zoo, tmp_path):
 
 
 def refused(source: object, destination: object, **changed: Any) -> str:
-    with pytest.raises(BadRequest) as error:
+    with pytest.raises(UsageError) as error:
         packed(source, destination, **changed)
     assert "\n" not in str(error.value)
     assert not fsspec.filesystem("file").exists(f"{destination}/manifest.json")
@@ -358,7 +361,7 @@ def test_a_number_that_cannot_be_is_refused(zoo, tmp_path, numbers, message):
 def test_shards_that_are_there_are_replaced_only_when_asked_for(zoo, tmp_path):
     packed(zoo, tmp_path / "out", samples_per_shard=1)
     before = files_in(tmp_path / "out")
-    with pytest.raises(BadRequest, match="holds shards already"):
+    with pytest.raises(UsageError, match="holds shards already"):
         packed(zoo, tmp_path / "out")
     assert files_in(tmp_path / "out") == before
     packed(zoo, tmp_path / "out", overwrite=True)

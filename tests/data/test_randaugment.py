@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from data.augment import fixed
+from data.augment import eval_params
 from data.decode import Decoder
 from data.randaugment import FILL, Operation, in_words, tables
 
@@ -47,7 +47,7 @@ def augmented(
         encoded.append(np.frombuffer(file.getvalue(), np.uint8))
     sides, rows = [image.height for image in images], np.array(operations, np.int32)
     negative = np.broadcast_to(np.array(signs, np.int32)[:, None] < 0, rows.shape).astype(np.int32)
-    recipe = replace(fixed(1.0, sides, sides), operations=rows, signs=negative)
+    recipe = replace(eval_params(1.0, sides, sides), operations=rows, signs=negative)
     decoder = Decoder(
         resolution=sides[0],
         batch_size=len(images),

@@ -24,10 +24,11 @@ from PIL import Image
 
 from data import loader
 from data.augment import Augmentation
-from data.loader import Share, training_batches
+from data.loader import LoaderSpec, training_batches
 from data.order import Order, steps
-from data.pack import pack
-from data.shards import index_tar, read_manifest
+from data.packing.pack import pack
+from data.shards.manifest import read_manifest
+from data.shards.tar_index import index_tar
 from tests.forked import forkserver
 
 SAMPLES, EPOCHS, GLOBAL_BATCH, WINDOW, SIDE, SEED = 397, 3, 24, 5, 16, 7
@@ -63,7 +64,7 @@ def consumed_by(folder: str, rank: int, world_size: int, first_step: int) -> Ran
     """What a rank that begins at this step consumes, step by step, with the step's number."""
     manifest = read_manifest(folder)
     order = Order(SEED, np.array([shard.samples for shard in manifest.shards]), GLOBAL_BATCH, WINDOW)
-    share = Share(rank, world_size, 1, SIDE, torch.device("cpu"), 1)
+    share = LoaderSpec(rank, world_size, 1, SIDE, torch.device("cpu"), 1)
     with training_batches(manifest, order, AUGMENTATION, share, SEED, first_step, STEPS) as batches:
         for step, micro_batches in enumerate(batches, first_step):
             found = [(int(b.positions[0]), b.keys[0], zlib.crc32(b.images.numpy())) for b in micro_batches]

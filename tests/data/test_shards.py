@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data import shards
-from data.errors import BadRequest, DataError
-from data.shards import Shard
-from data.storage import Storage
+from data.errors import DataError, UsageError
+from data.shards.manifest import Shard, read_manifest, write_manifest
+from data.shards.sample_table import FLAG_DECODED, ROW, read_rows, row_checksums, sample_table, table_bytes
+from data.shards.tar_index import index_tar, index_text
+from data.storage.remote import Storage, open_fs, write_file
 
 IMPATIENT = Storage(attempts=2, first_wait=0.01)
 
@@ -51,8 +52,8 @@ def lower(sample: dict) -> dict:
 
 
 TAR = tar_of(SAMPLES)
-INDEX = shards.index_tar(TAR)
-ROWS = shards.sample_table(TAR, INDEX, [(480, 640 + i) for i in range(len(SAMPLES))], shards.FLAG_DECODED)
+INDEX = index_tar(TAR)
+ROWS = sample_table(TAR, INDEX, [(480, 640 + i) for i in range(len(SAMPLES))], FLAG_DECODED)
 
 
 @given(st.integers(0, len(SAMPLES) - 1), st.integers(1, len(SAMPLES)))
@@ -71,7 +72,7 @@ def test_the_index_is_to_the_byte_what_wds2idx_writes(tmp_path):
     (tmp_path / "a.tar").write_bytes(TAR)
     command = [sys.executable, "-m", "wds2idx", str(tmp_path / "a.tar"), str(tmp_path / "a.idx")]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
-    assert shards.index_text(INDEX).encode() == (tmp_path / "a.idx").read_bytes()
+    assert index_text(INDEX).encode() == (tmp_path / "a.idx").read_bytes()
 
 
 def test_the_index_gives_each_part_where_it_lies():
@@ -89,21 +90,21 @@ def test_members_that_webdataset_passes_over_are_no_samples():
             member = tarfile.TarInfo(name)
             member.type = tarfile.DIRTYPE if name == "c.d" else tarfile.REGTYPE
             tar.addfile(member)
-    assert [each.key for each in shards.index_tar(stream.getvalue())] == ["cat/1", "dog/2"]
+    assert [each.key for each in index_tar(stream.getvalue())] == ["cat/1", "dog/2"]
     assert [each["__key__"] for each in parsed(stream.getvalue())] == ["cat/1", "dog/2"]
 
 
 @given(st.integers(1, INDEX[-1].offset + INDEX[-1].bytes - 1))
 def test_a_tar_that_is_cut_is_refused_even_where_a_member_ends(bytes_kept):
     with pytest.raises(DataError, match="not a whole tar"):
-        shards.index_tar(TAR[:bytes_kept])
+        index_tar(TAR[:bytes_kept])
 
 
 def test_a_damaged_header_is_refused_and_not_taken_for_the_end():
     damaged = bytearray(TAR)
     damaged[INDEX[-1].offset + 3] ^= 1
     with pytest.raises(DataError, match="damaged or cut header"):
-        shards.index_tar(bytes(damaged))
+        index_tar(bytes(damaged))
 
 
 @pytest.mark.parametrize(
@@ -117,44 +118,44 @@ def test_a_damaged_header_is_refused_and_not_taken_for_the_end():
 )
 def test_a_sample_whose_parts_webdataset_would_mix_up_is_refused_by_its_name(samples):
     with pytest.raises(DataError, match="sample a "):
-        shards.index_tar(tar_of(samples))
+        index_tar(tar_of(samples))
 
 
 @given(st.data())
 def test_a_run_of_rows_read_by_range_is_that_run_of_the_table(tmp_path_factory, draw):
-    rows = np.frombuffer(bytearray(np.random.default_rng(0).bytes(32 * 100)), shards.ROW)
-    rows["row_crc"] = shards.row_checksums(rows)
+    rows = np.frombuffer(bytearray(np.random.default_rng(0).bytes(32 * 100)), ROW)
+    rows["row_crc"] = row_checksums(rows)
     path = tmp_path_factory.getbasetemp() / "table.npy"
-    path.write_bytes(shards.table_bytes(rows))
+    path.write_bytes(table_bytes(rows))
     first = draw.draw(st.integers(0, 99))
     count = draw.draw(st.integers(1, 100 - first))
-    assert np.array_equal(shards.read_rows(IMPATIENT, str(path), first, count), rows[first : first + count])
+    assert np.array_equal(read_rows(IMPATIENT, str(path), first, count), rows[first : first + count])
 
 
 @given(st.integers(0, 32 * 4 - 1), st.integers(0, 7))
 def test_a_table_with_a_flipped_bit_is_refused_by_the_row_and_the_rows_beside_it_are_read(tmp_path_factory, byte, bit):
-    contents = bytearray(shards.table_bytes(shards.sample_table(TAR, INDEX, [(8, 8)] * len(INDEX), 1)))
+    contents = bytearray(table_bytes(sample_table(TAR, INDEX, [(8, 8)] * len(INDEX), 1)))
     contents[256 + byte] ^= 1 << bit
     path = tmp_path_factory.getbasetemp() / "flipped.npy"
     path.write_bytes(contents)
     with pytest.raises(DataError, match=f"row {byte // 32} is damaged"):
-        shards.read_rows(IMPATIENT, str(path), 0, 5)
-    shards.read_rows(IMPATIENT, str(path), byte // 32 + 1, 1)
+        read_rows(IMPATIENT, str(path), 0, 5)
+    read_rows(IMPATIENT, str(path), byte // 32 + 1, 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 123_456])
 def test_numpy_opens_the_table_and_its_rows_begin_at_byte_256(tmp_path, count):
-    rows = np.zeros(count, shards.ROW)
+    rows = np.zeros(count, ROW)
     rows["crc"] = np.arange(count)
-    (tmp_path / "table.npy").write_bytes(shards.table_bytes(rows))
+    (tmp_path / "table.npy").write_bytes(table_bytes(rows))
     assert np.array_equal(np.load(tmp_path / "table.npy"), rows)
     assert (tmp_path / "table.npy").stat().st_size == 256 + 32 * count
 
 
 def test_rows_past_the_end_of_the_table_are_an_error_and_not_fewer_rows(tmp_path):
-    (tmp_path / "table.npy").write_bytes(shards.table_bytes(ROWS))
+    (tmp_path / "table.npy").write_bytes(table_bytes(ROWS))
     with pytest.raises(DataError, match=r"table\.npy: bytes 384 to 448 cannot be read: .* 64 .* asked for and 32 came"):
-        shards.read_rows(IMPATIENT, str(tmp_path / "table.npy"), len(ROWS) - 1, 2)
+        read_rows(IMPATIENT, str(tmp_path / "table.npy"), len(ROWS) - 1, 2)
 
 
 CLASSES = ["Hütte", 'a "b"', "c"]
@@ -164,8 +165,8 @@ SHARDS = [Shard("shard-000000.tar", 3, 9000), Shard("shard-000001.tar", 2, 5000)
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_a_manifest_is_read_back_as_written(tmp_path, kind):
     url = str(tmp_path) if kind == "local" else f"memory://{tmp_path.name}"
-    shards.write_manifest(url, CLASSES, SHARDS)
-    manifest = shards.read_manifest(url + "/")
+    write_manifest(url, CLASSES, SHARDS)
+    manifest = read_manifest(url + "/")
     assert (manifest.classes, manifest.shards) == (tuple(CLASSES), tuple(SHARDS))
     assert (manifest.samples, manifest.mean_sample_bytes) == (5, 2800)
     assert manifest.url_of(1, ".npy") == f"{url}/shard-000001.npy"
@@ -176,8 +177,8 @@ def test_a_manifest_is_read_back_as_written(tmp_path, kind):
     [{}, {"label_field": "a.b"}, {"labels_per_sample": 3, "shards_at": "s3://there"}],
 )
 def test_a_manifest_says_where_labels_and_tars_are_and_nothing_of_it_where_that_is_as_usual(tmp_path, optional):
-    shards.write_manifest(str(tmp_path), CLASSES, SHARDS, **optional)
-    manifest = shards.read_manifest(str(tmp_path))
+    write_manifest(str(tmp_path), CLASSES, SHARDS, **optional)
+    manifest = read_manifest(str(tmp_path))
     usual = {"label_field": None, "labels_per_sample": 1, "shards_at": None}
     assert {name: getattr(manifest, name) for name in usual} == {**usual, **optional}
     assert json.loads((tmp_path / "manifest.json").read_text()).keys() - {*optional} == {
@@ -191,8 +192,8 @@ def test_the_fingerprint_is_the_same_for_the_same_content_and_another_for_any_ot
     seen = set()
     for name, classes, of in [("a", CLASSES, SHARDS), ("b", CLASSES, SHARDS), ("c", CLASSES[:2], SHARDS)]:
         (tmp_path / name).mkdir()
-        shards.write_manifest(str(tmp_path / name), classes, of)
-        seen.add(shards.read_manifest(str(tmp_path / name)).fingerprint)
+        write_manifest(str(tmp_path / name), classes, of)
+        seen.add(read_manifest(str(tmp_path / name)).fingerprint)
     assert len(seen) == 2
 
 
@@ -231,34 +232,34 @@ SHARD = {"name": "s.tar", "samples": 5, "bytes": 9}
 def test_a_manifest_that_is_missing_or_wrong_is_refused_in_one_line_that_says_what(tmp_path, contents, message):
     if contents is not None:
         (tmp_path / "manifest.json").write_bytes(contents)
-    with pytest.raises(BadRequest, match=message) as refused:
-        shards.read_manifest(str(tmp_path))
+    with pytest.raises(UsageError, match=message) as refused:
+        read_manifest(str(tmp_path))
     assert str(tmp_path / "manifest.json") in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_url_that_nothing_reads_is_refused():
-    with pytest.raises(BadRequest, match=r"nosuch://x/manifest\.json cannot be opened"):
-        shards.read_manifest("nosuch://x")
+    with pytest.raises(UsageError, match=r"nosuch://x/manifest\.json cannot be opened"):
+        read_manifest("nosuch://x")
 
 
 def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path):
-    fs, folder = shards.locate(str(tmp_path))
-    shards.write_file(fs, f"{folder}/a", b"1" * 10)
+    fs, folder = open_fs(str(tmp_path))
+    write_file(fs, f"{folder}/a", b"1" * 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(DataError, match=r"a cannot be written: .* too large"):
-            shards.write_file(fs, f"{folder}/a", b"2" * 100_000)
+            write_file(fs, f"{folder}/a", b"2" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "a").read_bytes() == b"1" * 10
 
 
 def test_a_file_is_written_under_its_name_alone_and_a_failed_write_says_where(tmp_path):
-    fs, folder = shards.locate(str(tmp_path))
-    shards.write_file(fs, f"{folder}/a", b"1")
-    shards.write_file(fs, f"{folder}/a", b"22")
+    fs, folder = open_fs(str(tmp_path))
+    write_file(fs, f"{folder}/a", b"1")
+    write_file(fs, f"{folder}/a", b"22")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"22"}
     with pytest.raises(DataError, match="missing/b cannot be written"):
-        shards.write_file(fs, f"{folder}/missing/b", b"3")
+        write_file(fs, f"{folder}/missing/b", b"3")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import shards
 from data.codec import examine
-from data.listing import read_classes
+from data.packing.label_files import read_classes
+from data.shards.manifest import read_manifest
 from tests.data.servers import s3_server
 from tests.data.test_pack import (
     BAD,
@@ -129,7 +129,7 @@ def test_a_list_is_packed_to_the_samples_of_the_folder_that_it_lists(kind, tmp_p
     assert [sample["__key__"] for sample in of_list] == ["images/" + sample["__key__"] for sample in of_folder]
     for ours, theirs in zip(of_list, of_folder, strict=True):
         assert (image_of(ours), ours["cls"]) == (image_of(theirs), theirs["cls"])
-    assert shards.read_manifest(str(tmp_path / "out")).classes == tuple(LABELS)
+    assert read_manifest(str(tmp_path / "out")).classes == tuple(LABELS)
 
 
 LABEL_LISTS: dict[str, Callable[[list[str]], str]] = {
@@ -151,7 +151,7 @@ def test_flat_images_have_the_labels_of_their_list_and_the_classes_in_the_given_
     (tmp_path / "classes.txt").write_text("\n".join(ORDER), encoding="utf-8")
     request = {"labels": str(tmp_path / "labels.txt"), "classes": str(tmp_path / "classes.txt")}
     packed(source[lies_in], tmp_path / "out", **request)
-    assert shards.read_manifest(str(tmp_path / "out")).classes == tuple(ORDER)
+    assert read_manifest(str(tmp_path / "out")).classes == tuple(ORDER)
     found = Counter((image_of(sample)[1], ORDER[int(sample["cls"])]) for sample in samples_in(tmp_path / "out"))
     assert found == Counter((FLAT[name], CLASS_OF[name]) for name in FLAT)
 
@@ -166,7 +166,7 @@ def test_a_validation_set_has_the_classes_of_the_training_set_also_those_without
         for number, classes in enumerate([tmp_path / "train", tmp_path / "train/manifest.json"]):
             out = tmp_path / f"{source.name}-{number}"
             packed(source, out, classes=str(classes), **more)
-            assert shards.read_manifest(str(out)).classes == tuple(LABELS)
+            assert read_manifest(str(out)).classes == tuple(LABELS)
             assert {int(sample["cls"]) for sample in samples_in(out)} == {1, 2}
 
 
@@ -177,7 +177,7 @@ def test_samples_with_several_labels_have_them_all_in_json_and_the_manifest_says
     (tmp_path / "list.jsonl").write_text("".join(json.dumps({"path": p, "labels": s}) + "\n" for p, s in lines))
     for name in ("list.csv", "list.jsonl"):
         packed(tmp_path / name, tmp_path / "out" / name)
-        manifest = shards.read_manifest(str(tmp_path / "out" / name))
+        manifest = read_manifest(str(tmp_path / "out" / name))
         assert (manifest.label_field, manifest.labels_per_sample) == ("labels", 3)
         assert manifest.classes == ("ant", "cat", "dog")
         found = {sample["__key__"]: json.loads(sample["json"]) for sample in samples_in(tmp_path / "out" / name)}

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from data.augment import Augmentation
-from data.errors import BadRequest, DataError
-from data.loader import Share, training_batches
+from data.errors import DataError, UsageError
+from data.loader import LoaderSpec, training_batches
 from data.order import Order
-from data.pack import pack
+from data.packing.pack import pack
 from data.reader import read_stretches
-from data.shards import read_manifest
-from data.storage import Fault, NotThere, Storage, locate, write_file
+from data.shards.manifest import read_manifest
+from data.storage.remote import NotFound, ReadError, Storage, open_fs, write_file
 from tests.data.servers import Server, forever, http_server, none, once, s3_server, shares
 from tests.data.test_reader import whole
 
@@ -34,7 +34,7 @@ class Far:
 
     def __init__(self, server: Server, folder: str, put: Callable[[bytes], None]) -> None:
         self.server, self.folder, self.url, self.put = server, folder, f"{folder}/a.tar", put
-        self.faults: list[Fault] = []
+        self.faults: list[ReadError] = []
         self.storage = Storage(attempts=4, deadline=3.0, first_wait=0.01, on_fault=self.faults.append)
         put(CONTENT)
         server.forget()
@@ -53,7 +53,7 @@ def s3() -> Iterator[Server]:
 def far(request, tmp_path) -> Iterator[Far]:
     if request.param == "s3":
         server = request.getfixturevalue("s3")
-        yield Far(server, "s3://data", lambda content: write_file(*locate("s3://data/a.tar"), content))
+        yield Far(server, "s3://data", lambda content: write_file(*open_fs("s3://data/a.tar"), content))
         server.plan = none
     else:
         with http_server(tmp_path) as server:
@@ -101,14 +101,14 @@ def test_what_will_not_pass_ends_at_once(far):
     far.server.plan = forever("403", "a.tar")
     with pytest.raises(DataError, match=r"a\.tar: bytes 1000 to 1100 cannot be read: .*(Forbidden|AccessDenied)"):
         far.read()
-    with pytest.raises(NotThere, match=r"/b\.tar cannot be read"):
+    with pytest.raises(NotFound, match=r"/b\.tar cannot be read"):
         far.storage.read(f"{far.folder}/b.tar")
     assert far.faults == []
     assert sum(request.path.endswith("a.tar") for request in far.server.requests) == 1
 
 
 def test_a_bucket_that_does_not_exist_ends_at_once(s3):
-    with pytest.raises(NotThere, match="s3://nobodys/a"):
+    with pytest.raises(NotFound, match="s3://nobodys/a"):
         Storage().read("s3://nobodys/a")
 
 
@@ -151,7 +151,7 @@ def test_a_server_that_knows_no_ranges_is_read_once_file_by_file_which_is_said_o
 
 def test_a_refused_write_is_made_again(s3):
     s3.plan = once("503", "written")
-    fs, path = locate("s3://data/written")
+    fs, path = open_fs("s3://data/written")
     write_file(fs, path, CONTENT, Storage(first_wait=0.01))
     assert Storage().read("s3://data/written") == CONTENT
     s3.plan = forever("503")
@@ -165,14 +165,14 @@ def test_a_refused_write_is_made_again(s3):
 )
 def test_a_url_whose_package_is_missing_is_refused_with_the_extra_that_brings_it(monkeypatch, url, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BadRequest, match=rf"{url} cannot be opened: .*pip install 'coatnet\[{extra}\]'"):
+    with pytest.raises(UsageError, match=rf"{url} cannot be opened: .*pip install 'coatnet\[{extra}\]'"):
         Storage().read(url)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".tar"])
 def test_damaged_answers_are_asked_for_again_and_told(packed, suffix):
     with http_server(packed.folder) as server:
-        faults: list[Fault] = []
+        faults: list[ReadError] = []
         manifest = read_manifest(server.url, Storage(on_fault=faults.append))
         server.plan = once("damage", suffix)
         assert read_stretches(manifest, whole(manifest)) == read_stretches(packed.manifest, whole(packed.manifest))
@@ -206,10 +206,10 @@ def test_an_epoch_from_an_s3_that_fails_has_every_sample_exactly_once(tmp_path, 
     url = f"s3://data/{samples}"
     pack(str(tmp_path / "images.tar"), url, **request, overwrite=False, progress=lambda done, total: None)
 
-    faults: list[Fault] = []
+    faults: list[ReadError] = []
     manifest = read_manifest(url, Storage(on_fault=faults.append, first_wait=0.05))
     order = Order(0, np.array([shard.samples for shard in manifest.shards]), global_batch=samples // 25, window=8)
-    share = Share(0, 1, order.global_batch, 8, torch.device("cpu"), 2)
+    share = LoaderSpec(0, 1, order.global_batch, 8, torch.device("cpu"), 2)
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
     with training_batches(manifest, order, plain, share, 0, 0, 25) as steps:
         batches = [batch for step in steps for batch in step]

@@ -15,11 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 from webdataset import TarWriter
 
-from data import shards
-from data.errors import BadRequest
-from data.index import Report, index
-from data.shards import Broken, index_tar
-from data.verify import verify
+from data.errors import UsageError
+from data.packing.index import Report, index
+from data.packing.verify import verify
+from data.shards.manifest import BadSample
+from data.shards.sample_table import row_checksums, table_bytes
+from data.shards.tar_index import index_tar
 from pipeline.cli import app
 
 TAR, TABLE, INDEX = (f"shard-000001.{suffix}" for suffix in ("tar", "npy", "idx"))
@@ -81,14 +82,14 @@ def table_of_another(folder: Path) -> None:
 def row_of_another(folder: Path) -> None:
     rows = np.load(folder / TABLE)
     rows[3] = rows[4]
-    (folder / TABLE).write_bytes(shards.table_bytes(rows))
+    (folder / TABLE).write_bytes(table_bytes(rows))
 
 
 def size_of_another(folder: Path) -> None:
     rows = np.load(folder / TABLE)
     rows["height"][3] += 1
-    rows["row_crc"] = shards.row_checksums(rows)
-    (folder / TABLE).write_bytes(shards.table_bytes(rows))
+    rows["row_crc"] = row_checksums(rows)
+    (folder / TABLE).write_bytes(table_bytes(rows))
 
 
 def shard_twice(folder: Path) -> None:
@@ -133,7 +134,7 @@ def test_an_image_that_was_marked_and_does_not_decode_is_found(by_hand, packed, 
 
 
 def test_without_a_manifest_there_is_nothing_to_check(tmp_path):
-    with pytest.raises(BadRequest, match=r"manifest\.json does not exist"):
+    with pytest.raises(UsageError, match=r"manifest\.json does not exist"):
         verified(tmp_path)
 
 
@@ -166,4 +167,4 @@ def test_the_commands_print_one_document_and_their_exit_status_says_whether_all_
     found["unchecked"] = 0
     assert said("index", str(folder), "--decode") == (0, {**found, "broken": broken})
     assert said("verify", str(folder)) == (1, {**found, "broken": broken})
-    assert verified(folder).broken == (Broken(**broken[0]),)
+    assert verified(folder).broken == (BadSample(**broken[0]),)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import Form, RelativeAttention, relative_attention, resize_bias_table
+from models.attention import BiasPosition, RelativeAttention, relative_attention, resize_bias_table
 
 HEADS, HEIGHT, WIDTH, HEAD_SIZE = 2, 2, 3, 4
 
@@ -37,7 +37,7 @@ def attention_by_offsets(q: Tensor, k: Tensor, v: Tensor, table: Tensor, after: 
 
 
 @pytest.mark.parametrize("form", ["pre_softmax", "post_softmax"])
-def test_relative_attention_is_the_equation_written_out_over_offsets_of_an_oblong_grid(form: Form) -> None:
+def test_relative_attention_is_the_equation_written_out_over_offsets_of_an_oblong_grid(form: BiasPosition) -> None:
     q, k, v = drawn(3, 2, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
     table = drawn(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1)
     ours = relative_attention(q, k, v, table, form)
@@ -46,14 +46,14 @@ def test_relative_attention_is_the_equation_written_out_over_offsets_of_an_oblon
 
 
 @pytest.mark.parametrize("form", ["pre_softmax", "post_softmax"])
-def test_gradients_of_queries_keys_values_and_table_are_those_of_finite_differences(form: Form) -> None:
+def test_gradients_of_queries_keys_values_and_table_are_those_of_finite_differences(form: BiasPosition) -> None:
     q, k, v = drawn(3, 1, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
     inputs = [x.clone().requires_grad_() for x in (q, k, v, drawn(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1))]
     assert torch.autograd.gradcheck(lambda q, k, v, table: relative_attention(q, k, v, table, form), inputs)
 
 
 @pytest.mark.parametrize("form", ["pre_softmax", "post_softmax", "none"])
-def test_with_a_table_of_zeros_or_without_one_it_is_plain_attention(form: Form) -> None:
+def test_with_a_table_of_zeros_or_without_one_it_is_plain_attention(form: BiasPosition) -> None:
     q, k, v = drawn(3, 2, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
     table = torch.zeros(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1, dtype=torch.float64)
     ours = relative_attention(q, k, v, None if form == "none" else table, form)

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.attention import RelativeAttention
-from models.backends import BACKENDS, Backend, check_backend, fastest, reference
+from models.attention import BACKENDS, Backend, RelativeAttention, check_backend, fastest, reference
 from models.blocks import TransformerBlock
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}

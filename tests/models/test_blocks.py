@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Form, RelativeAttention
-from models.backends import relative_bias
+from models.attention import BiasPosition, RelativeAttention, relative_bias
 from models.blocks import MBConv, Pool, TransformerBlock
-from models.family import StridePlace
 from models.norm import BatchNorm2d, LayerNorm2d
+from models.variants import StridePlace
 
 Weights = dict[str, Tensor]
 
@@ -91,7 +90,7 @@ def test_mbconv_is_equation_5(inputs: int, width: int, stride: int, place: Strid
     ("form", "pool"), [("pre_softmax", "max"), ("post_softmax", "max"), ("none", "max"), ("pre_softmax", "average")]
 )
 def test_transformer_block_is_equation_4_and_a_feed_forward(
-    inputs: int, width: int, stride: int, form: Form, pool: Pool
+    inputs: int, width: int, stride: int, form: BiasPosition, pool: Pool
 ) -> None:
     grid = (4 // stride, 6 // stride)
     attention = partial(RelativeAttention, grid=grid, head_size=4, form=form)

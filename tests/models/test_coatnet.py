@@ -16,8 +16,8 @@ import models
 from models import coatnet
 from models.attention import resize_bias_table
 from models.coatnet import CoAtNet, stochastic_depth_rates
-from models.family import Layout, Stage, Stem
-from models.norm import take_statistics
+from models.norm import pop_statistics
+from models.variants import Layout, Stage, Stem
 from tests.models.test_initial import by_name
 
 # Both kinds of block, each with and without stride, and with and without a change of width.
@@ -234,7 +234,7 @@ def test_checkpointed_stages_give_the_same_loss_gradients_and_statistics_to_the_
     assert torch.equal(loss, same_loss)
     for own, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert own.grad is not None and other.grad is not None and torch.equal(own.grad, other.grad)
-    assert torch.equal(take_statistics(model), take_statistics(plain))
+    assert torch.equal(pop_statistics(model), pop_statistics(plain))
     assert kept_less < (0.5 if stages == "all" else 0.95) * kept
 
 

@@ -16,7 +16,7 @@ from benchmarks.peers import import_timm
 from models import coatnet
 from models.coatnet import CoAtNet
 from models.convert import LAYOUTS, TIMM_DEFAULTS, from_timm, settings, to_timm
-from models.family import layout_of
+from models.variants import layout_of
 
 CLASSES = 7
 SOURCE = Path(next(iter(find_spec("timm").submodule_search_locations)), "models", "maxxvit.py")  # pyrefly: ignore

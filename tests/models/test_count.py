@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import coatnet
 from models.count import count
-from models.family import COSTS, FAMILY, VARIANTS, Cost
+from models.variants import COSTS, FAMILY, VARIANTS, Cost
 
 # As the paper prints them, and the unit of the last printed digit, in units of 1e9.
 PRINTED = [

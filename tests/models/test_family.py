@@ -3,7 +3,7 @@
 import pytest
 
 from models import coatnet
-from models.family import Layout, Stage, Stem
+from models.variants import Layout, Stage, Stem
 
 
 def test_a_name_outside_the_family_is_refused_with_the_names_there_are() -> None:

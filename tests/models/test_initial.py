@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models import coatnet
-from models.family import Layout, Stage, Stem
-from models.initial import decay_exempt, initialize
+from models.init import decay_exempt, initialize
+from models.variants import Layout, Stage, Stem
 
 
 def by_name(name: str, shape: torch.Size) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.norm import BatchNorm2d, apply_statistics, take_statistics
+from models.norm import BatchNorm2d, apply_statistics, pop_statistics
 
 WIDTH, GROUP, MOMENTUM, EPS = 5, 4, 0.1, 1e-3
 
@@ -57,7 +57,7 @@ def test_running_statistics_move_once_per_step_towards_the_mean_over_groups() ->
     variance = torch.stack([group.var((0, 2, 3), unbiased=True) for group in groups]).mean(0)
     for x in step:
         ours(x)
-    apply_statistics(ours, take_statistics(ours))
+    apply_statistics(ours, pop_statistics(ours))
     torch.testing.assert_close(ours.running_mean, 0.9 * 0.25 + 0.1 * mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.running_var, 0.9 + 0.1 * variance, rtol=1e-6, atol=1e-6)
 
@@ -67,7 +67,7 @@ def test_with_one_group_running_statistics_are_those_of_torch() -> None:
     theirs = torch_norm(ours)
     ours(maps(8))
     theirs(maps(8))
-    apply_statistics(ours, take_statistics(ours))
+    apply_statistics(ours, pop_statistics(ours))
     torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-6, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_statistics_of_two_ranks_added_are_those_of_one_that_did_all() -> None:
     together(maps(3 * GROUP))
     first(maps(3 * GROUP)[: 2 * GROUP])
     second(maps(3 * GROUP)[2 * GROUP :])
-    torch.testing.assert_close(take_statistics(first) + take_statistics(second), take_statistics(together))
+    torch.testing.assert_close(pop_statistics(first) + pop_statistics(second), pop_statistics(together))
 
 
 def test_a_forward_alone_does_not_move_the_running_statistics() -> None:
@@ -90,13 +90,13 @@ def test_a_forward_alone_does_not_move_the_running_statistics() -> None:
 def test_statistics_that_were_taken_are_gone() -> None:
     ours = norm()
     ours(maps(GROUP))
-    assert take_statistics(ours).any()
-    assert not take_statistics(ours).any()
+    assert pop_statistics(ours).any()
+    assert not pop_statistics(ours).any()
 
 
 def test_applying_statistics_of_no_groups_moves_nothing() -> None:
     ours = norm()
-    apply_statistics(ours, take_statistics(ours))
+    apply_statistics(ours, pop_statistics(ours))
     assert torch.equal(ours.running_mean, torch.full((WIDTH,), 0.25, dtype=torch.float64))
     assert torch.equal(ours.running_var, torch.ones(WIDTH, dtype=torch.float64))
 
@@ -104,13 +104,13 @@ def test_applying_statistics_of_no_groups_moves_nothing() -> None:
 def test_evaluation_uses_the_running_statistics_and_adds_none() -> None:
     ours = norm().eval()
     torch.testing.assert_close(ours(maps(3)), torch_norm(ours).eval()(maps(3)))
-    assert not take_statistics(ours).any()
+    assert not pop_statistics(ours).any()
 
 
 def test_statistics_of_several_layers_go_back_to_their_own() -> None:
     two = nn.Sequential(norm(), BatchNorm2d(WIDTH, EPS, 1.0, GROUP).double())
     two(maps(GROUP))
-    apply_statistics(two, take_statistics(two))
+    apply_statistics(two, pop_statistics(two))
     first, second = (layer.get_buffer("running_mean") for layer in two)
     torch.testing.assert_close(first, 0.9 * 0.25 + 0.1 * maps(GROUP).mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(second, torch.linspace(-1, 1, WIDTH, dtype=torch.float64), rtol=1e-6, atol=1e-6)
@@ -125,4 +125,4 @@ def test_statistics_of_bfloat16_maps_are_added_in_float32() -> None:
     ours = BatchNorm2d(WIDTH, group=GROUP)
     x = maps(GROUP).bfloat16()
     assert ours(x).dtype == torch.bfloat16
-    torch.testing.assert_close(take_statistics(ours)[:WIDTH], x.float().mean((0, 2, 3)))
+    torch.testing.assert_close(pop_statistics(ours)[:WIDTH], x.float().mean((0, 2, 3)))

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.coatnet import coatnet
-from models.family import Layout, Stage, Stem
-from models.norm import BatchNorm2d, across_ranks, apply_statistics, take_statistics
+from models.norm import BatchNorm2d, across_ranks, apply_statistics, pop_statistics
+from models.variants import Layout, Stage, Stem
 from tests.forked import forkserver
 
 RANKS, PART, SIDE = 4, 3, 32
@@ -47,7 +47,7 @@ def learnt(model: nn.Module, x: Tensor) -> dict[str, Any]:
     logits = model(x)
     (logits * torch.linspace(-1, 1, 5, dtype=x.dtype)).sum().backward()
     parameters = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"logits": logits.detach(), "x": x.grad, "parameters": parameters, "statistics": take_statistics(model)}
+    return {"logits": logits.detach(), "x": x.grad, "parameters": parameters, "statistics": pop_statistics(model)}
 
 
 def as_rank(rank: int, folder: str) -> None:
@@ -127,7 +127,7 @@ def test_statistics_of_all_ranks_are_those_of_one_that_had_all_groups(
 ) -> None:
     one = network(size * PART, "none")
     one(samples())
-    torch.testing.assert_close(sum(rank[size, recomputed]["statistics"] for rank in by_rank), take_statistics(one))
+    torch.testing.assert_close(sum(rank[size, recomputed]["statistics"] for rank in by_rank), pop_statistics(one))
 
 
 def test_a_group_moves_the_running_statistics_once(by_rank: list[dict[Any, Any]]) -> None:

@@ -13,12 +13,14 @@ from unittest import mock
 
 import torch
 
-from pipeline import engine as engines
-from pipeline import memory
-from pipeline.activations import Live
-from pipeline.config import Config
-from pipeline.launch import end_with_launcher, rank_and_world_size, run_ranks
-from pipeline.overrides import read_config
+from pipeline.commands.pretrain import import_training
+from pipeline.config.parsing import read_config
+from pipeline.config.schema import Config
+from pipeline.distributed.environment import rank_and_world_size
+from pipeline.distributed.launcher import die_with_parent, launch
+from pipeline.memory import estimate
+from pipeline.memory.activations import ActivationTracker
+from pipeline.training import engine as engines
 from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS
 
@@ -41,15 +43,15 @@ def measured(world_size: int, cases: list[list[str]], folder: Path) -> list[tupl
 
 
 def peak_of_two_steps(config: Config) -> int:
-    from pipeline.losses import loss_of
-    from pipeline.network import build_network, initial_values, inputs
+    from pipeline.training.losses import loss_fn
+    from pipeline.training.model import build_model, init_weights, normalize
 
     device = torch.device("cpu")
-    with Live() as live:
-        shard = engines.sharding(config.train, config.optim, config.zero)
-        network = build_network(config.model, config.train, CLASSES, device, initial_values(0), shard)
+    with ActivationTracker() as live:
+        shard = engines.zero3_init(config.train, config.optim, config.zero)
+        network = build_model(config.model, config.train, CLASSES, device, init_weights(0), shard)
         engine = engines.build_engine(network, config.train, config.optim, config.zero)
-        engines.set_rates(engine, 1e-3, config.train.ema)
+        engines.set_schedule(engine, 1e-3, config.train.ema)
         live.peak.clear()
         for _ in range(2):
             for _ in range(engine.gradient_accumulation_steps()):
@@ -57,14 +59,14 @@ def peak_of_two_steps(config: Config) -> int:
                 images = torch.zeros(n, side, side, 3, dtype=torch.uint8)
                 wanted = torch.zeros(n, 1, dtype=torch.int64)
                 survival = torch.ones(n, network.branches)
-                engine.backward(loss_of(engine(inputs(images), survival), wanted, "softmax", 0.1))
+                engine.backward(loss_fn(engine(normalize(images), survival), wanted, "softmax", 0.1))
                 engine.step()
     return sum(live.peak.values())
 
 
 def measure(cases: list[tuple[list[str], str]]) -> None:
-    end_with_launcher()
-    from pipeline.activations import estimates
+    die_with_parent()
+    from pipeline.memory.activations import estimates
 
     engines.start_process_group()
     rank, world_size = rank_and_world_size()
@@ -78,8 +80,8 @@ def measure(cases: list[tuple[list[str], str]]) -> None:
 def main() -> None:
     if len(sys.argv) == 3:
         jobs = Path(sys.argv[2])
-        sys.exit(run_ranks([str(jobs)], int(sys.argv[1]), jobs.parent / "logs", MODULE))
-    with mock.patch.object(engines, "BUCKET_ELEMENTS", BUCKET), mock.patch.object(memory, "BUCKET_ELEMENTS", BUCKET):
+        sys.exit(launch([str(jobs)], int(sys.argv[1]), jobs.parent / "logs", import_training, MODULE))
+    with mock.patch.object(engines, "BUCKET_ELEMENTS", BUCKET), mock.patch.object(estimate, "BUCKET_ELEMENTS", BUCKET):
         measure(json.loads(Path(sys.argv[1]).read_text()))
 
 

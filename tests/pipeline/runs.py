@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.pack import pack
-from pipeline.checkpoint import CheckpointReader, checkpoints
-from pipeline.doctor import GRAY_JPEG
-from pipeline.launch import COMMANDS
+from data.packing.pack import pack
+from pipeline.checkpoint.reader import CheckpointReader, checkpoints
+from pipeline.distributed.launcher import COMMANDS
+from pipeline.doctor.environment import GRAY_JPEG
 from tests import forked
 from tests.forked import ROOT, Process
 

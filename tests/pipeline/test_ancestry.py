@@ -6,10 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ancestry import check, entry, new_augmentations, stochastic_depth_warning, switched_on
-from pipeline.config import Config
-from pipeline.errors import BadRequest
-from pipeline.overrides import validate
+from pipeline.config.parsing import validate
+from pipeline.config.schema import Config
+from pipeline.errors import UsageError
+from pipeline.lineage import (
+    active_augmentations,
+    check_new_augmentations,
+    lineage_entry,
+    new_augmentations,
+    stochastic_depth_warning,
+)
 
 NAMES = ("random crop", "flip", "RandAugment", "mixup")
 
@@ -39,14 +45,14 @@ augmentations = st.sets(st.sampled_from(NAMES))
 
 @given(augmentations, st.lists(augmentations, min_size=1, max_size=3))
 def test_exactly_what_is_on_here_and_was_off_in_every_ancestor_is_refused(here, seen):
-    ancestors = [entry(config(on, run=f"runs/{i}"), 10, []) for i, on in enumerate(seen)]
+    ancestors = [lineage_entry(config(on, run=f"runs/{i}"), 10, []) for i, on in enumerate(seen)]
     new = here - set().union(*seen)
-    assert set(check(config(here, allow_new=True), ancestors)) == new
+    assert set(check_new_augmentations(config(here, allow_new=True), ancestors)) == new
     if not new:
-        assert check(config(here), ancestors) == []
+        assert check_new_augmentations(config(here), ancestors) == []
         return
-    with pytest.raises(BadRequest) as refused:
-        check(config(here), ancestors)
+    with pytest.raises(UsageError) as refused:
+        check_new_augmentations(config(here), ancestors)
     message = str(refused.value)
     assert (
         "\n" not in message and "augment.allow_new=true" in message and "pretrain with it at a weak setting" in message
@@ -76,24 +82,24 @@ def test_an_ancestor_that_is_older_than_mixup_counts_as_without():
 
 
 def test_the_settings_that_are_named_are_overrides_that_switch_it_on():
-    for name, setting in switched_on(config(set(NAMES)).augment.model_dump(mode="json")).items():
+    for name, setting in active_augmentations(config(set(NAMES)).augment.model_dump(mode="json")).items():
         key, _, value = setting.partition("=")
         assert key.startswith("augment.") and value and name in NAMES
 
 
 def test_an_entry_says_what_the_weights_were_trained_under():
-    made = entry(config({"flip"}, stochastic_depth=0.2, run="runs/a"), 77, [])
+    made = lineage_entry(config({"flip"}, stochastic_depth=0.2, run="runs/a"), 77, [])
     assert (made["run"], made["steps"], made["resolution"], made["stochastic_depth"]) == ("runs/a", 77, 224, 0.2)
-    assert switched_on(made["augment"]) == {"flip": "augment.flip=true"}
+    assert active_augmentations(made["augment"]) == {"flip": "augment.flip=true"}
     assert made["new_augmentations"] == []
-    later = entry(config({"flip", "RandAugment"}, allow_new=True), 5, [made])
+    later = lineage_entry(config({"flip", "RandAugment"}, allow_new=True), 5, [made])
     assert later["new_augmentations"] == ["RandAugment"]
 
 
 def test_stochastic_depth_that_no_ancestor_had_is_warned_about_and_never_refused():
-    without, having = entry(config(set()), 1, []), entry(config(set(), stochastic_depth=0.1), 1, [])
+    without, having = lineage_entry(config(set()), 1, []), lineage_entry(config(set(), stochastic_depth=0.1), 1, [])
     here = config(set(), stochastic_depth=0.3)
-    assert check(here, [without]) == []
+    assert check_new_augmentations(here, [without]) == []
     assert "train.stochastic_depth=0.3" in (stochastic_depth_warning(here, [without]) or "")
     assert stochastic_depth_warning(here, [having, without]) is None
     assert stochastic_depth_warning(config(set()), [without]) is None

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.attempts import check_newest, newest_attempt, take_number, trusted
-from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
+from pipeline.attempt import claim
+from pipeline.checkpoint.attempts import allocate, latest_attempt, raise_if_superseded, trusted_checkpoints
+from pipeline.checkpoint.reader import FORMAT, checkpoints, digest_of, step_name
+from pipeline.checkpoint.weights import latest_checkpoint
 from pipeline.errors import RunFailed
-from pipeline.json_lines import JsonLines
-from pipeline.run_folder import claim
-from pipeline.weights_file import checkpoint_of
+from pipeline.run.jsonl import JsonLines
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
     ROOT,
@@ -60,43 +60,43 @@ def test_a_checkpoint_is_trusted_if_the_newest_attempt_of_its_time_finished_it(h
         run, begun, good = Path(folder), -1, []
         for step, age in enumerate(history):
             if age is None:
-                begun = take_number(run)
+                begun = allocate(run)
             elif begun - age >= 0:
                 made = finish_checkpoint(run, step, begun - age)
                 good += [made] * (age == 0)
-            assert trusted(run) == good
-            assert newest_attempt(run) == begun
+            assert trusted_checkpoints(run) == good
+            assert latest_attempt(run) == begun
 
 
 def test_a_checkpoint_that_a_person_puts_back_is_trusted(tmp_path):
-    take_number(tmp_path)
+    allocate(tmp_path)
     saved = finish_checkpoint(tmp_path, 4, 0)
-    take_number(tmp_path)
+    allocate(tmp_path)
     hidden = saved.rename(tmp_path / "elsewhere")
-    take_number(tmp_path)
-    assert trusted(tmp_path) == []
+    allocate(tmp_path)
+    assert trusted_checkpoints(tmp_path) == []
     hidden.rename(saved)
-    assert trusted(tmp_path) == [saved]
+    assert trusted_checkpoints(tmp_path) == [saved]
 
 
 def test_what_reads_a_run_passes_a_stale_checkpoint_over(tmp_path):
-    take_number(tmp_path)
+    allocate(tmp_path)
     good = finish_checkpoint(tmp_path, 4, 0)
-    take_number(tmp_path)
+    allocate(tmp_path)
     finish_checkpoint(tmp_path, 8, 0)
-    assert checkpoint_of(tmp_path).folder == good
+    assert latest_checkpoint(tmp_path).folder == good
 
 
 def test_numbers_go_on_from_a_run_that_kept_no_records(tmp_path):
     lines = JsonLines(tmp_path / "events.jsonl")
     for event in ("start", "resume", "start"):
         lines.write({"event": event})
-    assert [take_number(tmp_path), take_number(tmp_path)] == [2, 3]
+    assert [allocate(tmp_path), allocate(tmp_path)] == [2, 3]
 
 
 def test_processes_that_start_at_once_take_different_numbers(tmp_path):
-    program = "import sys; from pathlib import Path; from pipeline.attempts import take_number\n"
-    program += "for _ in range(20): print(take_number(Path(sys.argv[1])))"
+    program = "import sys; from pathlib import Path; from pipeline.checkpoint.attempts import allocate\n"
+    program += "for _ in range(20): print(allocate(Path(sys.argv[1])))"
 
     def taken(_: int) -> list[int]:
         done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
@@ -109,11 +109,11 @@ def test_processes_that_start_at_once_take_different_numbers(tmp_path):
 
 
 def test_an_older_attempt_is_told_which_one_has_begun(tmp_path):
-    first = take_number(tmp_path)
-    check_newest(tmp_path, first)
-    take_number(tmp_path)
+    first = allocate(tmp_path)
+    raise_if_superseded(tmp_path, first)
+    allocate(tmp_path)
     with pytest.raises(RunFailed, match="attempt 1 of this run has begun while this one, attempt 0, was still there"):
-        check_newest(tmp_path, first)
+        raise_if_superseded(tmp_path, first)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -152,7 +152,7 @@ def test_a_frozen_attempt_that_wakes_up_after_another_one_finished_ends_and_chan
     assert {name: kept[name] for name in kept if name.startswith("step-")} == {
         name: what for name, what in contents(run / "checkpoints").items() if name.startswith("step-")
     }
-    assert trusted(run) == checkpoints(run / "checkpoints")
+    assert trusted_checkpoints(run) == checkpoints(run / "checkpoints")
 
 
 def test_ranks_of_torchrun_end_with_it(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_ranks_of_torchrun_end_with_it(tmp_path: Path) -> None:
     rank.write_text(
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pipeline.launch import end_with_launcher\n"
-        "end_with_launcher()\n"
+        "from pipeline.distributed.launcher import die_with_parent\n"
+        "die_with_parent()\n"
         f"open(f'{tmp_path}/pid-{{os.getpid()}}', 'w').close()\n"
         "time.sleep(600)\n"
     )

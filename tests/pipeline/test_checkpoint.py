@@ -24,20 +24,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import save
-from pipeline.checkpoint import (
+from data.memory import available_bytes, of_group
+from pipeline.checkpoint import writer
+from pipeline.checkpoint.reader import (
     FORMAT,
     CheckpointReader,
     DamagedCheckpoint,
     checkpoints,
+    prunable,
     step_name,
     step_of,
-    superseded,
 )
-from pipeline.errors import BadRequest, RunFailed
-from pipeline.host_memory import available_bytes, of_group
-from pipeline.save import Common, Part, part_of, prune, remove_leftovers, write_checkpoint
-from pipeline.weights_file import checkpoint_of
+from pipeline.checkpoint.weights import latest_checkpoint
+from pipeline.checkpoint.writer import GlobalState, RankShard, clean_partial, prune, rank_shard, write_checkpoint
+from pipeline.errors import RunFailed, UsageError
 from tests.forked import forkserver
 
 KINDS = ("weight", "exp_avg", "ema")
@@ -70,10 +70,10 @@ def elements_of(cuts: dict[str, list[int]], owners: list[int], world_size: int) 
     return of_rank
 
 
-def parts_of(of_rank: list[dict], step: int) -> list[Part]:
+def parts_of(of_rank: list[dict], step: int) -> list[RankShard]:
     """What each rank puts into a checkpoint; rank 0 speaks for all."""
-    common = Common(SHAPES, BUFFERS, json.dumps({**STATE, "step": step}))
-    return [part_of(step, elements, common if rank == 0 else None) for rank, elements in enumerate(of_rank)]
+    common = GlobalState(SHAPES, BUFFERS, json.dumps({**STATE, "step": step}))
+    return [rank_shard(step, elements, common if rank == 0 else None) for rank, elements in enumerate(of_rank)]
 
 
 def written(root: Path, of_rank: list[dict], step: int = 1, attempt: int = 0) -> Path:
@@ -108,7 +108,7 @@ def read_everything(folder: Path) -> None:
 
 def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checksums for each 64 bytes, so that small files have many blocks."""
-    monkeypatch.setattr(save, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 64)
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_newer_format_is_no_damage_but_a_request_for_a_newer_program(checkpoin
     manifest["format"] = FORMAT + 1
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
-    with pytest.raises(BadRequest, match=f"is of format {FORMAT + 1}, made by a newer coatnet than this one"):
+    with pytest.raises(UsageError, match=f"is of format {FORMAT + 1}, made by a newer coatnet than this one"):
         CheckpointReader(checkpoint)
 
 
@@ -292,7 +292,7 @@ def test_verifying_all_of_it_finds_every_changed_byte_wherever_it_is(checkpoint)
 @pytest.mark.parametrize("chunk_bytes", [64, 192, 1 << 20])
 def test_a_file_is_the_same_from_a_copy_and_in_chunks_from_the_live_state(tmp_path, monkeypatch, chunk_bytes):
     in_small_blocks(monkeypatch)
-    monkeypatch.setattr(save, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
     (live,) = parts_of(elements_of({"head.weight": [100]}, [0], 1), 1)
     (copied,) = parts_of(elements_of({"head.weight": [100]}, [0], 1), 1)
     copied.image.copy_to(torch.empty(copied.image.bytes, dtype=torch.uint8))
@@ -370,7 +370,7 @@ def test_a_full_disk_is_said_in_one_line_nothing_is_left_half_written_and_with_r
             assert said.endswith("are free; make room, then the same command goes on from step 1")
     left = {path.relative_to(small_disk).parts[1] for path in small_disk.rglob("*") if path.is_file()}
     assert left == {"step-00000001"}
-    remove_leftovers(small_disk / "checkpoints")  # as every start does
+    clean_partial(small_disk / "checkpoints")  # as every start does
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     read_everything(written(small_disk / "checkpoints", two_ranks(), 2))
 
@@ -432,7 +432,7 @@ def test_pruning_never_removes_the_checkpoint_just_written_for_the_sake_of_later
 
 @given(st.sets(st.integers(1, 60)), st.integers(1, 60), st.integers(1, 4), st.none() | st.integers(1, 9))
 def test_multiples_of_keep_every_and_the_newest_are_never_superseded_and_all_others_are(steps, newest, last, every):
-    gone = superseded(steps, newest, last, every)
+    gone = prunable(steps, newest, last, every)
     kept = steps - set(gone)
     for_ever = {step for step in steps if every is not None and step % every == 0}
     assert kept == for_ever | set(sorted(s for s in steps if s <= newest)[-last:]) | {s for s in steps if s > newest}
@@ -454,7 +454,7 @@ def test_a_checkpoint_of_the_same_step_takes_the_place_of_a_damaged_one(checkpoi
 def test_leftovers_are_removed_and_checkpoints_kept(checkpoint):
     for name in (".step-00000008.attempt-0", ".step-00000001.replaced", ".step-00000009.pruned"):
         shutil.copytree(checkpoint, checkpoint.parent / name)
-    remove_leftovers(checkpoint.parent)
+    clean_partial(checkpoint.parent)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
     read_everything(checkpoint)
 
@@ -462,25 +462,25 @@ def test_leftovers_are_removed_and_checkpoints_kept(checkpoint):
 def test_a_path_names_a_checkpoint_itself_or_a_runs_newest(tmp_path):
     root = tmp_path / "checkpoints"
     older, newer = (written(root, two_ranks(), step) for step in (9, 10))
-    assert checkpoint_of(older).step == 9
-    assert checkpoint_of(tmp_path).folder == newer
+    assert latest_checkpoint(older).step == 9
+    assert latest_checkpoint(tmp_path).folder == newer
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadRequest, match="is no run; give a run's folder"):
-        checkpoint_of(tmp_path / "empty")
+    with pytest.raises(UsageError, match="is no run; give a run's folder"):
+        latest_checkpoint(tmp_path / "empty")
     (tmp_path / "empty" / "config.yaml").touch()
-    with pytest.raises(BadRequest, match="has no checkpoint yet"):
-        checkpoint_of(tmp_path / "empty")
+    with pytest.raises(UsageError, match="has no checkpoint yet"):
+        latest_checkpoint(tmp_path / "empty")
 
 
 def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_read(tmp_path, capsys):
     root = tmp_path / "checkpoints"
     older, newer = (written(root, two_ranks(), step) for step in (9, 10))
     (newer / "state.json").write_bytes(b"[]")
-    assert checkpoint_of(tmp_path).folder == older
+    assert latest_checkpoint(tmp_path).folder == older
     assert "step-00000010/state.json: 2 bytes, " in capsys.readouterr().err
     (older / "manifest.json").write_text("{}")
     with pytest.raises(RunFailed, match="none of its 2 checkpoints is good"):
-        checkpoint_of(tmp_path)
+        latest_checkpoint(tmp_path)
     assert "step-00000009/manifest.json is damaged, or no checkpoint's" in capsys.readouterr().err
 
 
@@ -564,7 +564,7 @@ def kill_while_writing(root: Path, kills: int, choice: random.Random) -> None:
         assert 1 <= len(found) <= 3  # before pruning there is one more
         for folder in found:
             read_everything(folder)
-        remove_leftovers(root)
+        clean_partial(root)
         assert sorted(root.iterdir()) == found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint.reader import checkpoints
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, last_step
 
 SCRIPT = Path(sys.executable).parent / "coatnet"
@@ -43,7 +43,7 @@ def places(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ("{script} --help", "preview"),
         ("{script} keys", "optim.learning_rate"),
         ("{script} models", "coatnet_7"),
-        ("{script} bench faults --help", "--faults"),
+        ("{script} bench fault_injection --help", "--faults"),
         ("{script} pretrain configs/tiny.yaml --check", "good:"),
         ("{python} -m pipeline.cli evaluate {run} --data {digits}/val --json", '"top1"'),
         ("{script} predict {run} {image}", "%"),

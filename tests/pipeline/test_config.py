@@ -10,19 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config import (
-    Config,
-    Section,
-    Train,
-    allowed,
-    check_world_size,
-    documented_keys,
-    item_of,
-    section_of,
-    waste,
-)
-from pipeline.errors import BadRequest
-from pipeline.overrides import changes, read_config, read_resolved, to_yaml, validate
+from pipeline.config.batch_size import check_world_size, padding_share
+from pipeline.config.parsing import changes, read_config, read_resolved, to_yaml, validate
+from pipeline.config.schema import Config, Section, Train, allowed, documented_keys, item_of, section_of
+from pipeline.errors import UsageError
 
 BLOCKS = "kind: mbconv, blocks: 1, width: 8"
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -47,7 +38,7 @@ def preset(folder: Path, name: str, text: str) -> str:
 
 def refused(path: str, *overrides: str) -> list[str]:
     """The lines of the refusal."""
-    with pytest.raises(BadRequest) as error:
+    with pytest.raises(UsageError) as error:
         read_config(path, list(overrides))
     return str(error.value).splitlines()
 
@@ -453,11 +444,11 @@ def test_ranks_that_cannot_share_a_step_are_refused_with_splits_that_would_do(ba
 def test_ranks_that_wait_for_others_are_told_of_numbers_that_would_not(micro_batches, ranks):
     train = Train(steps=1, global_batch=2 * micro_batches, micro_batch=2)
     assume(ranks <= micro_batches)
-    said = waste(train, ranks)
+    said = padding_share(train, ranks)
     assert (said is None) == (micro_batches % ranks == 0)
     if said is not None:
         better = re.search(r"; ([\d, ]+) ranks would waste none", said)
-        assert better and all(waste(train, int(number)) is None for number in better[1].split(", "))
+        assert better and all(padding_share(train, int(number)) is None for number in better[1].split(", "))
 
 
 def test_what_is_allowed_can_be_said_of_every_key():

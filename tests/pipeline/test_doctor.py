@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.doctor import Finding, build_fit, diagnose, exit_status, rows
-from pipeline.install import ROOT
+from pipeline.doctor.environment import build_fit, diagnose
+from pipeline.doctor.findings import Check, exit_status, rows
+from pipeline.doctor.install import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,15 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-def examine(python: Path, folder: Path) -> tuple[dict[str, Finding], int]:
+def examine(python: Path, folder: Path) -> tuple[dict[str, Check], int]:
     """The findings by name of a doctor that runs where `folder` comes first on the import path, and the exit status."""
-    code = "import json, dataclasses, pipeline.doctor as d; f = d.diagnose(); "
-    code += "print(json.dumps([[dataclasses.asdict(each) for each in f], d.exit_status(f)]))"
+    code = "import json, dataclasses, pipeline.doctor.environment as d; f = d.diagnose(); "
+    code += "from pipeline.doctor.findings import exit_status; "
+    code += "print(json.dumps([[dataclasses.asdict(each) for each in f], exit_status(f)]))"
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     answer = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=True)
     findings, status = json.loads(answer.stdout)
-    return {each["what"]: Finding(**each) for each in findings}, status
+    return {each["what"]: Check(**each) for each in findings}, status
 
 
 def write_torch(folder: Path, text: str) -> Path:
@@ -102,10 +104,10 @@ def test_a_build_fits_a_driver_of_its_major_version_or_newer(
 
 def test_what_needs_doing_comes_first_in_the_table() -> None:
     findings = [
-        Finding("a", "ok", ""),
-        Finding("b", "note", ""),
-        Finding("c", "broken", "x", "do"),
-        Finding("d", "ok", ""),
+        Check("a", "ok", ""),
+        Check("b", "note", ""),
+        Check("c", "broken", "x", "do"),
+        Check("d", "ok", ""),
     ]
     assert [row[1] for row in rows(findings)] == ["c", "b", "a", "d"]
     assert rows(findings)[0] == ("BROKEN", "c", "x", "do")

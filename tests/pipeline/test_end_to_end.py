@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from data.storage import locate, write_file
-from pipeline.checkpoint import CheckpointReader, checkpoints
+from data.storage.remote import open_fs, write_file
+from pipeline.checkpoint.reader import CheckpointReader, checkpoints
 from tests.data.servers import s3_server, shares
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
@@ -285,7 +285,7 @@ def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_tells_of_the_rea
     with s3_server() as server:
         for part in ("train", "val"):
             for file in (digits / part).iterdir():
-                write_file(*locate(f"s3://data/{part}/{file.name}"), file.read_bytes())
+                write_file(*open_fs(f"s3://data/{part}/{file.name}"), file.read_bytes())
         server.plan = shares({"503": 0.05, "drop": 0.01})
         done = coatnet(*request_of(run, *places))
         assert done.returncode == 0, done.stderr

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import epochs
-from pipeline.epochs import EpochCount
 from pipeline.errors import RunFailed
-from pipeline.json_lines import read_lines
-from pipeline.record import Events
+from pipeline.run.events import Events
+from pipeline.run.jsonl import read_lines
+from pipeline.training import epoch_audit
+from pipeline.training.epoch_audit import EpochAudit
 
 SAMPLES, GLOBAL_BATCH = 10, 4
 
@@ -27,14 +27,14 @@ def batch(step: int, numbers: list[int]) -> Any:
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(epochs, "gathered", lambda values: values)
+    monkeypatch.setattr(epoch_audit, "all_gather", lambda values: values)
 
 
 def counted(events: Events, *steps: list[int]) -> list[str]:
     """The lines of a run that takes these samples, begun anew from its checkpoint before each step."""
     lines, state = [], None
     for step, numbers in enumerate(steps, 1):
-        count = EpochCount(SAMPLES, GLOBAL_BATCH, state)
+        count = EpochAudit(SAMPLES, GLOBAL_BATCH, state)
         count.add([batch(step, numbers)], applied=step != 2)
         lines += count.completed(step, events)
         state = count.state()

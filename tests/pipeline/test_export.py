@@ -13,15 +13,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.peers import import_timm
-from pipeline import ancestry, weights_file
-from pipeline.checkpoint import CheckpointReader, checkpoints
-from pipeline.config import Config
-from pipeline.errors import BadRequest
-from pipeline.export import export, import_from_timm
-from pipeline.finetune import finetune
-from pipeline.network import build_network, initial_values
-from pipeline.overrides import validate
-from pipeline.weights_file import WeightsFile, checkpoint_of
+from pipeline.checkpoint import weights
+from pipeline.checkpoint.reader import CheckpointReader, checkpoints
+from pipeline.checkpoint.weights import WeightsFile, latest_checkpoint
+from pipeline.commands.export import export, import_from_timm
+from pipeline.commands.finetune import finetune
+from pipeline.config.parsing import validate
+from pipeline.config.schema import Config
+from pipeline.errors import UsageError
+from pipeline.lineage import lineage_entry, unknown_lineage
+from pipeline.training.model import build_model, init_weights
 from tests.pipeline.runs import ROOT, coatnet, contents, events
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -58,7 +59,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_file_has_the_weights_of_the_run_by_name_and_says_what_made_them(run: Path, exported: Path) -> None:
-    reader, found = checkpoint_of(run), load_file(exported)
+    reader, found = latest_checkpoint(run), load_file(exported)
     expected = dict(reader.tensors("ema")) | {
         name[4:]: values for name, values in reader.buffers().items() if name.startswith("ema:")
     }
@@ -72,9 +73,9 @@ def test_a_file_has_the_weights_of_the_run_by_name_and_says_what_made_them(run: 
 def test_the_weights_themselves_are_exported_where_they_are_asked_for(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "down.safetensors"
     assert export(str(run), str(out), None, "model", overwrite=False) == 0
-    expected = dict(checkpoint_of(run).tensors("weight"))
+    expected = dict(latest_checkpoint(run).tensors("weight"))
     assert all(np.array_equal(values, expected[name]) for name, values in WeightsFile(out).tensors("weight"))
-    with pytest.raises(BadRequest, match=r"has no moving average; take --weights model"):
+    with pytest.raises(UsageError, match=r"has no moving average; take --weights model"):
         export(str(out), str(tmp_path / "again.safetensors"), None, "ema", overwrite=False)
 
 
@@ -96,7 +97,7 @@ def test_finetuning_begins_from_a_file_and_carries_its_ancestry_on(
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     reader = CheckpointReader(checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert [entry["run"] for entry in reader.state()["ancestry"]] == [str(run), str(tmp_path / "run")]
-    with pytest.raises(BadRequest, match=r"flip .* was off in every ancestor"):
+    with pytest.raises(UsageError, match=r"flip .* was off in every ancestor"):
         finetune(TINY, finetuning(digits, tmp_path / "other", "augment.flip=true"), str(exported), None, 1, check=True)
 
 
@@ -104,15 +105,15 @@ def test_weights_of_unknown_ancestry_are_finetuned_with_a_warning_and_that_is_re
     exported: Path, digits: Path, tmp_path: Path
 ) -> None:
     unknown = tmp_path / "unknown.safetensors"
-    weights_file.write(unknown, load_file(exported), {**WeightsFile(exported).state(), "ancestry": None})
+    weights.write(unknown, load_file(exported), {**WeightsFile(exported).state(), "ancestry": None})
     done = coatnet("finetune", TINY, "--from", unknown, *finetuning(digits, tmp_path / "run", "augment.flip=true"))
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("warning")] == [
         f"warning: how {unknown} was trained is unknown, so it cannot be checked whether an augmentation that is on"
         " here was off there, which would hurt"
     ]
-    lineage = checkpoint_of(tmp_path / "run").state()["ancestry"]
-    assert lineage[0] == ancestry.unknown(str(unknown)) and len(lineage) == 2
+    lineage = latest_checkpoint(tmp_path / "run").state()["ancestry"]
+    assert lineage[0] == unknown_lineage(str(unknown)) and len(lineage) == 2
     assert events(tmp_path / "run", "begin")[0]["new_augmentations"] == []
 
 
@@ -126,7 +127,7 @@ def test_weights_of_unknown_ancestry_are_finetuned_with_a_warning_and_that_is_re
     ],
 )
 def test_weights_are_not_finetuned_as_another_function(exported: Path, digits: Path, tmp_path: Path, key: str) -> None:
-    with pytest.raises(BadRequest, match=key.partition("=")[0]):
+    with pytest.raises(UsageError, match=key.partition("=")[0]):
         finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), None, 1, check=True)
 
 
@@ -142,7 +143,7 @@ def test_what_this_machine_cannot_do_is_refused_before_the_run_has_a_folder(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BadRequest, match=refusal):
+    with pytest.raises(UsageError, match=refusal):
         finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), None, 1, check=False)
     assert not (tmp_path / "run").exists()
 
@@ -153,7 +154,7 @@ def test_weights_whose_configuration_is_older_than_some_keys_are_read_with_the_d
     said = WeightsFile(exported).state()
     for key in ("pool", "norm", "relative_attention", "attention", "batch_norm_eps", "layer_norm_eps"):
         del said["config"]["model"][key]
-    weights_file.write(tmp_path / "older.safetensors", load_file(exported), said)
+    weights.write(tmp_path / "older.safetensors", load_file(exported), said)
     assert finetune(TINY, finetuning(digits, tmp_path), str(tmp_path / "older.safetensors"), None, 1, check=True) == 0
 
 
@@ -162,13 +163,13 @@ def test_what_stands_at_out_is_replaced_only_on_request_and_only_an_export(
 ) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(exported.read_bytes())
-    with pytest.raises(BadRequest, match=r"out.safetensors is there already; choose another name, or --overwrite"):
+    with pytest.raises(UsageError, match=r"out.safetensors is there already; choose another name, or --overwrite"):
         export(str(run), str(out), None, None, overwrite=False)
     assert export(str(run), str(out), None, "model", overwrite=True) == 0
     assert WeightsFile(out).has("weight") and [path.name for path in tmp_path.iterdir()] == [out.name]
     before = contents(run)
     for layout, place in ((None, out.with_suffix("")), ("timm", run)):
-        with pytest.raises(BadRequest, match=r"ends in .safetensors|is nothing that this command wrote"):
+        with pytest.raises(UsageError, match=r"ends in .safetensors|is nothing that this command wrote"):
             export(str(run), str(place), layout, None, overwrite=True)
     assert contents(run) == before
 
@@ -179,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_a_wrong_request_that_names_it(
 ) -> None:
     (tmp_path / "a file").touch()
     out = tmp_path / folder / "out.safetensors"
-    with pytest.raises(BadRequest, match=f"{out} cannot be written: .*; choose a folder that can be"):
+    with pytest.raises(UsageError, match=f"{out} cannot be written: .*; choose a folder that can be"):
         export(str(exported), str(out), None, None, overwrite=False)
 
 
@@ -203,14 +204,14 @@ def test_a_spelled_out_network_is_refused_for_timm_with_the_reason(run: Path, tm
 def test_a_damaged_file_is_refused_in_one_line(exported: Path, tmp_path: Path, damage: Any, said: str) -> None:
     out = tmp_path / "damaged.safetensors"
     out.write_bytes(damage(exported.read_bytes()))
-    with pytest.raises(BadRequest, match=said):
+    with pytest.raises(UsageError, match=said):
         export(str(out), str(tmp_path / "again.safetensors"), None, None, overwrite=False)
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(BadRequest, match="was not made by this version of coatnet export or coatnet import"):
+    with pytest.raises(UsageError, match="was not made by this version of coatnet export or coatnet import"):
         WeightsFile(tmp_path / "foreign.safetensors")
 
 
@@ -224,26 +225,26 @@ def coatnet_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {"data": {"train": "somewhere"}, "train": {"steps": 1}, "model": model, "evaluate": {"crop_fraction": None}}
     config = validate(tree, "test")
     classes = ["cat", "dog", "newt"]
-    network = build_network(config.model, config.train, len(classes), torch.device("cpu"), initial_values(0))
+    network = build_model(config.model, config.train, len(classes), torch.device("cpu"), init_weights(0))
     said = {
-        "format": weights_file.FORMAT,
+        "format": weights.FORMAT,
         "weights": "ema",
         "step": 9,
         "classes": classes,
         "train_fingerprint": "f00",
         "config": config.model_dump(mode="json"),
-        "ancestry": [ancestry.entry(config, 9, [])],
+        "ancestry": [lineage_entry(config, 9, [])],
     }
     file = tmp_path_factory.mktemp("coatnet_0") / "coatnet_0.safetensors"
-    weights_file.write(file, {name: values.numpy() for name, values in network.state_dict().items()}, said)
+    weights.write(file, {name: values.numpy() for name, values in network.state_dict().items()}, said)
     return file
 
 
 def network_of(file: Path) -> tuple[torch.nn.Module, Config]:
     reader = WeightsFile(file)
     config = validate(reader.state()["config"], "test")
-    network = build_network(
-        config.model, config.train, len(reader.state()["classes"]), torch.device("cpu"), initial_values(1)
+    network = build_model(
+        config.model, config.train, len(reader.state()["classes"]), torch.device("cpu"), init_weights(1)
     )
     network.load_state_dict({name: torch.from_numpy(values) for name, values in load_file(file).items()})
     return network.eval(), config
@@ -301,7 +302,7 @@ def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
 def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(config: Any, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"head.fc.weight": np.zeros((1000, 768), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(BadRequest, match=said) as refused:
+    with pytest.raises(UsageError, match=said) as refused:
         import_from_timm(str(tmp_path), str(tmp_path / "out.safetensors"), overwrite=False)
     assert "\n" not in str(refused.value) and not (tmp_path / "out.safetensors").exists()
 
@@ -309,5 +310,5 @@ def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(config: Any, sa
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "coatnet_0_224"}))
     torch.save({"head.fc.weight": Path("a class that is not torch's")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(BadRequest, match=r"pytorch_model.bin cannot be read"):
+    with pytest.raises(UsageError, match=r"pytorch_model.bin cannot be read"):
         import_from_timm(str(tmp_path), str(tmp_path / "out.safetensors"), overwrite=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import FAULTS, campaign, drawn, table
+from benchmarks.fault_injection import FAULTS, campaign, drawn, table
 
 SHORT = ["killed while saving", "a rank frozen"]
 """The first meets a run that stays on two ranks, the second one that changes from two to one."""

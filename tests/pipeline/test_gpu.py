@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipeline.many_runs import on_ranks
+from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
     ROOT,

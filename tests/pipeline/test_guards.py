@@ -13,15 +13,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.attempts import trusted
-from pipeline.checkpoint import checkpoints, step_name
-from pipeline.config import Checkpoint
+from pipeline.checkpoint.attempts import trusted_checkpoints
+from pipeline.checkpoint.reader import checkpoints, step_name
+from pipeline.checkpoint.rollback import roll_back
+from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.config.schema import Checkpoint
 from pipeline.errors import RunFailed
-from pipeline.going_back import go_back
-from pipeline.guards import BAD_IN_A_ROW, JUDGED_AFTER, GoneBack, Guard, Verdict, judge, permission, way_back
-from pipeline.record import Events
-from pipeline.save import CheckpointWriter
-from tests.pipeline.many_runs import on_ranks
+from pipeline.run.events import Events
+from pipeline.training.loss_guard import (
+    BAD_IN_A_ROW,
+    JUDGED_AFTER,
+    Guard,
+    RollbackRecord,
+    Verdict,
+    gate,
+    plan_rollback,
+    update,
+)
+from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import curve, events, last_state, rows, state_of
 
 STAGES = (1, 2, 3)
@@ -33,20 +42,20 @@ def after(losses: list[float]) -> list[tuple[Verdict, Guard]]:
     """The verdicts on a curve of losses whose steps were all applied if they were not refused."""
     guard, found = Guard(), []
     for step, loss in enumerate(losses, 1):
-        verdict, _, guard = judge(guard, step, loss, loss <= guard.limit)
+        verdict, _, guard = update(guard, step, loss, loss <= guard.limit)
         found.append((verdict, guard))
     return found
 
 
 @given(st.lists(st.floats(1.0, 1.99), max_size=200))
 def test_losses_within_a_factor_of_two_are_never_bad(losses: list[float]) -> None:
-    assert all(verdict is Verdict.GO_ON for verdict, _ in after(losses))
+    assert all(verdict is Verdict.APPLY for verdict, _ in after(losses))
 
 
 @given(st.lists(st.floats(0.5, 5.0), min_size=JUDGED_AFTER, max_size=100), st.floats(0, 2))
 def test_a_loss_that_falls_for_ever_is_good_and_one_of_a_hundred_times_is_not(noise: list[float], slope: float) -> None:
     falling = [15_000 * math.exp(-slope * step) + 0.01 for step, _ in enumerate(noise)]  # as a sigmoid loss begins
-    assert all(verdict is Verdict.GO_ON for verdict, _ in after(falling))
+    assert all(verdict is Verdict.APPLY for verdict, _ in after(falling))
     level = sum(noise) / len(noise)
     assert after([*noise, 100 * level])[-1][0] is Verdict.SKIP
 
@@ -57,9 +66,9 @@ def test_the_run_goes_back_at_the_third_bad_step_in_a_row_and_no_sooner(kinds: l
     level, in_a_row = guard.level, 0
     for step, kind in enumerate(kinds, 1):
         loss = {"nan": math.nan, "inf": math.inf, "spike": 200.0}.get(kind, 2.0)
-        verdict, why, guard = judge(guard, step, loss, applied=kind == "good")
+        verdict, why, guard = update(guard, step, loss, applied=kind == "good")
         in_a_row = 0 if kind == "good" else in_a_row + 1
-        expected = Verdict.GO_ON if not in_a_row else Verdict.SKIP if in_a_row < BAD_IN_A_ROW else Verdict.GO_BACK
+        expected = Verdict.APPLY if not in_a_row else Verdict.SKIP if in_a_row < BAD_IN_A_ROW else Verdict.ROLLBACK
         assert verdict is expected and bool(why) == bool(in_a_row)
         assert guard.level == level  # what is bad does not become usual
         if in_a_row:
@@ -70,16 +79,16 @@ def test_the_run_goes_back_at_the_third_bad_step_in_a_row_and_no_sooner(kinds: l
 @given(st.floats(allow_nan=True, allow_infinity=True), st.integers(0, 40))
 def test_the_device_refuses_just_what_the_host_finds_bad(loss: float, seen: int) -> None:
     guard = after([1.0] * seen)[-1][1] if seen else Guard()
-    permitted = permission(torch.tensor(loss, dtype=torch.float64), guard.limit)
+    permitted = gate(torch.tensor(loss, dtype=torch.float64), guard.limit)
     assert permitted.item() == 1 or permitted.isnan()
-    assert (judge(guard, 1, loss, applied=True)[0] is Verdict.GO_ON) == (permitted.item() == 1)
+    assert (update(guard, 1, loss, applied=True)[0] is Verdict.APPLY) == (permitted.item() == 1)
 
 
 @given(st.lists(st.integers(1, 100), max_size=5, unique=True), st.integers(1, 100), st.integers(0, 5))
 def test_whatever_happens_the_way_back_ends(saved_at: list[int], first: int, more: int) -> None:
-    history: list[GoneBack] = []
+    history: list[RollbackRecord] = []
     checkpoints = [step for step in saved_at if step < first + more]
-    while (back := way_back(history, checkpoints, first, first + more)) is not None:
+    while (back := plan_rollback(history, checkpoints, first, first + more)) is not None:
         assert back.to < back.first <= back.last + 1 and back.last == first + more
         assert back.to in [*checkpoints, 0] and (back.to < first or back.to == min(checkpoints))
         assert not history or back.first <= history[-1].first  # wider, never the same again
@@ -109,9 +118,9 @@ def test_after_the_last_going_back_nothing_is_left_of_what_came_after_the_checkp
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
     events_of_run = Events(tmp_path, 0, 0)
     writer = CheckpointWriter(tmp_path / "checkpoints", 0, 0, 1, Checkpoint(), events_of_run)
-    history = [GoneBack(10, 12, 14), GoneBack(10, 11, 17)]
+    history = [RollbackRecord(10, 12, 14), RollbackRecord(10, 11, 17)]
     with pytest.raises(RunFailed, match="gone back to step 10 2 times"):
-        go_back(tmp_path, writer, events_of_run, history, 19, 21, "the loss is not finite")
+        roll_back(tmp_path, writer, events_of_run, history, 19, 21, "the loss is not finite")
     assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == [step_name(10)]
     writer.close()
 
@@ -165,7 +174,7 @@ def test_after_three_spikes_the_run_goes_back_and_past_them(runs: Path, stage: i
     assert done == [step for step in range(1, STEPS + 1) if step not in SPIKES]
     assert keys_of(run, 21) == keys_of(run, 21, attempt=1) and not keys_of(run, SPIKES[0], attempt=1)
     assert (run / "checkpoints" / "abandoned" / step_name(SPIKES[0])).exists()
-    assert step_name(SPIKES[0]) not in [folder.name for folder in trusted(run)]
+    assert step_name(SPIKES[0]) not in [folder.name for folder in trusted_checkpoints(run)]
     for rank in (0, 1):
         log = (run / "logs" / f"rank-{rank}.log").read_text()
         assert log.count("not applied: the loss") == 3

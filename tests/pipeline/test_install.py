@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.install import (
+from pipeline.doctor.install import (
     build_fits,
     constraint,
     cuda_major_of,

@@ -17,27 +17,28 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import preload
-from pipeline.launch import is_rank, local_world_size, processor_share, rank_and_world_size
+from pipeline.distributed import preload
+from pipeline.distributed.environment import cpus_per_rank, is_rank, local_world_size, rank_and_world_size
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
 LAUNCHER = """
     import signal, sys
     from pathlib import Path
-    from pipeline import launch
+    from pipeline.distributed import launcher
     for number in (signal.SIGHUP, signal.SIGQUIT):  # may be ignored where the tests run in the background
         signal.signal(number, signal.SIG_DFL)
     start, grace, ranks, logs = sys.argv[1:5]
-    launch.GRACE_SECONDS = float(grace)
+    launcher.GRACE_SECONDS = float(grace)
     exec(BEFORE)
-    sys.exit(launch.run_ranks(sys.argv[5:], int(ranks), Path(logs), "rank_of_a_test", getattr(launch, start)))
+    how = (lambda: None, "rank_of_a_test", getattr(launcher, start))
+    sys.exit(launcher.launch(sys.argv[5:], int(ranks), Path(logs), *how))
 """
 RANK = """
     import itertools, os, sys, signal, time
     from pathlib import Path
-    from pipeline.launch import end_with_launcher
-    end_with_launcher()
+    from pipeline.distributed.launcher import die_with_parent
+    die_with_parent()
     rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
     def note(name, text=""):
         (folder / f".{name}").write_text(str(text))
@@ -224,23 +225,23 @@ def test_requests_to_stop_reach_every_rank_as_sigterm_and_a_second_ctrl_c_kills_
 def test_a_process_is_a_rank_only_in_a_launchers_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert not is_rank() and local_world_size(5) == 5 and processor_share() == len(os.sched_getaffinity(0))
+    assert not is_rank() and local_world_size(5) == 5 and cpus_per_rank() == len(os.sched_getaffinity(0))
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "1000")):
         monkeypatch.setenv(name, value)
-    assert is_rank() and rank_and_world_size() == (3, 8) and local_world_size(5) == 1000 and processor_share() == 1
+    assert is_rank() and rank_and_world_size() == (3, 8) and local_world_size(5) == 1000 and cpus_per_rank() == 1
 
 
 def test_a_request_that_comes_while_ranks_are_being_started_reaches_all_of_them(start, tmp_path):
     """Here a SIGTERM comes before rank 1 is; a rank that it did not reach would be waited for."""
     program = f"""
         import os, signal
-        from pipeline import launch
-        started = launch.{start}
+        from pipeline.distributed import launcher
+        started = launcher.{start}
         def interrupted(module, arguments, environment, log):
             if environment["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
             return started(module, arguments, environment, log)
-        launch.{start} = interrupted
+        launcher.{start} = interrupted
     """
     rank = "while True: time.sleep(0.01)"
     status, _, err = ended(start, tmp_path, 3, rank, grace=PATIENCE_SECONDS, before=program)
@@ -249,14 +250,14 @@ def test_a_request_that_comes_while_ranks_are_being_started_reaches_all_of_them(
 
 def test_a_start_that_fails_leaves_no_rank(start, tmp_path):
     program = f"""
-        from pipeline import launch
-        started = launch.{start}
+        from pipeline.distributed import launcher
+        started = launcher.{start}
         def failing(module, arguments, environment, log):
             if environment["RANK"] == "2":
                 while not Path(arguments[0], "begun-1").exists(): pass
                 raise OSError("no more processes")
             return started(module, arguments, environment, log)
-        launch.{start} = failing
+        launcher.{start} = failing
     """
     rank = "note(f'begun-{rank}', os.getpid())\nwhile True: time.sleep(0.01)"
     status, _, err = ended(start, tmp_path, 3, rank, before=program)
@@ -279,15 +280,16 @@ def test_ranks_are_forks_where_that_is_safe_and_new_interpreters_where_it_is_not
     program = """
         import os, sys, threading
         from pathlib import Path
-        from pipeline import launch
-        from pipeline.preload import may_fork, preload
-        assert preload() and {"torch", "deepspeed", "pipeline.train"} <= set(sys.modules)
+        from pipeline.distributed import launcher
+        from pipeline.commands.pretrain import import_training
+        from pipeline.distributed.preload import may_fork, preload
+        assert preload(import_training) and {"torch", "deepspeed", "pipeline.train"} <= set(sys.modules)
         assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ and may_fork()
         folder = sys.argv[1]
         for what in ("alone", "with a thread"):
             if what != "alone":
                 threading.Thread(target=threading.Event().wait, daemon=True).start()
-            assert launch.run_ranks([folder, what], 2, Path(folder, "logs"), "rank_of_a_test") == 0
+            assert launcher.launch([folder, what], 2, Path(folder, "logs"), import_training, "rank_of_a_test") == 0
     """
     rank = "import multiprocessing; note(f'{sys.argv[2]}-{rank}', multiprocessing.parent_process() is not None)"
     write_rank(tmp_path, rank)

@@ -50,6 +50,82 @@ def test_a_folder_imports_none_that_it_may_not_know(folder):
     assert {(file, name) for file, name in found if top(name) in OTHERS_OF[folder]} == set()
 
 
+# ------------------------------------------------------------------------------------------------------------- rooms
+
+ROOMS = {
+    "data/storage": set(),
+    "data/shards": {"data/storage"},
+    "data/packing": {"data/shards", "data/storage"},
+    "pipeline/config": set(),
+    "pipeline/distributed": set(),
+    "pipeline/run": {"pipeline/distributed"},
+    "pipeline/watchdog": {"pipeline/distributed", "pipeline/run"},
+    "pipeline/training": {"pipeline/config", "pipeline/distributed", "pipeline/run"},
+    "pipeline/checkpoint": {"pipeline/config", "pipeline/distributed", "pipeline/run", "pipeline/training"},
+    "pipeline/doctor": {"pipeline/config", "pipeline/distributed", "pipeline/run", "pipeline/training"},
+}
+ROOMS["pipeline/memory"] = ROOMS["pipeline/checkpoint"] | {"pipeline/checkpoint"}
+ROOMS["pipeline/monitoring"] = ROOMS["pipeline/memory"] | {"pipeline/memory"}
+ROOMS["pipeline/commands"] = ROOMS["pipeline/monitoring"] | {"pipeline/monitoring", "pipeline/watchdog"}
+"""The rooms of its own package that a room may know, beside the files outside of any."""
+
+
+def graph() -> dict[str, set[str]]:
+    """For each module of ours those that it imports, wherever the statement stands."""
+    paths = {name_of(path): path for folder in FOLDERS for path in modules(folder)}
+    return {name: {each for each in imported(path) if each in paths} - {name} for name, path in paths.items()}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The full names of what a file imports, and of what a module that it imports may have by that name."""
+    package = name_of(path).split(".") if path.stem == "__init__" else name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """The names from which a way leads back to them."""
+    reached = {name: set(others) for name, others in arrows.items()}
+    for _ in arrows:
+        reached = {name: others.union(*(reached[each] for each in others)) for name, others in reached.items()}
+    return {name for name, others in reached.items() if name in others}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    assert circles(graph()) == set()
+
+
+def test_a_circle_would_be_noticed() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b", "c"}
+
+
+def room(name: str) -> str:
+    """The folder of a module, where it has one within its package."""
+    path = ROOT / name.replace(".", "/")
+    folder = path if path.is_dir() else path.parent
+    return str(folder.relative_to(ROOT))
+
+
+def test_every_room_knows_only_the_rooms_below_it() -> None:
+    found = {
+        (room(name), room(other)) for name, others in graph().items() for other in others if top(name) == top(other)
+    }
+    assert {(one, other) for one, other in found if one in ROOMS and other in ROOMS and one != other} <= {
+        (one, other) for one, others in ROOMS.items() for other in others
+    }
+    assert {one for one, _ in found if "/" in one} <= set(ROOMS)
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_no_module_imports_tests_benchmarks_or_demo(folder):
     found = {(path.name, name) for path in modules(folder) for name, _ in imports(path)}
@@ -125,7 +201,10 @@ def test_a_heavy_import_would_be_noticed(tmp_path):
     assert imported_by("import webdataset", str(tmp_path / "modules")) >= {"webdataset"}
 
 
-@pytest.mark.parametrize("module", ["pipeline.prepare", "pipeline.checkpoint", "pipeline.overrides", "pipeline.launch"])
+@pytest.mark.parametrize(
+    "module",
+    ["pipeline.plan", "pipeline.checkpoint.reader", "pipeline.config.parsing", "pipeline.distributed.launcher"],
+)
 def test_what_answers_a_wrong_request_imports_no_torch(tmp_path, module):
     assert "torch" not in imported_by(f"import {module}", str(tmp_path / "modules"))
 
@@ -143,7 +222,7 @@ IN_PLACE = {
     "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "orthogonal_",
 }  # fmt: skip
 MODULES = {"random", "secrets", "numpy.random", "torch.random", "uuid"}
-ALLOWED = {("models/initial.py", "torch.randn")}
+ALLOWED = {("models/init.py", "torch.randn")}
 """A network that somebody borrows without saying how to draw; training passes draws by (seed, parameter's name)."""
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluate import per_sample
-from pipeline.losses import loss_of, targets
+from pipeline.training.evaluation import per_sample
+from pipeline.training.losses import loss_fn, one_hot
 
 CLASSES = 7
 Labels = list[list[int]]
@@ -53,19 +53,19 @@ kinds = st.sampled_from(["softmax", "sigmoid"])
 def test_each_samples_loss_is_that_of_the_slow_formula_and_a_batch_has_their_mean(labels, smoothing, seed, kind):
     logits = logits_of(seed, len(labels))
     by_hand = [BY_HAND[kind](x, each, smoothing) for x, each in zip(logits.tolist(), labels, strict=True)]
-    found = loss_of(logits, filled(labels), kind, smoothing, reduction="none")
+    found = loss_fn(logits, filled(labels), kind, smoothing, reduction="none")
     torch.testing.assert_close(found.double(), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-    mean = loss_of(logits, filled(labels), kind, smoothing)
+    mean = loss_fn(logits, filled(labels), kind, smoothing)
     assert mean.item() == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5, abs=1e-5)
 
 
 @given(label_sets, smoothings, seeds, kinds)
 def test_labels_and_the_targets_made_of_them_are_the_same_request(labels, smoothing, seed, kind):
-    logits, answers = logits_of(seed, len(labels)), targets(filled(labels), CLASSES, kind)
+    logits, answers = logits_of(seed, len(labels)), one_hot(filled(labels), CLASSES, kind)
     assert answers.sum(1).tolist() == pytest.approx([1 if kind == "softmax" else len(each) for each in labels])
     assert [set(row.nonzero().flatten().tolist()) for row in answers] == [set(each) for each in labels]
     torch.testing.assert_close(
-        loss_of(logits, answers, kind, smoothing), loss_of(logits, filled(labels), kind, smoothing)
+        loss_fn(logits, answers, kind, smoothing), loss_fn(logits, filled(labels), kind, smoothing)
     )
 
 
@@ -74,7 +74,7 @@ def test_softmax_of_single_labels_is_torchs_own_to_the_bit_with_its_gradient(sam
     """What runs trained by before there were other losses: they go on to the bit."""
     labels = torch.randint(CLASSES, (samples,), generator=torch.Generator().manual_seed(seed))
     ours, theirs = (logits_of(seed, samples).to(torch.bfloat16).requires_grad_() for _ in range(2))
-    loss = loss_of(ours, labels[:, None], "softmax", smoothing)
+    loss = loss_fn(ours, labels[:, None], "softmax", smoothing)
     oracle = F.cross_entropy(theirs.float(), labels, label_smoothing=smoothing)
     (loss * 3).backward(), (oracle * 3).backward()
     assert torch.equal(loss, oracle) and ours.grad is not None and theirs.grad is not None
@@ -85,7 +85,7 @@ def test_softmax_of_single_labels_is_torchs_own_to_the_bit_with_its_gradient(sam
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_the_loss_of_bf16_logits_is_float32_and_its_gradients_are_finite(kind, scale):
     logits = logits_of(0, 3, scale).to(torch.bfloat16).requires_grad_()
-    loss = loss_of(logits, filled([[0], [1, 2], [3, 4, 5]]), kind, 1e-4)
+    loss = loss_fn(logits, filled([[0], [1, 2], [3, 4, 5]]), kind, 1e-4)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert logits.grad is not None and logits.grad.isfinite().all() and logits.grad.any()

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from models.coatnet import CoAtNet
-from pipeline.activations import count_activations
-from pipeline.config import Config, Train, Zero
-from pipeline.losses import loss_of
-from pipeline.memory import WIDTH, Activations, Settings, fits, memory_of, ways_to_fit
-from pipeline.network import build_network, initial_values
-from pipeline.overrides import read_config
+from pipeline.config.parsing import read_config
+from pipeline.config.schema import Config, Train, Zero
+from pipeline.memory.activations import count_activations
+from pipeline.memory.estimate import WIDTH, Activations, Settings, fits, memory_of, suggest_settings
+from pipeline.training.losses import loss_fn
+from pipeline.training.model import build_model, init_weights
 from tests.pipeline.peaks import measured
 from tests.pipeline.runs import ROOT
 
@@ -99,7 +99,7 @@ def test_what_is_advised_fits_and_the_next_larger_or_less_recomputed_does_not(
         changed = train_of(micro_batch).model_copy(update=change)
         return fits(need((changed, zero, world_size)), usable)
 
-    ways = ways_to_fit((train_of(micro_batch), zero, world_size), by_size, need, usable)
+    ways = suggest_settings((train_of(micro_batch), zero, world_size), by_size, need, usable)
     found = {key: value for way in ways for key, value in way.items()}
     if "zero.stage" in found:
         assert not fitting(micro_batch=1) or micro_batch == 1
@@ -115,11 +115,11 @@ def test_what_is_advised_fits_and_the_next_larger_or_less_recomputed_does_not(
 def test_where_states_alone_do_not_fit_a_higher_stage_is_advised_and_else_more_ranks() -> None:
     settings = (train_of(1), Zero(stage=1), 2)
     shared = linear_need(1, 1000, (1, 1, 1, 1))
-    assert ways_to_fit(settings, [1, 2, 3, 4], shared, 600) == [{"zero.stage": 3}]
-    assert ways_to_fit(settings, [1, 2, 3, 4], shared, 300) == [
+    assert suggest_settings(settings, [1, 2, 3, 4], shared, 600) == [{"zero.stage": 3}]
+    assert suggest_settings(settings, [1, 2, 3, 4], shared, 300) == [
         {"ranks": 4, "zero.stage": 3, "train.activation_checkpointing": "all"}
     ]
-    assert ways_to_fit(settings, [1, 2, 3, 4], linear_need(1, 1000, (1000,) * 4), 300) == []
+    assert suggest_settings(settings, [1, 2, 3, 4], linear_need(1, 1000, (1000,) * 4), 300) == []
 
 
 # --------------------------------------------------------------------------------------- activations of real networks
@@ -138,7 +138,7 @@ KINDS = {
 def test_counted_activations_are_what_a_real_network_saves_and_what_its_allocator_had_at_most(kind: str) -> None:
     config = tiny(*KINDS[kind])
     counted = count_activations(config.model, config.train, config.augment, CLASSES, "cpu", gradients_stay=True)
-    network = build_network(config.model, config.train, CLASSES, torch.device("cpu"), initial_values(0))
+    network = build_model(config.model, config.train, CLASSES, torch.device("cpu"), init_weights(0))
     one_pass(network, config)  # what is allocated once for all
     saved, own = Storages(), {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     for parameter in network.parameters():
@@ -169,7 +169,7 @@ def one_pass(network: CoAtNet, config: Config, saved: Storages | None = None) ->
     hooks = torch.autograd.graph.saved_tensors_hooks((saved or Storages()).pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = network(images, factors)
-    loss_of(logits, torch.zeros(n, 1, dtype=torch.int64), config.train.loss, 0.1).backward()
+    loss_fn(logits, torch.zeros(n, 1, dtype=torch.int64), config.train.loss, 0.1).backward()
 
 
 def allocator_peak(profiled: profile) -> int:

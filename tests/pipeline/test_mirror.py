@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from data.storage import locate, write_file
-from pipeline.checkpoint import FORMAT, CheckpointReader, checkpoints, digest_of, step_name
-from pipeline.config import Config
-from pipeline.errors import BadRequest, DataError, RunFailed
-from pipeline.mirror import Mirror, bring_back, complete, copies, send
-from pipeline.overrides import read_config
-from pipeline.run_folder import claim
+from data.storage.remote import open_fs, write_file
+from pipeline.attempt import claim
+from pipeline.checkpoint.mirror import Mirror, complete, list_copies, restore_from_mirror, upload
+from pipeline.checkpoint.reader import FORMAT, CheckpointReader, checkpoints, digest_of, step_name
+from pipeline.config.parsing import read_config
+from pipeline.config.schema import Config
+from pipeline.errors import DataError, RunFailed, UsageError
 from tests.data.servers import Server, forever, s3_server
 from tests.forked import ROOT, forkserver
 from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, written
@@ -67,7 +67,7 @@ def mirrored(run: Path, url: str, steps: list[int], keep_last: int = 9, keep_eve
 
 
 def damage(url: str) -> None:
-    fs, path = locate(url)
+    fs, path = open_fs(url)
     content = bytearray(fs.cat_file(path))
     content[len(content) // 2] ^= 1
     write_file(fs, path, bytes(content))
@@ -79,7 +79,7 @@ def damage(url: str) -> None:
 def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_going_on_needs(run, s3):
     told = mirrored(run, URL, [4])
     assert told.steps("mirrored") == [4] and len(told) == 1
-    assert sorted(copies(URL)[4]) == FILES
+    assert sorted(list_copies(URL)[4]) == FILES
     put = [request.path.removeprefix("/data/runs/tiny/") for request in s3.requests if request.method == "PUT"]
     assert set(put) == {f"checkpoints/{step_name(4)}/{file}" for file in FILES} | {
         "config.yaml", "metrics.jsonl", "events.jsonl"
@@ -90,11 +90,11 @@ def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_go
 @pytest.mark.parametrize("place", ["s3", "folder"])
 def test_old_copies_go_by_the_rule_for_local_ones_and_so_do_halves(run, s3, tmp_path, place):
     url = URL if place == "s3" else str(tmp_path / "mirror")
-    fs, top = locate(url)
+    fs, top = open_fs(url)
     fs.makedirs(f"{top}/checkpoints/{step_name(3)}", exist_ok=True)
     write_file(fs, f"{top}/checkpoints/{step_name(3)}/state.json", b"half a copy")
     mirrored(run, url, [1, 2, 4], keep_last=1, keep_every=2)
-    assert sorted(copies(url)) == sorted(complete(copies(url))) == [2, 4]
+    assert sorted(list_copies(url)) == sorted(complete(list_copies(url))) == [2, 4]
 
 
 def test_a_checkpoint_written_again_takes_the_place_of_its_copy(run, s3, tmp_path):
@@ -103,8 +103,8 @@ def test_a_checkpoint_written_again_takes_the_place_of_its_copy(run, s3, tmp_pat
     (rank,) = [{**two_ranks()[0], **two_ranks()[1]}]
     written(run / "checkpoints", [rank], 4)
     mirrored(run, URL, [4])
-    assert "rank-00001.safetensors" not in copies(URL)[4]
-    bring_back(config_of(tmp_path / "other"))
+    assert "rank-00001.safetensors" not in list_copies(URL)[4]
+    restore_from_mirror(config_of(tmp_path / "other"))
     read_everything(tmp_path / "other" / "checkpoints" / step_name(4))
 
 
@@ -115,7 +115,7 @@ def test_a_copy_that_fails_is_said_without_credentials_and_the_next_is_tried(run
     assert "cannot be written" in told[0]["reason"] and "\n" not in told[0]["reason"]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {step_name(3)} has no good copy at the mirror: ")
-    assert sorted(complete(copies(URL))) == [4]
+    assert sorted(complete(list_copies(URL))) == [4]
     told = mirrored(run, "no-such-protocol://user:secret@host/place", [4])
     assert told.steps("mirror_failed") == [4] and "secret" not in str(told) + capsys.readouterr().err
 
@@ -147,7 +147,7 @@ def test_a_run_that_is_gone_comes_back_with_its_newest_checkpoint_and_small_file
     mirrored(run, URL + "/", [3, 4])
     small = {name: (run / name).read_text() for name in ("config.yaml", "metrics.jsonl", "events.jsonl")}
     shutil.rmtree(run)
-    bring_back(config_of(run, URL + "/"))
+    restore_from_mirror(config_of(run, URL + "/"))
     assert [folder.name for folder in checkpoints(run / "checkpoints")] == [step_name(4)]
     read_everything(run / "checkpoints" / step_name(4))
     assert {name: (run / name).read_text() for name in small} == small
@@ -158,10 +158,10 @@ def test_what_the_folder_still_has_is_left_as_it_is(run, s3):
     mirrored(run, URL, [4])
     shutil.rmtree(run / "checkpoints")
     (run / "events.jsonl").write_text("longer than the mirror's\n")
-    bring_back(config_of(run))
+    restore_from_mirror(config_of(run))
     assert (run / "events.jsonl").read_text() == "longer than the mirror's\n"
     asked = len(s3.requests)
-    bring_back(config_of(run))
+    restore_from_mirror(config_of(run))
     assert len(s3.requests) == asked  # there is a checkpoint now: nobody is asked
 
 
@@ -173,10 +173,10 @@ def test_a_copy_that_is_not_whole_is_passed_over_for_the_one_before(run, s3, cap
     if harm == "flipped":
         damage(place)
     else:
-        fs, path = locate(place)
+        fs, path = open_fs(place)
         fs.rm_file(path)
     shutil.rmtree(run)
-    bring_back(config_of(run))
+    restore_from_mirror(config_of(run))
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [step_name(3)]
     assert (f"the mirror's {step_name(4)} is damaged" in capsys.readouterr().err) == (harm != "no manifest")
 
@@ -187,51 +187,51 @@ def test_where_no_copy_is_good_it_stops_rather_than_begin_again_and_a_newer_form
         damage(f"{URL}/checkpoints/{step_name(step)}/state.json")
     shutil.rmtree(run)
     with pytest.raises(RunFailed, match=f"none of {step_name(3)}, {step_name(4)} is good") as error:
-        bring_back(config_of(run))
+        restore_from_mirror(config_of(run))
     assert "\n" not in str(error.value)
-    fs, path = locate(f"{URL}/checkpoints/{step_name(4)}/manifest.json")
+    fs, path = open_fs(f"{URL}/checkpoints/{step_name(4)}/manifest.json")
     manifest = json.loads(fs.cat_file(path))
     del manifest["sha256"]
     manifest["format"] = FORMAT + 1
     write_file(fs, path, json.dumps({**manifest, "sha256": digest_of(manifest)}).encode())
-    with pytest.raises(BadRequest, match="made by a newer coatnet"):
-        bring_back(config_of(run))
+    with pytest.raises(UsageError, match="made by a newer coatnet"):
+        restore_from_mirror(config_of(run))
     assert checkpoints(run / "checkpoints") == []
 
 
 def test_a_mirror_without_checkpoints_means_a_first_start(tmp_path, s3):
     for url in (URL, str(tmp_path / "nowhere"), None):
-        bring_back(config_of(tmp_path / "run", url))
+        restore_from_mirror(config_of(tmp_path / "run", url))
         assert not (tmp_path / "run").exists()
 
 
 def test_a_mirror_that_cannot_be_read_stops_a_run_without_checkpoints_and_no_other(run, s3):
     s3.plan = forever("403")
-    bring_back(config_of(run))
+    restore_from_mirror(config_of(run))
     shutil.rmtree(run)
     with pytest.raises(DataError, match=r"try again, or begin without it by checkpoint\.mirror=null"):
-        bring_back(config_of(run))
+        restore_from_mirror(config_of(run))
     assert not run.exists()
 
 
 def test_a_run_that_is_alive_elsewhere_is_not_written_into(run, s3, monkeypatch):
-    monkeypatch.setattr("pipeline.run_folder.LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.run.lock.LOCK_PATIENCE_SECONDS", 0.2)
     mirrored(run, URL, [4])
     shutil.rmtree(run)
-    with claim(run).lock, pytest.raises(BadRequest, match="is alive"):
-        bring_back(config_of(run))
+    with claim(run).lock, pytest.raises(UsageError, match="is alive"):
+        restore_from_mirror(config_of(run))
     assert not (run / "checkpoints").exists()
 
 
 def start(config: Config, together: Any, environment: dict[str, str]) -> None:
     os.environ.update(environment)  # where S3 is
     together.wait()
-    bring_back(config)
+    restore_from_mirror(config)
     read_everything(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
 
 
 def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
-    send(run / "checkpoints" / step_name(4), run, URL)
+    upload(run / "checkpoints" / step_name(4), run, URL)
     shutil.rmtree(run)
     s3.forget()
     together = forkserver.Barrier(3)
@@ -250,13 +250,13 @@ def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
 
 
 def test_a_password_in_the_url_is_refused_without_repeating_it():
-    with pytest.raises(BadRequest, match=r"checkpoint\.mirror holds a password") as error:
-        bring_back(config_of(Path("run"), "ftp://user:secret@host/place"))
+    with pytest.raises(UsageError, match=r"checkpoint\.mirror holds a password") as error:
+        restore_from_mirror(config_of(Path("run"), "ftp://user:secret@host/place"))
     assert "secret" not in str(error.value)
 
 
 def test_the_runs_own_folder_is_refused_and_so_is_what_nothing_reads(run):
-    with pytest.raises(BadRequest, match=r"is run\.dir itself"):
-        bring_back(config_of(run, f"file://{run}"))
-    with pytest.raises(BadRequest, match="cannot be opened"):
-        bring_back(config_of(run, "no-such-protocol://place"))
+    with pytest.raises(UsageError, match=r"is run\.dir itself"):
+        restore_from_mirror(config_of(run, f"file://{run}"))
+    with pytest.raises(UsageError, match="cannot be opened"):
+        restore_from_mirror(config_of(run, "no-such-protocol://place"))

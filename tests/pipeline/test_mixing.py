@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.draws import SEEDS, Purpose, permutation
-from data.order import deal, positions_of_step
-from pipeline.losses import targets
-from pipeline.mixing import mixed, strength
-from tests.pipeline.many_runs import on_ranks
+from data.order import positions_of_step, rank_micro_batches
+from data.rng import SEEDS, Stream, permutation
+from pipeline.training.losses import one_hot
+from pipeline.training.mixup import mixup, mixup_lambda
+from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import coatnet, curve, last_state, rows
 
 seeds = st.integers(0, SEEDS - 1)
@@ -36,11 +36,13 @@ def mixed_by_a_loop(
 @given(seeds, alphas, st.integers(1, 6), st.integers(0, 10**12))
 def test_images_and_targets_are_mixed_as_a_slow_loop_mixes_them(seed, alpha, n, number):
     images = np.random.default_rng(0).normal(size=(n, 4, 5, 3)).astype(np.float32)
-    wanted = targets(torch.arange(n)[:, None] % 3, 3, "softmax")
+    wanted = one_hot(torch.arange(n)[:, None] % 3, 3, "softmax")
     positions = number * n + np.arange(n)
-    found = mixed(torch.from_numpy(images).permute(0, 3, 1, 2), wanted, alpha, seed, positions)
-    partners = permutation(seed, Purpose.MIXUP_PARTNERS, number, n)
-    expected = mixed_by_a_loop(images.transpose(0, 3, 1, 2), wanted.numpy(), strength(seed, alpha, number), partners)
+    found = mixup(torch.from_numpy(images).permute(0, 3, 1, 2), wanted, alpha, seed, positions)
+    partners = permutation(seed, Stream.MIXUP_PARTNERS, number, n)
+    expected = mixed_by_a_loop(
+        images.transpose(0, 3, 1, 2), wanted.numpy(), mixup_lambda(seed, alpha, number), partners
+    )
     for ours, slow in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, slow, rtol=1e-5, atol=1e-6)
     assert found[0].dtype == torch.float32 and found[0].is_contiguous(memory_format=torch.channels_last)
@@ -56,22 +58,22 @@ def test_a_steps_samples_are_mixed_alike_on_any_number_of_ranks(seed, step, micr
     def mix(number: int) -> torch.Tensor:
         values = torch.from_numpy(stream[number] % global_batch).float()
         images = values[:, None, None, None].expand(-1, 3, 2, 2)
-        return mixed(images, torch.eye(micro_batch), 0.8, seed, stream[number])[0]
+        return mixup(images, torch.eye(micro_batch), 0.8, seed, stream[number])[0]
 
     alone = torch.stack([mix(number) for number in range(12)])
     together = torch.empty_like(alone)
     for rank in range(world_size):
-        for number in deal(12, rank, world_size):
+        for number in rank_micro_batches(12, rank, world_size):
             together[number] = mix(number)
     assert torch.equal(alone, together)
-    weights = {strength(seed, 0.8, step * 12 + number) for number in range(12)}
+    weights = {mixup_lambda(seed, 0.8, step * 12 + number) for number in range(12)}
     assert len(weights) == 12  # each of its own
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 5.0])
 def test_the_strength_is_distributed_as_beta(alpha):
     """Moments by formula, and the Kolmogorov-Smirnov distance to numpy's own draws (1.95 is passed once in 1000)."""
-    found = np.array([strength(3, alpha, number) for number in range(6000)])
+    found = np.array([mixup_lambda(3, alpha, number) for number in range(6000)])
     variance = 1 / (4 * (2 * alpha + 1))
     assert found.mean() == pytest.approx(0.5, abs=4 * np.sqrt(variance / len(found)))
     assert found.var() == pytest.approx(variance, rel=0.07)
@@ -83,13 +85,13 @@ def test_the_strength_is_distributed_as_beta(alpha):
 
 @given(seeds, alphas, st.integers(0, 2**60))
 def test_the_strength_is_a_number_from_0_to_1_for_every_alpha(seed, alpha, number):
-    assert 0 <= strength(seed, alpha, number) <= 1
+    assert 0 <= mixup_lambda(seed, alpha, number) <= 1
 
 
 def test_golden_strengths_that_existing_runs_depend_on():
     """The machine's logarithm and cosine may differ in the last bit."""
     golden = [0.8086442109235787, 0.9565379050963845, 0.3947912126660935]
-    assert [strength(0, 0.8, number) for number in range(3)] == pytest.approx(golden, rel=1e-12)
+    assert [mixup_lambda(0, 0.8, number) for number in range(3)] == pytest.approx(golden, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import coatnet
-from pipeline.config import Optim
-from pipeline.optim import AveragingAdamW, ema_decay, learning_rate, parameter_groups
+from pipeline.config.schema import Optim
+from pipeline.training.ema import ema_decay
+from pipeline.training.optimizer import AdamWWithEma, learning_rate, parameter_groups
 
 decays = st.sampled_from(["cosine", "linear", "none"])
 
@@ -73,7 +74,7 @@ def test_every_parameter_is_in_exactly_one_group_and_biases_norms_and_bias_table
     assert all(p.dim() == 1 or names[id(p)].endswith("bias_table") for p in exempt["params"])
 
 
-# ----------------------------------------------------------------------------------------------------- AveragingAdamW
+# ----------------------------------------------------------------------------------------------------- AdamWWithEma
 
 
 def small_model() -> nn.Module:
@@ -96,7 +97,7 @@ OPTIONS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "fused": True}
 @pytest.mark.parametrize("averaging", [True, False])
 def test_the_weights_and_moments_are_torchs_adamw_to_the_bit_whether_or_not_they_are_averaged(averaging):
     mine, theirs = small_model(), small_model()
-    optimizer = AveragingAdamW(parameter_groups(mine, 0.1), **OPTIONS)
+    optimizer = AdamWWithEma(parameter_groups(mine, 0.1), **OPTIONS)
     oracle = torch.optim.AdamW(parameter_groups(theirs, 0.1), **OPTIONS)
     for step in range(12):
         gradients(mine, step), gradients(theirs, step)
@@ -115,7 +116,7 @@ def test_the_weights_and_moments_are_torchs_adamw_to_the_bit_whether_or_not_they
 def test_the_average_is_that_of_the_definition_and_begins_as_the_initial_weights():
     model = small_model()
     oracle = [parameter.detach().double().clone() for parameter in model.parameters()]
-    optimizer = AveragingAdamW(parameter_groups(model, 0.1), **OPTIONS)
+    optimizer = AdamWWithEma(parameter_groups(model, 0.1), **OPTIONS)
     for step in range(30):
         gradients(model, step)
         optimizer.decay = ema_decay(0.95, step)
@@ -131,7 +132,7 @@ def test_flat_shards_give_the_weights_and_averages_of_whole_parameters():
     whole = [p.detach().reshape(-1) for p in model.parameters()]
     shards = [nn.Parameter(shard.clone()) for shard in torch.cat(whole).split(17)]
     options = {**OPTIONS, "weight_decay": 0.1}
-    optimizer, of_shards = AveragingAdamW(model.parameters(), **options), AveragingAdamW(shards, **options)
+    optimizer, of_shards = AdamWWithEma(model.parameters(), **options), AdamWWithEma(shards, **options)
     for step in range(5):
         gradients(model, step)
         flat = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
@@ -146,7 +147,7 @@ def test_flat_shards_give_the_weights_and_averages_of_whole_parameters():
 
 def test_a_parameter_without_a_gradient_keeps_its_weight_and_its_average():
     model = small_model()
-    optimizer = AveragingAdamW(parameter_groups(model, 0.1), **OPTIONS)
+    optimizer = AdamWWithEma(parameter_groups(model, 0.1), **OPTIONS)
     optimizer.decay = 0.5
     for step in range(2):
         gradients(model, step)
@@ -161,14 +162,14 @@ def test_a_parameter_without_a_gradient_keeps_its_weight_and_its_average():
 
 def test_going_on_from_the_state_gives_the_same_weights_and_averages():
     model = small_model()
-    optimizer = AveragingAdamW(parameter_groups(model, 0.1), **OPTIONS)
+    optimizer = AdamWWithEma(parameter_groups(model, 0.1), **OPTIONS)
     optimizer.decay = 0.9
     for step in range(3):
         gradients(model, step)
         optimizer.step()
     again = small_model()
     again.load_state_dict(model.state_dict())
-    resumed = AveragingAdamW(parameter_groups(again, 0.1), **OPTIONS)
+    resumed = AdamWWithEma(parameter_groups(again, 0.1), **OPTIONS)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     resumed.decay = 0.9
     for step in range(3, 6):

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.errors import RunFailed
-from pipeline.out_of_memory import explained, is_out_of_memory
+from pipeline.memory.oom import explain_oom, is_out_of_memory
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, command, events, pack_two
 from tests.pipeline.test_memory import tiny
 
@@ -67,7 +67,7 @@ def test_an_error_while_advising_is_said_beside_the_first_and_does_not_hide_it(
         without_memory = torch.empty(3)  # as a compiler leaves such behind
     torch._C._set_throw_on_mutable_data_ptr(without_memory)
     no_network = -1  # has so many classes
-    with pytest.raises(RunFailed) as raised, explained(tiny(f"run.dir={tmp_path}"), no_network):
+    with pytest.raises(RunFailed) as raised, explain_oom(tiny(f"run.dir={tmp_path}"), no_network):
         torch.empty(1 << 50)
     assert "rank 0 ran out of memory, asking for 4194304.0 GiB more" in str(raised.value)
     assert without_memory.shape == (3,)
@@ -90,6 +90,6 @@ def test_what_libraries_raise_for_want_of_memory_is_known(error: Exception) -> N
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), RunFailed("the writer is out of memory")])
 def test_other_errors_and_our_own_pass_as_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, explained(tiny(), 10):
+    with pytest.raises(type(error)) as raised, explain_oom(tiny(), 10):
         raise error
     assert raised.value is error

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from data.shards import read_manifest
-from data.source import list_source
-from pipeline import weights_file
-from pipeline.errors import BadRequest
-from pipeline.predict import image_files, predict, read
-from pipeline.weights_file import WeightsFile
+from data.packing.sources import list_source
+from data.shards.manifest import read_manifest
+from pipeline.checkpoint import weights
+from pipeline.checkpoint.weights import WeightsFile
+from pipeline.commands.predict import image_files, predict, read
+from pipeline.errors import UsageError
 from tests.pipeline.networks import tiny, written
 from tests.pipeline.runs import coatnet
 
@@ -80,7 +80,7 @@ def test_of_a_sigmoid_head_each_class_has_a_probability_of_its_own(
 ) -> None:
     said, image = WeightsFile(exported).state(), sorted((digits / "digits" / "val" / "3").iterdir())[0]
     said["config"]["train"]["loss"] = "sigmoid"
-    weights_file.write(tmp_path / "sigmoid.safetensors", load_file(exported), said)
+    weights.write(tmp_path / "sigmoid.safetensors", load_file(exported), said)
     sources = exported, tmp_path / "sigmoid.safetensors"
     (softmax,), (sigmoid,) = (predicted(capsys, source, image, most=99) for source in sources)
     odds = {each["class"]: each["probability"] / (1 - each["probability"]) for each in sigmoid["predictions"]}
@@ -110,5 +110,5 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
     [("nowhere.jpg", "is no file and no folder"), (".", "has no images"), ("n" * 300, "read: File name too long")],
 )
 def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, said: str) -> None:
-    with pytest.raises(BadRequest, match=said):
+    with pytest.raises(UsageError, match=said):
         image_files([tmp_path / path])

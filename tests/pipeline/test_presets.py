@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import ancestry
-from pipeline.config import Config, Model, Train
-from pipeline.network import counts_of
-from pipeline.overrides import read_config
+from pipeline.config.parsing import read_config
+from pipeline.config.schema import Config, Model, Train
+from pipeline.lineage import check_new_augmentations, lineage_entry
+from pipeline.training.model import count_model
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -32,7 +32,7 @@ def parameters(preset: str, overrides: list[str] | None = None) -> tuple[Config,
 def counted(model: Model, activation_checkpointing: Any) -> int:
     """Parameters of a network, which two presets of the same one need not build twice."""
     train = Train.model_construct(batch_norm_group=None, activation_checkpointing=activation_checkpointing)
-    return counts_of(model, train, model.classes or 1000).parameters
+    return count_model(model, train, model.classes or 1000).parameters
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -68,7 +68,7 @@ def test_fine_tuning_starts_from_runs_that_the_guide_makes_with_the_same_network
         assert finetuned.model.model_copy(update={"resolution": 224, "classes": None}) == pretrained.model.model_copy(
             update={"classes": None}
         )
-        assert ancestry.check(finetuned, [ancestry.entry(pretrained, 1, [])]) == []  # not refused as new
+        assert check_new_augmentations(finetuned, [lineage_entry(pretrained, 1, [])]) == []  # not refused as new
 
 
 def test_the_guide_s_counts_are_those_of_the_layouts() -> None:

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from data import augment
-from data.loader import Share, training_batches
-from data.pack import pack
+from data.loader import LoaderSpec, training_batches
+from data.packing.pack import pack
 from data.randaugment import Operation, in_words
-from data.shards import index_tar
-from pipeline.errors import BadRequest
-from pipeline.mixing import mixed
-from pipeline.overrides import read_config
-from pipeline.prepare import augmentation, training_set
-from pipeline.preview import BETWEEN, GAP, LINE, Shown, preview, samples_shown, sheet
+from data.shards.tar_index import index_tar
+from pipeline.commands.preview import BETWEEN, GAP, LINE, SheetItem, preview, samples_shown, sheet
+from pipeline.config.parsing import read_config
+from pipeline.errors import UsageError
+from pipeline.plan import augmentation, training_set
+from pipeline.training.mixup import mixup
 from tests.pipeline.runs import coatnet
 
 SIDE, TIMES, SAMPLES = 24, 6, 45
@@ -49,7 +49,7 @@ def trained_on(preset: str, overrides: list[str], positions: range) -> np.ndarra
     """The images at these positions of the stream as a training step has them, mixed; uint8."""
     config = read_config(preset, overrides)
     manifest, order = training_set(config)
-    share = Share(0, 1, config.train.micro_batch, SIDE, torch.device("cpu"), 1)
+    share = LoaderSpec(0, 1, config.train.micro_batch, SIDE, torch.device("cpu"), 1)
     with training_batches(manifest, order, augmentation(config.augment), share, config.run.seed, 0, 20) as steps:
         batches = [batch for step in steps for batch in step]
     images = []
@@ -57,7 +57,7 @@ def trained_on(preset: str, overrides: list[str], positions: range) -> np.ndarra
         pixels = batch.images.permute(0, 3, 1, 2).float()
         if config.augment.mixup:
             nothing = torch.zeros(len(pixels), 1)
-            pixels, _ = mixed(pixels, nothing, config.augment.mixup, config.run.seed, batch.positions)
+            pixels, _ = mixup(pixels, nothing, config.augment.mixup, config.run.seed, batch.positions)
         images.append(pixels.permute(0, 2, 3, 1).round().byte())
     return torch.cat(images).numpy()[positions.start : positions.stop]
 
@@ -94,7 +94,7 @@ def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
     numbers = order.samples_at(np.arange(12))
     keys = [s.key for i in range(3) for s in index_tar(Path(manifest.url_of(i)).read_bytes())]
     rows = np.concatenate([np.load(manifest.url_of(i, ".npy")) for i in range(3)])[numbers]
-    recipe = augment.draw(augmentation(config.augment), 5, 0, numbers, rows["height"], rows["width"])
+    recipe = augment.sample_params(augmentation(config.augment), 5, 0, numbers, rows["height"], rows["width"])
     for i, shown in enumerate(samples_shown(config, 12, 0)):
         name, crop, *operations = shown.lines
         assert name == keys[numbers[i]].split("/")[0].replace("_", " ")
@@ -124,7 +124,7 @@ def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count
     """Between two samples, and around them all, nothing is drawn; and no picture is drawn over."""
     black = np.zeros((SIDE, SIDE, 3), np.uint8)
     long = "a class $with^a_very % {long} \\name " * 5
-    shown = [Shown(black, black, [long, "crop 5 %", long, long]) for _ in range(count)]
+    shown = [SheetItem(black, black, [long, "crop 5 %", long, long]) for _ in range(count)]
     drawn = np.array(Image.open(io.BytesIO(sheet(shown, long))).convert("L"))[2 * LINE :] < 255
     width, height = 2 * SIDE * TIMES + BETWEEN + 2 * GAP, SIDE * TIMES + 4 * LINE + GAP
     columns = (drawn.shape[1] - GAP) // width
@@ -150,7 +150,7 @@ def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count
 )
 def test_a_wrong_request_is_refused_in_one_line_and_leaves_no_file(preset, tmp_path, out, override, message):
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(BadRequest) as refused:
+    with pytest.raises(UsageError) as refused:
         preview(preset, str(tmp_path / out), [override], 8, 0)
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "sheet.png").exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import FORMAT, checkpoints, digest_of, step_name
+from pipeline.checkpoint.reader import FORMAT, checkpoints, digest_of, step_name
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, curve, events, last_state
 
 Arguments = Callable[..., list[object]]
@@ -101,7 +101,8 @@ def test_where_a_copy_does_not_fit_in_memory_the_live_state_is_written_and_that_
     """As a single rank of a launcher's, whose copies may take nothing of the memory."""
     run, alone = tmp_path / "run", tmp_path / "alone"
     assert coatnet(*request_of(alone, procs=1)).returncode == 0
-    program = "from pipeline import cli, save; save.COPY_SHARE = 0; save.CHUNK_BYTES = 1 << 20; cli.main()"
+    program = "from pipeline import cli; from pipeline.checkpoint import writer\n"
+    program += "writer.COPY_SHARE = 0; writer.CHUNK_BYTES = 1 << 20; cli.main()"
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command = [sys.executable, "-c", program, *map(str, request_of(run))]
     environment = {**os.environ, **rank}

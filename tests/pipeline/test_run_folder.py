@@ -17,20 +17,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import run_folder
-from pipeline.checkpoint import step_name
-from pipeline.config import Config
-from pipeline.errors import BadRequest
-from pipeline.failures import START
-from pipeline.json_lines import JsonLines, cut_back, read_lines
-from pipeline.overrides import read_config, read_resolved
-from pipeline.run_folder import claim, compare, hold, newest_step, write_config
+from pipeline.attempt import claim, write_config
+from pipeline.checkpoint.attempts import latest_step
+from pipeline.checkpoint.reader import step_name
+from pipeline.config.parsing import read_config, read_resolved
+from pipeline.config.schema import Config
+from pipeline.distributed.environment import START
+from pipeline.errors import UsageError
+from pipeline.plan import config_changes
+from pipeline.run import lock
+from pipeline.run.jsonl import JsonLines, cut_back, read_lines
+from pipeline.run.lock import acquire_lock
 
 ROOT = Path(__file__).parents[2]
 HOLDING = """
     import sys
     from pathlib import Path
-    from pipeline.run_folder import claim
+    from pipeline.attempt import claim
     claimed = claim(Path(sys.argv[1]))
     print(claimed.attempt, flush=True)
     sys.stdin.read()
@@ -61,11 +64,11 @@ def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_run_that_another_process_holds_is_refused_with_the_holder_and_free_at_once_when_it_is_killed(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.3)
-    hold(tmp_path).close()  # an earlier holder is not named
+    monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.3)
+    acquire_lock(tmp_path).close()  # an earlier holder is not named
     with holder(tmp_path) as process:
         for _ in range(2):  # being refused does not spoil the note
-            with pytest.raises(BadRequest, match=rf"this run is alive \(process {process.pid} on \S+\); end it first"):
+            with pytest.raises(UsageError, match=rf"this run is alive \(process {process.pid} on \S+\); end it first"):
                 claim(tmp_path)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -87,21 +90,21 @@ def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
     tmp_path, monkeypatch, holders: str | None, ours: str | None, is_refused: bool
 ):
     """Slurm has given it up, but it lives on, and ends when it sees that there is a newer attempt."""
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv(START, holders) if holders else monkeypatch.delenv(START, raising=False)
     with holder(tmp_path):
         monkeypatch.setenv(START, ours) if ours else monkeypatch.delenv(START, raising=False)
         if is_refused:
-            with pytest.raises(BadRequest, match="this run is alive"):
+            with pytest.raises(UsageError, match="this run is alive"):
                 claim(tmp_path)
         else:
             assert claim(tmp_path).attempt == 1
 
 
 def test_a_claim_ends_with_its_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.1)
     first = claim(tmp_path / "new" / "run")
-    with pytest.raises(BadRequest, match="this run is alive"):
+    with pytest.raises(UsageError, match="this run is alive"):
         claim(first.path)
     first.lock.close()
     claim(first.path).lock.close()
@@ -123,15 +126,15 @@ def test_an_attempt_counts_the_starts_before_it(tmp_path):
 def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(BadRequest, match=rf"run\.dir={path}: .*; choose a folder that can be written"):
+        with pytest.raises(UsageError, match=rf"run\.dir={path}: .*; choose a folder that can be written"):
             claim(path)
 
 
 def test_the_newest_step_is_that_of_the_newest_complete_checkpoint(tmp_path):
-    assert newest_step(tmp_path) is None
+    assert latest_step(tmp_path) is None
     for name in (step_name(9), step_name(100), ".step-00000200.attempt-0"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 100
+    assert latest_step(tmp_path) == 100
 
 
 # --------------------------------------------------------------------------------------------------- what may change
@@ -149,13 +152,13 @@ def changed(preset: str, *overrides: str) -> Config:
 
 
 def test_at_the_first_start_nothing_differs(tmp_path, preset):
-    assert compare(tmp_path, changed(preset), "pretrain") == {}
+    assert config_changes(tmp_path, changed(preset), "pretrain") == {}
 
 
 def test_the_same_request_differs_in_nothing(tmp_path, preset):
     config = changed(preset, "optim.eps=1e-9", "augment.crop_area=[0.3, 0.7]")
     write_config(tmp_path, config)
-    assert compare(tmp_path, config, "pretrain") == {}
+    assert config_changes(tmp_path, config, "pretrain") == {}
     assert read_resolved(tmp_path / "config.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -163,7 +166,7 @@ def test_the_same_request_differs_in_nothing(tmp_path, preset):
 def test_what_does_not_define_the_run_may_change_and_is_told_with_both_values(tmp_path, preset):
     write_config(tmp_path, changed(preset))
     now = changed(preset, "train.epochs=2", "optim.learning_rate=0.5", "checkpoint.every=7", "train.precision=fp32")
-    assert compare(tmp_path, now, "pretrain") == {
+    assert config_changes(tmp_path, now, "pretrain") == {
         "train.epochs": [None, 2.0],
         "train.steps": [10, None],
         "train.precision": ["bf16", "fp32"],
@@ -175,8 +178,8 @@ def test_what_does_not_define_the_run_may_change_and_is_told_with_both_values(tm
 def test_what_defines_the_run_may_not_change_and_every_such_key_is_named_with_the_way_out(tmp_path, preset):
     write_config(tmp_path, changed(preset))
     now = changed(preset, "run.seed=3", "train.global_batch=32", "model.name=coatnet_1", "log.every=1")
-    with pytest.raises(BadRequest) as refused:
-        compare(tmp_path, now, "finetune")
+    with pytest.raises(UsageError) as refused:
+        config_changes(tmp_path, now, "finetune")
     message = str(refused.value)
     assert "\n" not in message and "log.every" not in message
     for said in (
@@ -260,7 +263,7 @@ def test_a_kill_while_lines_are_written_leaves_whole_lines_and_at_most_half_a_la
     program = """
         import itertools, sys
         from pathlib import Path
-        from pipeline.json_lines import JsonLines
+        from pipeline.run.jsonl import JsonLines
         lines = JsonLines(Path(sys.argv[1]))
         print("begun", flush=True)
         for number in itertools.count():

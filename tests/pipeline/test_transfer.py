@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline.errors import BadRequest
-from pipeline.finetune import beginning, finetune, pin, source_of
-from pipeline.network import build_network, initial_values
-from pipeline.overrides import read_config
-from pipeline.prepare import prepare
-from pipeline.transfer import classifier_in_words, classifier_rows, weights_from
-from pipeline.weights_file import WeightsFile
+from pipeline.checkpoint.pretrained import classifier_in_words, convert_weights, map_classes
+from pipeline.checkpoint.weights import WeightsFile
+from pipeline.commands.finetune import describe_start, finetune, pin_source, source_of
+from pipeline.config.parsing import read_config
+from pipeline.errors import UsageError
+from pipeline.plan import make_plan
+from pipeline.training.model import build_model, init_weights
 from tests.pipeline.networks import tiny, written
 from tests.pipeline.runs import ROOT
 
@@ -31,10 +31,10 @@ TINY = str(ROOT / "configs" / "tiny_finetune.yaml")
 def test_a_class_takes_the_row_of_its_own_name_or_none(here: list[str], there: list[str], how: Any) -> None:
     same, common = set(here) == set(there), set(here) & set(there)
     if (how == "keep" and not same) or (how == "map" and not common):
-        with pytest.raises(BadRequest, match=f"model.classifier={how}"):
-            classifier_rows(how, here, there, "runs/a")
+        with pytest.raises(UsageError, match=f"model.classifier={how}"):
+            map_classes(how, here, there, "runs/a")
         return
-    rows = classifier_rows(how, here, there, "runs/a")
+    rows = map_classes(how, here, there, "runs/a")
     taken = how in ("keep", "map") or (how == "auto" and same)
     assert [None if row is None else there[row] for row in rows] == [
         name if taken and name in common else None for name in here
@@ -52,12 +52,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_sizes_up_every_weight_is_taken_tables_fit_the_grid_and_known_classes_keep_their_row(
     source: Path, tmp_path: Path
 ) -> None:
-    reader, new = WeightsFile(source), initial_values(8)
+    reader, new = WeightsFile(source), init_weights(8)
     for side, classes in ((48, ["7", "other", "2"]), (64, ["2", "7", "newest"])):
         config = read_config(TINY, [f"model.resolution={side}"])
-        rows = classifier_rows("map", classes, reader.state()["classes"], "")
-        values, _ = weights_from(reader, "ema", rows, new)
-        network = build_network(config.model, config.train, len(classes), torch.device("cpu"), values)
+        rows = map_classes("map", classes, reader.state()["classes"], "")
+        values, _ = convert_weights(reader, "ema", rows, new)
+        network = build_model(config.model, config.train, len(classes), torch.device("cpu"), values)
         for name, found in network.named_parameters():
             own = torch.from_numpy(reader.tensor(name, "ema"))
             if name.startswith("head.classifier"):
@@ -76,9 +76,9 @@ def test_two_sizes_up_every_weight_is_taken_tables_fit_the_grid_and_known_classe
 
 
 def begin(source: Path, digits: Path, run: Path, *more: str) -> str:
-    """What a fine-tuning on the digits says that it begins from; BadRequest where it would not begin."""
+    """What a fine-tuning on the digits says that it begins from; UsageError where it would not begin."""
     config = read_config(TINY, [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}", *more])
-    return beginning(config, prepare(config, "finetune", 1, 1), source_of(run, source, None))
+    return describe_start(config, make_plan(config, "finetune", 1, 1), source_of(run, source, None))
 
 
 def test_the_first_line_says_what_becomes_of_the_weights(source: Path, digits: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_first_line_says_what_becomes_of_the_weights(source: Path, digits: P
     others = written(tmp_path / "others.safetensors", *tiny(11), eleven).folder
     assert "a new classifier for 10 classes (the source has 11)" in begin(others, digits, tmp_path / "run")
     for how, said in {"keep": "10 here and 11 there, '0' only here", "map": "none of the 10 classes"}.items():
-        with pytest.raises(BadRequest, match=rf"model.classifier={how}, .*{said}.* ?model.classifier=") as refused:
+        with pytest.raises(UsageError, match=rf"model.classifier={how}, .*{said}.* ?model.classifier=") as refused:
             begin(others, digits, tmp_path / "run", f"model.classifier={how}")
         assert "\n" not in str(refused.value)
 
@@ -119,7 +119,7 @@ def test_what_cannot_begin_is_refused_in_one_line_without_data(
     source: Path, tmp_path: Path, more: list[str], said: str
 ) -> None:
     for begins_from in (source, ROOT / "configs" / "tiny.yaml"):  # a file, or the preset that is to make it
-        with pytest.raises(BadRequest, match=said) as refused:
+        with pytest.raises(UsageError, match=said) as refused:
             finetune(TINY, [f"run.dir={tmp_path}/run", *more], str(begins_from), None, 1, check=True)
         assert "\n" not in str(refused.value)
 
@@ -128,7 +128,7 @@ def test_what_cannot_begin_is_refused_in_one_line_without_data(
     ("begins_from", "said"), [(None, "needs --from RUN; "), (TINY, f"pretrain with {TINY} first; ")]
 )
 def test_without_weights_nothing_begins(tmp_path: Path, begins_from: str | None, said: str) -> None:
-    with pytest.raises(BadRequest, match=said):
+    with pytest.raises(UsageError, match=said):
         finetune(TINY, [f"run.dir={tmp_path}/run"], begins_from, None, 1, check=False)
 
 
@@ -136,18 +136,18 @@ def test_timm_s_weights_are_known_for_what_they_are(tmp_path: Path) -> None:
     rw, ours = timms(tmp_path / "rw", "coatnet_0_rw_224"), timms(tmp_path / "ours", "coatnet_0_224")
     for path in (rw, rw / "model.safetensors"):
         with pytest.raises(
-            BadRequest, match=r"coatnet_0_rw_224 is another network than the paper's: MBConv four times"
+            UsageError, match=r"coatnet_0_rw_224 is another network than the paper's: MBConv four times"
         ):
             finetune(TINY, [], str(path), None, 1, check=True)
-    with pytest.raises(BadRequest, match=f"coatnet import {ours} coatnet_0_224.safetensors makes a file of it"):
+    with pytest.raises(UsageError, match=f"coatnet import {ours} coatnet_0_224.safetensors makes a file of it"):
         finetune(TINY, [], str(ours), None, 1, check=True)
 
 
 def test_a_run_keeps_its_source_and_which_of_its_weights(source: Path, tmp_path: Path) -> None:
     found = source_of(tmp_path, source, None)
-    pin(tmp_path, found)
+    pin_source(tmp_path, found)
     assert source_of(tmp_path, source, "ema") == source_of(tmp_path, source, None) == found and found.weights == "ema"
-    with pytest.raises(BadRequest, match=r"with --weights ema, and now it is model; go on with the first, or"):
+    with pytest.raises(UsageError, match=r"with --weights ema, and now it is model; go on with the first, or"):
         source_of(tmp_path, source, "model")
-    with pytest.raises(BadRequest, match=r"has no weights but their moving average"):
+    with pytest.raises(UsageError, match=r"has no weights but their moving average"):
         source_of(tmp_path / "other", source, "model")

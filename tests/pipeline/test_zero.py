@@ -18,18 +18,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import Share, training_batches
+from data.loader import LoaderSpec, training_batches
 from models.coatnet import CoAtNet, stochastic_depth_rates
-from models.initial import decay_exempt
-from models.norm import apply_statistics, take_statistics
-from pipeline.checkpoint import CheckpointReader, step_name
-from pipeline.losses import loss_of
-from pipeline.network import build_network, initial_values, inputs, survival
-from pipeline.optim import ema_decay, learning_rate
-from pipeline.overrides import read_config
-from pipeline.prepare import augmentation, prepare
-from pipeline.weights_file import checkpoint_of
-from tests.pipeline.many_runs import on_ranks
+from models.init import decay_exempt
+from models.norm import apply_statistics, pop_statistics
+from pipeline.checkpoint.reader import CheckpointReader, step_name
+from pipeline.checkpoint.weights import latest_checkpoint
+from pipeline.config.parsing import read_config
+from pipeline.plan import augmentation, make_plan
+from pipeline.training.ema import ema_decay
+from pipeline.training.losses import loss_fn
+from pipeline.training.model import build_model, drop_path_mask, init_weights, normalize
+from pipeline.training.optimizer import learning_rate
+from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import ROOT, command, last_state, rows
 
 STAGES = (1, 2, 3)
@@ -89,9 +90,9 @@ def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple
 def plain_loop(arguments: list[str]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """The training as anybody would write it: one process, torch's AdamW, no engine. Its curve and its average."""
     config = read_config(arguments[0], arguments[1:])
-    plan = prepare(config, "pretrain", 1, 1)
+    plan = make_plan(config, "pretrain", 1, 1)
     cpu, seed = torch.device("cpu"), config.run.seed
-    model: CoAtNet = build_network(config.model, config.train, 10, cpu, initial_values(seed))
+    model: CoAtNet = build_model(config.model, config.train, 10, cpu, init_weights(seed))
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if decay_exempt(n, p.shape) == exempt], "weight_decay": decay}
@@ -99,7 +100,7 @@ def plain_loop(arguments: list[str]) -> tuple[list[dict[str, Any]], dict[str, to
     ]
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
     average = {name: parameter.detach().clone() for name, parameter in named}
-    share = Share(0, 1, config.train.micro_batch, config.model.resolution, cpu, 1)
+    share = LoaderSpec(0, 1, config.train.micro_batch, config.model.resolution, cpu, 1)
     rates, curve = stochastic_depth_rates(model, config.train.stochastic_depth), []
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
     with training_batches(plan.train, plan.order, augmentation(config.augment), share, seed, 0, plan.steps) as steps:
@@ -107,8 +108,8 @@ def plain_loop(arguments: list[str]) -> tuple[list[dict[str, Any]], dict[str, to
             total = 0.0
             for batch in micro_batches:
                 with autocast:
-                    logits = model(inputs(batch.images), survival(seed, batch.positions, rates, cpu))
-                loss = loss_of(logits, batch.labels, "softmax", config.train.label_smoothing) / len(micro_batches)
+                    logits = model(normalize(batch.images), drop_path_mask(seed, batch.positions, rates, cpu))
+                loss = loss_fn(logits, batch.labels, "softmax", config.train.label_smoothing) / len(micro_batches)
                 loss.backward()
                 total += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -116,7 +117,7 @@ def plain_loop(arguments: list[str]) -> tuple[list[dict[str, Any]], dict[str, to
                 group["lr"] = learning_rate(config.optim, step, plan.steps)
             optimizer.step()
             optimizer.zero_grad()
-            apply_statistics(model, take_statistics(model))
+            apply_statistics(model, pop_statistics(model))
             for name, parameter in named:
                 average[name].lerp_(parameter.detach(), 1 - ema_decay(config.train.ema or 0, step))
             curve.append({"step": step + 1, "loss": total, "grad_norm": float(norm)})
@@ -240,7 +241,7 @@ def test_and_what_others_saved_goes_on_on_four_ranks_at_stage_3(back: Path, narr
 def check_loaded(folder: Path, source: str, step: int, loaded: str, alike: str) -> None:
     """Every weight, moment, average and buffer to the bit; evaluation's losses of both weights to 1e-6."""
     saved = tensors(CheckpointReader(folder / source / "checkpoints" / step_name(step)))
-    assert tensors(checkpoint_of(folder / loaded / "again")) == saved
+    assert tensors(latest_checkpoint(folder / loaded / "again")) == saved
     losses, others = (json.loads((folder / run / "again" / "losses.json").read_text()) for run in (loaded, alike))
     assert losses.keys() == others.keys() == {"model", "ema"} and losses["model"] != losses["ema"]
     for kind, loss in losses.items():
@@ -320,6 +321,6 @@ def test_688_million_parameters_train_on_two_cpu_ranks_and_go_on_on_one(digits: 
         )  # fmt: skip
         done = subprocess.run(request, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert sum(np.prod(shape) for shape in checkpoint_of(run).shapes.values()) > 680e6
+    assert sum(np.prod(shape) for shape in latest_checkpoint(run).shapes.values()) > 680e6
     assert [row["step"] for row in rows(run / "metrics.jsonl") if np.isfinite(row["loss"])] == [1, 2]
     shutil.rmtree(run)

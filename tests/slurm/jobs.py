@@ -1,4 +1,4 @@
-"""Submitting, watching and harming runs on the throw-away Slurm, for tests and `coatnet bench night`."""
+"""Submitting, watching and harming runs on the throw-away Slurm, for tests and `coatnet bench preemptions`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slurm.records import starts
+from slurm.history import starts
 from tests import forked
 from tests.cluster.slurm import Cluster
 from tests.pipeline.runs import ROOT, events, last_step

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.cause import (
+from slurm.history import JobStart
+from slurm.requeue import (
     FAILURES,
     SAME_STEP,
     Cause,
     Ending,
     bad_nodes,
-    cause_of,
-    cause_of_silence,
-    decide,
+    classify_exit,
+    classify_missing_exit,
     killed_on,
     named_as_failed,
+    requeue_decision,
 )
-from slurm.records import Start
 
 LONG = 10**5
 """Seconds left of a job that has hardly begun."""
@@ -52,7 +52,7 @@ LONG = 10**5
     ],
 )
 def test_why_a_start_ended(ending: Ending, cause: Cause) -> None:
-    assert cause_of(ending) is cause
+    assert classify_exit(ending) is cause
 
 
 REQUEUED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:19:18 DUE TO JOB REQUEUE ***\n"
@@ -75,7 +75,7 @@ CANCELLED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20
     ],
 )
 def test_why_a_batch_script_was_killed(said: list[str], lost: tuple[str, ...], expected: object) -> None:
-    assert cause_of_silence(said, ("n1", "n2"), lost) == expected
+    assert classify_missing_exit(said, ("n1", "n2"), lost) == expected
 
 
 def test_the_first_node_whose_rank_was_killed_is_told_by_srun() -> None:
@@ -91,15 +91,15 @@ def test_the_first_node_whose_rank_was_killed_is_told_by_srun() -> None:
     assert named_as_failed([*said, refused]) == ["n7"]
 
 
-def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[Start]:
+def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[JobStart]:
     return [
-        Start(f"7.{number}", (node,), 0.0, 0, 1.0, cause, step, (node,) if cause in FAILURES else (), "")
+        JobStart(f"7.{number}", (node,), 0.0, 0, 1.0, cause, step, (node,) if cause in FAILURES else (), "")
         for number, (cause, step) in enumerate(causes_and_steps)
     ]
 
 
 def decided(*history: tuple[Cause, int], max_restarts: int = 20) -> tuple[bool, float]:
-    decision = decide(history[-1][0], ended(*history), max_restarts, backoff=60)
+    decision = requeue_decision(history[-1][0], ended(*history), max_restarts, backoff=60)
     assert decision.why
     return decision.again, decision.after
 
@@ -148,5 +148,5 @@ def test_a_node_that_failed_twice_is_excluded_and_another_is_not() -> None:
     once = ended((Cause.CRASH, 1), node="n1") + ended((Cause.CRASH, 2), node="n2")
     assert bad_nodes(once) == ()
     twice = [*once, *ended((Cause.KILLED_RANK, 3), node="n2")]
-    assert decide(Cause.KILLED_RANK, twice, 20, 60).exclude == ("n2",)
+    assert requeue_decision(Cause.KILLED_RANK, twice, 20, 60).exclude == ("n2",)
     assert SAME_STEP == 3

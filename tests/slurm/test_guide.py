@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.records import starts
+from slurm.history import starts
 from tests.cluster.slurm import Cluster
 from tests.pipeline.runs import ROOT
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.records import starts, submissions
+from slurm.history import starts, submissions
 from slurm.submit import grace_seconds, warnings
 from tests.cluster.slurm import GRACE_SECONDS, KILL_SECONDS, Cluster
 from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, rows, wait_until

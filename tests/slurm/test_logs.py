@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadRequest
-from slurm import queue
+from pipeline.errors import UsageError
+from slurm import scheduler
 from slurm.logs import last_words, logs, newest_log, tail
 from tests.pipeline.runs import ROOT, wait_until
 
@@ -72,16 +72,16 @@ def test_last_words_are_the_command_s_or_the_batch_script_s(run: Path) -> None:
 def test_what_there_is_is_printed_and_where_there_is_nothing_that_is_said(
     run: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    with pytest.raises(BadRequest, match="no log of any rank"):
+    with pytest.raises(UsageError, match="no log of any rank"):
         logs(run, None, False, 9)
-    with pytest.raises(BadRequest, match="no log of any rank"):
+    with pytest.raises(UsageError, match="no log of any rank"):
         logs(run, None, True, 9)
-    with pytest.raises(BadRequest, match="is no run"):
+    with pytest.raises(UsageError, match="is no run"):
         logs(run / "logs", None, False, 9)
     (run / "logs" / "rank-0.log").write_bytes(b"a\nb \xff\nc\n")
     assert logs(run, 0, True, 2) == 0, "the run is over, so there is nothing to wait for"
     assert capfdbinary.readouterr().out == b"b \xff\nc\n"
-    with pytest.raises(BadRequest, match="no log of rank 3"):
+    with pytest.raises(UsageError, match="no log of rank 3"):
         logs(run, 3, False, 9)
 
 
@@ -96,7 +96,7 @@ def test_following_goes_on_through_restarts_and_into_the_next_job_until_the_run_
         [sys.executable, "-c", holding, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdin is not None and holder.stdout is not None and holder.stdout.readline()
-    assert queue.is_held(run)
+    assert scheduler.is_locked(run)
     said = run / "said"
     following = "import sys; from pathlib import Path; from slurm import logs; logs.SECONDS_BETWEEN_QUESTIONS = 0.1\n"
     following += "sys.exit(logs.logs(Path(sys.argv[1]), 1, True, 1))"

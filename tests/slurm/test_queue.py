@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadRequest
-from slurm import client, queue, records
+from pipeline.errors import UsageError
+from slurm import history, scheduler
 from slurm.cancel import cancel
-from slurm.status import status
+from slurm.status_view import status
 from tests.cluster.slurm import Cluster, running_cluster
 from tests.pipeline.runs import wait_until
 
@@ -39,7 +39,7 @@ def submit(slurm: Cluster, run: Path, *options: str, argument: str = "") -> str:
     (run / "job.sh").write_text(SCRIPT)
     request = ["--parsable", "--mem=100", "--requeue", "--cpus-per-task=4", f"--output={run}/%j_0_log.out", *options]
     job = slurm.run("sbatch", *request, run / "job.sh", argument).partition(";")[0]
-    records.note_submission(run, job=job, command="pretrain", nodes=1, dependency=None, host=os.uname().nodename)
+    history.record_submission(run, job=job, command="pretrain", nodes=1, dependency=None, host=os.uname().nodename)
     return job
 
 
@@ -54,9 +54,9 @@ def test_a_job_from_the_queue_to_cancelled(slurm: Cluster, tmp_path: Path, capsy
     slurm.wait(job, "RUNNING")
     after = submit(slurm, tmp_path, f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
     slurm.wait(after, "PENDING")
-    facts = queue.show_job(job)
+    facts = scheduler.show_job(job)
     assert facts is not None and (facts["JobName"], facts["JobState"]) == ("with blanks = signs", "RUNNING")
-    assert list(queue.living(tmp_path)) == [job, after]
+    assert list(scheduler.active_jobs(tmp_path)) == [job, after]
     assert stands(tmp_path, capsys) == ("running", None)
 
     other = tmp_path / "other"
@@ -65,20 +65,20 @@ def test_a_job_from_the_queue_to_cancelled(slurm: Cluster, tmp_path: Path, capsy
     slurm.wait(waiting, "PENDING")
     wait_until(lambda: (stands(other, capsys)[1] or "").split(",")[0] in ("Resources", "Priority"))
     assert stands(other, capsys)[0] == "pending"
-    assert (queue.estimated_start(waiting) or "2") > "2", "a time, or nothing yet"
+    assert (scheduler.estimated_start(waiting) or "2") > "2", "a time, or nothing yet"
 
     slurm.run("scontrol", "requeue", job)
     slurm.wait(job, "PENDING", "RUNNING")
     assert stands(tmp_path, capsys)[0] in ("requeued", "running")
     assert cancel(tmp_path) == 0
-    assert records.is_cancelled(tmp_path) and f"cancelled job {after}" in capsys.readouterr().out
+    assert history.is_cancelled(tmp_path) and f"cancelled job {after}" in capsys.readouterr().out
     slurm.wait(job, "CANCELLED")
     slurm.wait(after, "CANCELLED")
     assert stands(tmp_path, capsys)[0] == "cancelled"
-    with pytest.raises(BadRequest, match="no job to cancel"):
+    with pytest.raises(UsageError, match="no job to cancel"):
         cancel(tmp_path)
-    queue.cancel_job(job)  # again is no error
-    queue.cancel_job(waiting)
+    scheduler.cancel_job(job)  # again is no error
+    scheduler.cancel_job(waiting)
     slurm.wait(waiting, "CANCELLED")
     assert stands(other, capsys)[0] == "cancelled", "also by hand, with scancel"
 
@@ -88,20 +88,20 @@ def test_jobs_that_ended_or_were_never_there(
 ) -> None:
     job = submit(slurm, tmp_path, argument="end")
     slurm.wait(job, "COMPLETED")
-    assert queue.living(tmp_path) == {}
+    assert scheduler.active_jobs(tmp_path) == {}
     (tmp_path / f"{job}_0_log.out").unlink()
-    assert queue.show_job("999999") is None and queue.estimated_start("999999") is None
-    queue.cancel_job("999999")
+    assert scheduler.show_job("999999") is None and scheduler.estimated_start("999999") is None
+    scheduler.cancel_job("999999")
     assert stands(tmp_path, capsys) == ("failed", f"job {job} ended as COMPLETED"), "without having noted a start"
 
 
 def test_of_an_array_the_element_that_is_most_alive_counts(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "--array=0-5%1")
     slurm.wait(job, "RUNNING", "PENDING")
-    wait_until(lambda: (queue.show_job(job) or {}).get("JobState") == "RUNNING")
-    assert (queue.show_job(job) or {})["ArrayTaskId"] == "0"
+    wait_until(lambda: (scheduler.show_job(job) or {}).get("JobState") == "RUNNING")
+    assert (scheduler.show_job(job) or {})["ArrayTaskId"] == "0"
     assert cancel(tmp_path) == 0
-    wait_until(lambda: not queue.living(tmp_path))
+    wait_until(lambda: not scheduler.active_jobs(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_of_an_array_the_element_that_is_most_alive_counts(slurm: Cluster, tmp_p
     ],
 )  # fmt: skip
 def test_times_are_read_as_slurm_writes_them(time: str, seconds: int | None) -> None:
-    assert client.seconds_of(time) == seconds
+    assert scheduler.seconds_of(time) == seconds

@@ -16,17 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import ancestry
-from pipeline.attempts import take_next, take_number
-from pipeline.config import Config
-from pipeline.errors import BadRequest, RunFailed
-from pipeline.finetune import Source, pin
-from pipeline.overrides import validate
-from pipeline.run_folder import write_config
-from slurm import client, queue, records
+from pipeline.attempt import write_config
+from pipeline.checkpoint.attempts import allocate, allocate_next
+from pipeline.commands.finetune import Source, pin_source
+from pipeline.config.parsing import validate
+from pipeline.config.schema import Config
+from pipeline.errors import RunFailed, UsageError
+from pipeline.lineage import lineage_entry, unknown_lineage
+from slurm import history, scheduler
 from slurm.cancel import cancel
-from slurm.cause import Cause
-from slurm.status import Queue, Status, lines, look, status, status_of
+from slurm.requeue import Cause
+from slurm.status import Queue, Status, read_run, status_of
+from slurm.status_view import as_lines, status
 from tests.pipeline.runs import ROOT, wait_until
 
 NOW = time.time()
@@ -94,7 +95,7 @@ class Run:
         return self
 
     def status(self, jobs: Queue | None = None) -> Status:
-        return status_of(look(self.path), jobs or {}, NOW)
+        return status_of(read_run(self.path), jobs or {}, NOW)
 
     def stands(self, jobs: Queue | None = None) -> tuple[str, str | None]:
         found = self.status(jobs)
@@ -108,7 +109,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "is_installed", lambda: False)
+    monkeypatch.setattr(scheduler, "is_installed", lambda: False)
 
 
 # -------------------------------------------------------------------------------------------------------- without Slurm
@@ -118,12 +119,12 @@ def test_steps_that_were_not_applied_and_goings_back_are_told(run: Run) -> None:
     run.begun(9).rows(9)
     assert run.status().not_applied == run.status().gone_back == []
     run.event(8, "skipped", step=4).event(8, "start").event(8, "skipped", step=4)
-    attempt = take_number(run.path)
-    assert "  1 step was not applied, the last 4" in lines(run.status())
+    attempt = allocate(run.path)
+    assert "  1 step was not applied, the last 4" in as_lines(run.status())
     for step in (6, 7, 1008):
         run.event(6, "skipped", step=step)
     back = {"to": 5, "first": 6, "last": 1008}
-    take_next(run.path, attempt, 5, [back])
+    allocate_next(run.path, attempt, 5, [back])
     run.event(5, "skipped", step=1010)
     found = run.status()
     assert found.not_applied == [4, 1010] and found.gone_back == [back]
@@ -131,7 +132,7 @@ def test_steps_that_were_not_applied_and_goings_back_are_told(run: Run) -> None:
     assert run.status().not_applied == [4], "it is done again"
     run.event(3, "skipped", step=1010)
     said = ["  2 steps were not applied, the last 1,010", "  went back to step 5 and past steps 6 to 1,008"]
-    assert said == [line for line in lines(found) if "applied" in line or "back" in line]
+    assert said == [line for line in as_lines(found) if "applied" in line or "back" in line]
 
 
 def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) -> None:
@@ -158,9 +159,9 @@ def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) ->
 
 def test_looking_whether_a_run_is_alive_changes_nothing_and_never_keeps_a_start_from_its_lock(run: Run) -> None:
     run.begun(1)
-    assert not queue.is_held(run.path) and not (run.path / ".lock").exists()
+    assert not scheduler.is_locked(run.path) and not (run.path / ".lock").exists()
     (run.path / ".lock").write_text("process 1 on here\n")
-    assert not queue.is_held(run.path)
+    assert not scheduler.is_locked(run.path)
     with (run.path / ".lock").open() as mine:
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert (run.path / ".lock").read_text() == "process 1 on here\n"
@@ -299,13 +300,13 @@ def test_where_slurm_can_not_be_asked_the_folder_is_enough(
 
 def test_what_was_cancelled_stays_so_until_it_is_started_again_by_whatever_means(run: Run) -> None:
     run.submitted(9).start(8).begun(7)
-    records.cancel(run.path)
+    history.cancel(run.path)
     os.utime(run.path / "slurm" / "cancelled", (NOW - 300, NOW - 300))
     assert run.stands({"7": RUNNING}) == ("running", "it is being cancelled")
     assert run.stands({"7": GONE})[0] == "cancelled"
     by_hand = run.event(3, "start").event(3, "resume", step=0).event(2, "stop", step=4)
     assert by_hand.stands({"7": GONE})[0] in ("stopped", "failed")
-    records.note_submission(run.path, job="8")
+    history.record_submission(run.path, job="8")
     assert run.stands({"7": GONE, "8": PENDING})[0] == "pending"
 
 
@@ -357,20 +358,22 @@ def test_goodput_is_what_still_counts_of_the_time_of_all_starts(
     assert run.status({"7": PENDING}).goodput == pytest.approx(min(1, 0.01 * step / allocated), rel=1e-3)
 
 
-JOB = st.sampled_from([*sorted(queue.WAITING | queue.BUSY), "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NEW", None])
+JOB = st.sampled_from(
+    [*sorted(scheduler.WAITING | scheduler.BUSY), "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NEW", None]
+)
 
 
 @given(st.lists(st.sampled_from(["start", "end", "plain", "stop", "done", "cancel", "submit"]), max_size=9), JOB)
 def test_whatever_happened_there_is_a_state_and_json_and_lines_to_read(
-    tmp_path_factory: pytest.TempPathFactory, history: list[str], job: str | None
+    tmp_path_factory: pytest.TempPathFactory, happened: list[str], job: str | None
 ) -> None:
     run, number, jobs = Run(tmp_path_factory.mktemp("any") / "run").event(99, "x"), 0, 0
-    for at, what in zip(range(90, 0, -10), history, strict=False):
+    for at, what in zip(range(90, 0, -10), happened, strict=False):
         if what == "submit":
             jobs += 1
             run.submitted(at, str(jobs))
         elif what == "cancel":
-            records.cancel(run.path)
+            history.cancel(run.path)
         elif what in ("start", "end"):
             number += what == "start"
             name = f"{jobs}.{number}"
@@ -380,7 +383,7 @@ def test_whatever_happened_there_is_a_state_and_json_and_lines_to_read(
     facts = None if job is None else {"JobState": job}
     for jobs_known in ({}, {str(jobs): facts} if jobs else {}):
         found = run.status(jobs_known)
-        assert found.state in STATES and json.dumps(asdict(found)) and lines(found)
+        assert found.state in STATES and json.dumps(asdict(found)) and as_lines(found)
         if jobs_known and job == "PENDING":
             assert found.state in ("pending", "requeued")
         if jobs_known and job == "RUNNING":
@@ -403,9 +406,9 @@ def trained(run: str, on: dict[str, Any], resolution: int = 224, stochastic_dept
     return validate(tree, "test")
 
 
-OLD = ancestry.entry(trained("runs/old", {"crop": "random_resized", "flip": True, "mixup": 0.8}), 93837, [])
+OLD = lineage_entry(trained("runs/old", {"crop": "random_resized", "flip": True, "mixup": 0.8}), 93837, [])
 del OLD["augment"]["mixup"]  # as a run says it that is older than mixup
-PRE = ancestry.entry(trained("runs/pre", {"flip": True, "mixup": 0.8, "allow_new": True}, 160, 0), 10, [OLD])
+PRE = lineage_entry(trained("runs/pre", {"flip": True, "mixup": 0.8, "allow_new": True}, 160, 0), 10, [OLD])
 HERE = trained("runs/here", {"flip": True, "randaugment": {"layers": 2, "magnitude": 5}, "allow_new": True}, 384)
 
 
@@ -413,8 +416,8 @@ def begun(run: Run, config: Config, ancestors: list[dict[str, Any]]) -> Run:
     """The run as it is once it trains, from these ancestors or from none."""
     write_config(run.path, config)
     if ancestors:
-        pin(run.path, Source("/source", "/source/checkpoints/step-00000010", ancestors))
-    own = ancestry.entry(config, 12345, ancestors)
+        pin_source(run.path, Source("/source", "/source/checkpoints/step-00000010", ancestors))
+    own = lineage_entry(config, 12345, ancestors)
     return run.event(9, "start").event(8, "begin", step=0, new_augmentations=own["new_augmentations"])
 
 
@@ -423,7 +426,7 @@ def test_a_fine_tuned_run_shows_what_it_and_all_its_ancestors_were_trained_under
 ) -> None:
     """In JSON with the words of its checkpoints."""
     begun(run, HERE, [OLD, PRE])
-    assert lines(run.status())[-4:] == [
+    assert as_lines(run.status())[-4:] == [
         "  ancestry, oldest first:",
         "    runs/old (224 x 224, 93,837 steps): random crop, flip; stochastic depth 0.2",
         "    runs/pre (160 x 160, 10 steps): flip, mixup 0.8; mixup allowed though new",
@@ -432,14 +435,14 @@ def test_a_fine_tuned_run_shows_what_it_and_all_its_ancestors_were_trained_under
     ]
     assert status([run.path], True, False) == 0
     found = json.loads(capsys.readouterr().out)["ancestry"]
-    assert found == [OLD, PRE, ancestry.entry(HERE, 12345, [OLD, PRE])]
+    assert found == [OLD, PRE, lineage_entry(HERE, 12345, [OLD, PRE])]
 
 
 def test_an_ancestor_that_nobody_knows_is_shown_as_unknown(run: Run) -> None:
-    unknown = ancestry.unknown("timm.safetensors")
+    unknown = unknown_lineage("timm.safetensors")
     found = begun(run, HERE, [unknown, PRE]).status()
     assert found.ancestry[0] == unknown and len(found.ancestry) == 3
-    assert lines(found)[-3] == "    timm.safetensors: unknown how it was trained"
+    assert as_lines(found)[-3] == "    timm.safetensors: unknown how it was trained"
 
 
 def test_a_pretrained_run_shows_its_own_augmentation_once_it_has_begun(run: Run) -> None:
@@ -448,8 +451,8 @@ def test_a_pretrained_run_shows_its_own_augmentation_once_it_has_begun(run: Run)
     write_config(run.path, config)
     assert run.event(9, "start").status().ancestry == []
     found = begun(run, config, []).status()
-    assert found.ancestry == [ancestry.entry(config, 12345, [])]
-    assert lines(found)[-1] == "  augmentation: no augmentation"
+    assert found.ancestry == [lineage_entry(config, 12345, [])]
+    assert as_lines(found)[-1] == "  augmentation: no augmentation"
 
 
 @given(st.sampled_from(["source.json", "config.yaml"]), st.floats(0, 1, exclude_max=True))
@@ -462,7 +465,7 @@ def test_half_a_file_shows_no_ancestry_rather_than_half_of_it(
     path.write_text(text[: int(share * len(text))])
     found = run.status()
     assert found.ancestry in ([], whole) and (not found.ancestry or file == "config.yaml")
-    assert json.dumps(asdict(found)) and lines(found)
+    assert json.dumps(asdict(found)) and as_lines(found)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +477,7 @@ def test_a_source_that_is_damaged_or_another_version_s_shows_no_ancestry(run: Ru
     begun(run, HERE, [])
     (run.path / "source.json").write_text(content)
     found = run.status()
-    assert found.ancestry == [] and lines(found)[-1] == "  no checkpoint yet"
+    assert found.ancestry == [] and as_lines(found)[-1] == "  no checkpoint yet"
 
 
 @pytest.mark.parametrize("section", ["run", "data", "model", "augment", "train"])
@@ -505,7 +508,7 @@ def test_several_runs_are_a_table_or_a_list_and_one_is_lines_or_an_object(
     assert keys < json.loads(capsys.readouterr().out).keys()
     assert status([tmp_path / "a"], False, False) == 0
     assert f"{tmp_path}/a: done, step 9/9" in capsys.readouterr().out.replace("\n", " ")
-    with pytest.raises(BadRequest, match="is no run"):
+    with pytest.raises(UsageError, match="is no run"):
         status([tmp_path / "neither"], False, False)
 
 
@@ -514,7 +517,7 @@ def test_a_slurm_that_does_not_answer_is_asked_once_and_the_folders_are_shown(
 ) -> None:
     """The client hangs, as it does where the controller is down."""
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(scheduler, "PATIENCE_SECONDS", 0.2)
     (tmp_path / "bin").mkdir()
     for program in ("scontrol", "scancel"):
         (tmp_path / "bin" / program).write_text("#!/bin/sh\necho >> $0.asked\nexec sleep 60\n")
@@ -527,7 +530,7 @@ def test_a_slurm_that_does_not_answer_is_asked_once_and_the_folders_are_shown(
     assert (tmp_path / "bin" / "scontrol.asked").read_text() == "\n"
     with pytest.raises(RunFailed, match="not to be started again"):
         cancel(runs[0].path)
-    assert records.is_cancelled(runs[0].path)
+    assert history.is_cancelled(runs[0].path)
 
 
 def test_a_job_on_this_machine_is_told_by_its_process_and_cancelled_with_its_group(run: Run, no_slurm: None) -> None:
@@ -536,29 +539,29 @@ def test_a_job_on_this_machine_is_told_by_its_process_and_cancelled_with_its_gro
     with subprocess.Popen(["bash", script], start_new_session=True) as process:
         job = f"local-{process.pid}"
         run.submitted(1, job)
-        wait_until(lambda: queue.show_job(job) is not None)
-        assert run.stands({job: queue.show_job(job)})[0] == "running"
+        wait_until(lambda: scheduler.show_job(job) is not None)
+        assert run.stands({job: scheduler.show_job(job)})[0] == "running"
         assert cancel(run.path) == 0
         process.wait(20)
-    assert queue.show_job(job) is None and queue.show_job(f"local-{os.getpid()}") is None
-    assert run.stands({job: queue.show_job(job)})[0] == "cancelled"
-    with pytest.raises(BadRequest, match="no job to cancel"):
+    assert scheduler.show_job(job) is None and scheduler.show_job(f"local-{os.getpid()}") is None
+    assert run.stands({job: scheduler.show_job(job)})[0] == "cancelled"
+    with pytest.raises(UsageError, match="no job to cancel"):
         cancel(run.path)
     run.submitted(0, "local-1", host="elsewhere")
-    with pytest.raises(BadRequest, match="submitted on elsewhere"):
+    with pytest.raises(UsageError, match="submitted on elsewhere"):
         cancel(run.path)
 
 
 def test_nothing_is_cancelled_where_no_job_is(run: Run, no_slurm: None) -> None:
     run.begun(1)
-    with pytest.raises(BadRequest, match="no job to cancel"):
+    with pytest.raises(UsageError, match="no job to cancel"):
         cancel(run.path)
-    assert not records.is_cancelled(run.path)
+    assert not history.is_cancelled(run.path)
 
 
 def test_slurm_s_own_lines_are_parsed_with_blanks_and_equal_signs_in_values() -> None:
     line = "JobId=7 JobName=a b UserId=root(0) JobState=PENDING TRES=cpu=4,mem=1G NtasksPerN:B:S:C=0:0:*:*"
-    assert queue.parsed(f"{line} Comment=(null) Command=/x/y z.sh \n") == {
+    assert scheduler.parsed(f"{line} Comment=(null) Command=/x/y z.sh \n") == {
         "JobId": "7", "JobName": "a b", "UserId": "root(0)", "JobState": "PENDING", "TRES": "cpu=4,mem=1G",
         "NtasksPerN:B:S:C": "0:0:*:*", "Comment": "(null)", "Command": "/x/y z.sh",
     }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadRequest
+from pipeline.errors import UsageError
 from slurm.submit import submit
 
 OFF = "augment.randaugment={layers: 0, magnitude: 0}"
@@ -25,7 +25,7 @@ def test_a_chain_whose_fine_tuning_would_be_refused_after_its_pretraining_is_ref
         return submit("pretrain", "configs/tiny.yaml", overrides, None, None, then, "slurm", dry_run=True)
 
     refused = rf"RandAugment \(augment.randaugment={{layers: 2, magnitude: 5.0}}\) is on here .* \({run}\)"
-    with pytest.raises(BadRequest, match=refused):
+    with pytest.raises(UsageError, match=refused):
         chain(ON, pretraining=(OFF,))
     assert "#SBATCH" not in capsys.readouterr().out and not run.exists() and not tuned.exists()
     assert chain(ON, "augment.allow_new=true", pretraining=(OFF,)) == 0

@@ -1,0 +1,454 @@
+"""Trainings that meet one fault after another, beside trainings that meet none: what is lost, and whether they agree.
+
+    coatnet bench fault_injection                          # a hundred faults: half an hour on two cores
+    coatnet bench fault_injection --faults 12 --out /tmp/x # a short campaign, whose runs are kept
+
+Ranks are killed at random moments, while they save, read, or wait for each other; frozen; told to stop; checkpoints are
+torn and bytes in them flipped; the disk is full; a shard is gone; all the time two samples of the training set are
+damaged. A *steady* run goes on each time as it was, and must end bit-equal to one that nothing happened to. A
+*changing* run goes on with another number of ranks at another ZeRO stage each time. It must take the same samples, each
+once; its ten steps after a change must be those of the old ranks going on from there; and the whole curve must be that
+of the undisturbed run (see TOLERANCES). Ends with status 1 where anything is not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.machine import machine
+from pipeline.checkpoint.reader import checkpoints
+from tests.forked import Process
+from tests.pipeline.batch_runs import on_ranks
+from tests.pipeline.runs import (
+    PATIENCE_SECONDS,
+    alive,
+    coatnet,
+    consumed,
+    curve,
+    events,
+    last_state,
+    pack_digits,
+    ranks_of,
+    rows,
+    started,
+    wait_until,
+)
+
+TOLERANCES = {"ten steps, loss": 1e-5, "ten steps, gradient norm": 1e-3, "whole curve, loss": 1e-3}
+"""Relative, in fp32. Training amplifies rounding: with a smaller optim.eps than 1e-3 by steps made of it, with max
+pooling by maxima that jump; so here eps is 1e-3 and pooling averages."""
+CHECKPOINT_EVERY, MICRO_BATCHES, DAMAGED_SAMPLES = 4, 4, 2
+STEPS_COMPARED, STEPS_WITH_AN_EPOCH = 10, 24
+MOST_STEPS_MORE = 12
+"""That a run does between two faults, beyond those asked for."""
+FULL_BYTES = 200_000
+"""Largest file while the disk is full: less than a rank's part of a checkpoint, more than all else."""
+
+
+class Place(NamedTuple):
+    """Where a run runs."""
+
+    ranks: int
+    stage: int
+
+
+class Setting(NamedTuple):
+    """What all runs of a campaign share."""
+
+    folder: Path
+    steps: int
+
+
+@dataclass
+class Fault:
+    """What happened: the last step that was done, the one gone on from, seconds until another step was done."""
+
+    kind: str
+    at: int
+    place: Place
+    resumed: int = -1
+    seconds: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """A run with its faults, and what is wrong with it in the end."""
+
+    run: Path
+    faults: list[Fault] = field(default_factory=list)
+    changes: list[tuple[int, Place]] = field(default_factory=list)
+    """For each change the step gone on from, and the old place."""
+    wrong: list[str] = field(default_factory=list)
+    worst: dict[str, float] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------- the trainings
+
+
+def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
+    """A command's: some micro batches a step, every step logged, a checkpoint every few steps."""
+    data = [f"data.train={setting.folder}/train", "data.val=null", "data.max_bad_fraction=0.01", f"run.dir={run}"]
+    batch = ["train.global_batch=64", f"train.micro_batch={64 // MICRO_BATCHES}", f"train.steps={setting.steps}"]
+    exact = ["train.precision=fp32", "optim.eps=1e-3", "model.pool=average"]
+    rate = ["optim.learning_rate=5e-4", "optim.decay=none", "evaluate.every=null"]
+    kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
+    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=15", f"zero.stage={place.stage}"]
+    return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
+
+
+def start(setting: Setting, run: Path, place: Place) -> Process:
+    return started("pretrain", *arguments(setting, run, place), "--procs", place.ranks)
+
+
+def to_the_end(setting: Setting, run: Path, place: Place) -> None:
+    done = coatnet("pretrain", *arguments(setting, run, place), "--procs", place.ranks)
+    assert done.returncode == 0, done.stderr
+
+
+def damage_samples(packed: Path) -> None:
+    """Flips a byte in the middle of a few images, in shards that no other fault touches."""
+    for shard in sorted(packed.glob("*.tar"))[:DAMAGED_SAMPLES]:
+        table = [line.split() for line in shard.with_suffix(".idx").read_text().splitlines()[1:]]
+        flip(shard, int(table[5][1]) + int(table[5][2]) // 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- the faults
+
+
+def kill(targets: list[int]) -> None:
+    for pid in targets:
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_one_rank(process: Process, run: Path, chance: random.Random) -> None:
+    time.sleep(0.3 * chance.random())
+    kill([chance.choice(ranks_of(process))])
+
+
+def kill_the_launcher(process: Process, run: Path, chance: random.Random) -> None:
+    time.sleep(0.3 * chance.random())
+    kill([process.pid])
+
+
+def kill_while_saving(process: Process, run: Path, chance: random.Random) -> None:
+    wait_until(lambda: any((run / "checkpoints").glob(".step-*")), process, seconds_between=0.001)
+    time.sleep(0.02 * chance.random())
+    kill([chance.choice([process.pid, *ranks_of(process)])])
+
+
+def kill_in_a_collective(process: Process, run: Path, chance: random.Random) -> None:
+    """One rank stands still, so that the others wait for it; then one of those is killed."""
+    stopped, *waiting = chance.sample(ranks_of(process), len(ranks_of(process)))
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(0.5)
+    kill(waiting[:1] or [stopped])
+
+
+def freeze(process: Process, run: Path, chance: random.Random) -> None:
+    frozen = chance.choice(ranks_of(process))
+    rank = ranks_of(process).index(frozen)
+    os.kill(frozen, signal.SIGSTOP)
+    process.wait(PATIENCE_SECONDS)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert f"rank {rank} (process {frozen} on " in said and "frozen" in said, said
+    event = events(run, "frozen")[-1]
+    assert [each["process"] for each in event["ranks"]] == [frozen]
+    assert f"rank {rank}: NO ANSWER" in Path(event["stacks"]).read_text()
+
+
+def stop(process: Process, run: Path, chance: random.Random) -> None:
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_SECONDS) == 3
+
+
+def fill_the_disk(process: Process, run: Path, chance: random.Random) -> None:
+    """As the kernel tells it: no file may grow further."""
+    for pid in ranks_of(process):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
+    process.wait(PATIENCE_SECONDS)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert "cannot be written: File too large" in said and "the same command goes on from step" in said, said
+
+
+def tear_the_checkpoint(process: Process, run: Path, chance: random.Random) -> None:
+    kill([process.pid])
+    process.wait()
+    file = some_file(run, chance)
+    with file.open("r+b") as opened:
+        opened.truncate(chance.randrange(file.stat().st_size))
+
+
+def flip_a_byte(process: Process, run: Path, chance: random.Random) -> None:
+    kill([process.pid])
+    process.wait()
+    file = some_file(run, chance)
+    flip(file, chance.randrange(file.stat().st_size))
+
+
+FAULTS: dict[str, Callable[[Process, Path, random.Random], None]] = {
+    "a rank killed": kill_one_rank,
+    "launcher killed": kill_the_launcher,
+    "killed while saving": kill_while_saving,
+    "killed in a collective": kill_in_a_collective,
+    "killed while reading": kill_one_rank,  # as soon as it has begun
+    "a rank frozen": freeze,
+    "told to stop": stop,
+    "checkpoint torn": tear_the_checkpoint,
+    "byte flipped": flip_a_byte,
+    "disk full": fill_the_disk,
+    "shard gone": kill_the_launcher,  # and then the shard, for the next start
+}
+
+
+def some_file(run: Path, chance: random.Random) -> Path:
+    """One of the newest checkpoint."""
+    return chance.choice(sorted(checkpoints(run / "checkpoints")[-1].iterdir()))
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << place % 8
+    file.write_bytes(content)
+
+
+@contextmanager
+def gone(shard: Path) -> Iterator[None]:
+    hidden = shard.with_suffix(".gone")
+    shard.rename(hidden)
+    try:
+        yield
+    finally:
+        hidden.rename(shard)
+
+
+# -------------------------------------------------------------------------------------------------------- the campaign
+
+
+def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str], apart: int, seed: int) -> Outcome:
+    """A run that meets these faults, each some steps after it went on, and goes on at the next of the places."""
+    chance, outcome = random.Random(seed), Outcome(run)
+    for number, kind in enumerate([*kinds, None]):
+        place, began, attempt = places[number % len(places)], time.monotonic(), len(events(run, "start"))
+        process = start(setting, run, place)
+        first = step_begun_at(run, attempt, process)
+        if kind != "killed while reading":
+            wait_until(lambda attempt=attempt: last_step_of(run, attempt) > 0, process)
+        if outcome.faults:
+            before = outcome.faults[-1]
+            before.resumed, before.seconds = first, time.monotonic() - began
+            if place != before.place:
+                outcome.changes.append((first, before.place))
+        if kind is None:
+            _, said = process.communicate(timeout=2 * PATIENCE_SECONDS)
+            assert process.returncode == 0, said
+            return outcome
+        if kind == "a rank frozen" and place.ranks == 1:
+            kind = "a rank killed"  # nobody would see that it is
+        if kind != "killed while reading":
+            at = first + apart + chance.randrange(CHECKPOINT_EVERY + 1)
+            wait_until(lambda at=at, attempt=attempt: last_step_of(run, attempt) >= at, process)
+            wait_until(lambda: bool(checkpoints(run / "checkpoints")[1:]), process)  # one to lose, one to go back to
+        meet(kind, process, run, chance)
+        outcome.faults.append(Fault(kind, max(first, last_step_of(run, attempt)), place))
+        where = f"at step {outcome.faults[-1].at} on {place.ranks} ranks at ZeRO {place.stage}"
+        print(f"{run.name}: {kind} {where}", file=sys.stderr, flush=True)
+        if kind == "shard gone":
+            lose_a_shard(setting, run, place)
+    raise AssertionError("the last start has no fault")
+
+
+def meet(kind: str, process: Process, run: Path, chance: random.Random) -> None:
+    """Harms a run that trains, and returns once nothing of it is left."""
+    ranks = ranks_of(process)
+    FAULTS[kind](process, run, chance)
+    assert process.wait(PATIENCE_SECONDS) != 0, f"{kind}: the run ended as if nothing had happened"
+    assert process.stderr is not None
+    process.stderr.close()
+    wait_until(lambda: not any(map(alive, ranks)))
+
+
+def step_begun_at(run: Path, attempt: int, process: Process) -> int:
+    """The step that an attempt went on from, once it has."""
+
+    def begun() -> list[int]:
+        found = [*events(run, "begin"), *events(run, "resume")]
+        return [event["step"] for event in found if event["attempt"] == attempt]
+
+    wait_until(lambda: bool(begun()), process)
+    return begun()[0]
+
+
+def last_step_of(run: Path, attempt: int) -> int:
+    """The last step that rank 0 did in an attempt; metrics.jsonl may still have the one's before."""
+    return max((row["step"] for row in rows(run / "samples" / "rank-0.jsonl") if row["attempt"] == attempt), default=0)
+
+
+def lose_a_shard(setting: Setting, run: Path, place: Place) -> None:
+    """A start without one of the shards: it must say which, and leave the run as it was."""
+    shard = sorted((setting.folder / "train").glob("*.tar"))[-1]
+    with gone(shard):
+        failed = coatnet("pretrain", *arguments(setting, run, place), "--procs", place.ranks)
+    assert failed.returncode == 1 and shard.name in failed.stderr, failed.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
+def check_steady(outcome: Outcome, whole: Path) -> None:
+    """Every logged figure, all weights and moments, all samples with their pixels: to the bit."""
+    for what, of in (("curve", curve), ("last state", last_state), ("samples", consumed)):
+        if of(outcome.run) != of(whole):
+            outcome.wrong.append(f"{what} differs from the undisturbed run's")
+    check_epochs(outcome)
+
+
+def check_changing(outcome: Outcome, whole: Path, setting: Setting) -> None:
+    """The same samples; after each change the old place's ten steps; the whole curve."""
+    if consumed(outcome.run) != consumed(whole):
+        outcome.wrong.append("samples differ from the undisturbed run's")
+    check_epochs(outcome)
+    ours, theirs = losses_and_norms(outcome.run), losses_and_norms(whole)
+    note(outcome, "whole curve, loss", [apart(ours[step][0], theirs[step][0]) for step in theirs])
+    for (step, _), (following, _), on in zip(
+        outcome.changes, [*outcome.changes[1:], (setting.steps, None)], going_on(outcome, setting), strict=True
+    ):
+        old = losses_and_norms(on)
+        compared = [each for each in old if step < each <= min(step + STEPS_COMPARED, following)]
+        note(outcome, "ten steps, loss", [apart(ours[each][0], old[each][0]) for each in compared])
+        note(outcome, "ten steps, gradient norm", [apart(ours[each][1], old[each][1]) for each in compared])
+
+
+def check_epochs(outcome: Outcome) -> None:
+    """The lines that epochs end with: each sample once, and those replaced that are damaged."""
+    complete = events(outcome.run, "epoch")
+    if not complete:
+        outcome.wrong.append("no epoch was completed")
+    for event in complete:
+        if not event["each_once"] or event["samples"] != event["of"] or event["replaced"] != DAMAGED_SAMPLES:
+            outcome.wrong.append(f"epoch {event['epoch']}: {event}")
+
+
+def going_on(outcome: Outcome, setting: Setting) -> list[Path]:
+    """For each change a run of ten steps at the old place, from the same checkpoint."""
+    runs = [outcome.run.parent / f"{outcome.run.name}-change-{n}" for n in range(len(outcome.changes))]
+    jobs: dict[int, list[dict[str, Any]]] = {}
+    for run, (step, place) in zip(runs, outcome.changes, strict=True):
+        wanted = [*arguments(setting, run, place), f"train.steps={min(step + STEPS_COMPARED, setting.steps)}"]
+        jobs.setdefault(place.ranks, []).append({"arguments": wanted, "source": str(outcome.run), "step": step})
+    for ranks, of_ranks in jobs.items():
+        on_ranks(ranks, of_ranks, outcome.run.parent)
+    return runs
+
+
+def losses_and_norms(run: Path) -> dict[int, tuple[float, float]]:
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows(run / "metrics.jsonl")}
+
+
+def apart(one: float, other: float) -> float:
+    return abs(one - other) / abs(other)
+
+
+def note(outcome: Outcome, what: str, differences: list[float]) -> None:
+    """Keeps the worst difference, and what is beyond its tolerance."""
+    worst = max(differences, default=0.0)
+    outcome.worst[what] = max(worst, outcome.worst.get(what, 0.0))
+    if worst > TOLERANCES[what]:
+        outcome.wrong.append(f"{what}: {worst:.1e} apart, {TOLERANCES[what]:.0e} is allowed")
+
+
+# ------------------------------------------------------------------------------------------------------------ its plan
+
+
+STEADY = [Place(2, 1), Place(1, 1), Place(3, 2), Place(2, 3), Place(4, 1)]
+CHANGING = [
+    [Place(2, 1), Place(1, 1), Place(3, 2), Place(4, 3), Place(1, 2), Place(2, 3), Place(4, 1), Place(3, 3)],
+    [Place(4, 2), Place(3, 1), Place(2, 2), Place(1, 3)],
+]
+
+
+def drawn(count: int, seed: int, kinds: Iterable[str] = FAULTS) -> list[str]:
+    """So many of these kinds, each as often as any other."""
+    each = list(kinds)
+    chance, rounds = random.Random(seed), -(-count // len(each))
+    return [kind for _ in range(rounds) for kind in chance.sample(each, len(each))][:count]
+
+
+def campaign(folder: Path, faults: list[str], seed: int) -> list[Outcome]:
+    """Meets these faults, every other one in steady runs, the rest in changing ones."""
+    pack_digits(folder)
+    damage_samples(folder / "train")
+    outcomes = []
+    for number, (places, kinds) in enumerate(runs_of(faults)):
+        steady = len(places) == 1
+        few = 2 if steady else STEPS_COMPARED
+        setting = Setting(folder, max(STEPS_WITH_AN_EPOCH, len(kinds) * (few + MOST_STEPS_MORE)))
+        whole = folder / f"whole-{places[0].ranks}-{places[0].stage}-{setting.steps}"
+        if not whole.exists():
+            to_the_end(setting, whole, places[0])
+        outcome = disturbed(setting, folder / f"disturbed-{number}", places, kinds, few, seed + number)
+        if steady:
+            check_steady(outcome, whole)
+        else:
+            check_changing(outcome, whole, setting)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def runs_of(kinds: list[str]) -> Iterator[tuple[list[Place], list[str]]]:
+    """The places of each run, and its faults."""
+    for every_other, most, of in ((kinds[::2], 10, [[place] for place in STEADY]), (kinds[1::2], 20, CHANGING)):
+        for number, first in enumerate(range(0, len(every_other), most)):
+            yield of[number % len(of)], every_other[first : first + most]
+
+
+def table(outcomes: list[Outcome]) -> Iterator[str]:
+    """What a person reads."""
+    faults = [fault for outcome in outcomes for fault in outcome.faults]
+    survived = sum(len(outcome.faults) for outcome in outcomes if not outcome.wrong)
+    yield f"{survived} of {len(faults)} faults survived; a checkpoint every {CHECKPOINT_EVERY} steps"
+    yield f"\n{'fault':24}{'count':>6}{'steps lost: mean':>18}{'most':>6}{'seconds to the next new step':>30}"
+    for kind in FAULTS:
+        of_kind = [fault for fault in faults if fault.kind == kind]
+        if of_kind:
+            lost = [fault.at - fault.resumed for fault in of_kind]
+            seconds = sum(fault.seconds for fault in of_kind) / len(of_kind)
+            yield f"{kind:24}{len(of_kind):6}{sum(lost) / len(lost):18.1f}{max(lost):6}{seconds:30.1f}"
+    yield f"\n{'run':14}{'faults':>7}  ranks and stages, compared with the undisturbed run"
+    for outcome in outcomes:
+        places = ", ".join(f"{p.ranks}/{p.stage}" for p in dict.fromkeys(fault.place for fault in outcome.faults))
+        worst = "; ".join(f"{what} {value:.1e}" for what, value in outcome.worst.items()) or "equal to the bit"
+        yield f"{outcome.run.name:14}{len(outcome.faults):7}  {places}: {'; '.join(outcome.wrong) or worst}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="an empty folder that the runs are left in; default: none")
+    wanted = parser.parse_args()
+    folder = wanted.out or Path(tempfile.mkdtemp(prefix="coatnet-faults-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = campaign(folder, drawn(wanted.faults, wanted.seed), wanted.seed)
+    print(machine(), *table(outcomes), sep="\n")
+    if wanted.out is None:
+        shutil.rmtree(folder)
+    return 1 if any(outcome.wrong for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

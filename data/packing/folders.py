@@ -1,0 +1,130 @@
+"""What lies in a folder, a tar or a zip, at any fsspec URL: names, sizes and places of its files, none of them read.
+
+A tar in a folder stands for a folder of its name, as a tar in a tar does. Links are followed on a local disk, and those
+that lead nowhere are listed with the reason. Hidden files are nobody's. What is an image is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import PurePath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from data.errors import DataError, UsageError
+from data.packing.archives import Entry, is_hidden, tar_entries, zip_entries
+from data.shards.manifest import join
+from data.shards.tar_index import decompressor_for
+from data.storage.ranged_file import RangedFile
+from data.storage.remote import Storage, open_fs
+
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # with files, and empty
+NEEDED = "a folder of class folders, a tar or zip of one, or a list (.csv, .jsonl) is needed"
+_BLOCK_BYTES = 2**23
+
+
+def entries_of(storage: Storage, url: str) -> list[Entry]:
+    """What lies in the folder, tar or zip at `url`; UsageError where none is, DataError where it cannot be listed."""
+    try:
+        fs, root = open_fs(url)
+        if fs.isdir(root):
+            return list(_folder_entries(storage, fs, root, url))
+        if not fs.isfile(root):
+            raise UsageError(f"{url} does not exist; {NEEDED}")
+        with _opened(storage, fs, root, url) as stream:
+            return list(_archive_entries(stream, url))
+    except (UsageError, DataError):
+        raise
+    except Exception as error:  # the back ends' exceptions share no base class
+        raise DataError(f"{url} cannot be listed: {error}") from error
+
+
+def _archive_entries(stream: BinaryIO, url: str) -> Iterable[Entry]:
+    beginning = stream.read(6)
+    stream.seek(0)
+    try:
+        zipped = beginning.startswith(_ZIP) or url.endswith(".zip")
+        return (zip_entries if zipped else tar_entries)(stream, url).values()
+    except tarfile.TarError as error:
+        raise UsageError(f"{url} {_no_tar(beginning, error)}") from None
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"{url} is not a whole zip ({error}); {NEEDED}") from None
+
+
+def _no_tar(beginning: bytes, error: tarfile.TarError) -> str:
+    if tool := decompressor_for(beginning):
+        return f"is compressed; {tool} it first: a folder, a zip or a plain tar is needed"
+    return f"is neither a folder nor a whole tar ({error}); {NEEDED}"
+
+
+def _opened(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) -> BinaryIO:
+    """The file to read and seek in; from afar by ranges so long that not every image's header costs a request."""
+    if isinstance(fs, LocalFileSystem):
+        return cast(BinaryIO, fs.open(path, "rb"))
+    size = fs.info(path)["size"]
+    if size is None:
+        raise DataError(f"{url}: its server does not say how large it is")
+    held = range(0), b""
+
+    def read(begin: int, end: int) -> bytes:
+        nonlocal held
+        if begin not in held[0] or end - 1 not in held[0]:
+            block = range(begin, min(max(end, begin + _BLOCK_BYTES), size))
+            held = block, storage.read(url, block.start, block.stop)
+        return held[1][begin - held[0].start : end - held[0].start]
+
+    return RangedFile(read, size)
+
+
+def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, url: str) -> Iterator[Entry]:
+    pending = [(root.rstrip("/"), "")]
+    while pending:
+        folder, inside = pending.pop()
+        for info in storage.retried("listed", folder, None, None, lambda: fs.ls(folder or "/", detail=True)):  # noqa: B023
+            place = info["name"].rstrip("/")
+            name = place.rpartition("/")[2]
+            if is_hidden(name) or place == folder:  # object stores list a folder in itself
+                continue
+            entry = _file_or_folder(fs, info, inside + name, join(url, inside + name))
+            if entry.folder:
+                pending.append((place, f"{inside}{name}/"))
+            if name.endswith(".tar") and not entry.folder and not entry.fault:
+                yield from _class_tar(storage, fs, place, entry)
+            else:
+                yield entry
+
+
+def _file_or_folder(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, url: str) -> Entry:
+    kind, fault = kind_of(fs, info)
+    if "::" in path and not fault:
+        fault = 'fsspec takes "::" in its name for a chain of file systems; rename it'
+    return Entry(path, kind == "directory", url, None, info.get("size"), fault)
+
+
+def _class_tar(storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entry: Entry) -> Iterator[Entry]:
+    """The folder that a tar in a folder stands for, and what is in it."""
+    folder = entry.path.removesuffix(".tar")
+    yield Entry(folder, True, entry.url)
+    with _opened(storage, fs, place, entry.url) as stream:
+        try:
+            yield from tar_entries(stream, entry.url, f"{folder}/").values()
+        except tarfile.TarError as error:
+            raise UsageError(f"{entry.url} is not a whole tar ({error}); fetch it again, or take it away") from None
+
+
+def kind_of(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[str, str | None]:
+    """Type of what was listed, links followed, and why it cannot be used."""
+    kind = info["type"]
+    if isinstance(fs, LocalFileSystem) and info["islink"]:
+        place = PurePath(info["name"])
+        if not os.path.exists(place):
+            return "other", "a link to nothing"
+        if os.path.realpath(place) in {os.path.realpath(parent) for parent in place.parents}:
+            return "other", "a link to a folder around it"
+        kind = fs.info(str(place))["type"]
+    return kind, None if kind in ("file", "directory") else "not a regular file"

@@ -1,0 +1,301 @@
+"""Manifest, sample tables and DALI indexes for shards that somebody else wrote, at any fsspec URL.
+
+By their headers alone: a tar is walked over in ranged reads, in which only the labels are read as well. Checksums and
+sizes of images stay unknown then; samples are marked so, and decoded once more whenever they are read. With `decode`
+every byte is read and every image decoded, once. A sample that cannot be used stays in the table, as the tar has it,
+without the mark of one that decoded, and is listed: training replaces it and says so. The tars are not changed, and
+the manifest comes last.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, takewhile
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
+
+from data import codec
+from data.errors import DataError, UsageError
+from data.packing.label_files import read_classes
+from data.packing.pack import cut
+from data.shards.labels import InvalidSample, class_numbers, fields, image_part, label_part, parse_labels
+from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
+from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
+from data.shards.tar_index import DamagedTar, TarSample, index_bytes, index_tar, printable
+from data.storage.ranged_file import RangedFile
+from data.storage.remote import NotFound, Storage, open_fs, write_file
+
+MOST_CLASSES = 2**20
+"""Classes that are made up from the numbers of the labels at most: one wild number would make millions."""
+_RUN_BYTES = 2**24
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum."""
+
+    shards: int
+    samples: int
+    bytes: int
+    classes: int
+    broken: tuple[BadSample, ...]
+    unchecked: int
+
+
+class Tar(NamedTuple):
+    """A tar and its size in bytes."""
+
+    url: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be done with each tar; `numbers` has the classes by name, if they are known."""
+
+    storage: Storage
+    folder: str
+    destination: str
+    decode: bool
+    label_field: str | None
+    numbers: dict[str, int] | None
+
+
+class _Indexed(NamedTuple):
+    """What is known of a tar that was indexed: the highest label in it, and the most labels of one sample."""
+
+    shard: Shard
+    highest: int
+    most_labels: int
+    broken: list[BadSample]
+
+
+def index(
+    url: str,
+    out: str | None,
+    *,
+    decode: bool,
+    classes: str | None,
+    label_field: str | None,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> Report:
+    """Indexes the tars that `url` names: a folder, a glob or a pattern as in train-{000..123}.tar.
+
+    Manifest, tables and indexes go to `out`, or beside the tars. `classes` is a file with a name in each line; without
+    it the classes are called by their numbers. Labels stand in `.cls`, or in the field `label_field` of `.json`.
+    `progress(done, total)` counts tars. UsageError where that cannot be; DataError where a tar is damaged, or reading
+    or writing fails.
+    """
+    tars = find_tars(url)
+    folder = _common_folder([tar.url for tar in tars])
+    destination = out or folder
+    _refuse_destination(destination)
+    names = None if classes is None else list(read_classes(classes))
+    numbers = None if names is None else {name: number for number, name in enumerate(names)}
+    request = _Request(Storage(), folder, destination, decode, label_field, numbers)
+    found = list(each_in_threads(lambda tar: _index_tar(request, tar), tars, workers, progress))
+    full = [each for each in found if each.shard.samples]
+    if not full or max(each.highest for each in full) < 0:
+        raise UsageError(f"{url} has no sample with a label; is it another --label-field?")
+    made_up = [str(number) for number in range(max(each.highest for each in full) + 1)]
+    write_manifest(
+        destination,
+        made_up if names is None else names,
+        [each.shard for each in full],
+        label_field=label_field,
+        labels_per_sample=max(1, *(each.most_labels for each in full)),
+        shards_at=None if open_fs(destination) == open_fs(folder) else folder,
+    )
+    return Report(
+        shards=len(full),
+        samples=sum(each.shard.samples for each in full),
+        bytes=sum(each.shard.bytes for each in full),
+        classes=len(made_up if names is None else names),
+        broken=tuple(chain.from_iterable(each.broken for each in found)),
+        unchecked=0 if decode else sum(each.shard.samples for each in full),
+    )
+
+
+# Which tars, and where to.
+
+
+def find_tars(url: str) -> list[Tar]:
+    """The tars of a folder, glob or brace pattern, in its order; UsageError where there are none, or one is missing."""
+    try:
+        patterns = list(braceexpand(url))
+    except ValueError as error:
+        raise UsageError(f"{url} is no pattern: {error}") from None
+    tars = [tar for pattern in patterns for tar in _matching(pattern)]
+    if len({tar.url for tar in tars}) < len(tars):
+        raise UsageError(f"{url} names a tar twice")
+    return tars
+
+
+def _matching(pattern: str) -> list[Tar]:
+    fs, path = open_fs(pattern)
+    try:
+        found = Storage().retried("listed", pattern, None, None, lambda: _listed(fs, path))
+    except NotFound:
+        raise UsageError(f"{pattern} does not exist") from None
+    tars = [each for each in found if each["name"].endswith(".tar") and each["type"] != "directory"]
+    if not tars:
+        raise UsageError(f"{pattern} has no .tar files (a compressed one must be unpacked first: gunzip, unzstd, unxz)")
+    return sorted(Tar(_url(fs, tar["name"]), _size(tar)) for tar in tars)
+
+
+def _listed(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    if any(sign in path for sign in "*?["):
+        return list(fs.glob(path, detail=True).values())
+    return [fs.info(path)] if path.endswith(".tar") else fs.ls(path, detail=True)
+
+
+def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    return path if type(fs) is LocalFileSystem else fs.unstrip_protocol(path)
+
+
+def _size(info: dict[str, Any]) -> int:
+    if info["size"] is None:
+        raise DataError(f"{info['name']}: its server does not say how large it is")
+    return int(info["size"])
+
+
+def _common_folder(urls: Sequence[str]) -> str:
+    """The innermost folder around all tars."""
+    levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
+    folder = "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
+    if folder.endswith((":", ":/")):
+        raise UsageError(f"{urls[0]} and {urls[-1]} lie in no folder together; index them apart")
+    return folder or "/"
+
+
+def _refuse_destination(destination: str) -> None:
+    fs, folder = open_fs(destination)
+    place = join(folder, MANIFEST)
+    held = Storage().retried("read", destination, None, None, lambda: fs.exists(place))
+    if held:
+        raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
+
+
+# One tar.
+
+
+def _index_tar(request: _Request, tar: Tar) -> _Indexed:
+    name = tar.url.removeprefix(request.folder.rstrip("/") + "/")
+    try:
+        samples = walk(request.storage, tar, {label_part(request.label_field)})
+    except DamagedTar as damage:
+        raise DamagedTar(f"{tar.url}: {damage}") from damage
+    if not samples:
+        return _Indexed(Shard(name, 0, tar.bytes), -1, 0, [BadSample(name, "", "has no samples; it is left out")])
+    labels, faults = _labels(request, tar, samples)
+    if request.decode:
+        rows = _read_and_decode(request.storage, tar, samples, faults)
+    else:
+        rows = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
+    _write(request.destination, name, table_bytes(rows), index_bytes(samples))
+    broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
+    highest = max((max(each) for each in labels), default=-1)
+    return _Indexed(Shard(name, len(samples), tar.bytes), highest, max(map(len, labels), default=0), broken)
+
+
+def walk(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
+    """The samples of a tar by its headers, read in ranges; DamagedTar where webdataset would lose some."""
+    return index_tar(RangedFile(lambda begin, end: storage.read(tar.url, begin, end), tar.bytes), keep)
+
+
+def _labels(request: _Request, tar: Tar, samples: list[TarSample]) -> tuple[list[tuple[int, ...]], dict[str, str]]:
+    """The labels of those samples that can be used, and why the others cannot, by their keys."""
+    labels, faults = [], {}
+    names = None
+    for sample in samples:
+        try:
+            image_part(sample.parts)
+            stated = parse_labels({**dict.fromkeys(sample.parts, b""), **sample.contents}, request.label_field)
+            if request.numbers is None:
+                names = names or next((each for each in stated if isinstance(each, str)), None)
+            labels.append(_numbers(stated, request.numbers))
+        except InvalidSample as unusable:
+            faults[sample.key] = str(unusable)
+    if names and not labels:
+        raise UsageError(f"{tar.url} has names as labels ({names[:20]!r}, for one); --classes FILE must list them")
+    if not labels:
+        _refuse_unlabelled(request, tar, samples[0])
+    return labels, faults
+
+
+def _numbers(stated: list[int | str], numbers: dict[str, int] | None) -> tuple[int, ...]:
+    if numbers is not None:
+        return class_numbers(stated, numbers)
+    for label in stated:
+        if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
+            raise InvalidSample(
+                f"its label is {str(label)[:20]!r}; without --classes FILE it must be 0 to {MOST_CLASSES - 1}"
+            )
+    return tuple(each for each in stated if isinstance(each, int))
+
+
+def _refuse_unlabelled(request: _Request, tar: Tar, first: TarSample) -> None:
+    """UsageError where the tar's first sample lacks what labels are looked for in, with what it has instead."""
+    where = label_part(request.label_field)
+    if request.label_field is None and where in first.parts:
+        return
+    begin, size, _ = first.parts.get("json", (0, 0, ""))
+    has = fields(request.storage.read(tar.url, begin, begin + size)) if size else []
+    if request.label_field not in has:
+        looked_for = f"field {request.label_field}" if request.label_field else ".cls"
+        offered = f"--label-field takes one of {', '.join(has)}" if has else "it has no .json either"
+        raise UsageError(f"{tar.url}: sample {printable(first.key)} has no {looked_for} for its label; {offered}")
+
+
+def _read_and_decode(storage: Storage, tar: Tar, samples: list[TarSample], faults: dict[str, str]) -> Any:
+    """The table's rows, with checksums and sizes; images that do not decode are added to `faults`."""
+    checksums, shapes, flags = [], [], []
+    for run in cut(samples, lambda sample: sample.bytes, None, _RUN_BYTES):
+        first, end = run[0].offset, run[-1].offset + run[-1].bytes
+        contents = memoryview(storage.read(tar.url, first, end))
+        for sample in run:
+            checksums.append(zlib.crc32(contents[sample.offset - first :][: sample.bytes]))
+            try:
+                begin, size, _ = sample.parts[image_part(sample.parts)]
+                picture = codec.examine(bytes(contents[begin - first :][:size]))
+                shapes.append((picture.height, picture.width))
+                flags.append(FLAG_DECODED)
+            except (InvalidSample, codec.Undecodable) as fault:
+                faults.setdefault(sample.key, str(fault))
+                shapes.append((0, 0))
+                flags.append(0)
+    return table_rows(samples, checksums, shapes, flags)
+
+
+def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
+    fs, folder = open_fs(destination)
+    path = join(folder, name.removesuffix(".tar"))
+    try:
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        write_file(fs, f"{path}.npy", table)
+        write_file(fs, f"{path}.idx", lines)
+    except Exception as error:  # the back ends' exceptions share no base class
+        raise DataError(f"{destination} cannot be written: {error}; --out takes another place") from error
+
+
+def each_in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, progress: Callable[[int, int], None]
+) -> Iterator[Result]:
+    """The work's results in the order of the items; an error ends it, and what has not begun is not begun."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        progress(0, len(items))
+        for done, result in enumerate(pool.map(work, items), start=1):
+            progress(done, len(items))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,311 @@
+"""A person's images packed into shuffled WebDataset shards; the same source and seed give the same bytes.
+
+Images keep their bytes, unless smaller ones are asked for. Each is decoded once, in threads, so that training meets no
+damaged one; what does not decode is listed and left out. The order is one permutation of all images, and shards are cut
+from it by the sizes that the listing gave, before anything is read: neither threads nor damaged images nor an
+interruption move a sample to another shard. At most three shards are in memory. The manifest comes last, so an
+interrupted pack never looks whole. Who trains on the shards is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple, TypeVar
+
+from webdataset import TarWriter
+
+from data import codec, rng
+from data.errors import DataError, UsageError
+from data.packing.archives import Damaged
+from data.packing.resize import shrink
+from data.packing.resume import FinishedShard, Request, commit, refuse_destination, resume, write_shard
+from data.packing.sources import Entry, Source, list_source, refuse_empty_classes
+from data.shards.manifest import BadSample, Shard
+from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes
+from data.shards.tar_index import index_bytes, index_tar, printable
+from data.storage.prefetch import ordered_map
+
+QUALITY = 92
+_CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
+_WRITES_AT_ONCE = 2
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed (shards, samples, bytes of tar, classes), and what was left out of it, by path.
+
+    `kept` of the shards are those that an interrupted pack had left whole.
+    """
+
+    shards: int
+    samples: int
+    bytes: int
+    classes: int
+    broken: tuple[BadSample, ...]
+    kept: int
+
+
+class Candidate(NamedTuple):
+    """An image on its way into a shard; `label` is the part that says its classes: extension and contents."""
+
+    image: Entry
+    key: str
+    labels: tuple[int, ...]
+    label: tuple[str, bytes]
+
+
+class Examined(NamedTuple):
+    """A candidate's bytes and what they are, or why they are left out."""
+
+    candidate: Candidate
+    encoded: bytes
+    picture: codec.Picture | None
+    reason: str
+
+
+def pack(
+    source: str,
+    destination: str,
+    *,
+    samples_per_shard: int | None,
+    bytes_per_shard: int | None,
+    seed: int,
+    workers: int,
+    overwrite: bool,
+    progress: Callable[[int, int], None],
+    labels: str | None = None,
+    classes: str | None = None,
+    resize: int | None = None,
+    quality: int | None = None,
+) -> PackReport:
+    """Packs what `list_source` finds into shards at `destination`, or goes on with an interrupted pack of the same.
+
+    A shard has at most `samples_per_shard` samples and about `bytes_per_shard` bytes of tar (at least one sample),
+    whichever comes first. Images whose shorter side is above `resize` are made that small, in JPEG of this `quality`.
+    `progress(done, total)` counts image files. UsageError where source, destination or numbers cannot be; DataError
+    where reading or writing fails.
+    """
+    _refuse_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality)
+    refuse_destination(source, destination, overwrite)
+    found = list_source(source, labels, classes)
+    plan = list(cut(_shuffled(found, seed), _tar_bytes, samples_per_shard, bytes_per_shard))
+    numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
+    request = {"source": source, **numbers, "resize": resize, "quality": quality, "listing": _fingerprint(found)}
+    done = resume(destination, request, overwrite)
+    kept = len(done)
+    with ThreadPoolExecutor(workers) as pool:
+        looked_at = partial(_examine, found, resize, quality or QUALITY)
+        examined = _examined(pool, looked_at, plan, kept, workers, progress)
+        done += _write_shards(pool, destination, plan, done, examined)
+    if not found.fixed:
+        refuse_empty_classes(source, _empty_classes(found, plan, done), "of which no image decodes")
+    written = [each.shard for each in done if each.shard]
+    if not written:
+        raise UsageError(f"{source} has no image that decodes; {done[0].broken[0].key}: {done[0].broken[0].reason}")
+    commit(destination, found.classes, written, max(map(len, found.labels)))
+    left_out = chain(found.broken, *(each.broken for each in done))
+    return PackReport(
+        shards=len(written),
+        samples=sum(shard.samples for shard in written),
+        bytes=sum(shard.bytes for shard in written),
+        classes=len(found.classes),
+        broken=tuple(sorted(left_out, key=lambda each: each.key)),
+        kept=sum(each.shard is not None for each in done[:kept]),
+    )
+
+
+def _refuse_numbers(
+    samples_per_shard: int | None,
+    bytes_per_shard: int | None,
+    seed: int,
+    workers: int,
+    resize: int | None,
+    quality: int | None,
+) -> None:
+    if samples_per_shard is None and bytes_per_shard is None:
+        raise UsageError("neither samples nor bytes per shard are given; give one or both")
+    numbers = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "workers": workers}
+    for name, number in {**numbers, "resize": resize}.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}; it must be at least 1")
+    if not 0 <= seed < rng.SEEDS:
+        raise UsageError(f"seed is {seed}; it must be from 0 to {rng.SEEDS - 1}")
+    if quality is not None and (resize is None or not 1 <= quality <= 100):
+        raise UsageError(f"quality is {quality}; it is that of resized images (--resize), from 1 to 100")
+
+
+# The order, the keys and the shards, from the listing alone.
+
+
+def _shuffled(found: Source, seed: int) -> list[Candidate]:
+    keys = keys_of([image.path for image in found.images])
+    several = any(len(labels) > 1 for labels in found.labels)
+    candidates = [
+        Candidate(image, key, labels, _label_part(labels, several))
+        for image, key, labels in zip(found.images, keys, found.labels, strict=True)
+    ]
+    return [candidates[i] for i in rng.permutation(seed, rng.Stream.PACK, 0, len(candidates))]
+
+
+def _label_part(labels: tuple[int, ...], several: bool) -> tuple[str, bytes]:
+    """Of a set in which some sample has several labels, all have them in the same place."""
+    return ("json", json.dumps({"labels": labels}).encode()) if several else ("cls", str(labels[0]).encode())
+
+
+def _fingerprint(found: Source) -> str:
+    """SHA-256 of all that the listing says: where each file is, how large, and its labels."""
+    digest = hashlib.sha256(repr((found.classes, found.broken)).encode("utf-8", "surrogateescape"))
+    for each in zip(found.images, found.labels, strict=True):
+        digest.update(repr(each).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def keys_of(paths: Iterable[str]) -> list[str]:
+    """A key for each path, all different: no suffix, and only letters, digits, "_", "-" and "/".
+
+    webdataset ends a key at its first dot and passes over "__x__/..."; DALI's index is cut at spaces. Of paths with
+    the same key the first keeps it, the next get "-2", "-3", ...
+    """
+    taken: dict[str, int] = {}
+    keys = []
+    for path in paths:
+        plain = re.sub(r"[^\w/-]", "_", unicodedata.normalize("NFC", os.path.splitext(path)[0]))
+        key = plain = re.sub(r"^__+", "_", plain)
+        while key in taken:
+            taken[plain] += 1
+            key = f"{plain}-{taken[plain]}"
+        taken[key] = 1
+        keys.append(key)
+    return keys
+
+
+def cut(
+    items: Iterable[Item], bytes_of: Callable[[Item], int], most_items: int | None, most_bytes: int | None
+) -> Iterator[list[Item]]:
+    """The items in runs of at most this many items and bytes; a run has at least one item."""
+    run: list[Item] = []
+    size = 0
+    for item in items:
+        more = bytes_of(item)
+        if run and (len(run) == most_items or (most_bytes is not None and size + more > most_bytes)):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        size += more
+    if run:
+        yield run
+
+
+def _image_bytes(candidate: Candidate) -> int:
+    return candidate.image.size or 0
+
+
+def _tar_bytes(candidate: Candidate) -> int:
+    """What a sample takes in a tar: two headers, and label and image in whole blocks."""
+    return 2 * 512 + sum(-(-size // 512) * 512 for size in (len(candidate.label[1]), _image_bytes(candidate)))
+
+
+# Reading and decoding, in threads; the results come in order.
+
+
+def _examined(
+    pool: ThreadPoolExecutor,
+    examine: Callable[[Candidate], Examined],
+    plan: Sequence[list[Candidate]],
+    kept: int,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[Examined]:
+    """Every candidate behind the shards that are kept, in order, read and decoded."""
+    before, total = sum(map(len, plan[:kept])), sum(map(len, plan))
+    chunks = cut(chain.from_iterable(plan[kept:]), _image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
+    results = ordered_map(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
+    progress(before, total)
+    for done, each in enumerate(chain.from_iterable(results), start=before + 1):
+        progress(done, total)
+        yield each
+
+
+def _examine(found: Source, resize: int | None, quality: int, candidate: Candidate) -> Examined:
+    try:
+        encoded = found.read(candidate.image)
+        if resize is None:
+            return Examined(candidate, encoded, codec.examine(encoded), "")
+        return Examined(candidate, *shrink(encoded, resize, quality), "")
+    except (codec.Undecodable, Damaged) as error:
+        return Examined(candidate, b"", None, str(error))
+
+
+# Writing.
+
+
+def _write_shards(
+    pool: ThreadPoolExecutor,
+    destination: str,
+    plan: Sequence[list[Candidate]],
+    kept: Sequence[FinishedShard],
+    examined: Iterator[Examined],
+) -> list[FinishedShard]:
+    """The shards behind those that are kept, written while the next is built."""
+    done: list[FinishedShard] = []
+    writes: deque[Future[FinishedShard]] = deque()
+    named = sum(each.shard is not None for each in kept)
+    for number, candidates in enumerate(plan[len(kept) :], start=len(kept)):
+        tar, shapes, broken = _tar(islice(examined, len(candidates)))
+        writes.append(pool.submit(_write_shard, destination, number, f"shard-{named:06d}", tar, shapes, broken))
+        named += bool(shapes)
+        if len(writes) > _WRITES_AT_ONCE:
+            done.append(writes.popleft().result())
+    return done + [write.result() for write in writes]
+
+
+def _tar(samples: Iterable[Examined]) -> tuple[bytes, list[tuple[int, int]], list[BadSample]]:
+    """A tar of those samples that decoded, their (height, width), and the others."""
+    stream, shapes, broken = io.BytesIO(), [], []
+    with TarWriter(stream, encoder=False, mtime=0) as tar:  # any other mtime makes other bytes each time
+        for candidate, encoded, picture, reason in samples:
+            if picture is None:
+                broken.append(BadSample(None, printable(candidate.image.path), reason))
+                continue
+            tar.write({"__key__": candidate.key, picture.kind: encoded, candidate.label[0]: candidate.label[1]})
+            shapes.append((picture.height, picture.width))
+    return stream.getvalue(), shapes, broken
+
+
+def _write_shard(
+    destination: str,
+    number: int,
+    name: str,
+    tar: bytes,
+    shapes: Sequence[tuple[int, int]],
+    broken: Sequence[BadSample],
+) -> FinishedShard:
+    if not shapes:
+        return write_shard(destination, number, name, {}, FinishedShard(None, 0, tuple(broken)))
+    samples = index_tar(tar)
+    if len(samples) != len(shapes):
+        raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(shapes)}")
+    table = table_bytes(sample_table(tar, samples, shapes, FLAG_DECODED))
+    index = index_bytes(samples)
+    done = FinishedShard(Shard(f"{name}.tar", len(samples), len(tar)), len(index), tuple(broken))
+    return write_shard(destination, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
+
+
+def _empty_classes(found: Source, plan: Sequence[list[Candidate]], done: Sequence[FinishedShard]) -> list[str]:
+    full: set[int] = set()
+    for candidates, each in zip(plan, done, strict=True):
+        broken = {left_out.key for left_out in each.broken}
+        full.update(label for c in candidates if printable(c.image.path) not in broken for label in c.labels)
+    return [name for label, name in enumerate(found.classes) if label not in full]

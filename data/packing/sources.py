@@ -1,0 +1,272 @@
+"""The images that a person brings, at any fsspec URL, each with its labels and where its bytes are.
+
+    a folder, tar or zip of class folders   the class of an image is its first folder
+    the same with class tars for folders    as ImageNet's training set comes, unpacked once or not at all
+    one of flat images, and a label list    as ImageNet's validation set comes
+    a CSV or JSONL of paths and labels      several labels a sample, if need be
+
+Listing reads names and sizes only. Folders deeper than a class are part of an image's name; one outer folder around all
+is taken off; hidden files are nobody's. Every other file is either an image by its suffix or listed as broken with the
+reason. The same files give the same listing, whatever they lie in. What becomes of the images is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from data.errors import DataError, UsageError
+from data.packing import label_files
+from data.packing.archives import Entry, plain_path, unzipped
+from data.packing.folders import NEEDED, entries_of, kind_of
+from data.packing.label_files import LISTS, Row, few
+from data.shards.labels import IMAGES
+from data.shards.manifest import BadSample
+from data.shards.tar_index import printable
+from data.storage.remote import ByteSource, NotFound, Storage, open_fs
+
+SUFFIXES = tuple(f".{name}" for name in IMAGES)
+_STATED_AT_ONCE = 16
+Place = tuple[fsspec.AbstractFileSystem, str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in the order of their paths (of a list: in its order), their labels, and what was left out.
+
+    `labels` are numbers of `classes`, one tuple an image. `fixed` says that somebody named the classes: then a class
+    may have no image.
+    """
+
+    url: str
+    classes: tuple[str, ...]
+    fixed: bool
+    images: tuple[Entry, ...]
+    labels: tuple[tuple[int, ...], ...]
+    broken: tuple[BadSample, ...]
+    storage: ByteSource
+
+    def read(self, image: Entry) -> bytes:
+        """An image's file; DataError that names it if it is unreadable or not as listed, archives.Damaged in a zip."""
+        if image.size == 0:
+            return b""
+        size = image.zipped.span if image.zipped else image.size
+        begin, end = (None, None) if image.offset is None else (image.offset, image.offset + (size or 0))
+        try:
+            contents = self.storage.read(image.url, begin, end)
+        except DataError as error:
+            raise DataError(f"{printable(image.path)} of {self.url} cannot be read: {error}") from error
+        if size is not None and len(contents) != size:
+            had = f"has {len(contents)} bytes and had {size} when listed"
+            raise DataError(f"{printable(image.path)} of {self.url} {had}")
+        return unzipped(contents, image.zipped, image.size or 0) if image.zipped else contents
+
+
+def list_source(url: str, labels: str | None = None, classes: str | None = None) -> Source:
+    """What is in a folder, tar, zip or list, with the label list at `labels` if it is flat.
+
+    `classes` fixes the classes and their order: a file with one in each line, or packed shards. UsageError where there
+    is nothing, a list does not fit, a class is unknown, or one that is not fixed has no image file.
+    """
+    url = url.rstrip("/") or "/"
+    names = None if classes is None else label_files.read_classes(classes)
+    storage = Storage()
+    if url.endswith(LISTS):
+        if labels is not None:
+            raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
+        images, stated = _of_list(storage, url, names)
+        return _source(storage, url, images, stated, [], names)
+    entries = entries_of(storage, url)
+    if labels is not None:
+        images, broken = _sorted_out(_without_outer_folders(entries), lambda entry: None)
+        # The order of classes in shards need not be that of the numbers in somebody's label list.
+        counted = None if classes is None or label_files.is_packed(classes) else names
+        stated = label_files.to_class_names(labels, _stated_for(url, images, labels), counted, label_files.infer_base)
+    else:
+        entries = _without_outer_folder(entries)
+        images, broken = _sorted_out(entries, lambda entry: None if "/" in entry.path else "in no class folder")
+        _refuse_unusable(url, entries, images, broken, names is not None)
+        stated = [(_class_of(image),) for image in images]
+    return _source(storage, url, images, stated, broken, names)
+
+
+def refuse_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
+    """UsageError that names the classes, if there are any."""
+    if names := list(empty):
+        raise UsageError(f"{url} has class folders {why}: {few(names)}; add images to them or take them away")
+
+
+def _source(
+    storage: Storage,
+    url: str,
+    images: list[Entry],
+    stated: Sequence[tuple[str, ...]],
+    broken: list[BadSample],
+    fixed: Sequence[str] | None,
+) -> Source:
+    if not images:
+        raise UsageError(f"{url} has no images ({' '.join(SUFFIXES)})" + _for_one(broken))
+    classes = sorted({name for each in stated for name in each}) if fixed is None else fixed
+    numbers = {name: number for number, name in enumerate(classes)}
+    for image, names in zip(images, stated, strict=True):
+        if unknown := [name for name in names if name not in numbers]:
+            where = f"{printable(image.path)} of {url}"
+            raise UsageError(f"{where} is of class {printable(unknown[0])}, which --classes does not have")
+    labels = tuple(tuple(numbers[name] for name in names) for names in stated)
+    return Source(url, tuple(classes), fixed is not None, tuple(images), labels, tuple(broken), storage)
+
+
+def _for_one(broken: list[BadSample]) -> str:
+    return f"; {broken[0].key}, for one: {broken[0].reason}" if broken else ""
+
+
+# Class folders.
+
+
+def _class_of(entry: Entry) -> str:
+    return entry.path.partition("/")[0]
+
+
+def _refuse_unusable(url: str, entries: list[Entry], images: list[Entry], broken: list[BadSample], fixed: bool) -> None:
+    classes = {_class_of(entry) for entry in entries if entry.folder or "/" in entry.path}
+    if not entries:
+        raise UsageError(f"{url} is empty; {NEEDED}")
+    if not classes:
+        raise UsageError(
+            f"{url} has no class folders; put the images of each class into a folder of its name, or give their labels"
+            " with --labels FILE"
+        )
+    for name in classes:
+        if name != printable(name):
+            raise UsageError(f"{url} has a class folder {printable(name)}, which is not UTF-8; rename it")
+    if not fixed and images:
+        empty = classes - {_class_of(image) for image in images}
+        refuse_empty_classes(url, empty, f"without images ({' '.join(SUFFIXES)})")
+
+
+def _sorted_out(
+    entries: list[Entry], fault_of_place: Callable[[Entry], str | None]
+) -> tuple[list[Entry], list[BadSample]]:
+    """Images and broken files, each in the order of their paths."""
+    images, broken = [], []
+    for entry in sorted(entries):
+        if entry.folder:
+            continue
+        if reason := entry.fault or fault_of_place(entry) or _fault_of_name(entry.path):
+            broken.append(BadSample(None, printable(entry.path), reason))
+        else:
+            images.append(entry)
+    return images, broken
+
+
+def _fault_of_name(path: str) -> str | None:
+    if not path.lower().endswith(SUFFIXES):
+        return f"not an image by its name ({' '.join(SUFFIXES)})"
+    return None
+
+
+def _without_outer_folder(entries: list[Entry]) -> list[Entry]:
+    """Entries without the one folder around everything, if it has folders in it and no files."""
+    if any(not entry.folder and entry.path.count("/") < 2 for entry in entries):
+        return entries
+    return _one_folder_less(entries)
+
+
+def _without_outer_folders(entries: list[Entry]) -> list[Entry]:
+    """Entries without any folder around everything."""
+    while (inner := _one_folder_less(entries)) is not entries:
+        entries = inner
+    return entries
+
+
+def _one_folder_less(entries: list[Entry]) -> list[Entry]:
+    tops = {_class_of(entry) for entry in entries}
+    if len(tops) != 1 or not any("/" in entry.path for entry in entries):
+        return entries
+    return [entry._replace(path=entry.path.partition("/")[2]) for entry in entries if "/" in entry.path]
+
+
+# A label list beside flat images.
+
+
+def _stated_for(url: str, images: list[Entry], labels: str) -> list[tuple[str, ...]]:
+    """The labels of each image by the label list; UsageError where it lacks one, or names what is not there."""
+    listed = label_files.read_labels(labels)
+    if isinstance(listed, list):
+        if len(listed) != len(images):
+            raise UsageError(f"{labels} has {len(listed)} labels, one a line, for {len(images)} images of {url}")
+        return [(label,) for label in listed]
+    names = [image.path if image.path in listed else os.path.splitext(image.path)[0] for image in images]
+    if unlabelled := [image.path for image, name in zip(images, names, strict=True) if name not in listed]:
+        raise UsageError(f"{labels} has no label for {printable(few(unlabelled))} of {url}")
+    if missing := set(listed) - set(names):
+        raise UsageError(f"{labels} names {few(missing)}, which {url} does not have")
+    return [(listed[name],) for name in names]
+
+
+# A list.
+
+
+def _of_list(storage: Storage, url: str, classes: Sequence[str] | None) -> tuple[list[Entry], list[tuple[str, ...]]]:
+    """The images that a list names, with their sizes, and their labels; UsageError with the line that is wrong."""
+    rows = label_files.read_rows(url)
+    urls = [_beside(url, row.path) for row in rows]
+    places = [open_fs(each) for each in urls]
+    lines: dict[tuple[int, str], int] = {}
+    for row, (fs, path) in zip(rows, places, strict=True):
+        if lines.setdefault((id(fs), path), row.line) != row.line:
+            raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
+    infos = _infos(storage, places)
+    missing = [row for row, info in zip(rows, infos, strict=True) if info is None or info["type"] != "file"]
+    if missing:
+        more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"{url} line {missing[0].line} names {missing[0].path}, which does not exist as a file{more}")
+    entries = [_listed(*each) for each in zip(rows, urls, infos, strict=True)]
+    return entries, label_files.to_class_names(url, [row.labels for row in rows], classes, label_files.zero_based)
+
+
+def _listed(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
+    return Entry(plain_path(row.path.rpartition("://")[2]), False, url, None, info["size"] if info else None)
+
+
+def _beside(url: str, path: str) -> str:
+    """Where a list at `url` finds a path."""
+    if "://" in path or path.startswith("/"):
+        return path
+    folder, slash, _ = url.rpartition("/")
+    return f"{folder}{slash}{plain_path(path)}"
+
+
+def _infos(storage: Storage, places: list[Place]) -> list[dict[str, Any] | None]:
+    """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
+    folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in places}
+    with ThreadPoolExecutor(_STATED_AT_ONCE) as pool:
+        listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
+        by_folder = dict(zip(folders, listed, strict=True))
+
+        def info(place: Place) -> dict[str, Any] | None:
+            fs, path = place
+            known = by_folder[id(fs), path.rpartition("/")[0]].get(path)
+            return known if known and known.get("size") is not None else _info(storage, fs, path)
+
+        return list(pool.map(info, places))
+
+
+def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
+    try:
+        infos = storage.retried("listed", folder, None, None, lambda: fs.ls(folder or "/", detail=True))
+    except DataError:  # not every server lists its folders
+        return {}
+    return {info["name"]: {**info, "type": "file"} for info in infos if kind_of(fs, info) == ("file", None)}
+
+
+def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    try:
+        return storage.retried("found", path, None, None, lambda: fs.info(path))
+    except NotFound:
+        return None

@@ -1,0 +1,208 @@
+"""Shards on disk: manifest, tar, DALI index and sample table; written, read and checked here, at any fsspec URL.
+
+    manifest.json       {"format": 1, "samples": N, "classes": [...], "shards": [{"name", "samples", "bytes"}, ...]}
+    shard-000000.tar    an ordinary WebDataset tar: KEY.jpg and KEY.cls, one behind the other
+    shard-000000.idx    DALI's own index of it (wds2idx, v1.2)
+    shard-000000.npy    one row of 32 bytes a sample; row i lies at byte 256 + 32 i, so any run of rows is one range
+
+Where the tars are somebody else's and stay where they are, the manifest says where (`shards_at`), and in which field of
+`.json` the labels stand (`label_field`), and how many of them a sample has at most (`labels_per_sample`).
+
+The manifest is written last: where it is, everything that it names is whole. Which samples are read, and when, is not
+known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from data.errors import UsageError
+from data.shards.labels import InvalidSample, class_numbers, parse_labels
+from data.shards.sample_table import HEADER_BYTES, ROW
+from data.storage.cache import NodeCache
+from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs, write_file
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name beside the manifest, its samples, its bytes."""
+
+    name: str
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What lies at `url`; `fingerprint` is the SHA-256 of the manifest's bytes, in hexadecimal."""
+
+    url: str
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    fingerprint: str
+    label_field: str | None = None
+    labels_per_sample: int = 1
+    shards_at: str | None = None
+    storage: ByteSource = field(default=DEFAULT, compare=False, repr=False)
+
+    @cached_property
+    def samples(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @cached_property
+    def mean_sample_bytes(self) -> float:
+        """Bytes of tar a sample takes on average."""
+        return sum(shard.bytes for shard in self.shards) / self.samples
+
+    def url_of(self, shard: int, suffix: str = ".tar") -> str:
+        """Where a shard's tar lies, or its ".npy" or ".idx"."""
+        folder = (self.shards_at or self.url) if suffix == ".tar" else self.url
+        return join(folder, self.shards[shard].name.removesuffix(".tar") + suffix)
+
+    def labels_of(self, parts: Mapping[str, bytes]) -> tuple[int, ...]:
+        """The numbers of a sample's classes, by its parts; Unusable where it has none, or one that is no class."""
+        labels = class_numbers(parse_labels(parts, self.label_field), self._numbers)
+        if len(labels) > self.labels_per_sample:
+            raise InvalidSample(f"has {len(labels)} labels; {MANIFEST} says {self.labels_per_sample} at most")
+        return labels
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.classes)}
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used: its shard (None if it never got into one), its key or source file, and why."""
+
+    shard: str | None
+    key: str
+    reason: str
+
+
+def join(folder: str, name: str) -> str:
+    """The URL or path of a file in a folder."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+# The manifest.
+
+
+def write_manifest(
+    url: str,
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    *,
+    label_field: str | None = None,
+    labels_per_sample: int = 1,
+    shards_at: str | None = None,
+) -> None:
+    """Puts the manifest at `url`, to be called when all else is there; the same content gives the same bytes."""
+    optional = {"label_field": label_field, "labels_per_sample": labels_per_sample, "shards_at": shards_at}
+    lines = "".join(
+        f'"{name}": {json.dumps(value, ensure_ascii=False)},\n'
+        for name, value in optional.items()
+        if value not in (None, 1)
+    )
+    rows = ",\n".join("  " + json.dumps(vars(shard), ensure_ascii=False) for shard in shards)
+    samples = sum(shard.samples for shard in shards)
+    text = (
+        f'{{"format": {FORMAT}, "samples": {samples},\n"classes": {json.dumps(list(classes), ensure_ascii=False)},\n'
+        f'{lines}"shards": [\n{rows}\n]}}\n'
+    )
+    fs, folder = open_fs(url)
+    write_file(fs, join(folder, MANIFEST), text.encode())
+
+
+def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
+    """What lies at `url`; UsageError where no manifest is, or one that does not add up; DataError if unreadable."""
+    place = join(url, MANIFEST)
+    try:
+        contents = storage.read(place)
+    except NotFound:
+        raise UsageError(
+            f"{place} does not exist; `coatnet data pack` makes shards with a manifest, `coatnet data index` one for"
+            " shards that are there already"
+        ) from None
+    return replace(_parse_manifest(url, place, contents), storage=storage)
+
+
+def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
+    try:
+        stated: Any = json.loads(contents)
+    except ValueError as error:
+        raise UsageError(f"{place} is not JSON ({error}); pack again") from None
+    if not isinstance(stated, dict) or "format" not in stated:
+        raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is the path another?")
+    if stated["format"] != FORMAT:
+        raise UsageError(f"{place} has format {stated['format']}; this version reads format {FORMAT}")
+    try:
+        shards = tuple(Shard(each["name"], each["samples"], each["bytes"]) for each in stated["shards"])
+        classes, samples = tuple(stated["classes"]), stated["samples"]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
+    optional = {name: stated[name] for name in ("label_field", "labels_per_sample", "shards_at") if name in stated}
+    manifest = Manifest(url, classes, shards, hashlib.sha256(contents).hexdigest(), **optional)
+    if fault := _fault(manifest, samples):
+        raise UsageError(f"{place} {fault}; pack again")
+    return manifest
+
+
+def _fault(manifest: Manifest, samples: object) -> str | None:
+    """What does not hold of a manifest, in a few words."""
+    if not manifest.classes or not all(isinstance(each, str) for each in manifest.classes):
+        return "names no classes"
+    if len(set(manifest.classes)) < len(manifest.classes):
+        return "names a class twice"
+    if not manifest.shards:
+        return "names no shards"
+    for shard in manifest.shards:
+        if not isinstance(shard.name, str) or not shard.name.endswith(".tar"):
+            return f"names a shard {shard.name!r}, which is no .tar"
+        if any(type(number) is not int or number < 1 for number in (shard.samples, shard.bytes)):
+            return f"gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes"
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        return "names a shard twice"
+    if manifest.samples != samples:
+        return f"says {samples!r} samples, and its shards have {manifest.samples}"
+    if type(manifest.labels_per_sample) is not int or manifest.labels_per_sample < 1:
+        return f"gives a sample {manifest.labels_per_sample!r} labels"
+    if not all(isinstance(each, str | None) for each in (manifest.label_field, manifest.shards_at)):
+        return "has a label_field or shards_at that is no text"
+    return None
+
+
+def with_cache(manifest: Manifest, storage: Storage, folder: str | None, max_bytes: int | None) -> Manifest:
+    """The manifest, whose files are read by `storage` through a cache in `folder`, but not where they lie on a disk."""
+    files = open_fs(manifest.shards_at or manifest.url)[0]
+    if folder is None or isinstance(files, LocalFileSystem):
+        return replace(manifest, storage=storage)
+    place = Path(os.path.expandvars(folder)).expanduser()
+    return replace(manifest, storage=NodeCache(storage, place, max_bytes, manifest.fingerprint, _sizes_of(manifest)))
+
+
+def _sizes_of(manifest: Manifest) -> Callable[[str], int | None]:
+    """The bytes of a set's tars and tables by their URL."""
+    shards = {shard.name.removesuffix(".tar"): shard for shard in manifest.shards}
+    tars, tables = ((folder.rstrip("/") + "/") for folder in (manifest.shards_at or manifest.url, manifest.url))
+
+    def size_of(url: str) -> int | None:
+        if url.endswith(".npy") and (table := shards.get(url.removeprefix(tables).removesuffix(".npy"))):
+            return HEADER_BYTES + ROW.itemsize * table.samples
+        tar = shards.get(url.removeprefix(tars).removesuffix(".tar")) if url.endswith(".tar") else None
+        return tar.bytes if tar else None
+
+    return size_of

@@ -1,0 +1,299 @@
+"""All that is asked of fsspec when data are read or written, behind one layer of retries: ours.
+
+A read gives exactly the bytes that were asked for, or ends within known limits with a DataError that says what was
+tried. Every attempt has a deadline, so neither silence nor a trickle holds a reader. What may pass (a refused or
+dropped connection, 408, 429, 5xx, a short answer) is tried again with growing waits and handed to `on_fault`; what
+will not (no permission, other 4xx) ends at once. The retries of the layers below are switched off.
+
+Threads may share all of this, forked processes may not: fsspec's connections do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import IO, Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data.errors import DataError, UsageError
+
+LONGEST_WAIT = 30.0
+SAID_FROM = 4
+"""The attempt after which a person is told, who would else see a run stand still."""
+SLOWEST = 1 << 20
+"""Bytes a second that an attempt may count on: its deadline grows with what is asked for."""
+WHOLE_FILES_BYTES = 8 << 30
+"""What a process keeps in unnamed temporary files of servers that give no ranges; one file at least."""
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
+_FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError, TypeError)
+_PASSING = {408, 416, 425, 429}  # 416: a range past the end, so the file is shorter than it was
+Result = TypeVar("Result")
+
+
+class NotFound(DataError):
+    """A file that was asked for as a whole does not exist."""
+
+
+@dataclass(frozen=True)
+class ReadError:
+    """An attempt that failed and is made again: bytes `begin` to `end` (None: the whole file), the how manieth, why."""
+
+    url: str
+    begin: int | None
+    end: int | None
+    attempt: int
+    reason: str
+
+
+class ByteSource(Protocol):
+    """What gives the bytes of a file: a Storage, or a cache in front of one."""
+
+    def read(self, url: str, begin: int | None = None, end: int | None = None) -> bytes: ...
+
+    def read_again(self, url: str, begin: int, end: int, reason: str) -> bytes: ...
+
+
+def _unnoticed(fault: ReadError) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Reads at any fsspec URL: at most so many attempts, seconds for each (and one a MiB), and seconds in all.
+
+    Waits begin at `first_wait` seconds and double, up to LONGEST_WAIT; a part of each is drawn from a checksum, so that
+    ranks do not come back all at once.
+    """
+
+    attempts: int = 10
+    deadline: float = 60.0
+    patience: float = 600.0
+    first_wait: float = 0.5
+    on_fault: Callable[[ReadError], None] = _unnoticed
+
+    def read(self, url: str, begin: int | None = None, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end` of a file, or all of it; DataError where they cannot be had.
+
+        A range is asked of a file that is known to be there, so a missing one is tried again; a whole one is NotFound.
+        """
+        if begin is None or end is None:
+            return self.retried("read", url, None, None, lambda: self._whole(url))
+        return self.retried("read", url, begin, end, lambda: self._range(url, begin, end))
+
+    def read_again(self, url: str, begin: int, end: int, reason: str) -> bytes:
+        """The same range once more, since what came was not what was written, which counts as a fault."""
+        self.on_fault(ReadError(url, begin, end, 1, reason))
+        return self.read(url, begin, end)
+
+    def retried(self, done: str, url: str, begin: int | None, end: int | None, call: Callable[[], Result]) -> Result:
+        """What `call` returns at last; DataError ("cannot be read: ...") past the limits or where trying is no use."""
+        what = url if begin is None else f"{url}: bytes {begin} to {end}"
+        started = time.monotonic()
+        for attempt in count(1):
+            try:
+                return call()
+            except (UsageError, DataError):
+                raise
+            except Exception as error:  # the back ends' exceptions share no base class
+                failure = error
+            reason, spent = _reason(failure), time.monotonic() - started
+            if _is_final(failure, whole=begin is None):
+                kind = NotFound if isinstance(failure, FileNotFoundError | NotADirectoryError) else DataError
+                raise kind(f"{what} cannot be {done}: {reason}") from failure
+            self.on_fault(ReadError(url, begin, end, attempt, reason))
+            wait = self._wait(f"{url} {begin} {end}", attempt)
+            if attempt >= self.attempts or spent + wait > self.patience:
+                last = f"{attempt} attempts in {spent:.0f} s, the last: {reason}"
+                raise DataError(f"{what} cannot be {done}: {last}") from failure
+            if attempt == SAID_FROM:
+                print(f"{what}: {attempt} attempts failed, the last: {reason}; trying on", file=sys.stderr)
+            time.sleep(wait)
+        raise AssertionError("count() has no end")
+
+    def _wait(self, asked: str, attempt: int) -> float:
+        drawn = zlib.crc32(f"{asked} {attempt} {os.getpid()}".encode()) / 2**32
+        return min(LONGEST_WAIT, self.first_wait * 2 ** (attempt - 1)) * (0.5 + drawn / 2)
+
+    def _whole(self, url: str) -> bytes:
+        fs, path = open_fs(url)
+        return _asked(fs, "cat_file", self.deadline, path)
+
+    def _range(self, url: str, begin: int, end: int) -> bytes:
+        fs, path = open_fs(url)
+        if _server(url) in _without_ranges:
+            contents = _part_of_whole(fs, path, begin, end, 20 * self.deadline)
+        else:
+            seconds = self.deadline + (end - begin) / SLOWEST
+            options = {"cache_type": "none"} if urlsplit(url).scheme == "hf" else {}  # else it reads megabytes ahead
+            contents = _asked(fs, "cat_file", seconds, path, start=begin, end=end, **options)
+            if len(contents) > end - begin and urlsplit(url).scheme in ("http", "https"):
+                _say_without_ranges(_server(url))
+                contents = _part_of_whole(fs, path, begin, end, 20 * self.deadline)
+        if len(contents) != end - begin:
+            raise OSError(
+                f"{end - begin} bytes were asked for and {len(contents)} came; is the file the one that was packed?"
+            )
+        return contents
+
+
+DEFAULT = Storage()
+"""What reads and writes where nobody asks for other limits, or to hear of faults."""
+
+
+def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system and the path in it that a URL or path names; UsageError where nothing reads such URLs.
+
+    Its own retries are off, and so are its caches of listings, which would hide that a file has changed.
+    """
+    protocol = fsspec.core.split_protocol(url)[0] or "file"
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **_options(protocol))
+    except ImportError as error:
+        extra = f"; pip install 'coatnet[{EXTRAS[protocol]}]'" if protocol in EXTRAS else ""
+        raise UsageError(f"{url} cannot be opened: {error}{extra}") from None
+    except ValueError as error:
+        raise UsageError(f"{url} cannot be opened: {error}") from None
+    if EXTRAS.get(protocol) == "s3":
+        fs.retries = 1
+    return fs, path
+
+
+def write_file(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, storage: Storage = DEFAULT) -> None:
+    """Puts a file at `path` whole: nobody sees half of it under its name. DataError if it fails."""
+    storage.retried("written", path, None, None, partial(_write, fs, path, contents, storage.deadline))
+
+
+def send_file(source: str, fs: fsspec.AbstractFileSystem, path: str, storage: Storage = DEFAULT) -> None:
+    """Copies a local file of any size to `path`, where half of it may be seen meanwhile. DataError if it fails."""
+    seconds = storage.deadline + os.path.getsize(source) / SLOWEST
+    storage.retried("written", path, None, None, lambda: _asked(fs, "put_file", seconds, source, path))
+
+
+def _write(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, deadline: float) -> None:
+    folder, _, name = path.rpartition("/")
+    local = isinstance(fs, LocalFileSystem)
+    place = f"{folder}/.{name}.partial" if local else path
+    _asked(fs, "pipe_file", deadline + len(contents) / SLOWEST, place, contents)
+    if local:
+        os.replace(place, path)
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """What a file system is opened with, beside what the person says by fsspec's own configuration."""
+    if protocol not in EXTRAS:
+        return {}
+    stated, options = fsspec.config.conf.get(protocol, {}), {"use_listings_cache": False}
+    if EXTRAS[protocol] == "s3":
+        once = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
+        return {**options, "config_kwargs": {**stated.get("config_kwargs", {}), **once}}
+    if EXTRAS[protocol] == "http":
+        import aiohttp
+
+        by_socket = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)}
+        return {**options, "client_kwargs": {**by_socket, **stated.get("client_kwargs", {})}}
+    return options
+
+
+def _asked(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+    """What a method of the file system gives; TimeoutError if it is not done in time, except on a disk."""
+    if isinstance(fs, AsyncFileSystem):
+        return sync(fs.loop, getattr(fs, f"_{name}"), *arguments, timeout=seconds, **options)
+    if isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        return getattr(fs, name)(*arguments, **options)
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(getattr(fs, name)(*arguments, **options))
+        except BaseException as error:  # handed to who asked
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # where it hangs, it is left behind
+    return outcome.result(seconds)
+
+
+# What a failed attempt was.
+
+
+def _is_final(error: Exception, whole: bool) -> bool:
+    """Whether trying again is no use; a whole file that is missing is missing, a range of one may come back."""
+    if isinstance(error, FileNotFoundError):
+        return whole
+    status = _status(error)
+    return (
+        isinstance(error, _FINAL)
+        or (isinstance(error, OSError) and error.errno in _HOPELESS)
+        or (status is not None and 400 <= status < 500 and status not in _PASSING)
+        or type(error).__name__ == "NoCredentialsError"  # botocore's, which need not be installed
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
+    places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
+    stated = (getattr(place, name, None) for place, name in places)
+    return next((number for number in stated if isinstance(number, int)), None)
+
+
+def _reason(error: Exception) -> str:
+    """One line; of an HTTP error without its URL, so that like ones can be counted together."""
+    if status := _status(error):
+        return f"HTTP {status} {getattr(error, 'message', '')}".strip()
+    text = str(error).partition("\n")[0][:200] or ("past its deadline" if isinstance(error, TimeoutError) else "")
+    return f"{type(error).__name__}: {text}".removeprefix("OSError: ").removesuffix(": ")
+
+
+# Servers that give no ranges.
+
+_without_ranges: set[str] = set()
+_whole_files: dict[str, IO[bytes]] = {}  # the least recently used first
+_fetching = threading.Lock()
+
+
+def _server(url: str) -> str:
+    return "{0.scheme}://{0.netloc}".format(urlsplit(url))
+
+
+def _say_without_ranges(server: str) -> None:
+    if server not in _without_ranges:
+        _without_ranges.add(server)
+        print(
+            f"{server} gives whole files only: they are kept in {tempfile.gettempdir()}, up to"
+            f" {WHOLE_FILES_BYTES >> 30} GiB a process; a server that knows Range requests would be much faster",
+            file=sys.stderr,
+        )
+
+
+def _part_of_whole(fs: fsspec.AbstractFileSystem, path: str, begin: int, end: int, seconds: float) -> bytes:
+    """The range from a temporary copy of the file, which has no name and so goes with the process."""
+    with _fetching:
+        file = _whole_files.pop(path, None)
+        if file is None:
+            file = tempfile.TemporaryFile()  # noqa: SIM115
+            _asked(fs, "get_file", seconds, path, file)
+            file.flush()
+            kept = sum(map(_size, _whole_files.values()))
+            while _whole_files and kept + _size(file) > WHOLE_FILES_BYTES:
+                kept -= _size(_whole_files.pop(next(iter(_whole_files))))
+        _whole_files[path] = file
+    return os.pread(file.fileno(), end - begin, begin)  # who reads keeps it open, whatever is let go of meanwhile
+
+
+def _size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size

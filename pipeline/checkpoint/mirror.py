@@ -1,0 +1,274 @@
+"""A run's second home: checkpoints copied in the background to checkpoint.mirror, and brought back when RUN is gone.
+
+URL/checkpoints/step-N/ has the files of the checkpoint, manifest.json last: without it a copy is none. URL itself has
+the small files that going on needs. Copies come one at a time; the newest checkpoint is next, whatever was complete in
+between. A copy that fails is said, in events.jsonl and on standard error, and stops nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fsspec.implementations.local import LocalFileSystem
+
+from data.storage.prefetch import ordered_map
+from data.storage.remote import DEFAULT, NotFound, open_fs, send_file, write_file
+from pipeline.checkpoint.attempts import latest_step
+from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, prunable, step_name, step_of, sync_folder
+from pipeline.config.schema import Config
+from pipeline.errors import DataError, RunFailed, UsageError, first_line
+from pipeline.run.lock import acquire_lock
+
+SMALL_FILES = ("config.yaml", "source.json", "wandb.json", "metrics.jsonl", "events.jsonl")
+PIECE_BYTES, PIECES_AT_ONCE = 16 << 20, 8
+_MANIFEST = "manifest.json"
+
+Copies = dict[int, dict[str, int]]
+"""What a mirror has of each step: file -> bytes."""
+
+
+class Mirror:
+    """Copies checkpoints of a run to a URL; `tell` writes an event."""
+
+    def __init__(self, url: str, run: Path, keep_last: int, keep_every: int | None, tell: Callable[..., None]) -> None:
+        self._url, self._run, self._tell = url, run, tell
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._waiting: list[Path] = []
+        self._current: Path | None = None
+        self._changing = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def copy(self, folder: Path) -> None:
+        """Has a checkpoint copied next; of those that wait already only the ones that are kept for ever still are."""
+        with self._changing:
+            self._waiting = [each for each in self._waiting if self._is_kept(each)] + [folder]
+            if self._current is None:
+                self._current = self._waiting.pop(0)
+                # A daemon: where the run fails, it does not wait for a copy.
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def in_use(self) -> set[Path]:
+        """The checkpoints that are being copied, or will be."""
+        with self._changing:
+            return {*self._waiting, *filter(None, [self._current])}
+
+    def wait(self) -> None:
+        """Returns once nothing is left to copy."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def forget(self, after: int) -> None:
+        """Removes the copies of later steps, which the run has gone back on."""
+        with self._changing:
+            self._waiting = [each for each in self._waiting if step_of(each) <= after]
+        self.wait()
+        try:
+            for step in list_copies(self._url):
+                if step > after:
+                    _remove(self._url, step)
+        except Exception as error:  # the back ends' exceptions share no base class, and training must go on
+            self._warn(after, "copies of later steps, which were gone back on, are still at the mirror", error)
+
+    def _is_kept(self, folder: Path) -> bool:
+        return self._keep_every is not None and step_of(folder) % self._keep_every == 0
+
+    def _work(self) -> None:
+        while self._current is not None:
+            self._copy(self._current)
+            with self._changing:
+                self._current = self._waiting.pop(0) if self._waiting else None
+
+    def _copy(self, folder: Path) -> None:
+        step, began = step_of(folder), time.monotonic()
+        try:
+            size = upload(folder, self._run, self._url)
+            self._tell("mirrored", step=step, seconds=round(time.monotonic() - began, 3), bytes=size)
+            remove_superseded(self._url, step, self._keep_last, self._keep_every)
+        except Exception as error:  # as in forget
+            self._warn(step, f"{folder.name} has no good copy at the mirror", error)
+
+    def _warn(self, step: int, problem: str, error: Exception) -> None:
+        reason = _without_credentials(first_line(error))
+        self._tell("mirror_failed", step=step, reason=reason)
+        print(f"warning: {problem}: {reason}; training goes on", file=sys.stderr)
+
+
+def upload(folder: Path, run: Path, url: str) -> int:
+    """Copies a checkpoint, its manifest last, and the run's small files; returns the checkpoint's bytes."""
+    fs, top = open_fs(url)
+    place = f"{top}/checkpoints/{folder.name}"
+    if step_of(folder) in list_copies(url):
+        _remove(url, step_of(folder))  # of the same step, but not the same bytes
+    DEFAULT.retried("made", place, None, None, lambda: fs.makedirs(place, exist_ok=True))
+    files = sorted(file for file in folder.iterdir() if file.name != _MANIFEST)
+    for file in files:
+        send_file(str(file), fs, f"{place}/{file.name}")
+    for small in (run / name for name in SMALL_FILES):
+        if small.exists():
+            write_file(fs, f"{top}/{small.name}", small.read_bytes())
+    write_file(fs, f"{place}/{_MANIFEST}", (folder / _MANIFEST).read_bytes())
+    return sum(file.stat().st_size for file in files)
+
+
+def list_copies(url: str) -> Copies:
+    """All copies at a mirror, complete or not."""
+    fs, top = open_fs(url)
+    try:
+        fs.invalidate_cache()
+        place = f"{top}/checkpoints"
+        found = DEFAULT.retried("listed", place, None, None, lambda: fs.find(place, detail=True))
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise
+    of_step: Copies = {}
+    for name, facts in found.items():
+        if match := re.search(r"/step-(\d{8,})/([^/]+)$", name):
+            of_step.setdefault(int(match[1]), {})[match[2]] = facts["size"]
+    return of_step
+
+
+def complete(found: Copies) -> Copies:
+    return {step: files for step, files in found.items() if _MANIFEST in files}
+
+
+def remove_superseded(url: str, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Removes the copies that the one of this step supersedes, by the rule for local ones, and earlier halves."""
+    found = list_copies(url)
+    whole = complete(found)
+    halves = [each for each in found if each not in whole and each < step]
+    for old in (*prunable(whole, step, keep_last, keep_every), *halves):
+        _remove(url, old)
+
+
+def _remove(url: str, step: int) -> None:
+    fs, top = open_fs(url)
+    place = f"{top}/checkpoints/{step_name(step)}"
+
+    def remove() -> None:
+        if fs.exists(f"{place}/{_MANIFEST}"):
+            fs.rm_file(f"{place}/{_MANIFEST}")  # first, so that half of it does not look whole
+        if fs.exists(place):
+            fs.rm(place, recursive=True)
+
+    DEFAULT.retried("removed", place, None, None, remove)
+
+
+def restore_from_mirror(config: Config) -> None:
+    """Where a run's folder has no checkpoint and its mirror has one: the newest good one, and the run's small files.
+
+    Ranks that start at once do it once. UsageError where the mirror can't be one, DataError where it can't be read.
+    """
+    run, url = Path(config.run.dir), config.checkpoint.mirror
+    if url is None:
+        return
+    if urlsplit(url).password:  # it would be written into config.yaml and into every checkpoint and export
+        raise UsageError(
+            "checkpoint.mirror holds a password, which others would read in config.yaml and in checkpoints; leave it"
+            " out and give it by the environment, as FSSPEC_FTP_PASSWORD=... for ftp://"
+        )
+    fs, top = open_fs(url)
+    if isinstance(fs, LocalFileSystem) and Path(top).resolve() == run.resolve():
+        raise UsageError(f"checkpoint.mirror={url} is run.dir itself; choose another place, or null")
+    if latest_step(run) is not None:
+        return
+    try:
+        found = complete(list_copies(url))
+    except DataError as error:
+        raise DataError(
+            f"checkpoint.mirror: {_without_credentials(str(error))}; {run} has no checkpoint, so nobody knows whether"
+            " the mirror has one: try again, or begin without it by checkpoint.mirror=null"
+        ) from None
+    if not found:
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / ".mirror.lock").open("a") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            if latest_step(run) is None:
+                with acquire_lock(run):
+                    _bring(run, url.rstrip("/"), found)
+    except OSError as error:
+        raise RunFailed(
+            f"run.dir={run}: the checkpoint at the mirror cannot be brought back: {error.strerror or error};"
+            " mend that, and the same command goes on from there"
+        ) from None
+
+
+def _bring(run: Path, url: str, found: Copies) -> None:
+    for step in sorted(found, reverse=True):
+        hidden = run / "checkpoints" / f".{step_name(step)}.mirrored"
+        try:
+            _fetch(f"{url}/checkpoints/{step_name(step)}", hidden, found[step])
+        except DamagedCheckpoint as error:
+            print(f"the mirror's {step_name(step)} is damaged ({error}); trying the one before", file=sys.stderr)
+            continue
+        else:
+            _fetch_small_files(run, url)
+            hidden.rename(hidden.with_name(step_name(step)))
+            sync_folder(hidden.parent)
+            print(f"{run} had no checkpoint: {step_name(step)} was brought back from {_without_credentials(url)}")
+            return
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+    names = ", ".join(map(step_name, sorted(found)))
+    raise RunFailed(
+        f"{_without_credentials(url)}: none of {names} is good; bring another copy to {run}/checkpoints, or begin again"
+        " without this mirror by checkpoint.mirror=null"
+    )
+
+
+def _fetch(place: str, folder: Path, listed: dict[str, int]) -> None:
+    """Brings a copy into a folder and verifies all of it; DamagedCheckpoint where it is not what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_durably(folder / _MANIFEST, iter([DEFAULT.read(f"{place}/{_MANIFEST}")]))
+    reader = CheckpointReader(folder)
+    for file, size in reader.sizes().items():
+        if listed.get(file) != size:
+            raise DamagedCheckpoint(f"{file}: {listed.get(file, 'no')} bytes, {size} were written")
+    with ThreadPoolExecutor(PIECES_AT_ONCE) as pool:
+        for file, size in reader.sizes().items():
+            pieces = [(begin, min(begin + PIECE_BYTES, size)) for begin in range(0, size, PIECE_BYTES)]
+            read = partial(_read_piece, f"{place}/{file}")
+            _write_durably(folder / file, ordered_map(pool, read, pieces, PIECES_AT_ONCE))
+    reader.verify_all()
+    sync_folder(folder)
+
+
+def _read_piece(url: str, piece: tuple[int, int]) -> bytes:
+    return DEFAULT.read(url, *piece)
+
+
+def _write_durably(path: Path, contents: Iterator[bytes]) -> None:
+    with path.open("wb") as file:
+        for content in contents:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fetch_small_files(run: Path, url: str) -> None:
+    """Those that the mirror has and the folder has not."""
+    for name in SMALL_FILES:
+        hidden = run / f".{name}"
+        if not (run / name).exists():
+            with suppress(NotFound):
+                _write_durably(hidden, iter([DEFAULT.read(f"{url}/{name}")]))
+                hidden.rename(run / name)
+
+
+def _without_credentials(text: str) -> str:
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -1,0 +1,108 @@
+"""Going on: the newest checkpoint that all ranks find good is loaded, each rank reading just what it owns.
+
+Whether a checkpoint is good is one verdict of all ranks, given before any state is touched. A damaged one is named in
+events.jsonl and the one before is taken; where none is good the run stops rather than begin again in silence. What is
+no damage but another network's, another training set's or a newer program's is refused, and never gone back past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.attempts import trusted_checkpoints
+from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint
+from pipeline.distributed.collectives import all_gather, from_rank_zero
+from pipeline.errors import RunFailed, UsageError
+from pipeline.run.events import Events
+from pipeline.training import zero
+from pipeline.training.ema import Statistics, load, of_kind, statistics
+from pipeline.training.zero import ParamSlice
+
+State = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+_ANOTHER_RUN = "put back the configuration and the program that wrote it, or begin another run with run.dir=..."
+
+
+def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events) -> State | None:
+    """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
+
+    Collective. RunFailed where checkpoints exist and none is good; UsageError where the training set or the network is
+    another one, or the checkpoint a newer program's.
+    """
+    folders = from_rank_zero(lambda: trusted_checkpoints(run))
+    if not folders:
+        return None
+    owned, shapes = zero.owned_slices(engine, average is not None), zero.shapes(engine)
+    buffers = {f"weight:{name}": tuple(values.shape) for name, values in statistics(engine.module).items()}
+    buffers |= {f"ema:{name}": tuple(values.shape) for name, values in (average or {}).items()}
+    for folder in reversed(folders):
+        found, problem = _examined(folder, owned, shapes, buffers, train_fingerprint)
+        problems = all_gather([problem] if problem else [])
+        for refusal in problems:
+            if isinstance(refusal, UsageError):
+                raise refusal
+        if found is not None and not problems:
+            return _apply(engine, owned, average, found)
+        events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(problems[0]))
+    raise RunFailed(
+        f"{run}/checkpoints: none of {', '.join(f.name for f in folders)} is good (see events.jsonl);"
+        " restore one from a copy, or remove them to go on from checkpoint.mirror, if there is one, or begin again"
+    )
+
+
+def _examined(
+    folder: Path, owned: list[ParamSlice], shapes: Shapes, buffers: Shapes, train_fingerprint: str
+) -> tuple[CheckpointReader | None, UsageError | DamagedCheckpoint | None]:
+    """A checkpoint of which everything is verified that this rank needs, or what is wrong with it."""
+    try:
+        reader = CheckpointReader(folder)
+        kinds = owned[0].values.keys() if owned else ()
+        there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
+        _refuse_another_network(folder, there, {**shapes, **buffers})
+        for kind in kinds:
+            if not reader.has(kind):
+                raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
+        if reader.state()["train_fingerprint"] != train_fingerprint:
+            raise UsageError(
+                f"data.train holds another training set than the one {folder} was trained on;"
+                " put it back, or begin another run with run.dir=..."
+            )
+        reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
+        return reader, None
+    except (UsageError, DamagedCheckpoint) as error:
+        return None, error
+
+
+def _refuse_another_network(folder: Path, there: Shapes, here: Shapes) -> None:
+    """UsageError naming the first parameter or statistic that differs; a moving average that nobody wants does not."""
+    for name in [*here, *(name for name in there if not name.startswith("ema:"))]:
+        old, new = (list(shapes[name]) if name in shapes else "absent" for shapes in (there, here))
+        if old != new:
+            what = name.removeprefix("weight:")
+            raise UsageError(f"{folder} is of another network: {what} is {old} there and {new} here; {_ANOTHER_RUN}")
+
+
+def _apply(engine: Any, owned: list[ParamSlice], average: Statistics | None, reader: CheckpointReader) -> State:
+    """Reads what is verified stretch by stretch into the live state, which so needs no second place in memory."""
+    state, buffers = reader.state(), reader.buffers()
+
+    def read(stretch: ParamSlice) -> None:
+        for kind, own in stretch.values.items():
+            on_host = own if own.device.type == "cpu" else torch.empty_like(own, device="cpu")
+            reader.read_into(on_host.numpy(), stretch.name, kind, stretch.start)
+            if on_host is not own:
+                own.copy_(on_host)
+
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        for _ in pool.map(read, owned):
+            pass
+    zero.finish_loading(engine, state["applied_steps"])
+    load(engine.module, of_kind(buffers, "weight"))
+    if average is not None:
+        average.update({name: values.to(average[name].device) for name, values in of_kind(buffers, "ema").items()})
+    return state

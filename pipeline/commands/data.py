@@ -1,0 +1,108 @@
+"""What small commands print: the list of keys, what was packed, indexed or verified, the doctor's findings."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from data.packing.index import Report
+    from data.shards.manifest import BadSample
+
+
+MOST_LISTED = 20
+
+
+def pack_and_report(source: str, destination: str, workers: int | None, as_json: bool, **request: Any) -> int:
+    """Packs with a progress bar, prints the report; returns the exit status. `request` is what else it takes."""
+    from data.packing.pack import pack
+
+    with _bar("packing") as progress:
+        report = pack(source, destination, workers=workers or _processors(), progress=progress, **request)
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return 0
+    _list_broken("left out", report.broken)
+    print(
+        f"{destination}: {report.samples} samples of {report.classes} classes in {report.shards} shards,"
+        f" {report.bytes / 1e6:.1f} MB; {len(report.broken)} left out"
+        + (f"; went on behind {report.kept} whole shards" if report.kept else "")
+    )
+    return 0
+
+
+def index_and_report(
+    url: str,
+    out: str | None,
+    decode: bool,
+    classes: str | None,
+    label_field: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> int:
+    """Indexes with a progress bar, prints the report; returns the exit status."""
+    from data.packing.index import index
+
+    request: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
+    with _bar("indexing") as progress:
+        report = index(url, out, **request, workers=workers or (_processors() if decode else 16), progress=progress)
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return 0
+    _list_broken("cannot be used", report.broken)
+    print(f"{out or url}: {_counted(report)}, {len(report.broken)} that cannot be used")
+    return 0
+
+
+def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
+    """Checks with a progress bar, prints the report; returns the exit status, 1 if anything is broken."""
+    from data.packing.verify import verify
+
+    with _bar("checking") as progress:
+        report = verify(url, workers=workers or _processors(), progress=progress)
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        _list_broken("broken", report.broken)
+        print(f"{url}: {_counted(report)}, {len(report.broken) or 'nothing'} broken")
+        if report.unchecked:
+            print(
+                f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
+                " the tars records them, once their manifest.json is removed"
+            )
+    return 1 if report.broken else 0
+
+
+def _counted(report: Report) -> str:
+    size = f"{report.bytes / 1e6:.1f} MB"
+    return f"{report.samples} samples of {report.classes} classes in {report.shards} shards, {size}"
+
+
+def _list_broken(what: str, broken: tuple[BadSample, ...]) -> None:
+    for each in broken[:MOST_LISTED]:
+        place = " ".join(name for name in (each.shard, each.key) if name)
+        print(f"{what}: {place}: {each.reason}", file=sys.stderr)
+    if len(broken) > MOST_LISTED:
+        print(f"and {len(broken) - MOST_LISTED} more; --json lists all", file=sys.stderr)
+
+
+@contextmanager
+def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; what it gives takes how much is done, and of how much."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,87 @@
+"""`coatnet evaluate`: the figures of a run's newest checkpoint, or of an exported file, on any packed set.
+
+At the resolution and crop that it was trained with, or at others.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.shards.manifest import Manifest, read_manifest, with_cache
+from data.storage.remote import DEFAULT
+from pipeline.checkpoint.pretrained import load_weights
+from pipeline.checkpoint.weights import Weights, WeightsFile
+from pipeline.commands.pretrain import import_training
+from pipeline.config.schema import Config
+from pipeline.distributed.environment import cpus_per_rank, is_rank, rank_and_world_size
+from pipeline.distributed.launcher import launch
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.training.evaluation import EvalMetrics
+
+
+def evaluate_command(
+    source: str, data: str, weights: str | None, resolution: int | None, crop: str | None, procs: int, as_json: bool
+) -> int:
+    """Evaluates and prints; returns the exit status."""
+    reader, kind, config = load_weights(source, weights, resolution, crop)
+    manifest, state = read_manifest(data), reader.state()
+    if list(manifest.classes) != state["classes"]:
+        raise UsageError(
+            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {source} was trained"
+            f" on {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set of the same classes"
+        )
+    if not is_rank():
+        return _launch(reader, procs)
+    manifest = with_cache(manifest, DEFAULT, config.data.cache.dir, config.data.cache.max_bytes)
+    figures = _figures(reader, kind, config, manifest)
+    if rank_and_world_size()[0] == 0:
+        row = {**asdict(figures), "broken": len(figures.broken), "weights": "ema" if kind == "ema" else "model"}
+        for sample in figures.broken:
+            print(f"left out: {sample['key']} in {sample['shard']}: {sample['reason']}", file=sys.stderr)
+        print(json.dumps(row) if as_json else _sentence(source, reader.step, config, row))
+    return 0
+
+
+def _launch(reader: Weights, procs: int) -> int:
+    """Runs the ranks, whose logs are a run's, or, for a file, are kept only where something failed."""
+    if not isinstance(reader, WeightsFile):
+        return launch(sys.argv[1:], procs, reader.folder.parent.parent / "logs", import_training)
+    logs = Path(tempfile.mkdtemp(prefix="coatnet-"))
+    status = launch(sys.argv[1:], procs, logs, import_training)
+    if status == 0:
+        shutil.rmtree(logs)
+    return status
+
+
+def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> EvalMetrics:
+    import torch
+
+    from data.loader import LoaderSpec
+    from pipeline.checkpoint.pretrained import load_model
+    from pipeline.training.engine import start_process_group
+    from pipeline.training.evaluation import evaluate
+
+    device = start_process_group()
+    model = load_model(reader, kind, config, device)
+    rank, world_size = rank_and_world_size()
+    share = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, share)
+
+
+def _sentence(source: str, step: int, config: Config, row: dict) -> str:
+    """The figures in a line; what the paper calls precision@1 is top-1 of a loss that asks of each class alone."""
+    top1, side = "precision@1" if config.train.loss == "sigmoid" else "top-1", config.model.resolution
+    return (
+        f"{source} at step {step} ({row['weights']}, {side} x {side}): {top1} {100 * row['top1']:.2f} %,"
+        f" top-5 {100 * row['top5']:.2f} %, loss {row['loss']:.4f} over {row['samples']} samples,"
+        f" {row['broken']} broken"
+    )

@@ -1,0 +1,184 @@
+"""`coatnet finetune`: another run's weights, at another resolution or for other classes, with a fresh optimizer.
+
+The source is pinned at the first start (RUN/source.json): a run that goes on never begins from a newer checkpoint.
+Weights are the source's moving average if it has one. What becomes of them is in transfer.py. The augmentation of the
+source's whole ancestry is compared first (ancestry.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint.mirror import restore_from_mirror
+from pipeline.checkpoint.pretrained import check_compatible_network, classifier_in_words, convert_weights, map_classes
+from pipeline.checkpoint.weights import Weights, open_weights, select_weights
+from pipeline.commands.pretrain import check_config, run
+from pipeline.config.parsing import read_config, validate
+from pipeline.config.schema import Config
+from pipeline.distributed.environment import is_rank, rank_and_world_size
+from pipeline.errors import UsageError
+from pipeline.lineage import check_new_augmentations, lineage_entry, unknown_lineage, unknown_lineage_warning
+from pipeline.plan import Plan
+from pipeline.run.jsonl import write_whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.coatnet import CoAtNet
+    from pipeline.training.model import ShardLayer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a fine-tuning begins: a run, one checkpoint of it, and the augmentation of its whole ancestry.
+
+    Of an exported file `run` and `checkpoint` are the file. `weights` is `ema` or `model`, or, in runs that are older
+    than the choice, None: the average where there is one.
+    """
+
+    run: str
+    checkpoint: str
+    ancestry: list[dict[str, Any]]
+    weights: str | None = None
+
+    def reader(self) -> Weights:
+        return open_weights(Path(self.checkpoint))
+
+
+def finetune(
+    preset: str, overrides: list[str], source: str | None, weights: str | None, procs: int, check: bool
+) -> int:
+    """Fine-tunes, or goes on; returns the exit status."""
+    config = read_config(preset, overrides)
+    if check:
+        return check_request(config, source, weights, procs)
+    if source is None or _is_preset(source):
+        what = "needs --from RUN" if source is None else f"takes a run: pretrain with {source} first"
+        raise UsageError(f"finetune {what}; --check does without, or takes a preset")
+    run_folder, path = Path(config.run.dir), Path(source)
+    restore_from_mirror(config)
+    ancestors = source_of(run_folder, path, weights).ancestry
+    check_ancestry(config, ancestors)
+
+    def work(plan: Plan) -> None:
+        from pipeline.distributed.collectives import from_rank_zero
+        from pipeline.train import train
+        from pipeline.training.ema import load
+        from pipeline.training.model import init_weights, load_values
+
+        def first_weights(network: CoAtNet, device: torch.device, shard: ShardLayer | None) -> CoAtNet:
+            found = from_rank_zero(lambda: source_of(run_folder, path, weights))
+            reader, classes = found.reader(), plan.train.classes
+            rows = map_classes(config.model.classifier, classes, reader.state()["classes"], found.run)
+            new = init_weights(config.run.seed)
+            values, statistics = convert_weights(reader, select_weights(reader, found.weights), rows, new)
+            load_values(network, device, values, shard)
+            load(network, statistics)
+            from_rank_zero(lambda: pin_source(run_folder, found))
+            return network
+
+        if plan.is_new_run:  # before it claims a folder with another network than it can have
+            said = describe_start(config, plan, source_of(run_folder, path, weights))
+            if rank_and_world_size()[0] == 0:
+                print(said)
+        train(config, plan, ancestors, first_weights)
+
+    return run(config, "finetune", procs, work)
+
+
+def check_request(config: Config, source: str | None, weights: str | None, procs: int) -> int:
+    """Checks what can be checked without data, and says what would be trained; returns the exit status.
+
+    Without a source it is left unchecked what depends on it.
+    """
+    classes = None
+    if source is not None:
+        classes = check_source(config, source, weights)
+    elif not is_rank():
+        print("without --from it is not checked what the weights are, and which augmentation they saw", file=sys.stderr)
+    return check_config(config, procs, likely_classes=classes)
+
+
+def check_source(config: Config, source: str, weights: str | None) -> int | None:
+    """How many classes a source has, where it is known: a run or file, or a preset of a run still to be made.
+
+    UsageError where this could not begin from it. A run that has begun does not need its source any more.
+    """
+    if _is_preset(source):
+        theirs = read_config(source, [])
+        check_compatible_config(config, theirs, source, [])
+        return theirs.model.classes
+    found = source_of(Path(config.run.dir), Path(source), weights)
+    classes = None
+    if Path(found.checkpoint).exists():
+        reader = found.reader()
+        check_compatible_network(config, _config_of(reader), found.run)
+        classes = len(reader.state()["classes"])
+        if config.model.classifier == "keep" and config.model.classes not in (None, classes):
+            raise UsageError(
+                f"model.classifier=keep, and model.classes is {config.model.classes} where {found.run} has {classes};"
+                " model.classifier=map takes the classes that are known by name, new none of them"
+            )
+    check_ancestry(config, found.ancestry)
+    return classes
+
+
+def check_compatible_config(config: Config, theirs: Config, source: str, ancestors: list[dict[str, Any]]) -> None:
+    """UsageError where this could not begin from a run that is still to be made, with `theirs` and these ancestors."""
+    check_compatible_network(config, theirs, source)
+    check_ancestry(config, [*ancestors, lineage_entry(theirs, theirs.train.steps or 0, ancestors)])
+
+
+def check_ancestry(config: Config, ancestors: list[dict[str, Any]]) -> None:
+    """UsageError where an augmentation is on that no ancestor saw; warns once of what is not refused."""
+    check_new_augmentations(config, ancestors)
+    if not is_rank() and (warning := unknown_lineage_warning(config, ancestors)):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def describe_start(config: Config, plan: Plan, source: Source) -> str:
+    """What the run begins from, in a line; UsageError where it cannot."""
+    reader = source.reader()
+    there, theirs = _config_of(reader), reader.state()["classes"]
+    check_compatible_network(config, there, source.run)
+    rows = map_classes(config.model.classifier, plan.train.classes, theirs, source.run)
+    kind = "moving average" if select_weights(reader, source.weights) == "ema" else "weights"
+    sides = [f"{each.model.resolution} x {each.model.resolution}" for each in (there, config)]
+    tables = f"bias tables resized from {sides[0]} to {sides[1]}" if sides[0] != sides[1] else f"{sides[1]} as before"
+    return f"from {source.run} at step {reader.step}: its {kind}, {tables}; {classifier_in_words(rows, theirs)}"
+
+
+def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
+    """The source that a run is pinned to, or the newest checkpoint of `source`; UsageError where they are two."""
+    note = run_folder / "source.json"
+    if not note.exists():
+        reader = open_weights(source)
+        known = reader.state()["ancestry"]
+        ancestors = [unknown_lineage(str(source))] if known is None else known
+        kind = "ema" if select_weights(reader, weights) == "ema" else "model"
+        return Source(str(source.resolve()), str(reader.folder.resolve()), ancestors, kind)
+    found = Source(**json.loads(note.read_text()))
+    begun = f"run.dir={run_folder} was started from {found.run}"
+    way_out = "go on with the first, or fine-tune into another folder with run.dir=..."
+    if found.run != str(source.resolve()):
+        raise UsageError(f"{begun}, and --from is {source.resolve()}; {way_out}")
+    if weights and found.weights and weights != found.weights:
+        raise UsageError(f"{begun} with --weights {found.weights}, and now it is {weights}; {way_out}")
+    return found
+
+
+def pin_source(run_folder: Path, source: Source) -> None:
+    """Writes the source down, which was found good, so that every later start of this run takes the same."""
+    write_whole(run_folder / "source.json", json.dumps(asdict(source)) + "\n")
+
+
+def _is_preset(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
+
+
+def _config_of(reader: Weights) -> Config:
+    return validate(reader.state()["config"], str(reader.folder))

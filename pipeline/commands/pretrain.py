@@ -1,0 +1,116 @@
+"""`coatnet pretrain`: train a network from its initial weights, or go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.attempt import record_exit_reason
+from pipeline.checkpoint.mirror import restore_from_mirror
+from pipeline.config.batch_size import padding_share
+from pipeline.config.parsing import read_config
+from pipeline.config.schema import Config
+from pipeline.distributed.environment import is_first_process, is_rank, local_world_size, rank_and_world_size
+from pipeline.distributed.launcher import launch
+from pipeline.errors import UsageError
+from pipeline.monitoring.wandb import check_wandb
+from pipeline.plan import Plan, check_ranks, make_plan
+
+
+def pretrain(preset: str, overrides: list[str], procs: int, check: bool) -> int:
+    """Trains, or goes on; returns the exit status."""
+    config = read_config(preset, overrides)
+    if check:
+        return check_config(config, procs)
+
+    def work(plan: Plan) -> None:
+        from pipeline.train import train
+
+        train(config, plan, ancestors=[])
+
+    return run(config, "pretrain", procs, work)
+
+
+def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
+    """Does `work` with the plan as every rank of a training run; returns the exit status."""
+    restore_from_mirror(config)
+    world_size = rank_and_world_size()[1] if is_rank() else procs
+    plan = make_plan(config, command, world_size, local_world_size(procs))
+    if plan.finished:
+        more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
+        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}; nothing was changed")
+        return 0
+    _check_attention(config)
+    _check_compiler(config)
+    check_wandb(config.log.wandb)
+    if is_first_process() and (wasted := padding_share(config.train, world_size)):
+        print(f"warning: {wasted}", file=sys.stderr)
+    if not is_rank():
+        return launch(sys.argv[1:], procs, Path(config.run.dir) / "logs", import_training)
+    from pipeline.memory.oom import explain_oom  # it imports torch
+
+    with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
+        work(plan)
+    return 0
+
+
+def import_training() -> None:
+    """Imports torch, DALI, the training and, where there is no GPU, DeepSpeed, whose import else asks the driver."""
+    import torch
+
+    import pipeline.train  # noqa: F401
+    from pipeline.training.engine import import_deepspeed
+
+    if not torch.cuda.is_available():
+        import_deepspeed()
+
+
+def check_config(config: Config, procs: int, quiet: bool = False, likely_classes: int | None = None) -> int:
+    """Checks what can be checked without data, and says what would be trained.
+
+    How many classes the data have is not known where model.classes does not say.
+    """
+    from pipeline.monitoring.summary import training_summary
+    from pipeline.training.model import count_model
+
+    check_ranks(config, procs)
+    check_wandb(config.log.wandb)
+    classes = config.model.classes or likely_classes or 1000
+    counts = count_model(config.model, config.train, classes)
+    if quiet:
+        return 0
+    samples = config.data.train_samples
+    lines = training_summary(config.model, config.train, config.zero, classes, counts, procs, samples)
+    print("good:", "\n".join(lines))
+    if config.model.classes is None:
+        print(f"model.classes is null: {classes:,} classes are assumed, and the data will tell")
+    if wasted := padding_share(config.train, procs):
+        print(f"warning: {wasted}", file=sys.stderr)
+    return 0
+
+
+def _check_attention(config: Config) -> None:
+    """UsageError where this machine cannot train the attention; only for the one kind in doubt is torch imported."""
+    if config.model.attention != "flex":
+        return
+    import torch
+
+    from models.attention import check_backend
+
+    try:
+        check_backend(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise UsageError(f"model.{error}") from None
+
+
+def _check_compiler(config: Config) -> None:
+    """UsageError where torch.compile would find no compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and shutil.which(compiler) is None:
+        raise UsageError(
+            f"train.compile is true, and there is no compiler {compiler} on this machine; install it, name another one"
+            " in the environment's CXX, or set train.compile=false"
+        )

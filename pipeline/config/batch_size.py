@@ -1,0 +1,109 @@
+"""The arithmetic of batches: how a step is dealt to ranks, and which sizes fit where one does not."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Protocol
+
+from data.order import accumulation_steps, steps
+
+
+class Batches(Protocol):
+    """The sizes of train.* that belong together."""
+
+    @property
+    def global_batch(self) -> int: ...
+
+    @property
+    def micro_batch(self) -> int: ...
+
+    @property
+    def batch_norm_group(self) -> int | None: ...
+
+
+def micro_batches_of(train: Batches) -> int:
+    """Micro batches of a step, on all ranks together."""
+    return train.global_batch // train.micro_batch
+
+
+def ranks_of_group(train: Batches) -> int:
+    """How many ranks a batch-norm group lies on: 1, or as many as it has micro batches."""
+    return max(1, (train.batch_norm_group or 1) // train.micro_batch)
+
+
+def check_world_size(train: Batches, world_size: int) -> None:
+    """Raises ValueError where a step cannot be dealt to `world_size` ranks."""
+    micro_batches, together = micro_batches_of(train), ranks_of_group(train)
+    possible = suggest("ranks", list(range(together, micro_batches + 1, together)), world_size)
+    if world_size > micro_batches:
+        group = train.batch_norm_group or 1
+        enough = [
+            size
+            for size in fitting_micro_batches(train, train.global_batch)
+            if train.global_batch // size >= world_size and world_size % max(1, group // size) == 0
+        ]
+        raise ValueError(
+            f"{micro_batches} micro batches a step (train.global_batch={train.global_batch} /"
+            f" train.micro_batch={train.micro_batch}) are too few for {world_size} ranks; "
+            + alternatives(possible, suggest("train.micro_batch", enough, train.micro_batch))
+        )
+    if world_size % together:
+        raise ValueError(
+            f"train.batch_norm_group={train.batch_norm_group} lies on {together} ranks (a micro batch of"
+            f" {train.micro_batch} on each), and {world_size} ranks are no multiple of that; "
+            + alternatives(
+                possible,
+                suggest("train.batch_norm_group", divisors(train.micro_batch)[1:], train.micro_batch),
+            )
+        )
+
+
+def padding_share(train: Batches, world_size: int) -> str | None:
+    """What a number of ranks wastes that a step's micro batches cannot be dealt to evenly, in words."""
+    micro_batches = micro_batches_of(train)
+    rounds = accumulation_steps(micro_batches, world_size)
+    empty = rounds * world_size - micro_batches
+    if not empty:
+        return None
+    even = [ranks for ranks in divisors(micro_batches) if ranks % ranks_of_group(train) == 0]
+    return (
+        f"{micro_batches} micro batches a step on {world_size} ranks take {rounds} passes of each, and in the last one"
+        f" {empty} have nothing to do: {100 * empty / (rounds * world_size):.0f} % of their time is wasted;"
+        f" {_nearest(even, world_size)} ranks would waste none"
+    )
+
+
+def fitting_micro_batches(train: Batches, samples: int) -> list[int]:
+    """Micro batches that divide so many samples and hold whole batch-norm groups, or are equal parts of one."""
+    group = train.batch_norm_group or 1
+    if samples % group:
+        return []
+    return [size for size in divisors(samples) if size % group == 0 or group % size == 0]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, rising; of 0 none."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def suggest(name: str, values: list[int], wanted: int = 0) -> str:
+    """The up to four values nearest to what was wanted, in words; empty where there are none."""
+    return f"{name} would do with {_nearest(values, wanted)}" if values else ""
+
+
+def _nearest(values: list[int], wanted: int) -> str:
+    return ", ".join(map(str, sorted(sorted(values, key=lambda value: abs(value - wanted))[:4])))
+
+
+def alternatives(*ways: str) -> str:
+    """The ways that are not empty, as alternatives."""
+    return ", or ".join(filter(None, ways)) or "change both, and train.batch_norm_group too"
+
+
+def total_steps(epochs: float, samples: int, global_batch: int) -> int:
+    """ceil(epochs x N / global_batch), exact for epochs as they are written: 1.1 x 10 is 11."""
+    if epochs == int(epochs):
+        return steps(int(epochs), samples, global_batch)
+    return math.ceil(Fraction(repr(epochs)) * samples / global_batch)

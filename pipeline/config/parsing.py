@@ -1,0 +1,194 @@
+"""From YAML files and `section.key=value` to one checked configuration, and what changed against a run's own.
+
+Order, later wins: documented defaults, the file named by `base:` (and its base), the preset, overrides from left to
+right. Setting one of train.epochs and train.steps in a later layer clears the other of the earlier ones, and so
+does naming a model against spelling it out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.schema import Config, Section, allowed, documented_keys, item_of, section_of
+from pipeline.errors import UsageError
+
+CLEARS = {
+    ("train", "epochs"): ("steps",),
+    ("train", "steps"): ("epochs",),
+    ("model", "name"): ("stem", "stages", "head_size"),
+    ("model", "stages"): ("name",),
+}
+"""What a key that is set in a later layer takes out of the earlier ones."""
+
+
+def read_config(path: str, overrides: list[str]) -> Config:
+    """The configuration of a preset file with overrides; UsageError names the key and what would be allowed."""
+    layers = [*_file_layers(Path(path)), *(_parse_override(text) for text in overrides)]
+    merged: dict[str, Any] = {}
+    for layer, origin in layers:
+        _refuse_unknown_keys(layer, Config, "", origin)
+        _clear(merged, layer)
+        _merge(merged, layer)
+    return validate(merged, path, overrides)
+
+
+def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """The typed configuration of a plain tree; every fault of the tree in one UsageError, a line each.
+
+    A line begins with the last of the overrides whose key it names, or else with the origin.
+    """
+    tree = {**{name: {} for name in Config.model_fields}, **tree}  # so that keys are missed, not sections
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        # Of a value that may be of several types there is one fault for each.
+        faults = dict.fromkeys(_fault(fault, tree) for fault in error.errors())
+        raise UsageError("\n".join(f"{_to_blame(fault, overrides) or origin}: {fault}" for fault in faults)) from None
+
+
+def _to_blame(fault: str, overrides: Sequence[str]) -> str | None:
+    keys = {text: text.partition("=")[0] for text in overrides}
+    return next((text for text in reversed(overrides) if re.search(rf"\b{re.escape(keys[text])}\b", fault)), None)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; reading it again gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def read_resolved(path: Path) -> Config:
+    """A run's own config.yaml."""
+    return validate(_load(path), str(path))
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
+    """Keys that differ: full name -> (what going on with another value does, old value, new value)."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return {
+        name: (facts["change"], _get(before, name.split(".")), _get(after, name.split(".")))
+        for name, facts in documented_keys().items()
+        if _get(before, name.split(".")) != _get(after, name.split("."))
+    }
+
+
+def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str, Any], str]]:
+    if path.resolve() in map(Path.resolve, seen):
+        raise UsageError(f"{path}: base leads back to itself: {' -> '.join(map(str, [*seen, path]))}")
+    tree = _load(path)
+    base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UsageError(f"{path}: base is {base!r}; it must be the name of a YAML file beside this one")
+    below = _file_layers(path.parent / base, (*seen, path)) if base else []
+    return [*below, (tree, str(path))]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}; presets lie in configs/") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: holds {type(tree).__name__}, not sections; see configs/tiny.yaml")
+    return tree
+
+
+def _parse_override(text: str) -> tuple[dict[str, Any], str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"{text}: an override has the form section.key=value")
+    try:
+        leaf = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
+        raise UsageError(f"{text}: the value is not YAML: {' '.join(str(error).split())}") from None
+    for part in reversed(name.split(".")):
+        leaf = {part: leaf}
+    return leaf, text
+
+
+def _refuse_unknown_keys(tree: dict[str, Any], section: type[Section], prefix: str, origin: str) -> None:
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if name not in section.model_fields:
+            raise UsageError(f"{origin}: {full}: unknown{_suggestion(full, section, prefix)}")
+        annotation = section.model_fields[name].annotation
+        inner = section_of(annotation)
+        if isinstance(value, dict) and inner is not None:
+            _refuse_unknown_keys(value, inner, full + ".", origin)
+        elif inner is not None and (value is not None or type(None) not in get_args(annotation)):
+            raise UsageError(
+                f"{origin}: {full} is {_shown(value)}; it is a section with {', '.join(inner.model_fields)}"
+            )
+
+
+def _suggestion(full: str, section: type[Section], prefix: str) -> str:
+    known, leaf = list(documented_keys()), full.removeprefix(prefix)
+    near = [prefix + name for name in difflib.get_close_matches(leaf, section.model_fields, 1, 0.7)]
+    near += [name for name in known if name.split(".")[-1] == leaf]
+    near += difflib.get_close_matches(full, known, 1, 0.8)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; {prefix.rstrip('.') or 'the configuration'} has {', '.join(section.model_fields)}"
+
+
+def _clear(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Takes out of the earlier layers what a key that this layer sets excludes."""
+    for (section, wins), losers in CLEARS.items():
+        if above.get(section, {}).get(wins) is not None:
+            for loser in set(losers) - set(above[section]):
+                below.get(section, {}).pop(loser, None)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            _merge(below[name], value)
+        else:
+            below[name] = value
+
+
+def _fault(fault: Any, tree: dict[str, Any]) -> str:
+    """One fault in a line: the key's full name, its value, and what it may be."""
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    section, name, path, rest = Config, "", [], list(fault["loc"])
+    inner: type[Section] | None = Config
+    while rest and inner is not None:
+        section, name = inner, rest.pop(0)
+        path.append(name)
+        if name not in section.model_fields:
+            prefix = "".join(f"{part}." for part in path[:-1])
+            return f"{prefix}{name}: unknown{_suggestion(prefix + name, section, prefix)}"
+        annotation = section.model_fields[name].annotation
+        inner = section_of(annotation) or item_of(annotation)
+        if rest and item_of(annotation):
+            path.append(rest.pop(0))
+    full = ".".join(map(str, path))
+    if fault["type"] == "missing" and not rest:  # with a rest it is an item of a list that is too short
+        return f"{full}: must be given" + ("" if any(isinstance(part, int) for part in path) else f" ({full}=...)")
+    is_item = isinstance(path[-1], int) and inner is not None
+    what = f"a section with {', '.join(inner.model_fields)}" if is_item else allowed(section, name)
+    return f"{full} is {_shown(_get(tree, path))}; it must be {what}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in YAML."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _get(tree: Any, path: list[Any]) -> Any:
+    for part in path:
+        if isinstance(tree, list) and isinstance(part, int):
+            tree = tree[part]
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

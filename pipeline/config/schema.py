@@ -1,0 +1,399 @@
+"""The configuration: every key with its type, default, limits, meaning, and whether a run that goes on may change it.
+
+A configuration is frozen once read. Functions take the section they need, never the tree. How YAML files and
+`section.key=value` become one of these is in overrides.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.config.batch_size import alternatives, divisors, fitting_micro_batches, ranks_of_group, suggest
+
+Change = Literal["fixed", "recorded", "free"]
+"""What going on with another value does: refused (it defines the run), recorded in events.jsonl, or nothing."""
+
+
+def key(default: Any, meaning: str, change: Change = "fixed", **limits: Any) -> Any:
+    """A documented key of a section; `limits` are pydantic's (ge, le, gt, lt, min_length, ...)."""
+    return Field(default, description=meaning, json_schema_extra={"change": change}, validate_default=False, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Run(Section):
+    dir: str = key("runs/default", "folder of this run, on a POSIX file system", "free", min_length=1)
+    seed: int = key(0, "what every draw is a function of, 0 to 2**48 - 1", ge=0, lt=2**48)
+    hang_timeout: float = key(
+        1800,
+        "seconds without progress, or a rank's sign of life, after which all say where they are and end",
+        "free",
+        ge=1,
+    )
+
+
+class Cache(Section):
+    dir: str | None = key(
+        None, "folder on each node's disk, $VARIABLES allowed, that keeps what was read from afar; null: none", "free"
+    )
+    max_bytes: int | None = key(
+        None, "bytes that the folder may take, oldest use goes first; null: until the disk is full", "free", ge=1
+    )
+
+
+class Data(Section):
+    train: str = key(..., "packed training set: a folder or any fsspec URL that holds manifest.json", min_length=1)
+    val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "free")
+    window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
+    train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
+    max_bad_fraction: float = key(
+        0.001, "share of an epoch that may be replaced before the run stops", "free", ge=0, le=1
+    )
+    cache: Cache = key(Cache(), "the node's cache of data that lie elsewhere")
+
+
+class Stem(Section):
+    blocks: int = key(2, "convolutions", ge=1)
+    width: int = key(64, "channels", ge=1)
+    stride: int = key(2, "stride of the first convolution: 1 or 2, or a patch's side", ge=1)
+    kernel: int = key(3, "side of the first convolution; equal to its stride: patches, as a ViT has them", ge=1)
+
+
+class Stage(Section):
+    kind: Literal["mbconv", "transformer"] = key(..., "block of this stage: mbconv or transformer")
+    blocks: int = key(..., "blocks of this stage", ge=1)
+    width: int = key(..., "channels of this stage", ge=1)
+    stride: Literal[1, 2] = key(2, "stride of the first block: 1 or 2")
+
+
+class Model(Section):
+    name: str | None = key(
+        None, "coatnet_0 to coatnet_7, or a variant (coatnet models); null: stem and stages are spelled out"
+    )
+    stem: Stem | None = key(None, "stem, where name is null")
+    stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null")
+    head_size: int | None = key(
+        None, "channels per attention head; null: the family's (32 where stages are spelled out)", ge=1
+    )
+    stride: Literal["expand", "depthwise"] | None = key(
+        None, "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise; null: the layout's"
+    )
+    pool: Literal["max", "average"] = key("max", "pooling of down-sampling: max (the paper's) or average")
+    norm: Literal["batch", "layer"] = key("batch", "normalisation of stem and MBConv: batch or layer")
+    relative_attention: Literal["pre_softmax", "post_softmax", "none"] = key(
+        "pre_softmax", "where the relative bias is added: pre_softmax (the paper's), post_softmax or none"
+    )
+    attention: Literal["auto", "reference", "sdpa", "flex"] = key(
+        "auto", "how attention is computed; auto: the fastest as measured (models/attention.py)", "free"
+    )
+    batch_norm_momentum: float = key(0.01, "share of the new statistics in batch norm's running ones", gt=0, le=1)
+    batch_norm_eps: float = key(1e-3, "batch norm's epsilon", gt=0)
+    layer_norm_eps: float = key(1e-5, "layer norm's epsilon", gt=0)
+    resolution: int = key(224, "image height and width in pixels", ge=1)
+    classes: int | None = key(None, "classes the training set must have; null: whatever the manifest says", ge=1)
+    classifier: Literal["auto", "keep", "new", "map"] = key(
+        "auto",
+        "fine-tuning's last layer: keep (the classes must be the source's), new, map (by class name, the others new);"
+        " auto: keep where the classes are the source's, else new",
+    )
+
+    @model_validator(mode="after")
+    def _named_or_spelled_out(self) -> Model:
+        spelled_out = self.stem is not None and self.stages
+        if self.name is None and not spelled_out:
+            raise ValueError("model.name is null, so model.stem and model.stages must be given")
+        if self.name is not None and (self.stem is not None or self.stages is not None):
+            raise ValueError(
+                f"model.name is {self.name} and model.stem or model.stages is given too; set model.name=null"
+            )
+        return self
+
+
+class RandAugment(Section):
+    layers: int = key(2, "operations applied to each image; 0 switches RandAugment off", ge=0, le=8)
+    magnitude: float = key(5.0, "strength on RandAugment's scale of 10; 0.5 to 2 is weak", ge=0, le=20)
+
+
+class Augment(Section):
+    crop: Literal["random_resized", "center", "none"] = key(
+        "random_resized", "random_resized, center (the largest centred square), or none (the whole image, squeezed)"
+    )
+    crop_area: tuple[float, float] = key(
+        (0.08, 1.0), "smallest and largest share of the image's area that a random crop takes"
+    )
+    flip: bool = key(True, "mirror half of the images; off for digits and letters")
+    randaugment: RandAugment = key(RandAugment(), "RandAugment")
+    mixup: float = key(0.0, "alpha of mixup, whose strength is Beta(alpha, alpha); 0 switches mixup off", ge=0)
+    allow_new: bool = key(False, "fine-tune with an augmentation that no ancestor was trained under", "free")
+
+    @model_validator(mode="after")
+    def _area_is_a_range(self) -> Augment:
+        smallest, largest = self.crop_area
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"augment.crop_area is [{smallest}, {largest}]; it must rise within 0 to 1, 0 excluded")
+        return self
+
+
+class Train(Section):
+    epochs: float | None = key(None, "length in passes over the training set; this or train.steps", "recorded", gt=0)
+    steps: int | None = key(None, "length in optimizer steps; this or train.epochs", "recorded", ge=1)
+    global_batch: int = key(4096, "samples per optimizer step on all ranks together", ge=1)
+    micro_batch: int = key(64, "samples per forward pass on one rank", ge=1)
+    batch_norm_group: int | None = key(
+        None, "consecutive samples that share batch statistics, on one rank or on several; null: a micro batch", ge=2
+    )
+    precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights and masters)", "free")
+    activation_checkpointing: Literal["none", "all"] | tuple[int, ...] = key(
+        "none", "stages that compute activations again in the backward: none, all, or a list like [1, 2]", "free"
+    )
+    compile: bool = key(
+        False,
+        "let torch.compile fuse the network's operations; ZeRO stages 1 and 2, takes minutes at each start",
+        "free",
+    )
+    loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: each class a yes or no, added up")
+    label_smoothing: float = key(
+        0.1, "share of the answer that is even over the classes (sigmoid: 1/2 for each; 0.0001 there)", ge=0, lt=1
+    )
+    stochastic_depth: float = key(0.1, "drop rate of the last residual branches; rises linearly from 0", ge=0, lt=1)
+    ema: float | None = key(0.9999, "decay of the moving average of all weights, warmed up; null: none", gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Train:
+        if (self.epochs is None) == (self.steps is None):
+            both = "neither is" if self.epochs is None else "both are"
+            raise ValueError(f"exactly one of train.epochs and train.steps must be set; {both}")
+        group = self.batch_norm_group or self.micro_batch
+        if self.global_batch % self.micro_batch:
+            unit = math.lcm(self.micro_batch, group)
+            below = self.global_batch // unit * unit
+            splits = self.micro_batch % group == 0 or group % self.micro_batch == 0
+            raise ValueError(
+                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch}; "
+                + alternatives(
+                    suggest("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
+                    suggest("train.global_batch", [batch for batch in (below, below + unit) if batch and splits]),
+                )
+            )
+        if self.micro_batch % group and group % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch={self.micro_batch} holds no whole groups of train.batch_norm_group={group}, nor a"
+                " group whole micro batches; "
+                + alternatives(
+                    suggest("train.batch_norm_group", divisors(self.micro_batch)[1:], group),
+                    suggest("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
+                )
+            )
+        if self.global_batch % group:
+            fitting = [each for each in divisors(self.global_batch) if each % self.micro_batch == 0]
+            raise ValueError(
+                f"train.global_batch={self.global_batch} holds no whole groups of train.batch_norm_group={group}; "
+                + alternatives(suggest("train.batch_norm_group", fitting, group))
+            )
+        return self
+
+
+class Optim(Section):
+    learning_rate: float = key(1e-3, "peak learning rate", "recorded", gt=0)
+    final_learning_rate: float = key(1e-5, "learning rate at the last step", "recorded", ge=0)
+    warmup_steps: int = key(10000, "steps of linear warm-up from 0 to the peak", "recorded", ge=0)
+    decay: Literal["cosine", "linear", "none"] = key("cosine", "how the rate falls after warm-up", "recorded")
+    weight_decay: float = key(0.05, "AdamW's decoupled decay; biases, norms and bias tables are exempt", ge=0)
+    clip: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
+    eps: float = key(1e-8, "AdamW's epsilon", gt=0)
+
+    @model_validator(mode="after")
+    def _betas_are_rates(self) -> Optim:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {list(self.betas)}; both must be at least 0 and below 1")
+        return self
+
+
+class Zero(Section):
+    stage: Literal[1, 2, 3] = key(
+        1,
+        "DeepSpeed ZeRO stage: 1 shards optimizer states and EMA over the ranks, 2 gradients too, 3 weights too",
+        "free",
+    )
+    offload: bool = key(False, "keep optimizer states and EMA in the host's memory, and step there", "free")
+
+
+class Evaluate(Section):
+    every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "free", ge=1)
+    weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "free")
+    crop_fraction: float | None = key(
+        0.875,
+        "share of the short side that evaluation's centre square takes; null: no crop, the whole image is squeezed",
+        "free",
+        gt=0,
+        le=1,
+    )
+
+
+class Checkpoint(Section):
+    every: int = key(1000, "steps between checkpoints; the last step always has one", "free", ge=1)
+    keep_last: int = key(3, "newest checkpoints that are kept", "free", ge=1)
+    keep_every: int | None = key(
+        None, "checkpoints of steps that are multiples of this are kept for ever; null: none", "free", ge=1
+    )
+    mirror: str | None = key(
+        None,
+        "folder or fsspec URL, for this run alone, that checkpoints go to as well; null: none",
+        "free",
+        min_length=1,
+    )
+
+
+class Log(Section):
+    every: int = key(10, "steps between lines of metrics.jsonl", "free", ge=1)
+    samples: bool | Literal["pixels"] = key(
+        False, "write what every rank consumed to samples/; pixels: with checksums of the augmented pixels", "free"
+    )
+    wandb: str | None = key(
+        None, "project at Weights & Biases that gets the rows of metrics.jsonl; null: none", "free", min_length=1
+    )
+    profile: str | None = key(
+        None, "first and last step, as 100-105, of which rank 0 writes a profiler's trace; null: none", "free"
+    )
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile_is_a_range(cls, value: Any) -> Any:
+        if value is not None and profiled_steps(value) is None:
+            raise ValueError(
+                f"log.profile is {json.dumps(value)}; it must be a first and a last step from 1 on, as 100-105, or null"
+            )
+        return value
+
+
+class Slurm(Section):
+    nodes: int = key(1, "nodes of the job", "free", ge=1)
+    min_nodes: int | None = key(None, "nodes that it may start on where fewer are left; null: all", "free", ge=1)
+    gpus_per_node: int | None = key(None, "GPUs of each node; null: none", "free", ge=1)
+    tasks_per_node: int | None = key(None, "ranks on each node; null: one for each GPU, or 1", "free", ge=1)
+    cpus_per_task: int | None = key(None, "processors of each rank; null: what the cluster gives", "free", ge=1)
+    memory: str | None = key(None, "memory of each node, as 200G; null: what the cluster gives", "free")
+    time: str | int = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "free")
+    partition: str | None = key(None, "partition; null: the cluster's default", "free")
+    account: str | None = key(None, "account that is charged; null: the user's default", "free")
+    qos: str | None = key(None, "quality of service; null: the default", "free")
+    constraint: str | None = key(None, "features that nodes must have", "free")
+    exclude: str | None = key(None, "nodes that are not wanted", "free")
+    sbatch: tuple[str, ...] = key((), "any other options of sbatch, as [--reservation=ours]", "free")
+    setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "free")
+    command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "free")
+    srun_args: tuple[str, ...] = key((), "further options of srun", "free")
+    lead: int = key(300, "seconds before the time limit at which the ranks are told to save and stop", "free", ge=1)
+    max_restarts: int = key(20, "failures (crash, killed rank, hang) after which a run is given up", "free", ge=0)
+    backoff: float = key(60, "seconds before a restart after a failure; doubled while no step is gained", "free", ge=0)
+    requeue: Literal["scontrol", "array"] = key(
+        "scontrol", "how a job starts again: scontrol requeue, or array, where a site forbids that in jobs", "free"
+    )
+
+    @model_validator(mode="after")
+    def _options_are_options(self) -> Slurm:
+        if wrong := [option for option in self.sbatch if not option.startswith("--")]:
+            raise ValueError(f"slurm.sbatch has {wrong[0]!r}; its options begin with --, as --reservation=ours")
+        return self
+
+    @model_validator(mode="after")
+    def _fewer_nodes_are_fewer(self) -> Slurm:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"slurm.min_nodes is {self.min_nodes} and slurm.nodes {self.nodes}; it must not be larger")
+        return self
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data
+    model: Model
+    augment: Augment = Augment()
+    train: Train
+    optim: Optim = Optim()
+    zero: Zero = Zero()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Config:
+        if self.train.compile and self.zero.stage == 3:
+            raise ValueError(
+                "train.compile is true and zero.stage is 3, which gathers weights between a network's layers: nothing"
+                " could be fused across them; set zero.stage=2, or train.compile=false"
+            )
+        if self.train.compile and ranks_of_group(self.train) > 1:
+            raise ValueError(
+                "train.compile is true and train.batch_norm_group lies on several ranks, which must speak between a"
+                " network's layers; set train.batch_norm_group to a micro batch or less, or train.compile=false"
+            )
+        return self
+
+
+def profiled_steps(profile: object) -> range | None:
+    """The steps of log.profile, counted as in metrics.jsonl; None where it names none."""
+    found = re.fullmatch(r"([1-9]\d*)-(\d+)", profile) if isinstance(profile, str) else None
+    return range(int(found[1]), int(found[2]) + 1) or None if found else None
+
+
+def documented_keys() -> dict[str, dict[str, Any]]:
+    """Every key by its full name, in order: `meaning`, `default`, `change`. Lists of sections count as one key."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def visit(section: type[Section], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = section_of(field.annotation)
+            if inner is not None:
+                visit(inner, f"{prefix}{name}.")
+            else:
+                extra = field.json_schema_extra
+                change = extra["change"] if isinstance(extra, dict) else "fixed"
+                found[prefix + name] = {"meaning": field.description, "default": field.default, "change": change}
+
+    visit(Config, "")
+    return found
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key of this type holds, if it holds one."""
+    return None if get_origin(annotation) is tuple else _section_within(annotation)
+
+
+def item_of(annotation: Any) -> type[Section] | None:
+    """The section that each item of a list has, where a key of this type holds a list of sections."""
+    lists = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is tuple]
+    return _section_within(lists[0]) if lists else None
+
+
+def _section_within(annotation: Any) -> type[Section] | None:
+    candidates = get_args(annotation) or (annotation,)
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def allowed(section: type[Section], name: str) -> str:
+    """What a key of a section may be, in words: `a whole number at least 1, or null`."""
+    return _in_words(section.model_json_schema()["properties"][name])
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return ", or ".join(map(_in_words, schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])} numbers"
+    kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    kinds |= {"string": "text, not empty" if schema.get("minLength") else "text"}
+    kinds |= {"array": f"a list of {'whole numbers' if schema.get('items') == {'type': 'integer'} else 'sections'}"}
+    limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    stated = [f"{word} {schema[limit]}" for limit, word in limits.items() if limit in schema]
+    return f"{kinds.get(schema.get('type', ''), 'a section')} {' and '.join(stated)}".strip()

@@ -1,0 +1,40 @@
+"""Collectives over all ranks: a sum, what rank 0 knows, what all know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import DataError, RunFailed, UsageError
+
+Item = TypeVar("Item")
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """The tensor's sum over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def from_rank_zero(work: Callable[[], Item]) -> Item:
+    """What `work` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (UsageError, DataError, RunFailed) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def all_gather(values: list[Item]) -> list[Item]:
+    """The values of all ranks, by rank, on every rank."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]

@@ -1,0 +1,231 @@
+"""Ranks: N processes of this machine started by `--procs N`, or this process as one rank of torchrun's or srun's.
+
+A launched rank runs the same command line again with RANK, WORLD_SIZE ... set, as torchrun would: in a fork of the
+launcher, or, where a fork could not do all that a new process can, in a new interpreter (preload.py). When the launcher
+ends, however it ends, the kernel kills its ranks; when a rank ends with an error, the launcher kills the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.distributed.environment import LAUNCHER, cpus_per_rank, is_rank
+from pipeline.distributed.preload import preload
+from pipeline.errors import UsageError
+
+COMMANDS = "pipeline.cli"
+"""The module of which a rank runs `main`."""
+COATNET = (sys.executable, "-m", COMMANDS)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Signals that ask for a stop, and are handed on to the ranks."""
+GRACE_SECONDS = 10.0
+"""How long the other ranks may take to end by themselves after one has failed."""
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this rank when its launcher's process ends, ours or torchrun's."""
+    if not is_rank():
+        return
+    prctl_set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(prctl_set_parent_death_signal, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and os.getppid() != int(launcher):  # it ended before we asked
+        sys.exit(1)
+
+
+class Rank(Protocol):
+    """A rank's process, as its launcher knows it; subprocess.Popen is one."""
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[str, list[str], dict[str, str], Path | None], Rank]
+"""Starts a rank: a module's `main` with these arguments, with more environment, all that it says added to a file."""
+
+
+def launch(
+    arguments: list[str],
+    ranks: int,
+    logs: Path,
+    imports: Callable[[], None],
+    module: str = COMMANDS,
+    start: Start | None = None,
+) -> int:
+    """Runs `coatnet ARGUMENTS` as `ranks` processes; returns the exit status of the first that failed, or 0.
+
+    `imports` imports what they need, so that they can be forks of this process; `start` starts them in another way.
+
+    Rank 0 has the terminal; the others write to LOGS/rank-N.log. SIGTERM and Ctrl-C are handed on to the ranks, which
+    end at the next step's end; a second Ctrl-C kills them.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{logs} cannot be made: {error.strerror}; is run.dir a folder that you may write?") from None
+    processes: list[Rank] = []
+    interrupted, told = False, 0
+
+    def hand_on(number: int, _frame: object) -> None:
+        nonlocal interrupted, told
+        again = interrupted and number == signal.SIGINT
+        interrupted = interrupted or number == signal.SIGINT
+        # Ctrl-C has reached the ranks too: a second SIGINT would end them.
+        told = signal.SIGKILL if again else signal.SIGTERM if interrupted else number
+        for process in processes:
+            process.send_signal(told)
+
+    for number in STOPPING:
+        signal.signal(number, hand_on)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank(ranks)))  # read by libraries when they are imported
+    if start is None:
+        start = fork if preload(imports) else spawn
+    port = free_port()
+    try:
+        for rank in range(ranks):
+            log = logs / f"rank-{rank}.log" if rank else None
+            processes.append(start(module, arguments, _environment(rank, ranks, port), log))
+            if told:  # while this one was being started
+                processes[-1].send_signal(told)
+        return _wait(processes, logs)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would set, gloo's network, and who started the rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        LAUNCHER: str(os.getpid()),
+    }
+
+
+def spawn(module: str, arguments: list[str], environment: dict[str, str], log: Path | None) -> Rank:
+    """Starts a rank as a new interpreter."""
+    output = None if log is None else log.open("ab")
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments], env={**os.environ, **environment},
+        stdout=output, stderr=output and subprocess.STDOUT,
+    )  # fmt: skip
+    if output is not None:
+        output.close()
+    return process
+
+
+def fork(module: str, arguments: list[str], environment: dict[str, str], log: Path | None) -> Rank:
+    """Starts a rank as a fork of this process."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # else the fork may get one as if it were the launcher
+    try:
+        process = ForkedRank(target=_in_fork, args=(module, arguments, environment, log, mask))
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return process
+
+
+class ForkedRank(ForkProcess):
+    """A fork that multiprocessing makes, with the names of subprocess.Popen."""
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.exitcode is None and self.pid is not None:
+            with suppress(ProcessLookupError):  # it ended, and this is a signal's handler in the midst of noticing that
+                os.kill(self.pid, number)
+
+
+def _in_fork(
+    module: str, arguments: list[str], environment: dict[str, str], log: Path | None, mask: set[signal.Signals]
+) -> None:
+    """Makes this fork what a new process would be, and runs the module's `main` in it."""
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        os.close(descriptor)
+    threads, torch = int(os.environ["OMP_NUM_THREADS"].partition(",")[0]), sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:  # it was imported before this was known
+        torch.set_num_threads(threads)
+    importlib.import_module(module).main()
+
+
+def _wait(processes: Sequence[Rank], logs: Path) -> int:
+    deadline = None
+    first_failed: int | None = None
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+        if failed and deadline is None:
+            first_failed, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    statuses = [process.poll() or 0 for process in processes]
+    if first_failed is None:
+        first_failed = next((rank for rank, status in enumerate(statuses) if status), None)
+    if first_failed is None:
+        return 0
+    if statuses[0] == statuses[first_failed] > 1:  # what all ranks were told, rank 0 has said
+        return statuses[0]
+    return _report(first_failed, statuses[first_failed], logs)
+
+
+def _report(rank: int, status: int, logs: Path) -> int:
+    if status < 0:
+        number = signal.Signals(-status)
+        asked = number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # before there was anything to save
+        print(
+            f"rank {rank} was {'stopped' if asked else 'killed'} by {number.name};"
+            " the same command goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
+        return 3 if asked else 1
+    if rank > 0:
+        log = logs / f"rank-{rank}.log"
+        print(f"rank {rank} ended with status {status}: {_last_words(log)} (see {log})", file=sys.stderr)
+    return status
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log; where it is indented, back to the line that it belongs to."""
+    words: list[str] = []
+    for line in reversed(log.read_text(errors="replace").splitlines()):
+        words.insert(0, line)
+        if not line.startswith(" "):
+            break
+    return "\n".join(words)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

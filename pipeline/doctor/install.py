@@ -1,0 +1,248 @@
+"""What `make install` does: a virtual environment in .venv with the builds that fit this machine, in timed stages.
+
+It runs on a bare Python, with nothing but the standard library. The GPU's driver decides which builds fit; a machine
+without a GPU gets a CPU build of torch, never gigabytes of CUDA libraries. What pip itself is configured to offer comes
+first, then a torch that is already installed, then the public index of PyTorch.
+
+    python3 -m pipeline.doctor.install              # GPU_CUDA=13 (or 12) in front: on a login node, for nodes with GPUs
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv"
+VENV_PYTHON = str(VENV / "bin" / "python")
+TORCH_INDEX = "https://download.pytorch.org/whl/"
+PYPI_TORCH_CUDA = 13
+"""The CUDA major version of the builds of torch on PyPI, whose version carries no tag; from 2.11 on."""
+CUDA12_TAG = "cu126"
+"""The build of torch 2.12 to 2.14 for drivers that support CUDA 12 only (github.com/pytorch/pytorch/issues/190355)."""
+
+ASK_TORCH = """
+import json, os, torch
+print(json.dumps([torch.__version__, torch.version.cuda, os.path.dirname(os.path.dirname(torch.__file__))]))
+"""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch: its version, the CUDA version it was built for (None: a CPU build), its site-packages."""
+
+    version: str
+    cuda: str | None
+    folder: str
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version that the GPU driver supports, as (major, minor); None on a machine without a GPU.
+
+    Raises RuntimeError where there is a GPU whose driver does not say.
+    """
+    if not glob.glob("/dev/nvidia[0-9]*") and "GPU 0" not in _output("nvidia-smi", "-L"):
+        return None
+    version = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value:
+            return version.value // 1000, version.value % 1000 // 10
+    except OSError:
+        pass  # the library is not on the loader's path; nvidia-smi knows it too
+    said = re.search(r"CUDA[\w ]* Version\s*:\s*(\d+)\.(\d+)", _output("nvidia-smi"))
+    if said is None:
+        raise RuntimeError("there is a GPU, but its driver does not say which CUDA it supports; set GPU_CUDA=12 or 13")
+    return int(said[1]), int(said[2])
+
+
+def dali_extra(driver: tuple[int, int] | None) -> str:
+    """The extra of pyproject.toml whose DALI runs with this driver; without a GPU any would do, the newer is taken."""
+    if driver and driver[0] < 12:
+        raise RuntimeError(
+            f"the driver supports CUDA {driver[0]}.{driver[1]}; DALI and torch need 12.0: update it to 525.60 or later"
+        )
+    return "cuda12" if driver and driver[0] == 12 else "cuda13"
+
+
+def build_fits(cuda_major: int | None, driver: tuple[int, int] | None) -> bool:
+    """Whether a build for this CUDA (None: for the CPU) is the kind that this machine should have."""
+    if driver is None or cuda_major is None:
+        return driver is None and cuda_major is None
+    return cuda_major <= driver[0]
+
+
+def cuda_major_of(version: str) -> int | None:
+    """The CUDA major version that a torch version's tag names: 2.13.0+cu126 is 12, +cpu None, no tag PyPI's."""
+    tag = version.partition("+")[2]
+    named = re.fullmatch(r"cu(\d+)\d", tag)
+    return int(named[1]) if named else None if tag else PYPI_TORCH_CUDA
+
+
+def offered_build(tested: str, offered: list[str], driver: tuple[int, int] | None) -> str | None:
+    """Of the torch versions that pip offers, the build of the tested one that fits best; None where none fits."""
+    fitting = [
+        version
+        for version in offered
+        if version.partition("+")[0] == tested and build_fits(cuda_major_of(version), driver)
+    ]
+    return max(fitting, key=lambda version: (cuda_major_of(version) or 0, version), default=None)
+
+
+def pytorch_build(tested: str, driver: tuple[int, int] | None) -> str:
+    """The build of the tested version to fetch from PyTorch's own index for this driver."""
+    return f"{tested}+cpu" if driver is None else f"{tested}+{CUDA12_TAG}" if driver[0] == 12 else f"{tested}+cu130"
+
+
+def install() -> None:
+    """Makes or completes .venv; raises RuntimeError with one line where a stage fails."""
+    start = time.monotonic()
+    wanted = os.environ.get("GPU_CUDA", "")
+    if wanted not in ("", "12", "13"):
+        raise RuntimeError(f"GPU_CUDA is {wanted}; it can be 12 or 13, the CUDA that the GPU nodes' drivers support")
+    driver = (int(wanted), 0) if wanted else driver_cuda()
+    extra = dali_extra(driver)
+    with stage("venv", f"{VENV.relative_to(ROOT)}, Python {sys.version.split()[0]}"):
+        make_environment()
+    version = install_torch(driver)
+    pinned = VENV / "constraints.txt"
+    pinned.write_text(re.sub(r"(?m)^torch==.*$", f"torch=={version}", (ROOT / "constraints.txt").read_text()))
+    with stage("coatnet", f"with the extras {extra} and dev"):
+        pip("-c", str(pinned), "-e", f"{ROOT}[{extra},dev]")
+    print(f"done     {_megabytes(VENV):,} MB in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def make_environment() -> None:
+    """An environment of this Python at .venv; one of another Python's version, or a broken one, is made anew."""
+    ask = "import sys; print(*sys.version_info[:2])"
+    current = " ".join(map(str, sys.version_info[:2]))
+    if _output(VENV_PYTHON, "-c", ask).strip() != current or not _output(VENV_PYTHON, "-m", "pip", "--version"):
+        # by its real name: a link to it, or the environment it was called from, may be gone tomorrow
+        command = [os.path.realpath(sys.executable), "-m", "venv", "--clear", "--prompt", "coatnet", str(VENV)]
+        if subprocess.run(command).returncode:
+            raise RuntimeError(f"no environment came of {' '.join(command)}; its own words are above")
+
+
+def install_torch(driver: tuple[int, int] | None) -> str:
+    """Installs the build of torch that fits, or finds it installed; returns its version."""
+    kind = "no GPU here" if driver is None else f"for a driver of CUDA {driver[0]}.{driver[1]}"
+    tested = constraint("torch")
+    present = installed_torch(VENV_PYTHON)
+    if present and present.version.partition("+")[0] == tested and _fits(present, driver):
+        with stage("torch", f"{present.version}, {kind}: already installed"):
+            return present.version
+    if version := offered_build(tested, offered_versions("torch"), driver):
+        with stage("torch", f"{version}, {kind}: offered by pip's configuration"):
+            # `===` compares whole strings: plain == would take the CPU build beside a CUDA one
+            pip("-c", str(ROOT / "constraints.txt"), f"torch==={version}")
+            return version
+    for found in (present, installed_torch(sys.executable)):
+        if found and _fits(found, driver):
+            with stage("torch", f"{found.version}, {kind}: the one in {found.folder}"):
+                if found is not present:
+                    borrow(found)
+            return found.version
+    version = pytorch_build(tested, driver)
+    with stage("torch", f"{version}, {kind}: from {TORCH_INDEX}"):
+        # its dependencies come with the next stage, from the index that pip is configured for
+        pip("--no-deps", "--index-url", TORCH_INDEX + version.partition("+")[2], f"torch=={version}")
+    return version
+
+
+def installed_torch(python: str) -> Torch | None:
+    """The torch that this Python imports, if it does and if it is as new as pyproject.toml asks."""
+    answer = _output(python, "-c", ASK_TORCH).strip()
+    found = Torch(*json.loads(answer)) if answer else None
+    return found if found and _numbers(found.version) >= _numbers(lower_bound("torch")) else None
+
+
+def borrow(found: Torch) -> None:
+    """Makes an installed torch, and nothing else of its environment, importable from .venv."""
+    (site_packages,) = VENV.glob("lib/python3*/site-packages")
+    links = VENV / "borrowed"
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir()
+    for part in ("torch", "torchgen", "functorch", "torch-*-info"):
+        for entry in Path(found.folder).glob(part):
+            (links / entry.name).symlink_to(entry)
+    (site_packages / "borrowed-torch.pth").write_text(f"{links}\n")
+
+
+def offered_versions(package: str) -> list[str]:
+    """What pip would find for this Python, from names alone: `install --dry-run` may fetch whole wheels to ask them."""
+    said = re.search(r"Available versions: (.*)", _output(VENV_PYTHON, "-m", "pip", "index", "versions", package))
+    return said[1].split(", ") if said else []
+
+
+def constraint(package: str) -> str:
+    """The version that constraints.txt pins."""
+    return _find(rf"(?m)^{package}==(\S+)", ROOT / "constraints.txt")
+
+
+def lower_bound(package: str) -> str:
+    """The lowest version that pyproject.toml allows."""
+    return _find(rf'"{package}>=([\d.]+)"', ROOT / "pyproject.toml")
+
+
+def pip(*arguments: str) -> None:
+    """Installs quietly into .venv; DeepSpeed is built without its compiled operators."""
+    command = [VENV_PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command, env=os.environ | {"DS_BUILD_OPS": "0"}).returncode:
+        raise RuntimeError(f"pip could not install {arguments[-1]}; its own words are above: {' '.join(command)}")
+
+
+@contextmanager
+def stage(name: str, what: str) -> Iterator[None]:
+    """Prints one line: what is being done, then how long it took."""
+    print(f"{name:8} {what} ...", end="", flush=True)
+    start = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        print(" failed", flush=True)
+        raise
+    print(f" {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing if it does not exist or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    answer = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+def _fits(found: Torch, driver: tuple[int, int] | None) -> bool:
+    return build_fits(int(found.cuda.split(".")[0]) if found.cuda else None, driver)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:2])
+
+
+def _find(pattern: str, path: Path) -> str:
+    found = re.search(pattern, path.read_text())
+    if found is None:
+        raise RuntimeError(f"{path.name} has no line like {pattern}")
+    return found[1]
+
+
+def _megabytes(folder: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*")) // 1_000_000
+
+
+if __name__ == "__main__":
+    try:
+        install()
+    except RuntimeError as error:
+        sys.exit(f"install: {error}")

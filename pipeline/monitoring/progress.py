@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere; standard error, rank 0 only.
+
+step 1,200/93,800  loss 5.12  lr 1.2e-4  3,410 img/s  data 0.3 %  MFU 41 %  2 d 3 h left
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from pipeline.formatting import format_duration, format_lr, format_number, format_percent
+
+SECONDS_BETWEEN_LINES = 5.0
+ROWS_FOR_SPEED = 10
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class Reporter:
+    """Says lines, and shows rows of metrics as they come; all is kept in a log, rank 0's is on the terminal too."""
+
+    def __init__(self, rank: int, log: TextIO, bar: Progress | None, steps: int) -> None:
+        self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
+        self._task = bar.add_task("", total=steps) if bar else None
+        self._quiet_until = 0.0
+        self._speeds: deque[float] = deque(maxlen=ROWS_FOR_SPEED)
+
+    def say(self, line: str) -> None:
+        if self._visible:
+            console.print(line, markup=False)
+        print(line, file=self._log, flush=True)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl; as a line at most every few seconds, so that a cluster's logs stay readable."""
+        self._speeds.append(row["step_seconds"])
+        line = format_row(row, self._steps, eta_seconds(row["step"], self._steps, self._speeds))
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=row["step"], description=line)
+        if time.monotonic() < self._quiet_until and row["step"] < self._steps:
+            return
+        self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
+        if self._visible and self._bar is None:
+            console.print(line, markup=False)
+        print(line, file=self._log, flush=True)
+
+
+@contextmanager
+def reporter(rank: int, logs: Path, steps: int) -> Iterator[Reporter]:
+    """A reporter that keeps what it says in LOGS/rank-N.log."""
+    logs.mkdir(exist_ok=True)
+    with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
+        bar = Progress(*columns, console=console, expand=True) if rank == 0 and console.is_terminal else None
+        yield Reporter(rank, log, terminal.enter_context(bar) if bar else None, steps)
+
+
+def eta_seconds(step: int, steps: int, speeds: Sequence[float]) -> float:
+    """Of training, at the middle one of the last speeds (seconds a step); evaluations come on top."""
+    return max(0, steps - step) * statistics.median(list(speeds)[-ROWS_FOR_SPEED:])
+
+
+def format_row(row: dict[str, Any], steps: int, left: float) -> str:
+    """A row of a step as a line."""
+    facts = [
+        f"step {row['step']:,}/{steps:,}",
+        f"loss {format_number(row['loss'])}",
+        f"lr {format_lr(row['lr'])}",
+        f"{format_number(row['images_per_second'])} img/s",
+        f"data {format_percent(row['data_wait'], 1)}",
+    ]
+    if "mfu" in row:
+        facts.append(f"MFU {format_percent(row['mfu'])}")
+    return "  ".join([*facts, f"{format_duration(left)} left"])

@@ -1,0 +1,132 @@
+"""Everything about a request that can be known before any rank starts: data, length, and what a run's folder says.
+
+Reads only; without torch, so that a wrong request is answered at once. Every rank calls it too, for the same answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.augment import Augmentation
+from data.memory import check_memory
+from data.order import Order, accumulation_steps
+from data.shards.manifest import Manifest, read_manifest, with_cache
+from data.storage.remote import DEFAULT, ReadError, Storage
+from pipeline.checkpoint.attempts import latest_step
+from pipeline.config.batch_size import check_world_size, micro_batches_of, total_steps
+from pipeline.config.parsing import changes, read_resolved
+from pipeline.config.schema import Augment, Config
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do."""
+
+    train: Manifest
+    val: Manifest | None
+    order: Order
+    steps: int
+    changed: dict[str, Any]
+    """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
+    newest: int | None
+    """The step of the newest checkpoint."""
+    read_faults: list[ReadError]
+    """Reads that failed and were made again; threads that read add to it, who records them takes them out."""
+
+    @property
+    def is_new_run(self) -> bool:
+        """Whether there is no checkpoint to go on from."""
+        return self.newest is None
+
+    @property
+    def finished(self) -> bool:
+        return (self.newest or 0) >= self.steps
+
+
+def make_plan(config: Config, command: str, world_size: int, local_world_size: int) -> Plan:
+    """The plan of a request, or UsageError with what is wrong and what would do."""
+    check_ranks(config, world_size)
+    changed = config_changes(Path(config.run.dir), config, command)
+    read_faults: list[ReadError] = []
+    storage = Storage(on_fault=read_faults.append)
+    train, order = training_set(config, storage)
+    val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
+    if val is not None and val.classes != train.classes:
+        raise UsageError(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
+    slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
+    check_memory(train, slots, config.data.window, config.model.resolution, local_world_size)
+    length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
+    return Plan(train, val, order, length, changed, latest_step(Path(config.run.dir)), read_faults)
+
+
+def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:
+    """What is trained on, and in which order; UsageError where it is not there, or not what was stated."""
+    manifest = _manifest(config, config.data.train, "data.train", storage)
+    _check_stated(config, manifest)
+    counts = np.array([shard.samples for shard in manifest.shards], np.int64)
+    return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.window)
+
+
+def augmentation(augment: Augment) -> Augmentation:
+    """What is drawn for each sample."""
+    return Augmentation(
+        crop=augment.crop,
+        crop_area=augment.crop_area,
+        flip=augment.flip,
+        layers=augment.randaugment.layers,
+        magnitude=augment.randaugment.magnitude,
+    )
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """UsageError where a step's micro batches cannot be dealt to so many ranks."""
+    try:
+        check_world_size(config.train, world_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _manifest(config: Config, url: str, key: str, storage: Storage) -> Manifest:
+    try:
+        return with_cache(read_manifest(url, storage), storage, config.data.cache.dir, config.data.cache.max_bytes)
+    except UsageError as error:
+        without = "; data.val=null trains without" if key == "data.val" else ""
+        raise UsageError(f"{key}={url}: {error}{without}") from None
+
+
+def _check_stated(config: Config, train: Manifest) -> None:
+    for key, stated, found in (
+        ("model.classes", config.model.classes, len(train.classes)),
+        ("data.train_samples", config.data.train_samples, train.samples),
+    ):
+        if stated is not None and stated != found:
+            raise UsageError(f"{key} is {stated}, and data.train={config.data.train} has {found}; correct one of them")
+
+
+def _class_difference(val: Manifest, train: Manifest) -> str:
+    extra, missing = sorted(set(val.classes) - set(train.classes)), sorted(set(train.classes) - set(val.classes))
+    differing = (extra or missing or list(val.classes))[0]
+    return f"has {len(val.classes)} classes and the training set {len(train.classes)}, differing in {differing!r}"
+
+
+def config_changes(path: Path, config: Config, command: str) -> dict[str, Any]:
+    """What differs from the configuration that the run was started with, as recorded changes; {} at the first start.
+
+    Raises UsageError with the keys where something differs that defines the run.
+    """
+    resolved = path / "config.yaml"
+    if not resolved.exists():
+        return {}
+    differing = changes(read_resolved(resolved), config)
+    refused = [f"{name} was {old!r}, now {new!r}" for name, (kind, old, new) in differing.items() if kind == "fixed"]
+    if refused:
+        raise UsageError(
+            f"run.dir={path}: this run was started with another configuration: {'; '.join(refused)}."
+            f" These keys define a run: put them back, or {command} into another folder with run.dir=..."
+        )
+    return {name: [old, new] for name, (_, old, new) in differing.items()}

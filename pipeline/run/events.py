@@ -1,0 +1,25 @@
+"""RUN/events.jsonl: what happened to a run, one object a line; only ever added to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.run.jsonl import JsonLines
+
+
+class Events:
+    """RUN/events.jsonl: what happened, with `time` (seconds since 1970), `attempt` and `event`; one rank writes."""
+
+    def __init__(self, run: Path, attempt: int, rank: int) -> None:
+        self._path, self.attempt, self._rank = run / "events.jsonl", attempt, rank
+        self._lines = JsonLines(self._path) if rank == 0 else None
+
+    def write(self, event: str, by: int = 0, **facts: Any) -> None:
+        """`by` is the rank that writes, another than 0 where that one can't."""
+        if self._rank != by:
+            return
+        if self._lines is None:
+            self._lines = JsonLines(self._path)
+        self._lines.write({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})

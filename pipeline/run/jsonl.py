@@ -1,0 +1,74 @@
+"""Files of one JSON object a line, written by processes that may be killed at any moment.
+
+A process that is killed may leave half a line; the next start closes it, and readers pass it over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """A file of JSON objects that is only added to; a line is written by one call and flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()  # the checkpoint's thread writes events too
+        self._file = path.open("ab+")
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+                self._file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        line = json.dumps({name: _finite(value) for name, value in row.items()}) + "\n"
+        with self._lock:
+            self._file.write(line.encode())
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; half lines of killed processes are passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if (row := _parse(line)) is not None:
+                yield row
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Removes the rows past a step (of a checkpoint) from metrics.jsonl, and half a last line."""
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step]
+        write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that it is there as it was, or as it is to be, and never half."""
+    hidden = path.with_name(f".{path.name}")
+    hidden.write_text(text, encoding="utf-8")
+    os.replace(hidden, path)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,177 @@
+"""The only module that touches DeepSpeed's internals: what ZeRO shards, seen by parameter name.
+
+ZeRO keeps a rank's fp32 masters as a few flat tensors, and the moments and the average (optimizer.AdamWWithEma) in the
+same flat shapes. Stages 1 and 2 flatten the parameters of a group and cut the whole into one part per rank; stage 3
+cuts every parameter by itself. A *stretch* is what one rank owns of one named parameter: `start` and the number of
+elements in the flattened parameter.
+
+Written against the version in SUPPORTED_DEEPSPEED and refused with any other, because these attributes are private.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+SUPPORTED_DEEPSPEED = "0.19.8"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """A rank's part of one parameter: `values[kind]` are flat fp32 views of the live state, kind as in a checkpoint."""
+
+    name: str
+    start: int
+    values: dict[str, torch.Tensor]
+
+
+def check_version(version: str) -> None:
+    """Raises RuntimeError where the installed DeepSpeed is not the one whose internals this module knows."""
+    if version.split("+")[0] != SUPPORTED_DEEPSPEED:
+        raise RuntimeError(
+            f"DeepSpeed is {version}; checkpoints are written for {SUPPORTED_DEEPSPEED}:"
+            f" pip install deepspeed=={SUPPORTED_DEEPSPEED}"
+        )
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, whose own is [0] where stage 3 keeps it in parts."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """The whole shapes of all parameters, by name."""
+    return {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
+
+
+def owned_slices(engine: Any, with_ema: bool) -> list[ParamSlice]:
+    """What this rank owns, in a fixed order; missing optimizer states are created as zeros (the average as weights)."""
+    states = engine.optimizer.optimizer.state
+    for master in _masters(engine):
+        _create_states(states[master], master, with_ema)
+    found = []
+    for master, name, offset, start, count in _owned(engine):
+        kinds = {"weight": master.data, **{kind: states[master][kind] for kind in _kinds(with_ema)}}
+        values = {kind: tensor.narrow(0, offset, count) for kind, tensor in kinds.items()}
+        found.append(ParamSlice(name, start, values))
+    return found
+
+
+def finish_loading(engine: Any, applied_steps: int) -> None:
+    """Makes the engine train on from states that were written through `stretches`."""
+    optimizer = engine.optimizer
+    for master in _masters(engine):
+        state = optimizer.optimizer.state[master]
+        state["step"] = torch.tensor(float(applied_steps), dtype=torch.float32, device=master.device)
+    if not _in_parts(engine):
+        # 0.19.8 links the states of the first group only, once; link all again.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    _set_weights(engine, [master.data for master in _masters(engine)])
+
+
+@contextlib.contextmanager
+def ema_weights(engine: Any) -> Iterator[None]:
+    """Inside, forward passes use the moving average in place of the weights; afterwards the masters' again."""
+    masters = _masters(engine)
+    # Stage 3 may take the masters themselves for the forward's weights, where both are fp32.
+    kept = [master.data.clone() if _is_forward_weight(engine, master) else master.data for master in masters]
+    _set_weights(engine, [engine.optimizer.optimizer.state[master]["ema"] for master in masters])
+    try:
+        yield
+    finally:
+        _set_weights(engine, kept)
+
+
+def _in_parts(engine: Any) -> bool:
+    """Whether the parameters themselves are sharded."""
+    return engine.zero_optimization_stage() == 3
+
+
+def _masters(engine: Any) -> list[torch.Tensor]:
+    """This rank's fp32 weights: one flat tensor for each group, or each part of one."""
+    optimizer = engine.optimizer
+    return optimizer.fp32_partitioned_groups_flat if _in_parts(engine) else optimizer.single_partition_of_fp32_groups
+
+
+def _owned(engine: Any) -> Iterator[tuple[torch.Tensor, str, int, int, int]]:
+    """For each parameter that this rank owns something of: the master it lies in, its name, its place in the master,
+    and which elements of the flattened parameter it is, by start and count."""
+    optimizer = engine.optimizer
+    groups = optimizer.fp16_groups if _in_parts(engine) else optimizer.bit16_groups
+    for master, parameters in zip(_masters(engine), groups, strict=True):
+        offset = 0
+        for parameter in parameters:
+            name = optimizer.param_names[parameter]
+            if _in_parts(engine):
+                size = parameter.ds_tensor.ds_numel  # of every rank's part, the last ones' filling included
+                start = dist.get_rank(parameter.ds_process_group) * size
+                count = min(size, parameter.ds_numel - start)
+                if count > 0:
+                    yield master, name, offset, start, count
+                offset += size
+            elif (mapping := parameter._hp_mapping) is not None:
+                place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield master, name, place.start, own.start, place.numel
+
+
+def _kinds(with_ema: bool) -> tuple[str, ...]:
+    return (*MOMENTS, "ema") if with_ema else MOMENTS
+
+
+def _create_states(state: dict[str, torch.Tensor], master: torch.Tensor, with_ema: bool) -> None:
+    # AdamW initialises only an empty state: all of its keys, or none.
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+    for kind in MOMENTS:
+        if kind not in state:
+            state[kind] = torch.zeros_like(master.data)
+    if with_ema and "ema" not in state:
+        state["ema"] = master.data.clone()
+
+
+def _is_forward_weight(engine: Any, master: torch.Tensor) -> bool:
+    flat = engine.optimizer.fp16_partitioned_groups_flat if _in_parts(engine) else []
+    return any(part.data_ptr() == master.data_ptr() for part in flat)
+
+
+@torch.no_grad()
+def _set_weights(engine: Any, flat_parts: list[torch.Tensor]) -> None:
+    """Rewrites the forward weights of all ranks from flat fp32 parts, one for each master; collective."""
+    if _in_parts(engine):
+        _set_parts(engine, flat_parts)
+    else:
+        _set_whole(engine, flat_parts)
+
+
+def _set_parts(engine: Any, flat_parts: list[torch.Tensor]) -> None:
+    optimizer = engine.optimizer
+    engine.empty_partition_cache()  # what is gathered, or kept whole, would stay as it was
+    for number, flat in enumerate(optimizer.fp16_partitioned_groups_flat):
+        flat.data.copy_(flat_parts[number])
+        optimizer._unflatten_partitioned_parameters(number)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _set_whole(engine: Any, flat_parts: list[torch.Tensor]) -> None:
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    optimizer = engine.optimizer
+    for group, parts in enumerate(optimizer.parallel_partitioned_bit16_groups):
+        own = dist.get_rank(optimizer.real_dp_process_group[group])
+        parts[own].data.copy_(flat_parts[group])
+    all_gather_dp_groups(
+        groups_flat=optimizer.bit16_groups_flat,
+        partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+        dp_process_group=optimizer.real_dp_process_group,
+        start_alignment_factor=optimizer.nccl_start_alignment_factor,
+        allgather_bucket_size=optimizer.allgather_bucket_size,
+    )

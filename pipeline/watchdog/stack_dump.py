@@ -1,0 +1,207 @@
+"""Where all ranks stand, side by side: their Python stacks, which of them stands out, and the page that shows it.
+
+On a CPU a rank waits for others inside a collective. On a GPU a collective only queues work, and the host waits where
+it reads a result (`.item()`); there a thread of autograd, which Python did not start, may run DeepSpeed's hooks for the
+main thread. A kernel that hangs by itself looks from Python like one that waits for others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from pipeline.distributed.environment import host_name
+from pipeline.distributed.heartbeat import last_beat
+from pipeline.formatting import format_ranges
+
+OURS = ("data/", "models/", "pipeline/")
+WATCHING = "signs of life"
+"""The name of threads that are left out."""
+FOREIGN = "a thread that Python did not start"
+_WRAPPERS = {
+    "deepspeed/utils/nvtx.py", "torch/_compile.py", "torch/_dynamo/eval_frame.py",
+    "torch/distributed/c10d_logger.py", "torch/utils/_contextlib.py",
+}  # fmt: skip
+"""Frames that only call on, left out."""
+_READS = (".item()", ".tolist()")
+_FOR_A_THREAD = {
+    ("torch/autograd/graph.py", "_engine_run_backward"): FOREIGN,
+    ("pipeline/checkpoint/writer.py", "wait"): "checkpoint",
+}
+"""Where the main thread waits for another one of its process, and that one's name."""
+
+
+class Frame(NamedTuple):
+    file: str
+    """Below the folder that Python found it in."""
+    line: int
+    function: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.file}:{self.line})"
+
+
+class Thread(NamedTuple):
+    name: str
+    frames: tuple[Frame, ...]
+    """The innermost call first."""
+
+
+@dataclass(frozen=True)
+class StackSnapshot:
+    """Where a rank stands; the main thread is the first one."""
+
+    process: int
+    host: str
+    step: int | None
+    mark: str
+    threads: tuple[Thread, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> StackSnapshot:
+        facts = json.loads(text)
+        threads = tuple(Thread(name, tuple(Frame(*frame) for frame in frames)) for name, frames in facts.pop("threads"))
+        return StackSnapshot(threads=threads, **facts)
+
+
+def capture() -> StackSnapshot:
+    """Where this process stands now."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    frames = sorted(sys._current_frames().items(), key=lambda item: (item[0] != main, names.get(item[0], "")))
+    threads = [Thread(names.get(ident, FOREIGN), _frames(frame)) for ident, frame in frames]
+    mark = last_beat()
+    kept = tuple(thread for thread in threads if thread.name != WATCHING)
+    return StackSnapshot(os.getpid(), host_name(), mark.step, mark.what, kept)
+
+
+def _frames(frame: FrameType) -> tuple[Frame, ...]:
+    places = sorted({str(Path(__file__).parents[2]), *filter(None, sys.path)}, key=len, reverse=True)
+    found: list[Frame] = []
+    for each in traceback.StackSummary.extract(traceback.walk_stack(frame)):
+        place = next((place for place in places if each.filename.startswith(f"{place}/")), None)
+        file = each.filename[len(place) + 1 :] if place else each.filename
+        found.append(Frame(file, each.lineno or 0, each.name, each.line or ""))
+        if (file, each.name) == ("pipeline/train.py", "train_attempt"):
+            break  # whoever called it is the same everywhere
+    while len(found) > 1 and found[-1].file == "threading.py":  # how threads begin
+        del found[-1]
+    return tuple(frame for frame in found if frame.file not in _WRAPPERS) or tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------- who stands out
+
+
+def suspect_ranks(threads: Mapping[int, Sequence[Thread] | None]) -> tuple[list[int], str]:
+    """The ranks that stand out, maybe none, and why; of each rank its threads, the main one first, None: no answer."""
+    silent = [rank for rank, own in threads.items() if own is None]
+    if silent:
+        return silent, "no answer"
+    answers = {rank: own for rank, own in threads.items() if own is not None}
+    if len(answers) == 1:
+        return list(answers), "the only one"
+    busy = [rank for rank, own in answers.items() if not _waits(own)]
+    if 0 < len(busy) < len(answers):
+        return busy, "while all others wait"
+    places = {rank: _place(own) for rank, own in answers.items()}
+    most, count = Counter(places.values()).most_common(1)[0]
+    if len(answers) / 2 < count < len(answers):
+        return [rank for rank, place in places.items() if place != most], "unlike most"
+    return [], ""
+
+
+def _waits(threads: Sequence[Thread]) -> bool:
+    """Whether a rank waits for others, by the innermost call of the thread that matters."""
+    frame = _decisive(threads).frames[0]
+    if frame.file.startswith("torch/cuda/"):
+        return frame.function == "synchronize"
+    if frame.file.startswith("pipeline/"):
+        return frame.function == "_await_part" or any(read in frame.text for read in _READS)
+    return frame.file.startswith(("torch/distributed/", "deepspeed/"))
+
+
+def _decisive(threads: Sequence[Thread]) -> Thread:
+    """The main thread, or the one that this waits for."""
+    main, *rest = threads
+    name = next(
+        (_FOR_A_THREAD[place] for frame in main.frames if (place := (frame.file, frame.function)) in _FOR_A_THREAD),
+        None,
+    )
+    return next((thread for thread in rest if thread.name == name), main)
+
+
+def _place(threads: Sequence[Thread]) -> tuple[tuple[Frame, ...], ...]:
+    """What is compared; threads that read ahead differ by chance."""
+    return threads[0].frames, _decisive(threads).frames
+
+
+def top_frame(threads: Sequence[Thread]) -> str:
+    """The innermost call of the thread that matters, and the innermost of ours that led to it."""
+    frames = _decisive(threads).frames
+    own = next((frame for frame in frames if frame.file.startswith(OURS)), frames[0])
+    return str(frames[0]) if own is frames[0] else f"{frames[0]}, called by {own}"
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def render(title: str, found: Mapping[int, StackSnapshot | None], odd: Sequence[int]) -> str:
+    """What people read: ranks that stand alike together, those that stand out first."""
+    groups: dict[object, list[int]] = {}
+    for rank in sorted(found, key=lambda rank: (rank not in odd, rank)):
+        answer = found[rank]
+        groups.setdefault((rank in odd, answer and _place(answer.threads)), []).append(rank)
+    lines = [title, ""]
+    for ranks in groups.values():
+        lines += _group(ranks, found, ranks[0] in odd)
+    return "\n".join(lines)
+
+
+def _group(ranks: Sequence[int], found: Mapping[int, StackSnapshot | None], stands_out: bool) -> list[str]:
+    answers = {rank: answer for rank in ranks if (answer := found[rank]) is not None}
+    rule = "=" * 120
+    if not answers:
+        return [rule, f"{format_ranks(ranks)}: NO ANSWER", rule, ""]
+    first = next(iter(answers.values()))
+    lines = [rule, f"{format_ranks(ranks)}{' STANDS OUT' if stands_out else ''}: {top_frame(first.threads)}", rule]
+    for rank, each in answers.items():
+        at = f"after step {each.step}" if each.step is not None else "in its first step"
+        lines.append(f"rank {rank}: process {each.process} on {each.host}, {at}, last finished: {each.mark}")
+    threads: dict[tuple[Frame, ...], dict[str, list[int]]] = {}
+    for rank, each in answers.items():
+        for number, thread in enumerate(each.threads):
+            name = "main thread, innermost call first" if number == 0 else thread.name
+            threads.setdefault(thread.frames, {}).setdefault(name, []).append(rank)
+    for frames, names in threads.items():
+        of = sorted({rank for those in names.values() for rank in those})
+        lines += [
+            "",
+            f"{', '.join(names)}{'' if of == sorted(answers) else f' ({format_ranks(of)})'}:",
+            *_table(frames),
+        ]
+    return [*lines, ""]
+
+
+def _table(frames: Sequence[Frame]) -> list[str]:
+    places = [f"{frame.file}:{frame.line}" for frame in frames]
+    wide, names = max(map(len, places)), max(len(frame.function) for frame in frames)
+    return [f"  {at:<{wide}}  {f.function:<{names}}  {f.text}" for at, f in zip(places, frames, strict=True)]
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0, 2-7`."""
+    found = list(ranks)
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(format_ranges(found))}"

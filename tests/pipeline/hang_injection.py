@@ -1,0 +1,75 @@
+"""`coatnet pretrain` on ranks of which one stands still; its arguments: RANKS FAULT RANK CALL pretrain ...
+
+FAULT is "sleep" (from the CALL-th micro batch that RANK takes on), "read" (its CALL-th read of shards never ends), or
+"slow" (each of its micro batches from the CALL-th on, and each of an evaluation, takes SLOW_SECONDS).
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from pipeline.commands.pretrain import import_training
+from pipeline.distributed.launcher import launch
+
+MODULE = "tests.pipeline.hang_injection"
+SLOW_SECONDS = 8.0
+
+
+def sleep_for_ever() -> None:
+    time.sleep(1e6)
+
+
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+def take_long() -> None:
+    time.sleep(SLOW_SECONDS)
+
+
+FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
+    "sleep": (sleep_for_ever, ["pipeline.train.normalize"]),
+    "read": (wait_for_ever, ["data.loader.read_stretches"]),
+    "slow": (take_long, ["pipeline.train.normalize", "pipeline.training.evaluation.normalize"]),
+}
+"""What happens instead of, or before, which functions."""
+
+
+def from_call(number: int, stand_still: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def called(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= number:
+            stand_still()
+        return function(*arguments)
+
+    return called
+
+
+def main() -> None:
+    ranks, fault, rank, call, *arguments = sys.argv[1:]
+    if "RANK" not in os.environ:
+        run = next(Path(each[8:]) for each in arguments if each.startswith("run.dir="))
+        sys.exit(launch(sys.argv[1:], int(ranks), run / "logs", import_training, MODULE))
+    from pipeline import cli
+
+    if os.environ["RANK"] == rank:
+        stand_still, names = FAULTS[fault]
+        for name in names:
+            mock.patch(name, from_call(int(call), stand_still, pkgutil.resolve_name(name))).start()
+    sys.argv[1:] = arguments
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
