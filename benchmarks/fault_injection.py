@@ -165,7 +165,7 @@ def freeze(process: Process, run: Path, chance: random.Random) -> None:
     assert process.stderr is not None
     said = process.stderr.read()
     assert f"rank {rank} (process {frozen} on " in said and "frozen" in said, said
-    event = events(run, "frozen")[-1]
+    event = events(run, "heartbeat_lost")[-1]
     assert [each["process"] for each in event["ranks"]] == [frozen]
     assert f"rank {rank}: NO ANSWER" in Path(event["stacks"]).read_text()
 
@@ -243,7 +243,7 @@ def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str]
     """A run that meets these faults, each some steps after it went on, and goes on at the next of the places."""
     chance, outcome = random.Random(seed), Outcome(run)
     for number, kind in enumerate([*kinds, None]):
-        place, began, attempt = places[number % len(places)], time.monotonic(), len(events(run, "start"))
+        place, began, attempt = places[number % len(places)], time.monotonic(), len(events(run, "attempt_started"))
         process = start(setting, run, place)
         first = step_begun_at(run, attempt, process)
         if kind != "killed while reading":
@@ -286,7 +286,7 @@ def step_begun_at(run: Path, attempt: int, process: Process) -> int:
     """The step that an attempt went on from, once it has."""
 
     def begun() -> list[int]:
-        found = [*events(run, "begin"), *events(run, "resume")]
+        found = [*events(run, "training_started"), *events(run, "training_resumed")]
         return [event["step"] for event in found if event["attempt"] == attempt]
 
     wait_until(lambda: bool(begun()), process)
@@ -335,7 +335,7 @@ def check_changing(outcome: Outcome, whole: Path, setting: Setting) -> None:
 
 def check_epochs(outcome: Outcome) -> None:
     """The lines that epochs end with: each sample once, and those replaced that are damaged."""
-    complete = events(outcome.run, "epoch")
+    complete = events(outcome.run, "epoch_finished")
     if not complete:
         outcome.wrong.append("no epoch was completed")
     for event in complete:

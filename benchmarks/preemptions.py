@@ -142,14 +142,14 @@ def night(folder: Path, kinds: list[str], seed: int) -> Night:
             KINDS[kind](cluster, job, run, chance)
             wait_until(lambda number=number: len(starts(run)) > number + 1 and steps_of_this_start(run) > 1)
             measure(run, met[-1], number)
-        wait_until(lambda: bool(events(run, "done")))
+        wait_until(lambda: bool(events(run, "finished")))
         ended = cluster.wait(job, "COMPLETED", "FAILED")
         goodput = status(cluster, run)["goodput"]
     seconds = sorted(row["step_seconds"] for row in rows(whole / "metrics.jsonl") if "step_seconds" in row)
     told = Night(met, goodput, steps, seconds[len(seconds) // 2], len(starts(run)) - 1 - len(met))
     if ended["JobState"] != "COMPLETED":
         told.wrong.append(f"the job ended as {ended['JobState']}")
-    if len(events(run, "restart")) != len(starts(run)) - 1:
+    if len(events(run, "requeued")) != len(starts(run)) - 1:
         told.wrong.append(f"{len(starts(run))} starts, but {len(events(run, 'restart'))} restarts are recorded")
     if curve(run) != curve(whole):
         told.wrong.append("the curve differs from the undisturbed run's")
@@ -160,7 +160,7 @@ def night(folder: Path, kinds: list[str], seed: int) -> Night:
 
 def steps_of_this_start(run: Path) -> int:
     """That the start that runs now has done; 0 where none does."""
-    now, went_on = starts(run)[-1:], [*events(run, "begin"), *events(run, "resume")][-1:]
+    now, went_on = starts(run)[-1:], [*events(run, "training_started"), *events(run, "training_resumed")][-1:]
     if not now or now[0].ended is not None or not went_on or went_on[0]["time"] < now[0].began:
         return 0
     return last_step_of(run, went_on[0]["attempt"]) - went_on[0]["step"]
@@ -169,11 +169,11 @@ def steps_of_this_start(run: Path) -> int:
 def measure(run: Path, met: Disturbance, number: int) -> None:
     """What the run's own records say of a disturbance that it has got over."""
     before, after = starts(run)[number : number + 2]
-    resumed = next(row for row in events(run, "resume") if row["time"] > after.began)
+    resumed = next(row for row in events(run, "training_resumed") if row["time"] > after.began)
     first = next(row for row in rows(run / "metrics.jsonl") if row["step"] > resumed["step"] and "loss" in row)
     ended = before.ended or met.at
     met.cause = str(before.cause)
-    met.steps_lost = next(row["steps_lost"] for row in events(run, "restart") if row["start"] == before.name)
+    met.steps_lost = next(row["steps_lost"] for row in events(run, "requeued") if row["start"] == before.name)
     met.to_the_end, met.waited = max(0.0, ended - met.at), after.began - max(ended, met.at)
     met.to_the_first_step = resumed["time"] + first["step_seconds"] - after.began
 

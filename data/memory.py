@@ -32,9 +32,13 @@ def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, l
     if held <= MEMORY_SHARE * memory:
         return
     fitting = int((MEMORY_SHARE * memory / local_world_size - READ_AHEAD_BYTES - decoded) / of_all_slots)
-    way_out = f"data.window={fitting} would fit" if fitting > 0 else "no window fits: take a smaller train.global_batch"
+    way_out = (
+        f"data.shuffle_window={fitting} would fit"
+        if fitting > 0
+        else "no window fits: take a smaller train.global_batch"
+    )
     raise UsageError(
-        f"data.window={window} with {slots} samples a step on a rank keeps {held / 2**30:.1f} GiB of images"
+        f"data.shuffle_window={window} with {slots} samples a step on a rank keeps {held / 2**30:.1f} GiB of images"
         f" in this machine's {memory / 2**30:.1f} GiB of memory; {way_out}, or take more machines"
     )
 

@@ -59,9 +59,9 @@ def starts(run: Path) -> list[Start]:
         done[row["attempt"]] = max(row["step"], done.get(row["attempt"], 0))
     ranks, found = {}, []
     for event in rows(run / "events.jsonl"):
-        if event["event"] == "start":
+        if event["event"] == "attempt_started":
             ranks[event["attempt"]] = event["world_size"]
-        elif event["event"] in ("begin", "resume"):
+        elif event["event"] in ("training_started", "training_resumed"):
             last = done.get(event["attempt"], event["step"])
             found.append(Start(ranks[event["attempt"]], event["step"], last))
     return found

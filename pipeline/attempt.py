@@ -39,7 +39,7 @@ def begin_attempt(run: Path, config: Config, plan: Plan) -> tuple[int, Events]:
     rank, world_size = rank_and_world_size()
     attempt = from_rank_zero(take)
     events = Events(run, attempt, rank)
-    events.write("start", world_size=world_size, torch=torch.__version__, changed=plan.changed)
+    events.write("attempt_started", world_size=world_size, torch=torch.__version__, changed=plan.changed)
     if rank == 0:
         write_config(run, config)
     return attempt, events

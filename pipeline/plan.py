@@ -59,7 +59,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     if val is not None and val.classes != train.classes:
         raise UsageError(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
-    check_memory(train, slots, config.data.window, config.model.resolution, local_world_size)
+    check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
     return Plan(train, val, order, length, changed, latest_step(Path(config.run.dir)), read_faults)
 
@@ -69,7 +69,7 @@ def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, 
     manifest = _manifest(config, config.data.train, "data.train", storage)
     _check_stated(config, manifest)
     counts = np.array([shard.samples for shard in manifest.shards], np.int64)
-    return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.window)
+    return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.shuffle_window)
 
 
 def augmentation(augment: Augment) -> Augmentation:

@@ -120,7 +120,7 @@ def train(
             attempt = train_attempt(config, plan, lineage, engine, average, attempt, events, writer, report, peak)
         pause()
         writer.wait()
-        events.write("done", step=plan.steps)
+        events.write("finished", step=plan.steps)
         writer.close()
         report.say(f"done: {plan.steps} steps, the last checkpoint is {run}/checkpoints/{step_name(plan.steps)}")
 
@@ -157,7 +157,11 @@ def train_attempt(
     history = from_rank_zero(lambda: load_rollbacks(run, state))
     if state:
         report.say(f"goes on from step {first_step:,}")
-    events.write("resume" if state else "begin", step=first_step, new_augmentations=lineage[-1]["new_augmentations"])
+    events.write(
+        "training_resumed" if state else "training_started",
+        step=first_step,
+        new_augmentations=lineage[-1]["new_augmentations"],
+    )
 
     # What the run writes about itself.
     sinks = build_sinks(run, config, attempt, first_step) if rank == 0 else []
@@ -274,7 +278,7 @@ def train_attempt(
                     "applied_steps": applied_steps,
                     "epochs": epochs.state(),
                     "guard": asdict(guard),
-                    "gone_back": [asdict(each) for each in history],
+                    "rollbacks": [asdict(each) for each in history],
                     "classes": plan.train.classes,
                     "train_fingerprint": plan.train.fingerprint,
                     "config": config.model_dump(mode="json"),
@@ -285,7 +289,7 @@ def train_attempt(
             if stop and not last:
                 pause()
                 writer.wait()
-                events.write("stop", step=done, reason=all_gather(list(filter(None, [signals.requested()])))[0])
+                events.write("interrupted", step=done, reason=all_gather(list(filter(None, [signals.requested()])))[0])
                 from_rank_zero(writer.close)
                 raise Interrupted(f"stopped after step {done} of {plan.steps}; the same command goes on from there")
 

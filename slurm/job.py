@@ -184,13 +184,13 @@ def ending_of(run: Path, request: Request, where: Allocation, status: int, said:
     """What can be known of a start that just ended, from its records, Slurm and srun's last words."""
     began = history.starts(run)[-1].began
     told = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
-    ends = [row for row in told if row["event"] in ("done", "stop", *STANDSTILLS)]
+    ends = [row for row in told if row["event"] in ("finished", "interrupted", *STANDSTILLS)]
     last = ends[-1] if ends else {}
     noted = tuple(row["status"] for row in history.failures(run, where.start))
     finished = status == 0 and not ends  # there was nothing left to do
     return Ending(
         status,
-        "done" if finished else last.get("event"),
+        "finished" if finished else last.get("event"),
         last.get("reason"),
         noted,
         history.is_cancelled(run),
@@ -236,7 +236,9 @@ def record_requeue(run: Path, start: str, cause: Cause, last_step: int) -> None:
     """In events.jsonl, with the steps that have to be done again."""
     lost = max(0, last_step - (latest_step(run) or 0))
     lines = JsonLines(run / "events.jsonl")
-    lines.write({"time": round(time.time(), 3), "event": "restart", "start": start, "cause": cause, "steps_lost": lost})
+    lines.write(
+        {"time": round(time.time(), 3), "event": "requeued", "start": start, "cause": cause, "steps_lost": lost}
+    )
     lines.close()
 
 

@@ -30,7 +30,7 @@ class Cause(StrEnum):
     BAD_REQUEST = "bad request"
 
 
-STANDSTILLS = ("frozen", "hang")
+STANDSTILLS = ("heartbeat_lost", "hang")
 """Events of a run that ended since it stood still."""
 FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG}
 """Which count towards slurm.max_restarts."""
@@ -43,7 +43,7 @@ class Ending:
     status: int
     """srun's exit status."""
     event: str | None = None
-    """The last of `done`, `stop` and STANDSTILLS that the run's events say of this start."""
+    """The last of `finished`, `interrupted` and STANDSTILLS that the run's events say of this start."""
     reason: str | None = None
     """Of a stop: the signal that asked for it."""
     statuses: tuple[int, ...] = ()
@@ -59,11 +59,11 @@ class Ending:
 
 def classify_exit(ending: Ending) -> Cause:
     """The cause; what a person did comes first, then what the run itself said, then what was seen from outside."""
-    if ending.event == "done" and ending.status == 0:
+    if ending.event == "finished" and ending.status == 0:
         return Cause.DONE
-    if ending.cancelled or (ending.event == "stop" and ending.reason == "SIGINT"):
+    if ending.cancelled or (ending.event == "interrupted" and ending.reason == "SIGINT"):
         return Cause.CANCELLED
-    if ending.event == "stop":
+    if ending.event == "interrupted":
         left = ending.seconds_left
         return Cause.TIME_LIMIT if left is not None and left <= ending.lead + 60 else Cause.PREEMPTED
     if ending.lost:

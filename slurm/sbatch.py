@@ -50,7 +50,7 @@ def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[s
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
         "dependency": dependency,
-        "signal_delay_s": slurm.lead,
+        "signal_delay_s": slurm.signal_seconds,
         "setup": list(slurm.setup) or None,
         "stderr_to_stdout": True,
         "use_srun": False,

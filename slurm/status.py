@@ -27,7 +27,16 @@ from slurm.requeue import FAILURES, STANDSTILLS, Cause
 from slurm.scheduler import BUSY, WAITING
 
 SECONDS_BETWEEN_LOOKS = 5.0
-DECIDING = ("start", "begin", "resume", "stop", "done", "failed", "out_of_memory", *STANDSTILLS)
+DECIDING = (
+    "attempt_started",
+    "training_started",
+    "training_resumed",
+    "interrupted",
+    "finished",
+    "failed",
+    "out_of_memory",
+    *STANDSTILLS,
+)
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
 Queue = Mapping[str, Mapping[str, str] | None]
 """What show_job says by job; a job that is not there could not be asked for."""
@@ -48,7 +57,7 @@ class RunSnapshot:
     events: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     """Of metrics.jsonl, without evaluations."""
-    gone_back: list[dict[str, int]]
+    rollbacks: list[dict[str, int]]
     checkpoints: list[int]
     held: bool
     cancelled_at: float | None
@@ -81,7 +90,7 @@ class Status:
     """Share of the jobs' wall-clock time that went into steps that still count."""
     not_applied: list[int]
     """Steps whose loss or gradient was bad, without those that were passed over afterwards."""
-    gone_back: list[dict[str, int]]
+    rollbacks: list[dict[str, int]]
     """To a checkpoint's step, `to`, and from there past the steps from `first` to `last`."""
     checkpoints: dict[str, int | None]
     jobs: list[dict[str, Any]]
@@ -157,7 +166,9 @@ def ask(seen: RunSnapshot) -> Queue:
 def status_of(seen: RunSnapshot, jobs: Queue, now: float) -> Status:
     """Where a run stands. Pure."""
     state, reason = state_of(seen, jobs)
-    resumed = max((i for i, row in enumerate(seen.events) if row["event"] in ("begin", "resume")), default=0)
+    resumed = max(
+        (i for i, row in enumerate(seen.events) if row["event"] in ("training_started", "training_resumed")), default=0
+    )
     last = seen.rows[-1] if seen.rows else {}
     step = max(
         [last.get("step", 0), *(row["step"] for row in seen.events[resumed:] if isinstance(row.get("step"), int))]
@@ -166,7 +177,7 @@ def status_of(seen: RunSnapshot, jobs: Queue, now: float) -> Status:
     speeds = [row["step_seconds"] for row in seen.rows]
     left = eta_seconds(step, steps, speeds) if speeds and steps is not None else None
     shown = [_job(seen, job, jobs.get(job)) for job in dict.fromkeys(row["job"] for row in seen.submissions)]
-    attempts = sum(row["event"] == "start" for row in seen.events)
+    attempts = sum(row["event"] == "attempt_started" for row in seen.events)
     return Status(
         str(seen.run),
         state,
@@ -179,7 +190,7 @@ def status_of(seen: RunSnapshot, jobs: Queue, now: float) -> Status:
         sum(job["restarts"] for job in shown) if shown else max(0, attempts - 1),
         _goodput(seen, jobs, now),
         _not_applied(seen),
-        seen.gone_back,
+        seen.rollbacks,
         {"newest": max(seen.checkpoints, default=None), "count": len(seen.checkpoints)},
         shown,
         _ancestry(seen, steps),
@@ -195,9 +206,9 @@ def state_of(seen: RunSnapshot, jobs: Queue) -> tuple[str, str | None]:
         return "running", _being_cancelled(seen)
     newest = seen.submissions[-1] if seen.submissions else None
     last = seen.last(*DECIDING)
-    if last.get("event") == "done" and (newest is None or last["time"] >= newest["time"]):
+    if last.get("event") == "finished" and (newest is None or last["time"] >= newest["time"]):
         return "done", None
-    if seen.cancelled_at is not None and seen.last("start").get("time", 0.0) <= seen.cancelled_at:
+    if seen.cancelled_at is not None and seen.last("attempt_started").get("time", 0.0) <= seen.cancelled_at:
         return "cancelled", "it goes on when it is submitted again"
     if newest is not None:
         own = seen.of_job(newest["job"])
@@ -249,7 +260,11 @@ def _of_ended(seen: RunSnapshot, job: str, jobs: Queue) -> tuple[str, str | None
     if (last.again and last.cause not in FAILURES) or state in ENDED_BY_SLURM:
         why = last.cause or ENDED_BY_SLURM.get(state)
         return "stopped", f"{why}, and Slurm did not start it again: submit it again"
-    if last.cause is None and (stop := seen.last(*DECIDING)).get("event") == "stop" and stop["time"] >= last.began:
+    if (
+        last.cause is None
+        and (stop := seen.last(*DECIDING)).get("event") == "interrupted"
+        and stop["time"] >= last.began
+    ):
         return "stopped", f"{stop.get('reason') or 'told to'} after step {stop['step']}: submit it again"
     return "failed", _failure(seen, last)
 
@@ -259,9 +274,9 @@ def _of_events(seen: RunSnapshot) -> tuple[str, str | None]:
     last = seen.last(*DECIDING)
     newest = max(seen.checkpoints, default=None)
     again = "the same command " + ("begins again" if newest is None else f"goes on from step {newest}")
-    if last.get("event") == "done":
+    if last.get("event") == "finished":
         return "done", None
-    if last.get("event") == "stop":
+    if last.get("event") == "interrupted":
         return "stopped", f"{last.get('reason') or 'told to'} after step {last['step']}; {again}"
     if last.get("event") in ("failed", "out_of_memory"):
         return "failed", last.get("message") or f"rank {last['rank']} ran out of memory: {last['error']}"
@@ -282,7 +297,7 @@ def _standstill(event: Mapping[str, Any]) -> str | None:
     if event.get("event") not in STANDSTILLS:
         return None
     ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", []))
-    found = "no sign of life of" if event["event"] == "frozen" else "no progress, what stands out is"
+    found = "no sign of life of" if event["event"] == "heartbeat_lost" else "no progress, what stands out is"
     return f"{found} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
 
@@ -314,7 +329,7 @@ def _goodput(seen: RunSnapshot, jobs: Queue, now: float) -> float | None:
         lives = start is seen.starts[-1] and (seen.held or bool(facts and facts["JobState"] in BUSY))
         ended = start.ended or (now if lives else max(start.began, seen.last_sign))
         spans.append((start.began, ended))
-    began = [row["time"] for row in seen.events if row["event"] == "start"]
+    began = [row["time"] for row in seen.events if row["event"] == "attempt_started"]
     inside = all(any(begin <= each <= end for begin, end in spans) for each in began)
     allocated = sum(end - begin for begin, end in spans)
     if not inside or allocated <= 0:
@@ -327,11 +342,11 @@ def _goodput(seen: RunSnapshot, jobs: Queue, now: float) -> float | None:
 def _not_applied(seen: RunSnapshot) -> list[int]:
     bad: set[int] = set()
     for row in seen.events:
-        if row["event"] == "skipped":
+        if row["event"] == "step_skipped":
             bad.add(row["step"])
-        elif row["event"] in ("begin", "resume"):  # what follows is done again
+        elif row["event"] in ("training_started", "training_resumed"):  # what follows is done again
             bad = {step for step in bad if step <= row["step"]}
-    return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in seen.gone_back)))
+    return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in seen.rollbacks)))
 
 
 def _steps(seen: RunSnapshot, row: Mapping[str, Any]) -> int | None:
@@ -360,7 +375,7 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _ancestry(seen: RunSnapshot, steps: int | None) -> list[dict[str, Any]]:
-    begun = seen.last("begin", "resume")
+    begun = seen.last("training_started", "training_resumed")
     if not begun or seen.ancestors is None:  # what has not begun may have a source that it has not noted yet
         return []
     return lineage_of_run(seen.ancestors, seen.config, steps, begun.get("new_augmentations", []))

@@ -159,7 +159,7 @@ def submit_one(work: JobSpec, dependency: str | None, cluster: str, dry_run: boo
         return "JOB-BEFORE"
     if cluster == "slurm":
         slurm = work.config.slurm
-        for warning in warnings(stop_seconds(work.run), slurm.lead, grace_seconds(slurm.partition)):
+        for warning in warnings(stop_seconds(work.run), slurm.signal_seconds, grace_seconds(slurm.partition)):
             print(f"warning: {warning}", file=sys.stderr)
     folder = history.folder(work.run)
     wanted, text, command = prepare(work, folder, dependency)
@@ -191,7 +191,7 @@ def prepare(work: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[s
         slurm.cpus_per_task,
         slurm.command_prefix,
         list(slurm.srun_args),
-        slurm.lead,
+        slurm.signal_seconds,
         slurm.max_restarts,
         slurm.backoff,
         slurm.requeue,
@@ -246,7 +246,7 @@ def warnings(needed: float, lead: float, grace: float) -> list[str]:
     """What a stop that needs so many seconds loses, warned `lead` before a time limit, killed `grace` after SIGTERM."""
     found = []
     if needed > lead:
-        found.append(f"a step and a save took up to {needed:.0f} s, and slurm.lead leaves {lead:.0f} s")
+        found.append(f"a step and a save took up to {needed:.0f} s, and slurm.signal_seconds leaves {lead:.0f} s")
     if needed > grace:
         found.append(
             f"a step and a save took up to {needed:.0f} s, and this cluster kills {grace:.0f} s after a preemption's"

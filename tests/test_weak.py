@@ -24,7 +24,7 @@ def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digit
     assert len(found) == 2 + 2 and all(0 <= top1 <= 1 for top1 in found.values())
     assert [line.count("|") for line in table(recipe, found)][:3] == [5, 5, 5]
     tuned = tmp_path / "runs" / "finetune-off-on-0"
-    assert events(tuned, "begin")[0]["new_augmentations"] == ["RandAugment"]
+    assert events(tuned, "training_started")[0]["new_augmentations"] == ["RandAugment"]
 
     def third(*more: str, source: Path = tuned) -> int:
         on = [f"data.train={digits}/train", f"run.dir={tmp_path}/third", *more]

@@ -23,20 +23,22 @@ SECONDS_BETWEEN_LOOKS = 3.0
 
 def allocate(run: Path) -> int:
     """The next attempt's number, taken so that no two starts get the same, on any file system that has links."""
-    begun = sum(row["event"] == "start" for row in read_lines(run / "events.jsonl"))  # of a run without records, too
+    begun = sum(
+        row["event"] == "attempt_started" for row in read_lines(run / "events.jsonl")
+    )  # of a run without records, too
     number = max(latest_attempt(run) + 1, begun)
     while not _take(run, number, [folder.name for folder in trusted_checkpoints(run)], recorded_rollbacks(run)):
         number += 1
     return number
 
 
-def allocate_next(run: Path, attempt: int, to: int, gone_back: list[dict[str, int]]) -> int:
+def allocate_next(run: Path, attempt: int, to: int, rollbacks: list[dict[str, int]]) -> int:
     """The number after this attempt's, for the same processes, who have found what is not later than step `to`.
 
     RunFailed where somebody else has it.
     """
     found = [folder.name for folder in trusted_checkpoints(run) if step_of(folder) <= to]
-    if not _take(run, attempt + 1, found, gone_back):
+    if not _take(run, attempt + 1, found, rollbacks):
         raise_if_superseded(run, attempt)
     return attempt + 1
 
@@ -44,14 +46,14 @@ def allocate_next(run: Path, attempt: int, to: int, gone_back: list[dict[str, in
 def recorded_rollbacks(run: Path) -> list[dict[str, int]]:
     """What the newest attempt knows of goings back: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
     newest = latest_attempt(run)
-    return _record(run, newest).get("gone_back", []) if newest >= 0 else []
+    return _record(run, newest).get("rollbacks", []) if newest >= 0 else []
 
 
-def _take(run: Path, number: int, found: list[str], gone_back: list[dict[str, int]]) -> bool:
+def _take(run: Path, number: int, found: list[str], rollbacks: list[dict[str, int]]) -> bool:
     """Writes an attempt's record; False where that number is taken."""
     records = run / "attempts"
     records.mkdir(parents=True, exist_ok=True)
-    facts = {"process": os.getpid(), "host": os.uname().nodename, "found": found, "gone_back": gone_back}
+    facts = {"process": os.getpid(), "host": os.uname().nodename, "found": found, "rollbacks": rollbacks}
     hidden = records / f".{facts['host']}-{facts['process']}"
     hidden.write_text(json.dumps(facts) + "\n")
     try:

@@ -26,7 +26,7 @@ import xxhash
 
 from pipeline.errors import RunFailed, UsageError
 
-FORMAT = 3
+FORMAT = 4
 READING_THREADS = 8
 """More than processors: most wait for the disk."""
 BLOCKS_AT_ONCE = 16

@@ -41,11 +41,11 @@ def roll_back(
         _discard(writer, to)  # what was saved since then has the same fault in it
         raise RunFailed(
             f"steps {first} to {last}: {why}. {run} has gone back to step {to} {ATTEMPTS_FROM_A_CHECKPOINT} times and"
-            " past what followed: look at events.jsonl (skipped, gone_back), then go on from there with a lower"
+            " past what followed: look at events.jsonl (step_skipped, rollback), then go on from there with a lower"
             " optim.learning_rate, or move its newest checkpoints away to go on from an earlier one"
         )
     attempt = allocate_next(run, writer.attempt, back.to, [asdict(each) for each in [*history, back]])
-    events.write("gone_back", reason=why, **asdict(back))
+    events.write("rollback", reason=why, **asdict(back))
     _discard(writer, back.to)
     if not folders:
         raise RunFailed(
@@ -57,7 +57,7 @@ def roll_back(
 
 def load_rollbacks(run: Path, state: Mapping[str, Any] | None) -> list[RollbackRecord]:
     """All goings back of a run, in order: what its records say, and a checkpoint's state, which may have come alone."""
-    of_checkpoint = state.get("gone_back", []) if state else []
+    of_checkpoint = state.get("rollbacks", []) if state else []
     return list(dict.fromkeys(RollbackRecord(**each) for each in [*of_checkpoint, *recorded_rollbacks(run)]))
 
 

@@ -51,7 +51,7 @@ class Cache(Section):
 class Data(Section):
     train: str = key(..., "packed training set: a folder or any fsspec URL that holds manifest.json", min_length=1)
     val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "free")
-    window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
+    shuffle_window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
     train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
     max_bad_fraction: float = key(
         0.001, "share of an epoch that may be replaced before the run stops", "free", ge=0, le=1
@@ -206,7 +206,7 @@ class Optim(Section):
     warmup_steps: int = key(10000, "steps of linear warm-up from 0 to the peak", "recorded", ge=0)
     decay: Literal["cosine", "linear", "none"] = key("cosine", "how the rate falls after warm-up", "recorded")
     weight_decay: float = key(0.05, "AdamW's decoupled decay; biases, norms and bias tables are exempt", ge=0)
-    clip: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    grad_clip_norm: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
 
@@ -291,7 +291,9 @@ class Slurm(Section):
     setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "free")
     command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "free")
     srun_args: tuple[str, ...] = key((), "further options of srun", "free")
-    lead: int = key(300, "seconds before the time limit at which the ranks are told to save and stop", "free", ge=1)
+    signal_seconds: int = key(
+        300, "seconds before the time limit at which the ranks are told to save and stop", "free", ge=1
+    )
     max_restarts: int = key(20, "failures (crash, killed rank, hang) after which a run is given up", "free", ge=0)
     backoff: float = key(60, "seconds before a restart after a failure; doubled while no step is gained", "free", ge=0)
     requeue: Literal["scontrol", "array"] = key(

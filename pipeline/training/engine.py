@@ -112,7 +112,7 @@ def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(micro_batches_of(train), rank_and_world_size()[1]),
-        "gradient_clipping": optim.clip,
+        "gradient_clipping": optim.grad_clip_norm,
         "zero_optimization": {
             "stage": zero.stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,

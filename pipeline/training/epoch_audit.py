@@ -63,7 +63,7 @@ class EpochAudit:
             self._own.pop(epoch, None)
             used, once = totals[epoch], is_exactly_once(totals[epoch], self._samples, all_samples)
             counts = {"samples": used.used, "of": self._samples, "skipped": used.skipped, "replaced": used.replaced}
-            events.write("epoch", epoch=epoch, each_once=once, **counts)
+            events.write("epoch_finished", epoch=epoch, each_once=once, **counts)
             if not once:
                 raise RunFailed(
                     f"epoch {epoch}: {used.used + used.skipped:,} samples were taken, and not each of"

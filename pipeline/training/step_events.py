@@ -18,7 +18,7 @@ def record_replaced(
 ) -> None:
     """Writes each replaced sample of a step; RunFailed where more than this share of an epoch were. Collective."""
     for broken in all_gather([broken for batch in batches for broken in batch.broken]):
-        events.write("replaced", step=step, **asdict(broken))
+        events.write("sample_replaced", step=step, **asdict(broken))
     for epoch, count in replaced.items():
         if count > most * samples:
             raise RunFailed(
@@ -46,7 +46,7 @@ def record_read_faults(events: Events, step: int, faults: list[ReadError]) -> No
         examples.setdefault(kind, fault)
     for kind, fault in examples.items():
         where = {"url": fault.url, "begin": fault.begin, "end": fault.end}
-        events.write("read_fault", step=step, count=counts[kind], reason=fault.reason, **where)
+        events.write("read_retry", step=step, count=counts[kind], reason=fault.reason, **where)
 
 
 def _kind(fault: ReadError) -> str:
@@ -57,4 +57,4 @@ def _kind(fault: ReadError) -> str:
 def record_skipped(events: Events, step: int, batches: list[Batch], loss: float, why: str) -> None:
     """Writes that a step was not applied, with its samples. Collective."""
     keys = all_gather([key for batch in batches for key in batch.keys])
-    events.write("skipped", step=step, reason=why, loss=loss, keys=keys)
+    events.write("step_skipped", step=step, reason=why, loss=loss, keys=keys)

@@ -152,7 +152,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         answers = self._asked(silent)
         odd, why = suspect_ranks({rank: each.threads if each else None for rank, each in answers.items()})
         facts = [{"rank": rank, **self._places[rank]} for rank in odd]
-        self._events.write("frozen" if silent else "hang", by=writer, ranks=facts, stacks=str(self._stacks))
+        self._events.write("heartbeat_lost" if silent else "hang", by=writer, ranks=facts, stacks=str(self._stacks))
         title = f"{datetime.now():%Y-%m-%d %H:%M:%S}, attempt {self._stacks.stem.rpartition('-')[2]}: {found}\n"
         title += f"standing out: {format_ranks(odd)}, {why}" if odd else "no rank stands out"
         if 0 in silent and self._world_size > 2:

@@ -489,8 +489,8 @@ def test_windows_that_do_not_fit_the_memory_are_refused_with_the_figure_and_what
         return check(window)
     with pytest.raises(UsageError) as refused:
         check(window)
-    assert f"data.window={window} " in str(refused.value) and f"{held / 2**30:.1f} GiB" in str(refused.value)
-    fitting = re.search(r"; data.window=(\d+) would fit", str(refused.value))
+    assert f"data.shuffle_window={window} " in str(refused.value) and f"{held / 2**30:.1f} GiB" in str(refused.value)
+    fitting = re.search(r"; data.shuffle_window=(\d+) would fit", str(refused.value))
     if fitting is not None:
         check(int(fitting[1]))
         with pytest.raises(UsageError):

@@ -89,7 +89,7 @@ def test_what_reads_a_run_passes_a_stale_checkpoint_over(tmp_path):
 
 def test_numbers_go_on_from_a_run_that_kept_no_records(tmp_path):
     lines = JsonLines(tmp_path / "events.jsonl")
-    for event in ("start", "resume", "start"):
+    for event in ("attempt_started", "training_resumed", "attempt_started"):
         lines.write({"event": event})
     assert [allocate(tmp_path), allocate(tmp_path)] == [2, 3]
 
@@ -142,7 +142,7 @@ def test_a_frozen_attempt_that_wakes_up_after_another_one_finished_ends_and_chan
     (run / ".lock").unlink()
     goes_on = coatnet(*request_of(run))
     assert goes_on.returncode == 0, goes_on.stderr
-    assert events(run, "resume")[-1]["attempt"] == 1
+    assert events(run, "training_resumed")[-1]["attempt"] == 1
     state, kept, logged = last_state(run), contents(run / "checkpoints"), curve(run)
     for pid in reversed(frozen):
         os.kill(pid, signal.SIGCONT)

@@ -203,11 +203,11 @@ def test_a_compiled_network_whose_weights_are_gathered_between_its_layers_is_ref
 
 
 def test_every_fault_is_named_at_once(small):
-    lines = refused(small, "train.micro_batch=x", "optim.clip=-1", "model.resolution=0")
+    lines = refused(small, "train.micro_batch=x", "optim.grad_clip_norm=-1", "model.resolution=0")
     assert [re.findall(r"[a-z]+\.[a-z_]+ is", line) for line in lines] == [
         ["model.resolution is"],
         ["train.micro_batch is"],
-        ["optim.clip is"],
+        ["optim.grad_clip_norm is"],
     ]
 
 
@@ -247,10 +247,16 @@ def test_a_file_that_is_no_preset_is_refused_in_one_line(tmp_path, text, message
 
 
 def test_later_layers_win_defaults_base_preset_overrides(tmp_path):
-    preset(tmp_path, "base.yaml", SMALL + "optim: {clip: 2, eps: 0.1, weight_decay: 0.2, betas: [0.1, 0.2]}")
+    preset(tmp_path, "base.yaml", SMALL + "optim: {grad_clip_norm: 2, eps: 0.1, weight_decay: 0.2, betas: [0.1, 0.2]}")
     top = preset(tmp_path, "top.yaml", "base: base.yaml\noptim: {eps: 0.3, weight_decay: 0.3}")
     optim = read_config(top, ["optim.weight_decay=0.4", "optim.weight_decay=0.5"]).optim
-    assert (optim.decay, optim.clip, optim.betas, optim.eps, optim.weight_decay) == ("cosine", 2, (0.1, 0.2), 0.3, 0.5)
+    assert (optim.decay, optim.grad_clip_norm, optim.betas, optim.eps, optim.weight_decay) == (
+        "cosine",
+        2,
+        (0.1, 0.2),
+        0.3,
+        0.5,
+    )
 
 
 def test_a_base_lies_beside_its_preset_and_may_have_a_base_of_its_own(tmp_path):

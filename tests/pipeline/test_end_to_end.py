@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     part.write_bytes(content)
     assert coatnet(*request_of(copy)).returncode == 0
     assert [row["checkpoint"] for row in events(copy, "damaged_checkpoint")] == [newest.name]
-    assert events(copy, "resume")[-1]["step"] == int(before.name[5:])
+    assert events(copy, "training_resumed")[-1]["step"] == int(before.name[5:])
     assert curve(copy) == curve(undisturbed) and last_state(copy) == last_state(undisturbed)
 
 
@@ -132,8 +132,8 @@ def test_a_longer_run_with_another_learning_rate_on_one_rank_goes_on_and_says_wh
         "optim.learning_rate": [2e-3, 1e-3],
         "run.dir": [str(undisturbed), str(copy)],
     }
-    assert events(copy, "start")[-1]["changed"] == changed
-    assert events(copy, "resume")[-1]["step"] == STEPS and last_step(copy) == STEPS + 4
+    assert events(copy, "attempt_started")[-1]["changed"] == changed
+    assert events(copy, "training_resumed")[-1]["step"] == STEPS and last_step(copy) == STEPS + 4
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_goes_on(
     first.send_signal(signal.SIGTERM)
     assert first.wait(PATIENCE_SECONDS) == 3
     assert first.stderr is not None and "goes on from there" in first.stderr.read()
-    assert events(run, "stop")[-1]["step"] < STEPS
+    assert events(run, "interrupted")[-1]["step"] < STEPS
 
     second = started(*request_of(run))
-    stopped_at = events(run, "stop")[-1]["step"]
+    stopped_at = events(run, "interrupted")[-1]["step"]
     wait_until(lambda: last_step(run) > stopped_at, second)
     for pid in [second.pid, *ranks_of(second)]:  # frozen, it can't be done before the third has asked
         os.kill(pid, signal.SIGSTOP)
@@ -293,6 +293,6 @@ def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_tells_of_the_rea
     assert curve(run) == curve(undisturbed)
     assert last_state(run) == last_state(undisturbed)
     assert consumed(run) == consumed(undisturbed)
-    told = events(run, "read_fault")
+    told = events(run, "read_retry")
     assert 0 < sum(row["count"] for row in told) <= failed
     assert all(row["url"].startswith("s3://data/") and row["reason"] for row in told)

@@ -114,7 +114,7 @@ def test_weights_of_unknown_ancestry_are_finetuned_with_a_warning_and_that_is_re
     ]
     lineage = latest_checkpoint(tmp_path / "run").state()["ancestry"]
     assert lineage[0] == unknown_lineage(str(unknown)) and len(lineage) == 2
-    assert events(tmp_path / "run", "begin")[0]["new_augmentations"] == []
+    assert events(tmp_path / "run", "training_started")[0]["new_augmentations"] == []
 
 
 @pytest.mark.parametrize(

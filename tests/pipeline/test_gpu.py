@@ -56,7 +56,7 @@ def test_a_run_killed_on_a_gpu_goes_on_with_the_losses_of_the_undisturbed_run(di
     time.sleep(1)
     done = coatnet(*killed)
     assert done.returncode == 0, done.stderr
-    assert events(tmp_path / "killed", "resume")[-1]["step"] >= 10
+    assert events(tmp_path / "killed", "training_resumed")[-1]["step"] >= 10
     # cuDNN's backward adds up in no fixed order, so not to the bit
     np.testing.assert_allclose(losses(tmp_path / "killed"), losses(tmp_path / "whole"), rtol=0.05)
 
@@ -67,8 +67,8 @@ def test_bad_steps_are_not_applied_on_a_gpu_and_three_are_gone_back_on(
 ) -> None:
     wanted = request(digits, tmp_path / "run", "train.steps=28", "data.val=null", f"zero.stage={stage}")[1:]
     on_ranks(1, [{"arguments": wanted, "faults": {"inf": [3], "spikes": [22, 23, 24]}}], tmp_path)
-    assert [row["step"] for row in events(tmp_path / "run", "skipped")] == [3, 22, 23, 24]
-    (back,) = events(tmp_path / "run", "gone_back")
+    assert [row["step"] for row in events(tmp_path / "run", "step_skipped")] == [3, 22, 23, 24]
+    (back,) = events(tmp_path / "run", "rollback")
     assert (back["to"], back["first"], back["last"]) == (20, 22, 24)
     assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")][-5:] == [21, 25, 26, 27, 28]
 

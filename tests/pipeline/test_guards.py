@@ -149,7 +149,7 @@ def keys_of(run: Path, step: int, attempt: int = 0) -> list[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_nan_in_one_batch_and_an_inf_in_one_gradient_change_nothing_and_are_named(runs: Path, stage: int) -> None:
     run = runs / f"bad-{stage}"
-    told = {row["step"]: row for row in events(run, "skipped")}
+    told = {row["step"]: row for row in events(run, "step_skipped")}
     reasons = {3: "the loss is not finite", 6: "the gradient is not finite"}
     assert {step: row["reason"] for step, row in told.items()} == reasons
     states = {step: state_of(run / "checkpoints" / step_name(step)) for step in range(1, 8)}
@@ -160,16 +160,16 @@ def test_a_nan_in_one_batch_and_an_inf_in_one_gradient_change_nothing_and_are_na
         for rank in (0, 1):
             assert f"step {step}/7  not applied: {row['reason']}" in (run / "logs" / f"rank-{rank}.log").read_text()
     assert all(math.isfinite(row["loss"]) for row in rows(run / "metrics.jsonl") if row["step"] != 3)
-    assert len(events(run, "done")) == 1 and not events(run, "gone_back")
+    assert len(events(run, "finished")) == 1 and not events(run, "rollback")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_after_three_spikes_the_run_goes_back_and_past_them(runs: Path, stage: int) -> None:
     run = runs / f"spikes-{stage}"
-    back = events(run, "gone_back")
+    back = events(run, "rollback")
     assert [(row["to"], row["first"], row["last"]) for row in back] == [(20, SPIKES[0], SPIKES[-1])]
-    assert [row["step"] for row in events(run, "skipped")] == SPIKES
-    assert [sorted(row["keys"]) for row in events(run, "skipped")] == [keys_of(run, step) for step in SPIKES]
+    assert [row["step"] for row in events(run, "step_skipped")] == SPIKES
+    assert [sorted(row["keys"]) for row in events(run, "step_skipped")] == [keys_of(run, step) for step in SPIKES]
     done = [row["step"] for row in rows(run / "metrics.jsonl")]
     assert done == [step for step in range(1, STEPS + 1) if step not in SPIKES]
     assert keys_of(run, 21) == keys_of(run, 21, attempt=1) and not keys_of(run, SPIKES[0], attempt=1)
@@ -183,7 +183,7 @@ def test_after_three_spikes_the_run_goes_back_and_past_them(runs: Path, stage: i
 
 def test_a_run_that_went_back_and_was_killed_is_the_run_that_was_not(runs: Path) -> None:
     run, whole = runs / "killed", runs / "spikes-1"
-    assert len(events(run, "gone_back")) == 1 and [row["step"] for row in events(run, "resume")] == [20, 20]
+    assert len(events(run, "rollback")) == 1 and [row["step"] for row in events(run, "training_resumed")] == [20, 20]
     assert curve(run) == curve(whole) and last_state(run) == last_state(whole)
 
 
@@ -193,5 +193,5 @@ def test_and_when_it_was_killed_later_on_too(runs: Path, stage: int) -> None:
     run, whole = runs / f"killed-later-{stage}", runs / f"spikes-{stage}"
     on_ranks(2, [spikes(runs, run.name, stage, spikes=SPIKES, kill=STEPS)], runs, status=1)
     on_ranks(2, [spikes(runs, run.name, stage)], runs)
-    assert len(events(run, "gone_back")) == 1 and len(events(run, "resume")) == 2
+    assert len(events(run, "rollback")) == 1 and len(events(run, "training_resumed")) == 2
     assert curve(run) == curve(whole) and last_state(run) == last_state(whole)

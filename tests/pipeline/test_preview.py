@@ -23,7 +23,7 @@ from tests.pipeline.runs import coatnet
 SIDE, TIMES, SAMPLES = 24, 6, 45
 CONFIG = """
 run: {seed: 5}
-data: {train: FOLDER/packed, window: 3}
+data: {train: FOLDER/packed, shuffle_window: 3}
 model: {name: coatnet_0, resolution: 24}
 augment: {randaugment: {layers: 2, magnitude: 8}}
 train: {epochs: 1, global_batch: 8, micro_batch: 4}

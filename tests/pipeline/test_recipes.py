@@ -89,7 +89,7 @@ def read_back(config: Config) -> Cell:
         "randaugment": randaugment if randaugment[0] else None, "mixup": augment.mixup, "loss": train.loss,
         "smoothing": train.label_smoothing, "epochs": train.epochs, "batch": train.global_batch,
         "rate": optim.learning_rate, "final_rate": optim.final_learning_rate, "warmup": optim.warmup_steps,
-        "decay": optim.decay, "weight_decay": optim.weight_decay, "clip": optim.clip, "ema": train.ema,
+        "decay": optim.decay, "weight_decay": optim.weight_decay, "clip": optim.grad_clip_norm, "ema": train.ema,
     }  # fmt: skip
 
 

@@ -70,8 +70,8 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror_as_if_nothing_had_be
     done = coatnet(*request_of(run, f"checkpoint.mirror={mirror}"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("was brought back from") == 1
-    assert [row["step"] for row in events(run, "resume")] == [4]
-    assert [row["attempt"] for row in events(run, "start")] == [0, 1]
+    assert [row["step"] for row in events(run, "training_resumed")] == [4]
+    assert [row["attempt"] for row in events(run, "attempt_started")] == [0, 1]
     assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 

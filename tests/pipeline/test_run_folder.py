@@ -115,11 +115,11 @@ def test_an_attempt_counts_the_starts_before_it(tmp_path):
         claimed = claim(tmp_path)
         assert claimed.attempt == attempt
         events = JsonLines(tmp_path / "events.jsonl")
-        for event in ("start", "begin", "checkpoint"):
+        for event in ("attempt_started", "training_started", "checkpoint"):
             events.write({"event": event, "attempt": attempt})
         events.close()
         with (tmp_path / "events.jsonl").open("a") as file:
-            file.write('{"event": "start", "att')  # killed while it wrote
+            file.write('{"event": "attempt_started", "att')  # killed while it wrote
         claimed.lock.close()
 
 

@@ -251,7 +251,7 @@ def test_a_rank_that_is_frozen_before_the_others_heard_of_it_is_named_by_its_pro
         for process in ranks:
             process.kill()
             process.join()
-    (event,) = events(tmp_path, "frozen")
+    (event,) = events(tmp_path, "heartbeat_lost")
     assert event["ranks"] == [{"rank": frozen, "process": ranks[frozen].pid, "host": os.uname().nodename}]
 
 
@@ -266,7 +266,7 @@ def request_of(digits: Path) -> Callable[..., list[object]]:
     """A training in which windows are opened at every second step; the first step's time counts, too."""
 
     def arguments(run: Path, stage: int, *more: object) -> list[object]:
-        data = [f"data.train={digits}/train", f"data.val={digits}/val", "data.window=2", f"run.dir={run}"]
+        data = [f"data.train={digits}/train", f"data.val={digits}/val", "data.shuffle_window=2", f"run.dir={run}"]
         length = [f"train.steps={STEPS}", "evaluate.every=null", "checkpoint.every=2", "checkpoint.keep_last=100"]
         told = ["log.every=1", f"run.hang_timeout={TIMEOUT}", f"zero.stage={stage}"]
         return ["pretrain", "configs/tiny.yaml", *data, *length, *told, *more]
@@ -282,7 +282,7 @@ def check_told(run: Path, said: str, kind: str, rank: int, ranks: int, within: s
     """That the line, the event and the page name this rank, and where it stands; None: it gave no answer."""
     (event,) = events(run, kind)
     (named_rank,) = event["ranks"]
-    assert named_rank["rank"] == rank and not events(run, "done")
+    assert named_rank["rank"] == rank and not events(run, "finished")
     stacks = run / "logs" / "stacks-attempt-0.txt"
     assert event["stacks"] == str(stacks)
     (line,) = (line for line in said.splitlines() if line.startswith("coatnet: "))
@@ -315,7 +315,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on_as_if_it_had_n
         done = coatnet(*request_of(folder, stage), "--procs", 2)
         assert done.returncode == 0, done.stderr
     if goes_on:
-        assert events(run, "resume")[0]["step"] == 4
+        assert events(run, "training_resumed")[0]["step"] == 4
         assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
@@ -343,7 +343,7 @@ def test_a_frozen_rank_is_named_and_the_other_says_where_it_waits(
     os.kill(ranks_of(frozen)[rank], signal.SIGSTOP)
     assert frozen.wait(PATIENCE_SECONDS) == 1
     assert frozen.stderr is not None
-    check_told(run, last_line(frozen.stderr.read(), run, rank), "frozen", rank, 2, None)
+    check_told(run, last_line(frozen.stderr.read(), run, rank), "heartbeat_lost", rank, 2, None)
 
 
 def last_line(said: str, run: Path, frozen: int) -> str:
@@ -381,7 +381,7 @@ def test_what_is_only_slow_is_no_hang(request_of: Callable[..., list[object]], t
     run = tmp_path / "run"
     slow = with_fault(2, "slow", 1, 2, request_of(run, 1, "train.steps=1", "train.global_batch=256"))
     assert slow.returncode == 0, slow.stderr
-    assert events(run, "done") and not events(run, "hang")
+    assert events(run, "finished") and not events(run, "hang")
 
 
 @pytest.mark.torture
@@ -398,4 +398,4 @@ def test_ranks_that_all_stood_still_for_longer_go_on_when_they_wake_up(
     for pid in ranks_of(asleep):
         os.kill(pid, signal.SIGCONT)
     assert asleep.wait(PATIENCE_SECONDS) == 0
-    assert events(run, "done") and not events(run, "hang") and not events(run, "frozen")
+    assert events(run, "finished") and not events(run, "hang") and not events(run, "heartbeat_lost")

@@ -112,7 +112,7 @@ def plain_loop(arguments: list[str]) -> tuple[list[dict[str, Any]], dict[str, to
                 loss = loss_fn(logits, batch.labels, "softmax", config.train.label_smoothing) / len(micro_batches)
                 loss.backward()
                 total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, plan.steps)
             optimizer.step()
@@ -311,7 +311,7 @@ def test_688_million_parameters_train_on_two_cpu_ranks_and_go_on_on_one(digits: 
     """CoAtNet-5 at 224 under stage 3, in a machine of 24 GiB: three copies of its state would not fit."""
     run, name = digits / "large", ["model.name=coatnet_5", "model.resolution=224"]
     layout = ["model.stem=null", "model.stages=null", "model.head_size=null"]
-    batches = ["train.global_batch=2", "train.micro_batch=1", "train.ema=null", "data.window=4"]
+    batches = ["train.global_batch=2", "train.micro_batch=1", "train.ema=null", "data.shuffle_window=4"]
     data = [f"data.train={digits}/train", "data.val=null", f"run.dir={run}"]
     how = ["zero.stage=3", "train.activation_checkpointing=all", "checkpoint.keep_last=1", "train.precision=fp32"]
     for ranks, steps in ((2, 1), (1, 2)):

@@ -19,7 +19,7 @@ JOB = [
     "slurm.tasks_per_node=2",
     "slurm.memory=1500M",
     "slurm.time=10",
-    "slurm.lead=60",
+    "slurm.signal_seconds=60",
     "slurm.backoff=1",
 ]
 """What is asked for: two nodes with two ranks each."""
@@ -69,7 +69,7 @@ def trains(run: Path, starts_before: int = 0, steps: int = 3) -> Callable[[], bo
     """Whether a start after so many others has done some steps."""
 
     def does() -> bool:
-        went_on = [row["step"] for row in [*events(run, "begin"), *events(run, "resume")]]
+        went_on = [row["step"] for row in [*events(run, "training_started"), *events(run, "training_resumed")]]
         return len(went_on) > starts_before and last_step(run) >= went_on[-1] + steps
 
     return does

@@ -70,7 +70,7 @@ def test_a_run_that_is_requeued_goes_on_where_it_stopped(cluster: Cluster, train
     run, job = training("train.steps=40")
     cluster.run("scontrol", "requeue", job)
     assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
-    assert events(run, "resume")[0]["step"] == events(run, "stop")[0]["step"]
+    assert events(run, "training_resumed")[0]["step"] == events(run, "interrupted")[0]["step"]
     assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == list(range(1, 41))
     assert (status(cluster, run)["state"], status(cluster, run)["restarts"]) == ("done", 1)
 
@@ -81,12 +81,12 @@ def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
 ) -> None:
     run, job = training()
     cluster.run("scontrol", "requeue", job)
-    wait_until(lambda: bool(events(run, "stop")))
+    wait_until(lambda: bool(events(run, "interrupted")))
     wait_until(trains(run, 1))
     os.kill(ranks(run)[-1], signal.SIGKILL)
     assert end(cluster, job) == "COMPLETED" and cluster.job(job)["Restarts"] == "2"
     assert causes(run) == ["preempted", "killed rank", "done"]
-    assert [row["cause"] for row in events(run, "restart")] == ["preempted", "killed rank"]
+    assert [row["cause"] for row in events(run, "requeued")] == ["preempted", "killed rank"]
     assert is_as_if_nothing_had_happened(run, undisturbed)
 
 
@@ -129,7 +129,7 @@ def test_a_run_goes_on_on_the_node_that_is_left(cluster: Cluster, training: Subm
         cluster.nodes_idle(2)
     assert causes(run) == ["node lost", "done"]
     assert [start.nodes for start in starts(run)] == [("n1", "n2"), ("n1",)]
-    assert [row["world_size"] for row in events(run, "start")] == [4, 2]
+    assert [row["world_size"] for row in events(run, "attempt_started")] == [4, 2]
     assert [row[0] for row in curve(run)] == [row[0] for row in curve(undisturbed)]
 
 
@@ -188,12 +188,12 @@ def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(cluster: Cluster, traini
 @pytest.mark.torture
 def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(cluster: Cluster, training: Submit) -> None:
     """Slurm sends the warning up to a minute early."""
-    run, job = training("slurm.time=1", "slurm.lead=20", "train.steps=3000", "checkpoint.every=1000")
-    wait_until(lambda: bool(events(run, "stop")))
-    assert events(run, "stop")[0]["reason"] == "SIGUSR2"
+    run, job = training("slurm.time=1", "slurm.signal_seconds=20", "train.steps=3000", "checkpoint.every=1000")
+    wait_until(lambda: bool(events(run, "interrupted")))
+    assert events(run, "interrupted")[0]["reason"] == "SIGUSR2"
     wait_until(trains(run, 1))
     assert causes(run) == ["time limit", None]
-    assert events(run, "resume")[0]["step"] == events(run, "stop")[0]["step"]
+    assert events(run, "training_resumed")[0]["step"] == events(run, "interrupted")[0]["step"]
     assert cluster.job(job)["Restarts"] == "1"
 
 
@@ -229,7 +229,7 @@ def test_a_stop_that_takes_longer_than_the_cluster_leaves_is_warned_of(
     assert grace == GRACE_SECONDS + KILL_SECONDS and grace_seconds("high") == KILL_SECONDS
     assert warnings(grace, lead=60, grace=grace) == []
     assert "kills 13 s after" in warnings(14, lead=60, grace=grace)[0]
-    assert ["slurm.lead leaves 60 s" in warning for warning in warnings(61, 60, grace)] == [True, False]
+    assert ["slurm.signal_seconds leaves 60 s" in warning for warning in warnings(61, 60, grace)] == [True, False]
 
 
 def test_what_the_cluster_could_never_give_is_refused_before_anything_is_submitted(

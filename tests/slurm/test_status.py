@@ -81,7 +81,7 @@ class Run:
         return self._add("events.jsonl", {"time": NOW - 60 * at, "attempt": 0, "event": event, **facts})
 
     def begun(self, at: float) -> Run:
-        return self.event(at, "start").event(at, "begin", step=0)
+        return self.event(at, "attempt_started").event(at, "training_started", step=0)
 
     def rows(self, *steps: int, seconds: float = 1.0, **facts: Any) -> Run:
         for step in steps:
@@ -117,20 +117,20 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_that_were_not_applied_and_goings_back_are_told(run: Run) -> None:
     run.begun(9).rows(9)
-    assert run.status().not_applied == run.status().gone_back == []
-    run.event(8, "skipped", step=4).event(8, "start").event(8, "skipped", step=4)
+    assert run.status().not_applied == run.status().rollbacks == []
+    run.event(8, "step_skipped", step=4).event(8, "attempt_started").event(8, "step_skipped", step=4)
     attempt = allocate(run.path)
     assert "  1 step was not applied, the last 4" in as_lines(run.status())
     for step in (6, 7, 1008):
-        run.event(6, "skipped", step=step)
+        run.event(6, "step_skipped", step=step)
     back = {"to": 5, "first": 6, "last": 1008}
     allocate_next(run.path, attempt, 5, [back])
-    run.event(5, "skipped", step=1010)
+    run.event(5, "step_skipped", step=1010)
     found = run.status()
-    assert found.not_applied == [4, 1010] and found.gone_back == [back]
-    run.event(4, "start").event(4, "resume", step=1009)
+    assert found.not_applied == [4, 1010] and found.rollbacks == [back]
+    run.event(4, "attempt_started").event(4, "training_resumed", step=1009)
     assert run.status().not_applied == [4], "it is done again"
-    run.event(3, "skipped", step=1010)
+    run.event(3, "step_skipped", step=1010)
     said = ["  2 steps were not applied, the last 1,010", "  went back to step 5 and past steps 6 to 1,008"]
     assert said == [line for line in as_lines(found) if "applied" in line or "back" in line]
 
@@ -143,16 +143,18 @@ def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) ->
         assert run.stands() == ("running", None)
     state, why = run.stands()
     assert state == "failed" and why == "its process ended without a word; the same command goes on from step 5"
-    assert run.event(8, "stop", step=5, reason="SIGTERM").stands()[0] == "stopped"
-    assert run.event(7, "start").event(7, "resume", step=5).stands()[0] == "failed"
-    assert run.event(6, "frozen", ranks=[{"rank": 1, "host": "n2"}]).stands()[0] == "failed"
+    assert run.event(8, "interrupted", step=5, reason="SIGTERM").stands()[0] == "stopped"
+    assert run.event(7, "attempt_started").event(7, "training_resumed", step=5).stands()[0] == "failed"
+    assert run.event(6, "heartbeat_lost", ranks=[{"rank": 1, "host": "n2"}]).stands()[0] == "failed"
     assert "no sign of life of rank 1 on n2" in str(run.stands()[1])
     run.event(5.5, "hang", ranks=[{"rank": 3, "host": "n4"}], stacks="logs/stacks-attempt-1.txt")
     assert run.stands()[0] == "failed" and "no progress" in str(run.stands()[1])
     assert "rank 3 on n4; stacks in logs/stacks-attempt-1.txt; the same command goes on" in str(run.stands()[1])
     assert run.event(5.2, "out_of_memory", rank=1, error="no more").stands()[1] == "rank 1 ran out of memory: no more"
     assert run.event(5.1, "failed", message="steps 3 to 5 were bad").stands() == ("failed", "steps 3 to 5 were bad")
-    assert run.event(5, "start").event(5, "resume", step=5).event(4, "done", step=9).stands() == ("done", None)
+    assert run.event(5, "attempt_started").event(5, "training_resumed", step=5).event(
+        4, "finished", step=9
+    ).stands() == ("done", None)
     assert run.status().restarts == 2
     assert run.status().goodput is None
 
@@ -181,7 +183,7 @@ def test_status_follows_a_job_from_the_queue_through_a_preemption_to_its_end(run
     assert (first.state, first.reason, first.step, first.seconds_left) == ("running", None, 20, 20.0)
     assert first.checkpoints == {"newest": 15, "count": 1}
 
-    run.event(70, "stop", step=20, reason="SIGUSR2").end(70, Cause.PREEMPTED, decision="preempted: it goes on")
+    run.event(70, "interrupted", step=20, reason="SIGUSR2").end(70, Cause.PREEMPTED, decision="preempted: it goes on")
     assert run.stands({"7": COMPLETING})[0] == "requeued"
     begin = {"7": {"JobState": "PENDING", "Reason": "BeginTime", "Restarts": "1"}}
     again = run.status(begin)
@@ -190,9 +192,11 @@ def test_status_follows_a_job_from_the_queue_through_a_preemption_to_its_end(run
         {"job": "7", "state": "PENDING", "reason": "BeginTime", "restarts": 1, "nodes": []},
     ]
 
-    run.start(60, "7.1", nodes=("n2",), step=20).event(59, "start").event(59, "resume", step=20).rows(30, 40)
+    run.start(60, "7.1", nodes=("n2",), step=20).event(59, "attempt_started").event(
+        59, "training_resumed", step=20
+    ).rows(30, 40)
     assert run.status({"7": RUNNING}).state == "running"
-    run.event(50, "done", step=40).end(50, Cause.DONE, "7.1", 40, "done")
+    run.event(50, "finished", step=40).end(50, Cause.DONE, "7.1", 40, "done")
     assert run.stands({"7": RUNNING}) == ("running", "evaluating")
     for facts in (COMPLETING, {"JobState": "COMPLETED"}, GONE):
         last = run.status({"7": facts})
@@ -304,17 +308,19 @@ def test_what_was_cancelled_stays_so_until_it_is_started_again_by_whatever_means
     os.utime(run.path / "slurm" / "cancelled", (NOW - 300, NOW - 300))
     assert run.stands({"7": RUNNING}) == ("running", "it is being cancelled")
     assert run.stands({"7": GONE})[0] == "cancelled"
-    by_hand = run.event(3, "start").event(3, "resume", step=0).event(2, "stop", step=4)
+    by_hand = run.event(3, "attempt_started").event(3, "training_resumed", step=0).event(2, "interrupted", step=4)
     assert by_hand.stands({"7": GONE})[0] in ("stopped", "failed")
     history.record_submission(run.path, job="8")
     assert run.stands({"7": GONE, "8": PENDING})[0] == "pending"
 
 
 def test_a_run_that_was_finished_by_hand_after_its_job_had_failed_is_done(run: Run) -> None:
-    run.submitted(9).start(8).begun(7).end(6, Cause.CRASH).event(5, "start").event(5, "resume", step=0)
+    run.submitted(9).start(8).begun(7).end(6, Cause.CRASH).event(5, "attempt_started").event(
+        5, "training_resumed", step=0
+    )
     assert run.stands({"7": GONE})[0] == "failed"
-    assert run.event(4, "stop", step=3).stands({"7": GONE})[0] == "stopped"
-    assert run.event(3, "start").event(2, "done", step=9).stands({"7": GONE}) == ("done", None)
+    assert run.event(4, "interrupted", step=3).stands({"7": GONE})[0] == "stopped"
+    assert run.event(3, "attempt_started").event(2, "finished", step=9).stands({"7": GONE}) == ("done", None)
     assert run.status({"7": GONE}).goodput is None, "steps outside of the jobs' time"
 
 
@@ -351,7 +357,7 @@ def test_goodput_is_what_still_counts_of_the_time_of_all_starts(
     run.submitted(at + 1)
     for number, (steps, minutes) in enumerate(lives):
         name = f"7.{number}"
-        run.start(at, name, step=step).event(at, "start").end(at - minutes, Cause.CRASH, name)
+        run.start(at, name, step=step).event(at, "attempt_started").end(at - minutes, Cause.CRASH, name)
         at, step = at - minutes, step + steps
     run.rows(*range(1, step + 1), seconds=0.01)
     allocated = 60 * sum(minutes for _, minutes in lives)
@@ -363,7 +369,9 @@ JOB = st.sampled_from(
 )
 
 
-@given(st.lists(st.sampled_from(["start", "end", "plain", "stop", "done", "cancel", "submit"]), max_size=9), JOB)
+@given(
+    st.lists(st.sampled_from(["start", "end", "plain", "interrupted", "finished", "cancel", "submit"]), max_size=9), JOB
+)
 def test_whatever_happened_there_is_a_state_and_json_and_lines_to_read(
     tmp_path_factory: pytest.TempPathFactory, happened: list[str], job: str | None
 ) -> None:
@@ -379,7 +387,7 @@ def test_whatever_happened_there_is_a_state_and_json_and_lines_to_read(
             name = f"{jobs}.{number}"
             run.start(at, name) if what == "start" else run.end(at, Cause.CRASH, name)
         else:
-            run.event(at, "start" if what == "plain" else what, step=at)
+            run.event(at, "attempt_started" if what == "plain" else what, step=at)
     facts = None if job is None else {"JobState": job}
     for jobs_known in ({}, {str(jobs): facts} if jobs else {}):
         found = run.status(jobs_known)
@@ -418,7 +426,9 @@ def begun(run: Run, config: Config, ancestors: list[dict[str, Any]]) -> Run:
     if ancestors:
         pin_source(run.path, Source("/source", "/source/checkpoints/step-00000010", ancestors))
     own = lineage_entry(config, 12345, ancestors)
-    return run.event(9, "start").event(8, "begin", step=0, new_augmentations=own["new_augmentations"])
+    return run.event(9, "attempt_started").event(
+        8, "training_started", step=0, new_augmentations=own["new_augmentations"]
+    )
 
 
 def test_a_fine_tuned_run_shows_what_it_and_all_its_ancestors_were_trained_under(
@@ -449,7 +459,7 @@ def test_a_pretrained_run_shows_its_own_augmentation_once_it_has_begun(run: Run)
     """Before, it may be a fine-tuning that has not noted its source yet."""
     config = trained("runs/here", {}, stochastic_depth=0)
     write_config(run.path, config)
-    assert run.event(9, "start").status().ancestry == []
+    assert run.event(9, "attempt_started").status().ancestry == []
     found = begun(run, config, []).status()
     assert found.ancestry == [lineage_entry(config, 12345, [])]
     assert as_lines(found)[-1] == "  augmentation: no augmentation"
@@ -494,7 +504,7 @@ def test_a_configuration_without_a_section_shows_no_ancestry(run: Run, section: 
 def test_several_runs_are_a_table_or_a_list_and_one_is_lines_or_an_object(
     tmp_path: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Run(tmp_path / "a").config(steps=9).begun(3).rows(9).event(2, "done", step=9)
+    Run(tmp_path / "a").config(steps=9).begun(3).rows(9).event(2, "finished", step=9)
     Run(tmp_path / "b").submitted(1)
     (tmp_path / "neither").mkdir()
     assert status([tmp_path], False, False) == 0
