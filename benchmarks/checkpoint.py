@@ -5,8 +5,7 @@
 
 CoAtNet-2 under ZeRO, weights, moments and average, as in training. Saving counts until the checkpoint has its name; the
 stall is what training waits of it. Loading verifies every byte first. Reads are from a cold page cache, where the
-kernel lets go of it. The pieces of work take turns, round by round, and every figure is the median. Next:
-../pipeline/save.py.
+kernel lets go of it. The pieces of work take turns, round by round, and every figure is the median.
 """
 
 import argparse

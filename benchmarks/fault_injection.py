@@ -5,9 +5,9 @@
 
 Ranks are killed at random moments, while they save, read, or wait for each other; frozen; told to stop; checkpoints are
 torn and bytes in them flipped; the disk is full; a shard is gone; all the time two samples of the training set are
-damaged. A *steady* run goes on each time as it was, and must end bit-equal to one that nothing happened to. A
-*changing* run goes on with another number of ranks at another ZeRO stage each time. It must take the same samples, each
-once; its ten steps after a change must be those of the old ranks going on from there; and the whole curve must be that
+damaged. A *steady* run resumes each time as it was, and must end bit-equal to one that nothing happened to. A
+*changing* run resumes with another number of ranks at another ZeRO stage each time. It must take the same samples, each
+once; its ten steps after a change must be those of the old ranks resuming from there; and the whole curve must be that
 of the undisturbed run (see TOLERANCES). Ends with status 1 where anything is not so.
 """
 
@@ -74,7 +74,7 @@ class Setting(NamedTuple):
 
 @dataclass
 class Fault:
-    """What happened: the last step that was done, the one gone on from, seconds until another step was done."""
+    """What happened: the last step that was done, the one resumed from, seconds until another step was done."""
 
     kind: str
     at: int
@@ -90,7 +90,7 @@ class Outcome:
     run: Path
     faults: list[Fault] = field(default_factory=list)
     changes: list[tuple[int, Place]] = field(default_factory=list)
-    """For each change the step gone on from, and the old place."""
+    """For each change the step resumed from, and the old place."""
     wrong: list[str] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
 
@@ -150,7 +150,7 @@ def kill_while_saving(process: Process, run: Path, chance: random.Random) -> Non
 
 
 def kill_in_a_collective(process: Process, run: Path, chance: random.Random) -> None:
-    """One rank stands still, so that the others wait for it; then one of those is killed."""
+    """One rank hangs, so that the others wait for it; then one of those is killed."""
     stopped, *waiting = chance.sample(ranks_of(process), len(ranks_of(process)))
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(0.5)
@@ -182,7 +182,7 @@ def fill_the_disk(process: Process, run: Path, chance: random.Random) -> None:
     process.wait(PATIENCE_SECONDS)
     assert process.stderr is not None
     said = process.stderr.read()
-    assert "cannot be written: File too large" in said and "the same command goes on from step" in said, said
+    assert "cannot be written: File too large" in said and "the same command resumes from step" in said, said
 
 
 def tear_the_checkpoint(process: Process, run: Path, chance: random.Random) -> None:
@@ -240,7 +240,7 @@ def gone(shard: Path) -> Iterator[None]:
 
 
 def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str], apart: int, seed: int) -> Outcome:
-    """A run that meets these faults, each some steps after it went on, and goes on at the next of the places."""
+    """A run that meets these faults, each some steps after it resumed, and resumes at the next of the places."""
     chance, outcome = random.Random(seed), Outcome(run)
     for number, kind in enumerate([*kinds, None]):
         place, began, attempt = places[number % len(places)], time.monotonic(), len(events(run, "attempt_started"))
@@ -262,7 +262,7 @@ def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str]
         if kind != "killed while reading":
             at = first + apart + chance.randrange(CHECKPOINT_EVERY + 1)
             wait_until(lambda at=at, attempt=attempt: last_step_of(run, attempt) >= at, process)
-            wait_until(lambda: bool(checkpoints(run / "checkpoints")[1:]), process)  # one to lose, one to go back to
+            wait_until(lambda: bool(checkpoints(run / "checkpoints")[1:]), process)  # one to lose, one to roll back to
         meet(kind, process, run, chance)
         outcome.faults.append(Fault(kind, max(first, last_step_of(run, attempt)), place))
         where = f"at step {outcome.faults[-1].at} on {place.ranks} ranks at ZeRO {place.stage}"
@@ -283,7 +283,7 @@ def meet(kind: str, process: Process, run: Path, chance: random.Random) -> None:
 
 
 def step_begun_at(run: Path, attempt: int, process: Process) -> int:
-    """The step that an attempt went on from, once it has."""
+    """The step that an attempt resumed from, once it has."""
 
     def begun() -> list[int]:
         found = [*events(run, "training_started"), *events(run, "training_resumed")]

@@ -1,4 +1,4 @@
-"""Time to the first batch of a run that goes on, from the start of an epoch, its middle, its end, and 3e9 samples on.
+"""Time to the first batch of a run that resumes, from the start of an epoch, its middle, its end, and 3e9 samples on.
 
     coatnet bench resume
 

@@ -6,8 +6,8 @@
 The small CoAtNet of configs/cifar10_cpu.yaml is pretrained on CIFAR-10 at 32 x 32 in three ways, for each of three
 seeds, and each is fine-tuned at 48 x 48 with RandAugment on. `--control` fine-tunes each also with what it was
 pretrained with, which tells what the change did. `--tenth` takes the first tenth of each class (of those to evaluate on
-half) for as many epochs. Several runs go side by side, a core each; told again, they go on where they were, and what is
-done is not done again. Everything is computed in fp32.
+half) for as many epochs. Several runs go side by side, a core each; started again, they resume, and what is done is
+not done again. Everything is computed in fp32.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _of_chain(recipe: Recipe, out: Path, start: Start, runs: list[Run]) -> list[
 
 
 def _accuracies(recipe: Recipe, out: Path, run: Run, start: Start) -> Accuracies:
-    """Trains, or goes on, or finds it done; then evaluates what is not on record."""
+    """Trains, or resumes, or finds it done; then evaluates what is not on record."""
     print(run.name, file=sys.stderr, flush=True)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     log = out / "logs" / f"{run.name}.log"

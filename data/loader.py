@@ -411,7 +411,7 @@ def steps_of_batches(
 ) -> Generator[tuple[int, list[Batch] | None, float], None, None]:
     """The steps (from 0) from `first` up to `end`: number, micro batches, and the seconds that were waited for them.
 
-    One that is passed over has None in their place; the last one never is.
+    One that is skipped has None in their place; the last one never is.
     """
     left_out = sorted({step for step in passed_over if first <= step < end - 1})
     step = first

@@ -73,10 +73,10 @@ def draw(whole: dict[int, float], broken: dict[int, float], found: list[Start], 
         2, sharex=True, figsize=(8, 5), dpi=150, layout="constrained", gridspec_kw=layout
     )
     above.plot(list(whole), list(whole.values()), color="#9ecae1", linewidth=5, label="never interrupted")
-    above.plot(list(broken), list(broken.values()), color="#08306b", linewidth=1, label="interrupted, and gone on")
+    above.plot(list(broken), list(broken.values()), color="#08306b", linewidth=1, label="interrupted, and resumed")
     for number, (before, after) in enumerate(itertools.pairwise(found)):
         above.axvline(before.last, color="#cb181d", linewidth=0.8, label=None if number else "interrupted")
-        above.axvline(after.first, color="#238b45", ls="--", linewidth=0.8, label=None if number else "gone on from")
+        above.axvline(after.first, color="#238b45", ls="--", linewidth=0.8, label=None if number else "resumed from")
     ends = [*(start.first for start in found[1:]), found[-1].last]
     below.stairs([start.ranks for start in found], [found[0].first, *ends], fill=True, color="#6baed6")
     times = len(found) - 1
@@ -113,7 +113,7 @@ def main(uninterrupted: Path, interrupted: Path, picture: Path) -> int:
     found = starts(interrupted)
     for before, after in itertools.pairwise(found):
         print(
-            f"interrupted at step {before.last} on {before.ranks} ranks, went on from the checkpoint of step"
+            f"interrupted at step {before.last} on {before.ranks} ranks, resumed from the checkpoint of step"
             f" {after.first} on {after.ranks}: {before.last - after.first} steps done twice"
         )
     verdicts = list(compare(uninterrupted, interrupted, found))

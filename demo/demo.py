@@ -2,7 +2,7 @@
 
 Every step is a command that a person could type; it is echoed before it runs. All output goes to demo/out.
 
-    unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL, gone on with on one rank
+    unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL, resumed on one rank
     -> count the samples, compare the losses -> fine-tune at a higher resolution -> evaluate
 """
 

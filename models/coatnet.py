@@ -51,10 +51,10 @@ def coatnet(
 ) -> "CoAtNet":
     """A CoAtNet with initial weights, for images of `resolution` (a side, or height and width).
 
-    `layout` is a name ("coatnet_0" to "coatnet_7", or a variant of family.py) or a `Layout`. `classes=0` leaves the
+    `layout` is a name ("coatnet_0" to "coatnet_7", or a variant of variants.py) or a `Layout`. `classes=0` leaves the
     classifier out. `stride` and `head_size` None are the layout's. `pool` is that of all down-sampling, `norm` that of
-    stem and MBConv (Table 8), `relative_attention` where the bias stands (attention.py), `attention` its backend
-    (backends.py). Norm constants are maxvit's; of `batch_norm_group` see norm.py. `activation_checkpointing` recomputes
+    stem and MBConv (Table 8), `relative_attention` where the bias stands (attention.py), `attention` its backend.
+    Norm constants are maxvit's; of `batch_norm_group` see norm.py. `activation_checkpointing` recomputes
     the blocks of these stages (1 is the first after the stem) in the backward instead of keeping their activations.
     ValueError where a name or value does not exist, or the resolution is no multiple of the strides.
     """

@@ -1,1 +1,1 @@
-"""What the commands do: configuration, training, going on, fine-tuning, evaluation."""
+"""What the commands do: configuration, training, resuming, fine-tuning, evaluation."""

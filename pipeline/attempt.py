@@ -83,7 +83,7 @@ def claim(path: Path) -> Claim:
     try:
         return Claim(path, attempt, acquire_lock(path))
     except RunLocked as error:
-        print(f"{error}. It is an earlier start of this job, and what it does is not used any more: going on")
+        print(f"{error}. It is an earlier start of this job, and what it does is not used any more: continuing")
         return Claim(path, attempt, (path / ".lock").open())
 
 

@@ -1,7 +1,7 @@
 """The command line: what can be asked for, with examples, and how each answer ends. No logic.
 
-Exit status: 0 done; 1 the work failed; 2 the request was wrong; 3 stopped before the end and can go on. What is heavy
-to import is imported by the command that needs it, so that help comes at once.
+Exit status: 0 done; 1 the work failed; 2 the request was wrong; 3 stopped before the end and can be resumed. What is
+heavy to import is imported by the command that needs it, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.run.failures import record_failure
 
 app = typer.Typer(
     name="coatnet",
-    help="Pretrain CoAtNet vision models: pack images, train, go on after any crash, fine-tune, evaluate.",
+    help="Pretrain CoAtNet vision models: pack images, train, resume after any crash, fine-tune, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,7 +58,7 @@ MegabytesPerShard = Annotated[int, typer.Option(min=1, help="about the most MiB 
 
 @app.command(epilog="Example: coatnet pretrain configs/tiny.yaml --procs 2 run.dir=runs/tiny data.train=digits/train")
 def pretrain(config: ConfigFile, overrides: Overrides = None, procs: Ranks = 1, check: Check = False) -> None:
-    """Train, or go on from the newest good checkpoint in run.dir. `coatnet keys` lists what can be set."""
+    """Train, or resume from the newest good checkpoint in run.dir. `coatnet keys` lists what can be set."""
     from pipeline.commands.pretrain import pretrain
 
     raise typer.Exit(pretrain(config, overrides or [], procs, check))
@@ -214,7 +214,7 @@ def pack(
 ) -> None:
     """Pack images into shuffled WebDataset shards; what is broken is listed and left out.
 
-    Interrupted and started again, it goes on.
+    Interrupted and started again, it resumes.
     """
     from pipeline.commands.data import pack_and_report
 
@@ -286,7 +286,7 @@ def main() -> None:
         gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second
         raise
     except KeyboardInterrupt:
-        print("coatnet: stopped by Ctrl-C; the same command begins again, or goes on", file=sys.stderr)
+        print("coatnet: stopped by Ctrl-C; the same command begins again, or resumes", file=sys.stderr)
         sys.exit(3)
     except Exception as error:
         sys.exit(_ended(error))
@@ -320,7 +320,7 @@ def _ended(error: Exception) -> int:
         print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
         return 1
     if is_rank() and "Timed out waiting" in str(error):  # gloo's, too
-        print(f"coatnet: rank {rank_and_world_size()[0]} waited in vain for another rank", file=sys.stderr)
+        print(f"coatnet: rank {rank_and_world_size()[0]} timed out waiting for another rank", file=sys.stderr)
         return 1
     record_failure(1, f"{type(error).__name__}: {error}")
     traceback.print_exception(error)

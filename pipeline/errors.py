@@ -15,4 +15,4 @@ class RunFailed(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The run stopped before its end and can go on. Exit status 3."""
+    """The run stopped before its end and can be resumed. Exit status 3."""

@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def is_new_run(self) -> bool:
-        """Whether there is no checkpoint to go on from."""
+        """Whether there is no checkpoint to resume from."""
         return self.newest is None
 
     @property

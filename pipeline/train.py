@@ -6,7 +6,7 @@
 
 A step is one global batch: `global_batch / micro_batch` micro batches, dealt to the ranks; each of a rank's passes is
 one micro batch. Where the last pass has too few for all ranks, the others do one that counts for nothing. Nothing here
-draws random numbers with a state, so a run that goes on from a checkpoint at step k is, from there, the run that was
+draws random numbers with a state, so a run that resumes from a checkpoint at step k is, from there, the run that was
 never stopped, on any number of ranks.
 """
 
@@ -85,7 +85,7 @@ def train(
     ancestors: list[dict[str, Any]],
     first_weights: Callable[[CoAtNet, torch.device, ShardLayer | None], CoAtNet] | None = None,
 ) -> None:
-    """Trains to the plan's last step, beginning or going on; Interrupted where it was asked to stop before.
+    """Trains to the plan's last step, beginning or resuming; Interrupted where it was asked to stop before.
 
     `first_weights` gives the network of a run that begins its weights (fine-tuning; else they are drawn); `ancestors`
     are its ancestry.
@@ -107,13 +107,13 @@ def train(
     engine = build_engine(model, config.train, config.optim, config.zero)
     average = ema.clone(ema.statistics(model)) if config.train.ema else None
 
-    # An attempt leads to the last step, or to where the guards go back on it; then the next one follows.
+    # An attempt leads to the last step, or to where the guards roll back on it; then the next one follows.
     lineage = [*ancestors, lineage_entry(config, plan.steps, ancestors)]
     writer = CheckpointWriter(run / "checkpoints", first_attempt, rank, world_size, config.checkpoint, events)
     peak = peak_images_per_second(device_name(device), config.train.precision, counts.multiply_adds, world_size)
-    told = training_summary(config.model, config.train, config.zero, classes, counts, world_size, plan.train.samples)
+    summary = training_summary(config.model, config.train, config.zero, classes, counts, world_size, plan.train.samples)
     with watching, reporter(rank, run / "logs", plan.steps) as report:
-        for line in [*told, attention_backends(model, config.train, device)]:
+        for line in [*summary, attention_backends(model, config.train, device)]:
             report.say(line)
         attempt: int | None = first_attempt
         while attempt is not None:
@@ -137,7 +137,7 @@ def train_attempt(
     report: Reporter,
     peak: float | None,
 ) -> int | None:
-    """Trains from the newest good checkpoint to the last step: None; or goes back: the attempt that is next.
+    """Trains from the newest good checkpoint to the last step: None; or rolls back: the attempt that is next.
 
     `peak` is how many images a second the devices could do at their best, where that is known.
     """
@@ -147,7 +147,7 @@ def train_attempt(
     drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
     events.attempt = writer.attempt = attempt
 
-    # Go on from the newest good checkpoint, or begin.
+    # Resume from the newest good checkpoint, or begin.
     pause()
     state = restore(engine, run, average, plan.train.fingerprint, events)
     first_step = state["step"] if state else 0
@@ -156,7 +156,7 @@ def train_attempt(
     epochs = EpochAudit(plan.train.samples, global_batch, state["epochs"] if state else None)
     history = from_rank_zero(lambda: load_rollbacks(run, state))
     if state:
-        report.say(f"goes on from step {first_step:,}")
+        report.say(f"resumes from step {first_step:,}")
     events.write(
         "training_resumed" if state else "training_started",
         step=first_step,
@@ -252,7 +252,7 @@ def train_attempt(
                 record_skipped(events, done, micro_batches, mean_loss, why)
                 report.say(f"step {done:,}/{plan.steps:,}  not applied: {why}")
             if verdict is Verdict.ROLLBACK and not (last or stop):
-                report.say(f"{guard.bad} bad steps in a row: not on from here")
+                report.say(f"{guard.bad} bad steps in a row: rolling back")
                 pause()
                 writer.wait()
                 return from_rank_zero(partial(roll_back, run, writer, events, history, guard.first_bad, done, why))
@@ -291,6 +291,6 @@ def train_attempt(
                 writer.wait()
                 events.write("interrupted", step=done, reason=all_gather(list(filter(None, [signals.requested()])))[0])
                 from_rank_zero(writer.close)
-                raise Interrupted(f"stopped after step {done} of {plan.steps}; the same command goes on from there")
+                raise Interrupted(f"stopped after step {done} of {plan.steps}; the same command resumes from there")
 
     return None

@@ -27,7 +27,7 @@ def cancel(run: Path) -> int:
     for job, facts in jobs.items():
         scheduler.cancel_job(job)
         print(f"{run}: cancelled job {job}, which was {facts['JobState'].lower()}")
-    print(f"{run}: goes on from its newest checkpoint when it is submitted again")
+    print(f"{run}: resumes from its newest checkpoint when it is submitted again")
     return 0
 
 

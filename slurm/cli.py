@@ -29,7 +29,7 @@ def submit_pretrain(
     cluster: Cluster = "slurm",
     dry_run: DryRun = False,
 ) -> None:
-    """Pretrain, or go on, in a job of slurm.nodes nodes."""
+    """Pretrain, or resume, in a job of slurm.nodes nodes."""
     from slurm.submit import submit
 
     raise typer.Exit(submit("pretrain", config, overrides or [], None, None, then, cluster, dry_run))
@@ -45,7 +45,7 @@ def submit_finetune(
     cluster: Cluster = "slurm",
     dry_run: DryRun = False,
 ) -> None:
-    """Fine-tune, or go on, in a job of slurm.nodes nodes."""
+    """Fine-tune, or resume, in a job of slurm.nodes nodes."""
     from slurm.submit import submit
 
     raise typer.Exit(submit("finetune", config, overrides or [], source, weights, then, cluster, dry_run))
@@ -75,7 +75,7 @@ def status(
 def logs(
     run: Run,
     rank: Annotated[int | None, typer.Option(min=0, help="whose log; default: rank 0's")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as lines come")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing as lines come")] = False,
     lines: Annotated[int, typer.Option(min=1, help="how many of the last lines")] = 40,
 ) -> None:
     """The end of a run's log."""
@@ -86,7 +86,7 @@ def logs(
 
 @app.command(epilog="Example: coatnet cancel runs/a")
 def cancel(run: Run) -> None:
-    """End a run's jobs; it goes on when it is submitted again."""
+    """End a run's jobs; it resumes when it is submitted again."""
     from slurm.cancel import cancel
 
     raise typer.Exit(cancel(run))

@@ -37,7 +37,9 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
     try:
         facts = wait_for(number)
     except KeyboardInterrupt:
-        raise RunFailed(f"job {number} goes on: {report} will say what it found; scancel {number} ends it") from None
+        raise RunFailed(
+            f"job {number} keeps running: {report} will say what it found; scancel {number} ends it"
+        ) from None
     if not report.exists() or not report.read_text().strip():
         said = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
         state = facts.get("JobState", "gone")
@@ -48,13 +50,13 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
 
 def wait_for(number: str) -> dict[str, str]:
     """What Slurm says of a job that has ended; says itself why one waits."""
-    told: str | None = None
+    shown: str | None = None
     while (facts := scheduler.show_job(number)) and facts["JobState"] in scheduler.WAITING | scheduler.BUSY:
         why = "" if facts["Reason"] == "None" else f": {facts['Reason']}"
         waits = f"waits{why}" if facts["JobState"] in scheduler.WAITING else "runs"
-        if waits != told:
+        if waits != shown:
             print(f"job {number} {waits}", file=sys.stderr, flush=True)
-            told = waits
+            shown = waits
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return facts or {}
 

@@ -183,8 +183,8 @@ def evaluate(run: Path, request: Request, where: Allocation) -> int:
 def ending_of(run: Path, request: Request, where: Allocation, status: int, said: list[str]) -> Ending:
     """What can be known of a start that just ended, from its records, Slurm and srun's last words."""
     began = history.starts(run)[-1].began
-    told = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
-    ends = [row for row in told if row["event"] in ("finished", "interrupted", *STANDSTILLS)]
+    rows = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
+    ends = [row for row in rows if row["event"] in ("finished", "interrupted", *STANDSTILLS)]
     last = ends[-1] if ends else {}
     noted = tuple(row["status"] for row in history.failures(run, where.start))
     finished = status == 0 and not ends  # there was nothing left to do

@@ -1,4 +1,4 @@
-"""`coatnet logs`: the end of what a rank, or the batch script, said, and what it goes on to say."""
+"""`coatnet logs`: the end of what a rank, or the batch script, said, and what it reports next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK = 1 << 16
 
 
 def logs(run: Path, rank: int | None, follow: bool, lines: int) -> int:
-    """Prints the last lines of a log, and with `follow` goes on until the run is over or Ctrl-C; returns the status."""
+    """Prints the last lines of a log, and with `follow` all that comes until the run is over; returns the status."""
     scheduler.check_run(run)
     path = newest_log(run, rank)
     if path is None and (not follow or _is_over(run)):
@@ -61,9 +61,9 @@ def last_words(run: Path) -> str | None:
     found = [tail(path, 200)[1].decode(errors="replace").splitlines() for path in (newest_log(run, 0),) if path]
     batch = batch_log(run)
     found += [tail(batch, 200)[1].decode(errors="replace").splitlines()] if batch else []
-    told = [line for lines in found for line in lines if line.startswith("coatnet: ")]
+    ours = [line for lines in found for line in lines if line.startswith("coatnet: ")]
     last = [line for line in (found[-1] if batch else []) if line.strip()]
-    return (told or last or [None])[-1]
+    return (ours or last or [None])[-1]
 
 
 def all_logs(run: Path) -> list[Path]:

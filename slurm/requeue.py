@@ -31,7 +31,7 @@ class Cause(StrEnum):
 
 
 STANDSTILLS = ("heartbeat_lost", "hang")
-"""Events of a run that ended since it stood still."""
+"""Events of a run that ended since it hung."""
 FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG}
 """Which count towards slurm.max_restarts."""
 
@@ -52,7 +52,7 @@ class Ending:
     lost: tuple[str, ...] = ()
     """Nodes of the job that Slurm does not count on any more."""
     seconds_left: float | None = None
-    """Of the job's time when it was told to stop."""
+    """Of the job's time when it was asked to stop."""
     lead: float = 0.0
     """How long before the time limit it is told."""
 
@@ -124,13 +124,13 @@ def requeue_decision(cause: Cause, ended: Sequence[JobStart], max_restarts: int,
     if cause is Cause.DONE:
         return Decision(False, "done")
     if cause is Cause.CANCELLED:
-        return Decision(False, "cancelled; it goes on when it is submitted again")
+        return Decision(False, "cancelled; it resumes when it is submitted again")
     if cause is Cause.BAD_REQUEST:
         return Decision(False, "the request is wrong, and would be again")
     if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT):
-        return Decision(True, f"{cause}: it goes on")
+        return Decision(True, f"{cause}: it resumes")
     if cause is Cause.NODE_LOST:
-        return Decision(True, "a node was lost: it goes on on those that are left", exclude=bad_nodes(ended))
+        return Decision(True, "a node was lost: it resumes on those that are left", exclude=bad_nodes(ended))
     failed = [start for start in ended if start.cause in FAILURES]
     steps = [start.last_step for start in failed]
     if len(steps) >= SAME_STEP and len(set(steps[-SAME_STEP:])) == 1:

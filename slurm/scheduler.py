@@ -1,7 +1,7 @@
 """What is alive of a run: its jobs, as Slurm's client programs (or /proc) tell, and whoever holds its lock.
 
 A job `local-PID` was submitted with `--cluster local`: it is that process of the host that submitted it. Without
-accounting Slurm forgets a job minutes after its end; what is known then stands in the run's folder (records.py).
+accounting Slurm forgets a job minutes after its end; what is known then stands in the run's folder (history.py).
 """
 
 from __future__ import annotations

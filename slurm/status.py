@@ -89,7 +89,7 @@ class Status:
     goodput: float | None
     """Share of the jobs' wall-clock time that went into steps that still count."""
     not_applied: list[int]
-    """Steps whose loss or gradient was bad, without those that were passed over afterwards."""
+    """Steps whose loss or gradient was bad, without those that were skipped afterwards."""
     rollbacks: list[dict[str, int]]
     """To a checkpoint's step, `to`, and from there past the steps from `first` to `last`."""
     checkpoints: dict[str, int | None]
@@ -209,7 +209,7 @@ def state_of(seen: RunSnapshot, jobs: Queue) -> tuple[str, str | None]:
     if last.get("event") == "finished" and (newest is None or last["time"] >= newest["time"]):
         return "done", None
     if seen.cancelled_at is not None and seen.last("attempt_started").get("time", 0.0) <= seen.cancelled_at:
-        return "cancelled", "it goes on when it is submitted again"
+        return "cancelled", "it resumes when it is submitted again"
     if newest is not None:
         own = seen.of_job(newest["job"])
         until = own[-1].ended if own else newest["time"]
@@ -246,7 +246,7 @@ def _of_ended(seen: RunSnapshot, job: str, jobs: Queue) -> tuple[str, str | None
     if last is not None and last.cause == Cause.BAD_REQUEST:
         return "failed", _failure(seen, last)
     if state == "CANCELLED" or (last is not None and last.cause == Cause.CANCELLED):
-        return "cancelled", _waiting_for(facts) or "it goes on when it is submitted again"
+        return "cancelled", _waiting_for(facts) or "it resumes when it is submitted again"
     if last is None and unknown:
         return "pending", here
     if last is None and not state:
@@ -265,7 +265,7 @@ def _of_ended(seen: RunSnapshot, job: str, jobs: Queue) -> tuple[str, str | None
         and (stop := seen.last(*DECIDING)).get("event") == "interrupted"
         and stop["time"] >= last.began
     ):
-        return "stopped", f"{stop.get('reason') or 'told to'} after step {stop['step']}: submit it again"
+        return "stopped", f"{stop.get('reason') or 'asked to'} after step {stop['step']}: submit it again"
     return "failed", _failure(seen, last)
 
 
@@ -273,11 +273,11 @@ def _of_events(seen: RunSnapshot) -> tuple[str, str | None]:
     """Of a run that nothing is alive of, and that no job has touched since its last start."""
     last = seen.last(*DECIDING)
     newest = max(seen.checkpoints, default=None)
-    again = "the same command " + ("begins again" if newest is None else f"goes on from step {newest}")
+    again = "the same command " + ("begins again" if newest is None else f"resumes from step {newest}")
     if last.get("event") == "finished":
         return "done", None
     if last.get("event") == "interrupted":
-        return "stopped", f"{last.get('reason') or 'told to'} after step {last['step']}; {again}"
+        return "stopped", f"{last.get('reason') or 'asked to'} after step {last['step']}; {again}"
     if last.get("event") in ("failed", "out_of_memory"):
         return "failed", last.get("message") or f"rank {last['rank']} ran out of memory: {last['error']}"
     return "failed", f"{_standstill(last) or 'its process ended without a word'}; {again}"
@@ -297,7 +297,7 @@ def _standstill(event: Mapping[str, Any]) -> str | None:
     if event.get("event") not in STANDSTILLS:
         return None
     ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", []))
-    found = "no sign of life of" if event["event"] == "heartbeat_lost" else "no progress, what stands out is"
+    found = "no heartbeat of" if event["event"] == "heartbeat_lost" else "no progress, what stands out is"
     return f"{found} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
 

@@ -72,7 +72,7 @@ def as_lines(status: Status) -> list[str]:
     if bad := status.not_applied:
         said.append(f"  {len(bad)} {'step was' if len(bad) == 1 else 'steps were'} not applied, the last {bad[-1]:,}")
     for back in status.rollbacks:
-        said.append(f"  went back to step {back['to']:,} and past steps {back['first']:,} to {back['last']:,}")
+        said.append(f"  rolled back to step {back['to']:,} and past steps {back['first']:,} to {back['last']:,}")
     said += [f"  {count} checkpoints, the newest of step {newest}"] if count else ["  no checkpoint yet"]
     for job in status.jobs:
         where = f" on {', '.join(job['nodes'])}" if job["nodes"] else ""

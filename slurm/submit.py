@@ -80,7 +80,7 @@ def submit(
 
 
 def check(work: JobSpec, before: JobSpec | None) -> None:
-    """UsageError where the run could not begin, or not go on, with this request, behind the one that is `before` it."""
+    """UsageError where the run could not begin or resume with this request, after the one that is `before` it."""
     slurm = work.config.slurm
     if work.command == "finetune" and work.source is None:
         raise UsageError("submit finetune needs --from RUN")
@@ -98,7 +98,7 @@ def check(work: JobSpec, before: JobSpec | None) -> None:
 
 
 def jobs_that_end(run: Path) -> list[str]:
-    """A run's jobs that were cancelled a moment ago; UsageError where it is alive: a job or a process is to go on."""
+    """A run's jobs that were cancelled a moment ago; UsageError where it is alive: a job or a process is to resume."""
     living = scheduler.active_jobs(run)
     if living and history.is_cancelled(run):
         return list(living)

@@ -65,7 +65,7 @@ def test_a_verdict_is_one_only_where_all_seeds_say_so() -> None:
 def test_the_whole_experiment_runs_to_its_table_and_fine_tuning_improves_on_pretraining(tmp_path: Path) -> None:
     if not (CIFAR10 / "cifar10-train.tar").exists():
         pytest.skip(f"{CIFAR10} has no cifar10-train.tar")
-    out = Path(os.environ.get("COATNET_WEAK", tmp_path))  # a folder in which a night can go on after a break
+    out = Path(os.environ.get("COATNET_WEAK", tmp_path))  # a folder in which a night can be resumed after a break
     recipe = cifar10(CIFAR10 / "cifar10-train.tar", CIFAR10 / "cifar10-val.tar", out, tenth=False, control=True)
     found = measure(recipe, out, len(os.sched_getaffinity(0)))
     print(*table(recipe, found), sep="\n")

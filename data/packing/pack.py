@@ -90,7 +90,7 @@ def pack(
     resize: int | None = None,
     quality: int | None = None,
 ) -> PackReport:
-    """Packs what `list_source` finds into shards at `destination`, or goes on with an interrupted pack of the same.
+    """Packs what `list_source` finds into shards at `destination`, or resumes an interrupted pack of the same.
 
     A shard has at most `samples_per_shard` samples and about `bytes_per_shard` bytes of tar (at least one sample),
     whichever comes first. Images whose shorter side is above `resize` are made that small, in JPEG of this `quality`.
@@ -175,7 +175,7 @@ def _fingerprint(found: Source) -> str:
 def keys_of(paths: Iterable[str]) -> list[str]:
     """A key for each path, all different: no suffix, and only letters, digits, "_", "-" and "/".
 
-    webdataset ends a key at its first dot and passes over "__x__/..."; DALI's index is cut at spaces. Of paths with
+    webdataset ends a key at its first dot and skips "__x__/..."; DALI's index is cut at spaces. Of paths with
     the same key the first keeps it, the next get "-2", "-3", ...
     """
     taken: dict[str, int] = {}

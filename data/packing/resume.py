@@ -4,7 +4,7 @@
     .packing/000012.json    shard 12 of the plan is done: its name and size (null if no image of it decodes), and what
                             was left out of it; written when its files are on the disk
 
-A pack goes on behind the last shard up to which all are done and have their sizes, so nothing torn is kept. Files of
+A pack resumes after the last shard up to which all are done and have their sizes, so nothing torn is kept. Files of
 other requests are never mixed. When the manifest is there, `.packing` goes.
 """
 

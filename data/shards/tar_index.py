@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from data.errors import DataError
 
-# Members that webdataset's reader passes over without a word.
+# Members that webdataset's reader skips without a word.
 _META = re.compile(r"__[^/]*__($|/)")
 _UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 # What a global header says of every member that comes after it.
@@ -73,7 +73,7 @@ def is_part(member: str) -> bool:
 def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSample]:
     """The samples of an uncompressed tar, by its headers, in order; DamagedTar where webdataset would lose some.
 
-    Members that are no part of a sample (folders, links, hidden files, names without extension) are passed over. Of
+    Members that are no part of a sample (folders, links, hidden files, names without extension) are skipped. Of
     the parts with an extension in `keep` the contents are read as well.
     """
     begun: dict[str, TarSample] = {}

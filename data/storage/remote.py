@@ -34,7 +34,7 @@ from data.errors import DataError, UsageError
 
 LONGEST_WAIT = 30.0
 SAID_FROM = 4
-"""The attempt after which a person is told, who would else see a run stand still."""
+"""The attempt after which a person is told, who would else see a run hang."""
 SLOWEST = 1 << 20
 """Bytes a second that an attempt may count on: its deadline grows with what is asked for."""
 WHOLE_FILES_BYTES = 8 << 30
@@ -122,7 +122,7 @@ class Storage:
                 last = f"{attempt} attempts in {spent:.0f} s, the last: {reason}"
                 raise DataError(f"{what} cannot be {done}: {last}") from failure
             if attempt == SAID_FROM:
-                print(f"{what}: {attempt} attempts failed, the last: {reason}; trying on", file=sys.stderr)
+                print(f"{what}: {attempt} attempts failed, the last: {reason}; retrying", file=sys.stderr)
             time.sleep(wait)
         raise AssertionError("count() has no end")
 

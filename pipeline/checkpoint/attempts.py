@@ -2,8 +2,8 @@
 
 A process that was thought dead (its node unreachable, its memory frozen) can wake up and write; nothing can prevent
 that. So a start notes which checkpoints it found, in RUN/attempts/N.json. A checkpoint is trusted if the start after
-the one that wrote it had found it, or if there was none: the writer was the newest. A run that goes back on what it did
-(going_back.py) takes the next number too, and has not found what it abandons.
+the one that wrote it had found it, or if there was none: the writer was the newest. A run that rolls back
+(rollback.py) takes the next number too, and has not found what it abandons.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def allocate_next(run: Path, attempt: int, to: int, rollbacks: list[dict[str, in
 
 
 def recorded_rollbacks(run: Path) -> list[dict[str, int]]:
-    """What the newest attempt knows of goings back: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
+    """What the newest attempt knows of rollbacks: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
     newest = latest_attempt(run)
     return _record(run, newest).get("rollbacks", []) if newest >= 0 else []
 

@@ -1,7 +1,7 @@
 """A run's second home: checkpoints copied in the background to checkpoint.mirror, and brought back when RUN is gone.
 
 URL/checkpoints/step-N/ has the files of the checkpoint, manifest.json last: without it a copy is none. URL itself has
-the small files that going on needs. Copies come one at a time; the newest checkpoint is next, whatever was complete in
+the small files that resuming needs. Copies come one at a time; the newest checkpoint is next, whatever was complete in
 between. A copy that fails is said, in events.jsonl and on standard error, and stops nothing.
 """
 
@@ -51,7 +51,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def copy(self, folder: Path) -> None:
-        """Has a checkpoint copied next; of those that wait already only the ones that are kept for ever still are."""
+        """Has a checkpoint copied next; of those that wait already only the ones that are kept forever still are."""
         with self._changing:
             self._waiting = [each for each in self._waiting if self._is_kept(each)] + [folder]
             if self._current is None:
@@ -71,7 +71,7 @@ class Mirror:
             self._thread.join()
 
     def forget(self, after: int) -> None:
-        """Removes the copies of later steps, which the run has gone back on."""
+        """Removes the copies of later steps, which the run has rolled back on."""
         with self._changing:
             self._waiting = [each for each in self._waiting if step_of(each) <= after]
         self.wait()
@@ -79,8 +79,8 @@ class Mirror:
             for step in list_copies(self._url):
                 if step > after:
                     _remove(self._url, step)
-        except Exception as error:  # the back ends' exceptions share no base class, and training must go on
-            self._warn(after, "copies of later steps, which were gone back on, are still at the mirror", error)
+        except Exception as error:  # the back ends' exceptions share no base class, and training must continue
+            self._warn(after, "copies of later steps, which were rolled back on, are still at the mirror", error)
 
     def _is_kept(self, folder: Path) -> bool:
         return self._keep_every is not None and step_of(folder) % self._keep_every == 0
@@ -103,7 +103,7 @@ class Mirror:
     def _warn(self, step: int, problem: str, error: Exception) -> None:
         reason = _without_credentials(first_line(error))
         self._tell("mirror_failed", step=step, reason=reason)
-        print(f"warning: {problem}: {reason}; training goes on", file=sys.stderr)
+        print(f"warning: {problem}: {reason}; training continues", file=sys.stderr)
 
 
 def upload(folder: Path, run: Path, url: str) -> int:
@@ -204,7 +204,7 @@ def restore_from_mirror(config: Config) -> None:
     except OSError as error:
         raise RunFailed(
             f"run.dir={run}: the checkpoint at the mirror cannot be brought back: {error.strerror or error};"
-            " mend that, and the same command goes on from there"
+            " fix that, and the same command resumes from there"
         ) from None
 
 

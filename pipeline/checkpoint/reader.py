@@ -53,7 +53,7 @@ def step_of(folder: Path) -> int:
 def prunable(steps: Collection[int], newest: int, keep_last: int, keep_every: int | None) -> list[int]:
     """The steps whose checkpoints may go once that of `newest` is complete.
 
-    Later ones are left alone: they are damaged, or of a stretch that was gone back on.
+    Later ones are left alone: they are damaged, or of a stretch that was rolled back on.
     """
     older = sorted(step for step in steps if step <= newest)[:-keep_last]
     return [step for step in older if keep_every is None or step % keep_every]
@@ -77,7 +77,7 @@ class CheckpointReader:
             age = "a newer" if manifest["format"] > FORMAT else "an older"
             raise UsageError(
                 f"{folder} is of format {manifest['format']}, made by {age} coatnet than this one, which reads format"
-                f" {FORMAT}: take that one, and the same command goes on; nothing was changed"
+                f" {FORMAT}: take that one, and the same command resumes; nothing was changed"
             )
         self.step: int = manifest["step"]
         self.attempt: int = manifest["attempt"]

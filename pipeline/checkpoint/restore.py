@@ -1,8 +1,8 @@
-"""Going on: the newest checkpoint that all ranks find good is loaded, each rank reading just what it owns.
+"""Resuming: the newest checkpoint that all ranks find good is loaded, each rank reading just what it owns.
 
 Whether a checkpoint is good is one verdict of all ranks, given before any state is touched. A damaged one is named in
 events.jsonl and the one before is taken; where none is good the run stops rather than begin again in silence. What is
-no damage but another network's, another training set's or a newer program's is refused, and never gone back past.
+no damage but another network's, another training set's or a newer program's is refused, and never skipped.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
         events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(problems[0]))
     raise RunFailed(
         f"{run}/checkpoints: none of {', '.join(f.name for f in folders)} is good (see events.jsonl);"
-        " restore one from a copy, or remove them to go on from checkpoint.mirror, if there is one, or begin again"
+        " restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one, or begin again"
     )
 
 

@@ -1,8 +1,8 @@
-"""Going back to a checkpoint and then past the samples that spoiled the run: written down so that it stays so.
+"""Rollback to a checkpoint and then past the samples that spoiled the run: written down so that it stays so.
 
-It is a new attempt of the run, in the same processes. The record of the attempt says what is passed over from now on,
-and no longer knows the checkpoints of the abandoned stretch, so that whatever goes on later, after whatever end, passes
-over the same and never begins from those. They are set aside in RUN/checkpoints/abandoned, until the next going back.
+It is a new attempt of the run, in the same processes. The record of the attempt says what is skipped from now on,
+and no longer knows the checkpoints of the abandoned stretch, so that whatever resumes later, after whatever end, passes
+over the same and never begins from those. They are set aside in RUN/checkpoints/abandoned, until the next rollback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def roll_back(
 ) -> int:
     """Takes the next attempt, which begins before the bad steps `first` to `last`; returns its number. For rank 0.
 
-    RunFailed where there is no checkpoint to go on from in these processes, or where it was tried often enough.
+    RunFailed where there is no checkpoint to resume from in these processes, or where it was tried often enough.
     """
     folders = trusted_checkpoints(run)
     saved = [step_of(folder) for folder in folders]
@@ -40,9 +40,9 @@ def roll_back(
         to = last_checkpoint_before(saved, first)
         _discard(writer, to)  # what was saved since then has the same fault in it
         raise RunFailed(
-            f"steps {first} to {last}: {why}. {run} has gone back to step {to} {ATTEMPTS_FROM_A_CHECKPOINT} times and"
-            " past what followed: look at events.jsonl (step_skipped, rollback), then go on from there with a lower"
-            " optim.learning_rate, or move its newest checkpoints away to go on from an earlier one"
+            f"steps {first} to {last}: {why}. {run} has rolled back to step {to} {ATTEMPTS_FROM_A_CHECKPOINT} times and"
+            " past what followed: look at events.jsonl (step_skipped, rollback), then resume from there with a lower"
+            " optim.learning_rate, or move its newest checkpoints away to resume from an earlier one"
         )
     attempt = allocate_next(run, writer.attempt, back.to, [asdict(each) for each in [*history, back]])
     events.write("rollback", reason=why, **asdict(back))
@@ -50,13 +50,13 @@ def roll_back(
     if not folders:
         raise RunFailed(
             f"steps {first} to {last}: {why}, and there is no checkpoint before them yet: the same command begins"
-            f" again, and passes over steps {back.first} to {back.last}"
+            f" again, and skips steps {back.first} to {back.last}"
         )
     return attempt
 
 
 def load_rollbacks(run: Path, state: Mapping[str, Any] | None) -> list[RollbackRecord]:
-    """All goings back of a run, in order: what its records say, and a checkpoint's state, which may have come alone."""
+    """All rollbacks of a run, in order: what its records say, and a checkpoint's state, which may have come alone."""
     of_checkpoint = state.get("rollbacks", []) if state else []
     return list(dict.fromkeys(RollbackRecord(**each) for each in [*of_checkpoint, *recorded_rollbacks(run)]))
 

@@ -2,7 +2,7 @@
 
 Every rank writes the stretches that it owns (zero_state.Stretch) as one safetensors file; rank 0 adds the buffers and
 state.json. All goes to a hidden folder named by the attempt, is made durable, and is renamed by rank 0 once every
-rank's part is there. The thread runs no collectives; training stands still only while the state is copied to the host,
+rank's part is there. The thread runs no collectives; training waits only while the state is copied to the host,
 into the same memory each time. Where a copy does not fit there, the live state is written, and training waits for it.
 """
 
@@ -290,13 +290,13 @@ def _in_words(root: Path, part: RankShard, world_size: int, error: OSError) -> s
     if part.common is None and isinstance(error, FileNotFoundError | FileExistsError):  # its folder just went
         return f"{root / step_name(part.step)} was given up by rank 0, which says why"
     written = checkpoints(root) if root.is_dir() else []
-    goes_on = f"goes on from step {step_of(written[-1])}" if written else "begins again"
+    goes_on = f"resumes from step {step_of(written[-1])}" if written else "begins again"
     if error.errno in _SPACE:
         existing = next(folder for folder in (root, *root.parents) if folder.exists())
         free, needed = shutil.disk_usage(existing).free, world_size * part.image.bytes
         way_out = f"it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room, then the same command"
     else:
-        way_out = f"mend that ({error.filename or root}), then the same command"
+        way_out = f"fix that ({error.filename or root}), then the same command"
     return f"{root / step_name(part.step)} cannot be written: {error.strerror or error}; {way_out} {goes_on}"
 
 
@@ -351,7 +351,7 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Glob
 
 def _publish(folder: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # damaged: an earlier one was gone back to, and this is that stretch again
+    if final.exists():  # damaged: an earlier one was rolled back to, and this is that stretch again
         final.rename(aside)
     folder.rename(final)
     sync_folder(final.parent)

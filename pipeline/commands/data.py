@@ -34,7 +34,7 @@ def pack_and_report(source: str, destination: str, workers: int | None, as_json:
     print(
         f"{destination}: {report.samples} samples of {report.classes} classes in {report.shards} shards,"
         f" {report.bytes / 1e6:.1f} MB; {len(report.broken)} left out"
-        + (f"; went on behind {report.kept} whole shards" if report.kept else "")
+        + (f"; resumed after {report.kept} whole shards" if report.kept else "")
     )
     return 0
 

@@ -1,8 +1,8 @@
 """`coatnet finetune`: another run's weights, at another resolution or for other classes, with a fresh optimizer.
 
-The source is pinned at the first start (RUN/source.json): a run that goes on never begins from a newer checkpoint.
-Weights are the source's moving average if it has one. What becomes of them is in transfer.py. The augmentation of the
-source's whole ancestry is compared first (ancestry.py).
+The source is pinned at the first start (RUN/source.json): a run that resumes never begins from a newer checkpoint.
+Weights are the source's moving average if it has one. What becomes of them is in ../checkpoint/pretrained.py. The
+augmentation of the source's whole ancestry is compared first (../lineage.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Source:
 def finetune(
     preset: str, overrides: list[str], source: str | None, weights: str | None, procs: int, check: bool
 ) -> int:
-    """Fine-tunes, or goes on; returns the exit status."""
+    """Fine-tunes, or resumes; returns the exit status."""
     config = read_config(preset, overrides)
     if check:
         return check_request(config, source, weights, procs)
@@ -163,7 +163,7 @@ def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
         return Source(str(source.resolve()), str(reader.folder.resolve()), ancestors, kind)
     found = Source(**json.loads(note.read_text()))
     begun = f"run.dir={run_folder} was started from {found.run}"
-    way_out = "go on with the first, or fine-tune into another folder with run.dir=..."
+    way_out = "resume with the first, or fine-tune into another folder with run.dir=..."
     if found.run != str(source.resolve()):
         raise UsageError(f"{begun}, and --from is {source.resolve()}; {way_out}")
     if weights and found.weights and weights != found.weights:

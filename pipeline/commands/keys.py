@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def keys_table() -> str:
-    """Every key with its default and meaning, and what a run that goes on may do with it."""
+    """Every key with its default and meaning, and what a run that resumes may do with it."""
     from pipeline.config.schema import documented_keys
 
     going_on = {"fixed": "no", "recorded": "recorded", "free": "yes"}
@@ -22,7 +22,7 @@ def keys_table() -> str:
         (name, _default(facts["default"]), facts["meaning"], going_on[facts["change"]])
         for name, facts in documented_keys().items()
     ]
-    table = Table("key", "default", "meaning", "may change on going on", box=None, pad_edge=False)
+    table = Table("key", "default", "meaning", "may change on resuming", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console = Console(width=160, no_color=True)

@@ -86,7 +86,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     try:
         return [file for path in paths for file in _images_at(path)]
     except OSError as error:
-        raise UsageError(f"{error.filename} cannot be read: {error.strerror}; mend that, or leave it out") from None
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}; fix that, or leave it out") from None
 
 
 def _images_at(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`coatnet pretrain`: train a network from its initial weights, or go on."""
+"""`coatnet pretrain`: train a network from its initial weights, or resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.plan import Plan, check_ranks, make_plan
 
 
 def pretrain(preset: str, overrides: list[str], procs: int, check: bool) -> int:
-    """Trains, or goes on; returns the exit status."""
+    """Trains, or resumes; returns the exit status."""
     config = read_config(preset, overrides)
     if check:
         return check_config(config, procs)

@@ -70,7 +70,7 @@ def read_resolved(path: Path) -> Config:
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
-    """Keys that differ: full name -> (what going on with another value does, old value, new value)."""
+    """Keys that differ: full name -> (what resuming with another value does, old value, new value)."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     return {
         name: (facts["change"], _get(before, name.split(".")), _get(after, name.split(".")))

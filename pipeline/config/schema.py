@@ -1,7 +1,7 @@
-"""The configuration: every key with its type, default, limits, meaning, and whether a run that goes on may change it.
+"""The configuration: every key with its type, default, limits, meaning, and whether a run that resumes may change it.
 
 A configuration is frozen once read. Functions take the section they need, never the tree. How YAML files and
-`section.key=value` become one of these is in overrides.py.
+`section.key=value` become one of these is in parsing.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pipeline.config.batch_size import alternatives, divisors, fitting_micro_batches, ranks_of_group, suggest
 
 Change = Literal["fixed", "recorded", "free"]
-"""What going on with another value does: refused (it defines the run), recorded in events.jsonl, or nothing."""
+"""What resuming with another value does: refused (it defines the run), recorded in events.jsonl, or nothing."""
 
 
 def key(default: Any, meaning: str, change: Change = "fixed", **limits: Any) -> Any:
@@ -33,7 +33,7 @@ class Run(Section):
     seed: int = key(0, "what every draw is a function of, 0 to 2**48 - 1", ge=0, lt=2**48)
     hang_timeout: float = key(
         1800,
-        "seconds without progress, or a rank's sign of life, after which all say where they are and end",
+        "seconds without progress, or a rank's heartbeat, after which all say where they are and end",
         "free",
         ge=1,
     )
@@ -242,7 +242,7 @@ class Checkpoint(Section):
     every: int = key(1000, "steps between checkpoints; the last step always has one", "free", ge=1)
     keep_last: int = key(3, "newest checkpoints that are kept", "free", ge=1)
     keep_every: int | None = key(
-        None, "checkpoints of steps that are multiples of this are kept for ever; null: none", "free", ge=1
+        None, "checkpoints of steps that are multiples of this are kept forever; null: none", "free", ge=1
     )
     mirror: str | None = key(
         None,
@@ -292,7 +292,7 @@ class Slurm(Section):
     command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "free")
     srun_args: tuple[str, ...] = key((), "further options of srun", "free")
     signal_seconds: int = key(
-        300, "seconds before the time limit at which the ranks are told to save and stop", "free", ge=1
+        300, "seconds before the time limit at which the ranks are asked to save and stop", "free", ge=1
     )
     max_restarts: int = key(20, "failures (crash, killed rank, hang) after which a run is given up", "free", ge=0)
     backoff: float = key(60, "seconds before a restart after a failure; doubled while no step is gained", "free", ge=0)

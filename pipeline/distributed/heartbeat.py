@@ -1,4 +1,4 @@
-"""Marks of progress: what a rank finished last, so that one that stands still can be told from one that is slow.
+"""Marks of progress: what a rank finished last, so that one that hangs can be distinguished from one that is slow.
 
 A mark is a few assignments: no I/O, no lock, no collective. Whatever may rightly take long marks its parts: a step its
 micro batches, an evaluation its batches, a checkpoint its pieces. So `run.hang_timeout` bounds one such part only.
@@ -55,9 +55,9 @@ def last_beat() -> Beat:
 
 
 class HeartbeatMonitor:
-    """When other ranks last gave a sign of life, and when any rank last had a new mark.
+    """When other ranks last gave a heartbeat, and when any rank last had a new mark.
 
-    Time in which this process itself stood still counts as two intervals at most: nobody is judged for it.
+    Time in which this process itself hung counts as two intervals at most: nobody is judged for it.
     """
 
     def __init__(self, patience: float, interval: float, others: Iterable[int], now: float) -> None:

@@ -79,16 +79,16 @@ def launch(
     except OSError as error:
         raise UsageError(f"{logs} cannot be made: {error.strerror}; is run.dir a folder that you may write?") from None
     processes: list[Rank] = []
-    interrupted, told = False, 0
+    interrupted, signalled = False, 0
 
     def hand_on(number: int, _frame: object) -> None:
-        nonlocal interrupted, told
+        nonlocal interrupted, signalled
         again = interrupted and number == signal.SIGINT
         interrupted = interrupted or number == signal.SIGINT
         # Ctrl-C has reached the ranks too: a second SIGINT would end them.
-        told = signal.SIGKILL if again else signal.SIGTERM if interrupted else number
+        signalled = signal.SIGKILL if again else signal.SIGTERM if interrupted else number
         for process in processes:
-            process.send_signal(told)
+            process.send_signal(signalled)
 
     for number in STOPPING:
         signal.signal(number, hand_on)
@@ -100,8 +100,8 @@ def launch(
         for rank in range(ranks):
             log = logs / f"rank-{rank}.log" if rank else None
             processes.append(start(module, arguments, _environment(rank, ranks, port), log))
-            if told:  # while this one was being started
-                processes[-1].send_signal(told)
+            if signalled:  # while this one was being started
+                processes[-1].send_signal(signalled)
         return _wait(processes, logs)
     except BaseException:
         for process in processes:
@@ -194,7 +194,7 @@ def _wait(processes: Sequence[Rank], logs: Path) -> int:
         first_failed = next((rank for rank, status in enumerate(statuses) if status), None)
     if first_failed is None:
         return 0
-    if statuses[0] == statuses[first_failed] > 1:  # what all ranks were told, rank 0 has said
+    if statuses[0] == statuses[first_failed] > 1:  # what all ranks were signalled, rank 0 has said
         return statuses[0]
     return _report(first_failed, statuses[first_failed], logs)
 
@@ -205,7 +205,7 @@ def _report(rank: int, status: int, logs: Path) -> int:
         asked = number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # before there was anything to save
         print(
             f"rank {rank} was {'stopped' if asked else 'killed'} by {number.name};"
-            " the same command goes on from the last checkpoint, if there is one",
+            " the same command resumes from the last checkpoint, if there is one",
             file=sys.stderr,
         )
         return 3 if asked else 1

@@ -38,7 +38,7 @@ START = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID", "TORCHELASTIC_R
 
 
 def diagnose_ranks(config: Config) -> list[Check] | None:
-    """What the whole allocation can do, on rank 0; None on the others, which have told rank 0."""
+    """What the whole allocation can do, on rank 0; None on the others, which have reported to rank 0."""
     rank, ranks = rank_and_world_size()
     folder = rendezvous_dir(Path(config.run.dir), os.environ)
     if rank > 0:

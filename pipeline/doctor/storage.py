@@ -51,7 +51,7 @@ def check_run_folder(run: Path) -> Check:
         return Check("run.dir", "broken", detail, "choose another folder with run.dir=..., or make this one writable")
     if locks:
         return Check("run.dir", "ok", f"{place}: renames replace, locks hold", figures=figures)
-    advice = "never start one run twice at a time: the newer start goes on, and the older one ends"
+    advice = "never start one run twice at a time: the newer start continues, and the older one ends"
     return Check("run.dir", "note", f"{place}: renames replace, but there are no file locks", advice, figures)
 
 

@@ -47,7 +47,7 @@ def has_gpu() -> bool:
 
 
 def _accelerator() -> str:
-    """What DeepSpeed is told to use, as the training tells it: without this it looks around, and says so."""
+    """What DeepSpeed is asked to use, as the training tells it: without this it looks around, and says so."""
     return "cuda" if has_gpu() else "cpu"
 
 

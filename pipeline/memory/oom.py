@@ -1,9 +1,9 @@
 """A rank that runs out of memory says what was largest and what would fit, in place of a traceback.
 
-It knows the configuration and not the moment: the sizes are estimates (memory.py, activations.py), and say so. They are
-computed on the host, once what the run held was let go. Whatever goes wrong while advising is said beside the error,
-never instead of it. A process that the kernel kills for its memory, as Linux does on a machine without GPUs, says
-nothing.
+It knows the configuration and not the moment: the sizes are estimates (estimate.py, activations.py), and say so. They
+are computed on the host, once what the run held was let go. Whatever goes wrong while advising is said beside the
+error, never instead of it. A process that the kernel kills for its memory, as Linux does on a machine without GPUs,
+says nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run writes about itself: metrics.jsonl, events.jsonl, samples/rank-N.jsonl. One JSON object a line.
 
-Events and samples are only ever added to. Metrics are cut back to the checkpoint's step when a run goes on, so that
+Events and samples are only ever added to. Metrics are cut back to the checkpoint's step when a run resumes, so that
 each step stands there once; their rows go to TensorBoard too, and where it is wanted to Weights & Biases.
 """
 
@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl, whose rows past the step that a run goes on from are taken back."""
+    """RUN/metrics.jsonl, whose rows past the step that a run resumes from are taken back."""
 
     def __init__(self, run: Path, first_step: int) -> None:
         cut_back(run / "metrics.jsonl", first_step)
@@ -47,7 +47,7 @@ class MetricsFile:
 
 
 def build_sinks(run: Path, config: Config, attempt: int, first_step: int) -> list[Sink]:
-    """All that the rows of a run go to; what they have past the step that it goes on from is taken back."""
+    """All that the rows of a run go to; what they have past the step that it resumes from is taken back."""
     sinks: list[Sink] = [MetricsFile(run, first_step), TensorBoard(run / "tensorboard", attempt, first_step)]
     if config.log.wandb is not None:
         sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))

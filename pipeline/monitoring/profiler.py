@@ -1,6 +1,6 @@
 """A profiler's trace of a few steps of rank 0, where log.profile asks for it: RUN/profile/steps-100-105.json.gz.
 
-It is a Chrome trace: open it at ui.perfetto.dev. A run that goes on from behind the first of the steps, or ends before
+It is a Chrome trace: open it at ui.perfetto.dev. A run that resumes from behind the first of the steps, or ends before
 it, traces none, and says so.
 """
 

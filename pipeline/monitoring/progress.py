@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere; standard error, rank 0 only.
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere; standard error, rank 0 only.
 
 step 1,200/93,800  loss 5.12  lr 1.2e-4  3,410 img/s  data 0.3 %  MFU 41 %  2 d 3 h left
 """

@@ -72,7 +72,7 @@ class WeightsAndBiases:
             for row in iter(self._rows.get, None):
                 page.log(row)
             page.finish(exit_code=0 if self._done else 1)
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # whatever it is, training continues
             _say(f"gets no more rows of this start: {first_line(error)}; metrics.jsonl has them all")
 
     def _begin(self) -> Any:

@@ -39,7 +39,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; half lines of killed processes are passed over."""
+    """The objects of a file; half lines of killed processes are skipped."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:

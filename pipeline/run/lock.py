@@ -1,8 +1,8 @@
-"""Claiming a run's folder, and deciding what a start of it is: the first, going on, done already, or refused.
+"""Claiming a run's folder, and deciding what a start of it is: the first, resuming, done already, or refused.
 
 A run is alive while rank 0 of it holds an exclusive lock on RUN/.lock; the kernel lets go of it when the process
 ends, however it ends, so a killed run can be started again at once. Each start is an attempt with the next number
-(attempts.py).
+(../checkpoint/attempts.py).
 
 Whoever wants to start a run that is alive is refused, but for the next start of the same Slurm job: Slurm has given the
 start before up, whose rank 0 may live on where nobody reaches it. That one ends when it sees the new attempt's number.
@@ -61,7 +61,7 @@ def _locked(lock: TextIO) -> bool:
             raise
         print(
             f"{lock.name}: this file system has no locks, so a run that is alive elsewhere is not refused: the newer"
-            " start goes on, and the older one ends",
+            " start continues, and the older one ends",
             file=sys.stderr,
         )
     return True

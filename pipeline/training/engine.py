@@ -40,7 +40,7 @@ LIVE_ELEMENTS = 200_000_000
 def start_process_group(patience: float = PATIENCE_SECONDS) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device.
 
-    A collective fails after twice that many seconds: before, the rank that it waits for is named (signs_of_life.py).
+    A collective fails after twice that many seconds: before, the rank that it waits for is named (watchdog.py).
     """
     on_gpu = torch.cuda.is_available()
     deepspeed = import_deepspeed()

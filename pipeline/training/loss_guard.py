@@ -3,9 +3,9 @@
 A step is bad if its loss or its gradient is not finite, or if its loss is far above the running level of the losses
 before it. A bad step is not applied: DeepSpeed drops a gradient that is not finite, and one of a bad loss is made so
 on the device (`permission`), before it is applied, without the host having seen it. One bad step is a bad batch. The
-third in a row is no accident: the run goes back to the last checkpoint before them, and then past them.
+third in a row is no accident: the run rolls back to the last checkpoint before them, and then past them.
 
-The same gradients would come again, so what is passed over must differ from what went wrong: the first time the bad
+The same gradients would come again, so what is skipped must differ from what went wrong: the first time the bad
 steps, the next time from the same checkpoint everything from there on. After that a person is needed.
 """
 
@@ -19,7 +19,7 @@ from enum import Enum
 import torch
 
 BAD_IN_A_ROW = 3
-"""Bad steps after which the run goes back."""
+"""Bad steps after which the run rolls back."""
 TIMES_LEVEL, TIMES_DEVIATION = 2.0, 10.0
 """A loss is bad that is above so many times the level, and above it by so many times the usual deviation."""
 JUDGED_AFTER = 20
@@ -27,13 +27,13 @@ JUDGED_AFTER = 20
 MEMORY = 50
 """Losses that the level remembers, about."""
 ATTEMPTS_FROM_A_CHECKPOINT = 2
-"""How often a run goes back to the same checkpoint."""
+"""How often a run rolls back to the same checkpoint."""
 
 
 class Verdict(Enum):
-    APPLY = "go on"
+    APPLY = "apply"
     SKIP = "skip"
-    ROLLBACK = "go back"
+    ROLLBACK = "rollback"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class RollbackRecord:
-    """A going back: to a checkpoint's step, and then past the steps from `first` to `last`, both included."""
+    """A rollback: to a checkpoint's step, and then past the steps from `first` to `last`, both included."""
 
     to: int
     first: int

@@ -24,7 +24,7 @@ def record_replaced(
             raise RunFailed(
                 f"{count} of {samples} samples of epoch {epoch} are broken, more than"
                 f" data.max_bad_fraction={most}; events.jsonl lists them:"
-                " mend or pack the data again, or raise the fraction"
+                " fix or pack the data again, or raise the fraction"
             )
 
 

@@ -24,7 +24,7 @@ from pipeline.distributed.heartbeat import last_beat
 from pipeline.formatting import format_ranges
 
 OURS = ("data/", "models/", "pipeline/")
-WATCHING = "signs of life"
+WATCHING = "heartbeats"
 """The name of threads that are left out."""
 FOREIGN = "a thread that Python did not start"
 _WRAPPERS = {

@@ -1,6 +1,6 @@
-"""A run that stands still ends, so that it can go on, and says why: a rank is frozen, or none makes progress.
+"""A run that hangs ends, so that it can be resumed, and says why: a rank is frozen, or none makes progress.
 
-A rank that is frozen (SIGSTOP, a machine that stands still), or sleeps or waits for ever, makes the others wait for it
+A rank that is frozen (SIGSTOP, a machine that hangs), or sleeps or waits forever, makes the others wait for it
 in a collective. So a thread of each rank shows every few seconds that its process runs and how far it has come, in a
 store that rank 0 serves; rank 0 looks at all of them, and the others at rank 0. Where one is silent, or all stand
 still, for `patience` seconds, the ranks are asked for their stacks, and all end at once, without anything that could
@@ -43,7 +43,7 @@ _LEFT = "left"
 
 
 def start_watchdog(patience: float, events: Events, stacks: Path) -> Watchdog:
-    """From now on until the context ends, the process ends with status 1 where a rank has given no sign of life for so
+    """From now on until the context ends, the process ends with status 1 where a rank has given no heartbeat for so
     many seconds, and inside the context also where no rank has made progress. Collective.
 
     Where the ranks stood is then in the file `stacks`.
@@ -137,12 +137,12 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         writing.start()
         writing.join(RECORDING_SECONDS)
         words = recorded or [self._found(silent), f"{self._stacks} could not be written"]
-        verdict = "; ".join([*words, "this run ends, and the same command goes on from the last checkpoint"])
+        verdict = "; ".join([*words, "this run ends, and the same command resumes from the last checkpoint"])
         _say(verdict)
         if self._rank == 0:
             self._store.set(_VERDICT, verdict)
             self._wait_for("read", [rank for rank in self._others if rank not in silent], 2 * self._interval)
-        os._exit(1)  # the main thread waits in a collective, and would for ever
+        os._exit(1)  # the main thread waits in a collective, and would forever
 
     def _record(self, silent: list[int]) -> str:
         """Writes the event and the page of stacks, one rank for all; returns a line that says what they say."""
@@ -184,7 +184,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         if not silent:
             return f"no progress for {self._patience:g} s (run.hang_timeout)"
         who = ", ".join(map(self._who, silent))
-        return f"{who}: no sign of life for {self._patience:g} s (run.hang_timeout), so it is frozen, or its machine is"
+        return f"{who}: no heartbeat for {self._patience:g} s (run.hang_timeout), so it is frozen, or its machine is"
 
     def _stands(self, odd: list[int], why: str, answers: dict[int, StackSnapshot | None]) -> str:
         if not odd:

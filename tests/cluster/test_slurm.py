@@ -19,7 +19,7 @@ while True:
     print(start, "alive", time.time(), file=log)
     time.sleep(0.1)
 """
-"""A rank that notes that it lives, and the TERMs it gets, and goes on."""
+"""A rank that notes that it lives, and the TERMs it gets, and continues."""
 
 
 def submit(cluster: Cluster, folder: Path, script: str, *options: str) -> str:

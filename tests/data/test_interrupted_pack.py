@@ -1,4 +1,4 @@
-"""Laws of a pack that was interrupted: started again it goes on, and its bytes are those of one that never was."""
+"""Laws of a pack that was interrupted: started again it resumes, and its bytes are those of one that never was."""
 
 import os
 import random
@@ -128,7 +128,7 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
         packed(elsewhere, tmp_path / "out", **TWO_EACH)
 
 
-def test_replacing_what_is_there_also_goes_on_and_never_takes_the_old_shards_for_its_own(source, whole, tmp_path):
+def test_replacing_what_is_there_also_resumes_and_never_takes_the_old_shards_for_its_own(source, whole, tmp_path):
     packed(source, tmp_path / "out", **TWO_EACH, seed=5)
     assert packed_until(source, tmp_path / "out", 30, overwrite=True) is None
     report = packed(source, tmp_path / "out", **TWO_EACH, overwrite=True)
@@ -136,7 +136,7 @@ def test_replacing_what_is_there_also_goes_on_and_never_takes_the_old_shards_for
     assert files_in(tmp_path / "out") == whole[1]
 
 
-def test_in_s3_an_interrupted_pack_goes_on_too(source, tmp_path):
+def test_in_s3_an_interrupted_pack_resumes_too(source, tmp_path):
     packed(source, tmp_path, samples_per_shard=10)
     with s3_server() as server:
         fs = fsspec.filesystem("s3", endpoint_url=server.url)
@@ -160,7 +160,7 @@ pack(sys.argv[1], sys.argv[2], **numbers, overwrite=False, progress=slowly)
 
 
 def kill_and_go_on(source: Path, destination: Path, times: int, seed: int) -> int:
-    """Kills the pack's process so often, each time after a few more images; how many of them went on behind others."""
+    """Kills the pack's process so often, each time after a few more images; how many of them resumed after others."""
     draw = random.Random(seed)
     command = [sys.executable, "-c", KILLED, str(source), str(destination)]
     went_on = 0
@@ -186,11 +186,11 @@ def check_kills(source: Path, expected: dict[str, bytes], destination: Path, tim
     assert len(read_manifest(str(destination)).shards) > 20
 
 
-def test_a_process_that_is_killed_twice_leaves_what_the_next_one_goes_on_from(source, whole, tmp_path):
+def test_a_process_that_is_killed_twice_leaves_what_the_next_one_resumes_from(source, whole, tmp_path):
     check_kills(source, whole[1], tmp_path / "out", 2, 0)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("seed", range(5))
-def test_a_process_that_is_killed_ten_times_leaves_what_the_next_one_goes_on_from(source, whole, seed, tmp_path):
+def test_a_process_that_is_killed_ten_times_leaves_what_the_next_one_resumes_from(source, whole, seed, tmp_path):
     check_kills(source, whole[1], tmp_path / "out", 10, seed)

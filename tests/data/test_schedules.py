@@ -1,7 +1,7 @@
-"""Three epochs under random schedules: stopped or killed anywhere, gone on with any number of ranks, nothing changes.
+"""Three epochs under random schedules: stopped or killed anywhere, resumed with any number of ranks, nothing changes.
 
 No model; what is read, decoded and augmented is real, and some of it is damaged. What counts are the steps before a
-checkpoint, as in a run: what was done after it is lost, and done again by whoever goes on.
+checkpoint, as in a run: what was done after it is lost, and done again by whoever resumes.
 """
 
 import io
@@ -95,7 +95,7 @@ def shortly_and_at_length(short: int, long: int) -> list[object]:
 
 
 @pytest.mark.parametrize("seed", shortly_and_at_length(11, 190))
-def test_stopped_anywhere_and_gone_on_with_any_number_of_ranks_it_is_the_undisturbed_run(folder, undisturbed, seed):
+def test_stopped_anywhere_and_resumed_with_any_number_of_ranks_it_is_the_undisturbed_run(folder, undisturbed, seed):
     """Each rank is some steps past the checkpoint when it is stopped, with more under way."""
     rng, disturbed = np.random.default_rng(seed), []
     while (first := len(disturbed)) < STEPS:
@@ -144,7 +144,7 @@ def killed_after(processes: list[BaseProcess], files: list[Path], done: int) -> 
 
 
 @pytest.mark.parametrize("seed", shortly_and_at_length(1, 10))
-def test_killed_in_the_middle_of_a_batch_and_gone_on_from_the_checkpoint_it_is_the_undisturbed_run(
+def test_killed_in_the_middle_of_a_batch_and_resumed_from_the_checkpoint_it_is_the_undisturbed_run(
     folder, undisturbed, tmp_path, seed
 ):
     """The ranks are processes, all killed at once; there is a checkpoint after every third step that all have done."""

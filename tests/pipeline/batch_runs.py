@@ -93,7 +93,7 @@ def faulty(
     nan: Sequence[int] = (), inf: Sequence[int] = (), spikes: Sequence[int] = (), kill: int = 0
 ) -> Iterator[None]:
     """Inside, steps (from 1) go wrong: rank 1's pixels have a NaN, a gradient of rank 0 an Inf, losses are a hundred
-    times too high on all ranks; before step `kill` is done again after a going back, or for the first time, all ranks
+    times too high on all ranks; before step `kill` is done again after a rollback, or for the first time, all ranks
     are killed."""
     from pipeline import train as loop
 

@@ -87,7 +87,7 @@ def test_what_reads_a_run_passes_a_stale_checkpoint_over(tmp_path):
     assert latest_checkpoint(tmp_path).folder == good
 
 
-def test_numbers_go_on_from_a_run_that_kept_no_records(tmp_path):
+def test_numbers_resume_from_a_run_that_kept_no_records(tmp_path):
     lines = JsonLines(tmp_path / "events.jsonl")
     for event in ("attempt_started", "training_resumed", "attempt_started"):
         lines.write({"event": event})
@@ -178,7 +178,7 @@ def test_ranks_of_torchrun_end_with_it(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(alive, ranks)))
 
 
-def test_where_a_file_system_has_no_locks_a_start_goes_on_and_says_so(
+def test_where_a_file_system_has_no_locks_a_start_continues_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Such as Lustre without its option flock; here the kernel's answer is put in its mouth."""

@@ -361,13 +361,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_a_full_disk_is_said_in_one_line_nothing_is_left_half_written_and_with_room_the_same_goes_on(small_disk):
+def test_a_full_disk_is_said_in_one_line_nothing_is_left_half_written_and_with_room_the_same_resumes(small_disk):
     written(small_disk / "checkpoints", two_ranks(), 1)
     large = [{("head.weight", "weight", 0): torch.zeros(1 << 18)} for _ in range(2)]
     for said in failures(small_disk / "checkpoints", large):
         if "was given up by rank 0" not in said:
             assert "step-00000002 cannot be written: No space left on device; it needs 0.0021 GB and" in said
-            assert said.endswith("are free; make room, then the same command goes on from step 1")
+            assert said.endswith("are free; make room, then the same command resumes from step 1")
     left = {path.relative_to(small_disk).parts[1] for path in small_disk.rglob("*") if path.is_file()}
     assert left == {"step-00000001"}
     clean_partial(small_disk / "checkpoints")  # as every start does
@@ -378,7 +378,7 @@ def test_a_full_disk_is_said_in_one_line_nothing_is_left_half_written_and_with_r
 def test_where_one_rank_cannot_write_rank_0_is_told_why_at_once_and_the_checkpoint_does_not_exist(tmp_path):
     (tmp_path / ".step-00000002.attempt-0" / "rank-00001.safetensors").mkdir(parents=True)
     first, second = failures(tmp_path, two_ranks())
-    assert "cannot be written: Is a directory; mend that" in second and second.endswith("the same command begins again")
+    assert "cannot be written: Is a directory; fix that" in second and second.endswith("the same command begins again")
     assert first == f"rank 1: {second}"
     assert checkpoints(tmp_path) == []
 
@@ -419,7 +419,7 @@ def test_pruning_keeps_the_newest(tmp_path):
 def test_pruning_never_removes_the_checkpoint_just_written_for_the_sake_of_later_damaged_ones(
     tmp_path_factory, steps, keep_last, written_step
 ):
-    """A run that went back past damaged checkpoints writes earlier steps again: those are what it can go on from."""
+    """A run that rolled back past damaged checkpoints writes earlier steps again: it can be resumed from those."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders(root, *(steps | {written_step}))
     prune(root, keep_last, None, written_step)
@@ -517,7 +517,7 @@ def write_and_die(root: Path, last_operation: int) -> None:
 def test_whatever_has_a_checkpoints_name_is_whole_wherever_between_two_operations_on_files_its_writer_is_killed(
     tmp_path, damaged
 ):
-    """Also where a damaged checkpoint of the same step is to be replaced; and one that can be gone on from is there."""
+    """Also where a damaged checkpoint of the same step is to be replaced; and one that can be resumed from is there."""
     for last_operation in itertools.count(1):
         root = tmp_path / str(last_operation)
         written(root, two_ranks())

@@ -122,7 +122,7 @@ def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Call
     assert contents(copy) == before
 
 
-def test_a_longer_run_with_another_learning_rate_on_one_rank_goes_on_and_says_what_changed(
+def test_a_longer_run_with_another_learning_rate_on_one_rank_resumes_and_says_what_changed(
     copy: Path, undisturbed: Path, request_of: Callable[..., list[object]]
 ) -> None:
     longer = coatnet(*request_of(copy, f"train.steps={STEPS + 4}", "optim.learning_rate=1e-3", procs=1))
@@ -162,7 +162,7 @@ def test_another_training_set_under_the_same_name_is_refused(
     assert refused.returncode == 2 and "another training set" in refused.stderr
 
 
-def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_goes_on(
+def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_resumes(
     undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -170,7 +170,7 @@ def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_goes_on(
     wait_until(lambda: last_step(run) >= 2, first)
     first.send_signal(signal.SIGTERM)
     assert first.wait(PATIENCE_SECONDS) == 3
-    assert first.stderr is not None and "goes on from there" in first.stderr.read()
+    assert first.stderr is not None and "resumes from there" in first.stderr.read()
     assert events(run, "interrupted")[-1]["step"] < STEPS
 
     second = started(*request_of(run))
@@ -208,7 +208,7 @@ def finetune_of(digits: Path, undisturbed: Path) -> Callable[..., list[object]]:
     return arguments
 
 
-def test_finetuning_begins_from_the_average_at_another_resolution_and_goes_on(
+def test_finetuning_begins_from_the_average_at_another_resolution_and_resumes(
     undisturbed: Path, finetune_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

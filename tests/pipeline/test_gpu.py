@@ -45,7 +45,7 @@ def test_the_tiny_configuration_learns_the_digits_on_a_gpu(digits: Path, tmp_pat
     assert [row["top1"] for row in rows(tmp_path / "run" / "metrics.jsonl") if "top1" in row][-1] >= 0.985
 
 
-def test_a_run_killed_on_a_gpu_goes_on_with_the_losses_of_the_undisturbed_run(digits: Path, tmp_path: Path) -> None:
+def test_a_run_killed_on_a_gpu_resumes_with_the_losses_of_the_undisturbed_run(digits: Path, tmp_path: Path) -> None:
     whole, killed = (request(digits, tmp_path / name, "train.steps=60") for name in ("whole", "killed"))
     assert coatnet(*whole).returncode == 0
     process = started(*killed)
@@ -62,9 +62,7 @@ def test_a_run_killed_on_a_gpu_goes_on_with_the_losses_of_the_undisturbed_run(di
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bad_steps_are_not_applied_on_a_gpu_and_three_are_gone_back_on(
-    digits: Path, tmp_path: Path, stage: int
-) -> None:
+def test_bad_steps_are_not_applied_on_a_gpu_and_three_are_rolled_back(digits: Path, tmp_path: Path, stage: int) -> None:
     wanted = request(digits, tmp_path / "run", "train.steps=28", "data.val=null", f"zero.stage={stage}")[1:]
     on_ranks(1, [{"arguments": wanted, "faults": {"inf": [3], "spikes": [22, 23, 24]}}], tmp_path)
     assert [row["step"] for row in events(tmp_path / "run", "step_skipped")] == [3, 22, 23, 24]

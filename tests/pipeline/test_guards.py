@@ -1,4 +1,4 @@
-"""Guards: what is bad is never applied, all ranks say the same of it, and a run that went back stays past it."""
+"""Guards: what is bad is never applied, all ranks say the same of it, and a run that rolled back stays past it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_losses_within_a_factor_of_two_are_never_bad(losses: list[float]) -> Non
 
 
 @given(st.lists(st.floats(0.5, 5.0), min_size=JUDGED_AFTER, max_size=100), st.floats(0, 2))
-def test_a_loss_that_falls_for_ever_is_good_and_one_of_a_hundred_times_is_not(noise: list[float], slope: float) -> None:
+def test_a_loss_that_falls_forever_is_good_and_one_of_a_hundred_times_is_not(noise: list[float], slope: float) -> None:
     falling = [15_000 * math.exp(-slope * step) + 0.01 for step, _ in enumerate(noise)]  # as a sigmoid loss begins
     assert all(verdict is Verdict.APPLY for verdict, _ in after(falling))
     level = sum(noise) / len(noise)
@@ -61,7 +61,7 @@ def test_a_loss_that_falls_for_ever_is_good_and_one_of_a_hundred_times_is_not(no
 
 
 @given(st.lists(st.sampled_from(["good", "nan", "inf", "gradient", "spike"]), max_size=60))
-def test_the_run_goes_back_at_the_third_bad_step_in_a_row_and_no_sooner(kinds: list[str]) -> None:
+def test_the_run_rolls_back_at_the_third_bad_step_in_a_row_and_no_sooner(kinds: list[str]) -> None:
     guard = after([2.0] * JUDGED_AFTER)[-1][1]
     level, in_a_row = guard.level, 0
     for step, kind in enumerate(kinds, 1):
@@ -112,14 +112,14 @@ def spikes(folder: Path, name: str, stage: int, **faults: Any) -> dict[str, Any]
     return job(folder, name, f"train.steps={STEPS}", "checkpoint.every=2", f"zero.stage={stage}", **faults)
 
 
-def test_after_the_last_going_back_nothing_is_left_of_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    """Step 20 was saved among bad steps: whoever goes on with a lower learning rate must not begin from it."""
+def test_after_the_last_rollback_nothing_is_left_of_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """Step 20 was saved among bad steps: whoever resumes with a lower learning rate must not begin from it."""
     for step in (10, 20):
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
     events_of_run = Events(tmp_path, 0, 0)
     writer = CheckpointWriter(tmp_path / "checkpoints", 0, 0, 1, Checkpoint(), events_of_run)
     history = [RollbackRecord(10, 12, 14), RollbackRecord(10, 11, 17)]
-    with pytest.raises(RunFailed, match="gone back to step 10 2 times"):
+    with pytest.raises(RunFailed, match="rolled back to step 10 2 times"):
         roll_back(tmp_path, writer, events_of_run, history, 19, 21, "the loss is not finite")
     assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == [step_name(10)]
     writer.close()
@@ -128,7 +128,7 @@ def test_after_the_last_going_back_nothing_is_left_of_what_came_after_the_checkp
 @pytest.fixture(scope="module")
 def runs(digits: Path) -> Path:
     """Of each ZeRO stage on two ranks a run with a NaN and an Inf, and one with three spikes; and one of those that was
-    killed after it had gone back and before it saved anything, and then went on where nothing goes wrong any more."""
+    killed after it had rolled back and before it saved anything, and then resumed where nothing goes wrong any more."""
     folder = digits / "guarded"
     folder.mkdir()
     kept = ("train.steps=7", "checkpoint.every=1", "checkpoint.keep_last=100")
@@ -164,7 +164,7 @@ def test_a_nan_in_one_batch_and_an_inf_in_one_gradient_change_nothing_and_are_na
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_three_spikes_the_run_goes_back_and_past_them(runs: Path, stage: int) -> None:
+def test_after_three_spikes_the_run_rolls_back_and_past_them(runs: Path, stage: int) -> None:
     run = runs / f"spikes-{stage}"
     back = events(run, "rollback")
     assert [(row["to"], row["first"], row["last"]) for row in back] == [(20, SPIKES[0], SPIKES[-1])]
@@ -178,10 +178,10 @@ def test_after_three_spikes_the_run_goes_back_and_past_them(runs: Path, stage: i
     for rank in (0, 1):
         log = (run / "logs" / f"rank-{rank}.log").read_text()
         assert log.count("not applied: the loss") == 3
-        assert "3 bad steps in a row: not on from here\ngoes on from step" in log
+        assert "3 bad steps in a row: rolling back\nresumes from step" in log
 
 
-def test_a_run_that_went_back_and_was_killed_is_the_run_that_was_not(runs: Path) -> None:
+def test_a_run_that_rolled_back_and_was_killed_is_the_run_that_was_not(runs: Path) -> None:
     run, whole = runs / "killed", runs / "spikes-1"
     assert len(events(run, "rollback")) == 1 and [row["step"] for row in events(run, "training_resumed")] == [20, 20]
     assert curve(run) == curve(whole) and last_state(run) == last_state(whole)

@@ -104,7 +104,7 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def waiting_ranks(start: str, folder: Path, ranks: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A launch whose ranks note SIGTERM and otherwise wait for ever, and their process ids."""
+    """A launch whose ranks note SIGTERM and otherwise wait forever, and their process ids."""
     program = "note_each_term(); note(f'begun-{rank}', os.getpid())\nwhile True: time.sleep(0.01)"
     process = launched(start, folder, ranks, program)
     try:
@@ -112,7 +112,7 @@ def waiting_ranks(start: str, folder: Path, ranks: int) -> Iterator[tuple[subpro
         yield process, [int((folder / f"begun-{rank}").read_text()) for rank in range(ranks)]
     finally:
         process.kill()
-        for begun in folder.glob("begun-*"):  # where the law does not hold they would hold the pipes for ever
+        for begun in folder.glob("begun-*"):  # where the law does not hold they would hold the pipes forever
             if alive(rank := int(begun.read_text())):
                 os.kill(rank, signal.SIGKILL)
         process.communicate()
@@ -172,7 +172,7 @@ def test_a_killed_rank_is_a_failure_that_is_named_with_what_to_do_and_ends_the_o
     assert status == 1
     assert (
         err
-        == f"rank {killed} was killed by SIGKILL; the same command goes on from the last checkpoint, if there is one\n"
+        == f"rank {killed} was killed by SIGKILL; the same command resumes from the last checkpoint, if there is one\n"
     )
     assert not any(alive(int((tmp_path / name).read_text())) for name in names(tmp_path, "begun"))
 

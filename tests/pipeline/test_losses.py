@@ -71,7 +71,7 @@ def test_labels_and_the_targets_made_of_them_are_the_same_request(labels, smooth
 
 @given(st.integers(1, 8), smoothings, seeds)
 def test_softmax_of_single_labels_is_torchs_own_to_the_bit_with_its_gradient(samples, smoothing, seed):
-    """What runs trained by before there were other losses: they go on to the bit."""
+    """What runs trained by before there were other losses: they resume to the bit."""
     labels = torch.randint(CLASSES, (samples,), generator=torch.Generator().manual_seed(seed))
     ours, theirs = (logits_of(seed, samples).to(torch.bfloat16).requires_grad_() for _ in range(2))
     loss = loss_fn(ours, labels[:, None], "softmax", smoothing)

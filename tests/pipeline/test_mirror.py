@@ -76,7 +76,7 @@ def damage(url: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- copying
 
 
-def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_going_on_needs(run, s3):
+def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_resuming_needs(run, s3):
     told = mirrored(run, URL, [4])
     assert told.steps("mirrored") == [4] and len(told) == 1
     assert sorted(list_copies(URL)[4]) == FILES
@@ -120,7 +120,7 @@ def test_a_copy_that_fails_is_said_without_credentials_and_the_next_is_tried(run
     assert told.steps("mirror_failed") == [4] and "secret" not in str(told) + capsys.readouterr().err
 
 
-def test_the_newest_is_copied_next_and_what_was_complete_in_between_is_left_out_unless_it_is_kept_for_ever(run, s3):
+def test_the_newest_is_copied_next_and_what_was_complete_in_between_is_left_out_unless_it_is_kept_forever(run, s3):
     told, asked, go_on = Told(), threading.Event(), threading.Event()
 
     def hold(path: str, _range: str | None, _before: int) -> None:
@@ -166,7 +166,7 @@ def test_what_the_folder_still_has_is_left_as_it_is(run, s3):
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing", "no manifest"])
-def test_a_copy_that_is_not_whole_is_passed_over_for_the_one_before(run, s3, capsys, harm):
+def test_a_copy_that_is_not_whole_is_skipped_for_the_one_before(run, s3, capsys, harm):
     mirrored(run, URL, [3, 4])
     file = "manifest.json" if harm == "no manifest" else "rank-00001.safetensors"
     place = f"{URL}/checkpoints/{step_name(4)}/{file}"

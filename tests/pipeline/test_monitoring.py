@@ -151,7 +151,7 @@ def in_tensorboard(row: dict[str, Any]) -> list[tuple[int, str, float]]:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["row", "row", "row", "start or back"]), st.integers(0, 9)), max_size=25))
-def test_tensorboard_shows_what_metrics_jsonl_has_after_any_starts_and_going_back(
+def test_tensorboard_shows_what_metrics_jsonl_has_after_any_starts_and_rollbacks(
     tmp_path_factory: pytest.TempPathFactory, happens: list[tuple[str, int]]
 ) -> None:
     run, attempt, step = tmp_path_factory.mktemp("run"), 0, 0

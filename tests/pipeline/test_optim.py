@@ -160,7 +160,7 @@ def test_a_parameter_without_a_gradient_keeps_its_weight_and_its_average():
     assert torch.equal(still, before) and torch.equal(optimizer.state[still]["ema"], average)
 
 
-def test_going_on_from_the_state_gives_the_same_weights_and_averages():
+def test_resuming_from_the_state_gives_the_same_weights_and_averages():
     model = small_model()
     optimizer = AdamWWithEma(parameter_groups(model, 0.1), **OPTIONS)
     optimizer.decay = 0.9

@@ -1,4 +1,4 @@
-"""Going on where something is wrong, as a person meets it: whole runs of two ranks that took six steps."""
+"""Resuming where something is wrong, as a person meets it: whole runs of two ranks that took six steps."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def rewritten(checkpoint: Path, **changed: Any) -> None:
     file.write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
 
 
-def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror_as_if_nothing_had_been(
+def test_a_run_whose_folder_is_gone_resumes_from_its_mirror_as_if_nothing_had_been(
     undisturbed: Path, request_of: Arguments, tmp_path: Path
 ) -> None:
     mirror = Path(shutil.copytree(undisturbed.parent / "mirror", tmp_path / "mirror"))
@@ -76,7 +76,7 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_mirror_as_if_nothing_had_be
 
 
 @pytest.mark.parametrize("wrong", ["another network", "newer"])
-def test_another_networks_checkpoint_and_a_newer_programs_are_refused_and_never_gone_back_past(
+def test_another_networks_checkpoint_and_a_newer_programs_are_refused_and_never_skipped(
     copy: Path, request_of: Arguments, wrong: str
 ) -> None:
     newest = checkpoints(copy / "checkpoints")[-1]
@@ -114,7 +114,7 @@ def test_where_a_copy_does_not_fit_in_memory_the_live_state_is_written_and_that_
     assert last_state(run) == last_state(alone)
 
 
-def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
+def test_a_run_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_room(
     undisturbed: Path, request_of: Arguments, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -127,7 +127,7 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
         ended = coatnet(*request_of(disk / "run"))
         assert ended.returncode == 1, ended.stderr
         assert "step-00000004 cannot be written: No space left on device; it needs" in ended.stderr
-        assert "make room, then the same command goes on from step 2" in ended.stderr
+        assert "make room, then the same command resumes from step 2" in ended.stderr
         assert "Traceback" not in ended.stderr
         left = [file.parent.name for file in (disk / "run" / "checkpoints").rglob("*") if file.is_file()]
         assert set(left) == {step_name(2)}

@@ -221,7 +221,7 @@ def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones
     assert list(read_lines(path)) == [*itertools.islice(read_lines(path_of_all), whole), {"later": 1}]
 
 
-def test_lines_of_anything_else_are_passed_over(tmp_path):
+def test_lines_of_anything_else_are_skipped(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"a": 1}\n\n[1]\n3\n"x"\n{"b"\n\0\0\0\n{"a": 2}')
     assert list(read_lines(path)) == [{"a": 1}, {"a": 2}]

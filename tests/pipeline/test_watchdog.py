@@ -1,4 +1,4 @@
-"""A run that stands still ends by itself, names the rank that is why, and goes on as if nothing had happened.
+"""A run that hangs ends by itself, names the rank that is why, and resumes as if nothing had happened.
 
 Faults are those of hang_injection.py, in real ranks, and SIGSTOP.
 """
@@ -94,7 +94,7 @@ def test_ranks_that_live_without_progress_of_any_are_a_hang_once_patience_is_ove
 
 @given(st.sets(st.integers(0, 3), min_size=1), st.integers(50, 200), st.integers(1, 10_000))
 def test_nobody_is_judged_for_the_time_in_which_the_judge_or_all_stood_still(still, stops, seconds):
-    """As where a laptop sleeps: soon after waking all go on. Where only others stood still, they wake in time."""
+    """As where a laptop sleeps: soon after waking all resume. Where only others hung, they wake in time."""
     seconds = seconds if 0 in still else seconds % int(PATIENCE - 2 * INTERVAL)
     wakes = stops + seconds + 2 * INTERVAL
 
@@ -226,7 +226,7 @@ def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
 
 
 def freeze_at_once(run: Path, rank: int, port: int, frozen: int) -> None:
-    """A rank of two that watches; one stands still as soon as it does, before the other has heard of it."""
+    """A rank of two that watches; one hangs as soon as it does, before the other has heard of it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     start_process_group()
@@ -287,7 +287,7 @@ def check_told(run: Path, said: str, kind: str, rank: int, ranks: int, within: s
     assert event["stacks"] == str(stacks)
     (line,) = (line for line in said.splitlines() if line.startswith("coatnet: "))
     assert f"rank {rank} (process {named_rank['process']} on {named_rank['host']})" in line
-    assert f"stacks in {stacks}" in line and "the same command goes on" in line
+    assert f"stacks in {stacks}" in line and "the same command resumes" in line
     text = stacks.read_text()
     first, *others = re.findall(r"^=+\n(.+)\n=+\n", text, re.MULTILINE)
     assert first.startswith(f"rank {rank}") and (within or "NO ANSWER") in first and len(others) == ranks - 1
@@ -304,7 +304,7 @@ TORTURE = pytest.mark.torture
     ("stage", "rank", "goes_on"),
     [(2, 1, False), *(pytest.param(stage, stage % 2, True, marks=TORTURE) for stage in (1, 2, 3))],
 )
-def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on_as_if_it_had_not(
+def test_a_rank_that_sleeps_forever_is_named_and_the_run_resumes_as_if_it_had_not(
     request_of: Callable[..., list[object]], stage: int, rank: int, goes_on: bool, tmp_path: Path
 ) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
@@ -320,7 +320,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_the_run_goes_on_as_if_it_had_n
 
 
 @pytest.mark.parametrize("stage", [3, pytest.param(1, marks=TORTURE), pytest.param(2, marks=TORTURE)])
-def test_a_rank_that_waits_for_data_for_ever_is_named(
+def test_a_rank_that_waits_for_data_forever_is_named(
     request_of: Callable[..., list[object]], stage: int, tmp_path: Path
 ) -> None:
     """Its main thread does, the one that reads is on the page, too."""
@@ -352,9 +352,7 @@ def last_line(said: str, run: Path, frozen: int) -> str:
 
 
 @pytest.mark.torture
-def test_a_training_on_one_rank_that_stands_still_says_where(
-    request_of: Callable[..., list[object]], tmp_path: Path
-) -> None:
+def test_a_training_on_one_rank_that_hangs_says_where(request_of: Callable[..., list[object]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     hung = with_fault(1, "sleep", 0, 6, request_of(run, 1))
     assert hung.returncode == 1, hung.stderr
@@ -385,7 +383,7 @@ def test_what_is_only_slow_is_no_hang(request_of: Callable[..., list[object]], t
 
 
 @pytest.mark.torture
-def test_ranks_that_all_stood_still_for_longer_go_on_when_they_wake_up(
+def test_ranks_that_all_stood_still_for_longer_resume_when_they_wake_up(
     request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
     """As where a laptop sleeps."""

@@ -197,7 +197,7 @@ def test_every_stage_on_any_number_of_ranks_is_the_plain_loop_of_one_process(
         check_agrees(wide, f"fp32-{stage}-{narrow}", *plain)
 
 
-def test_going_on_at_the_same_world_size_and_stage_is_the_same_to_the_bit(wide: Path, narrow: int) -> None:
+def test_resuming_at_the_same_world_size_and_stage_is_the_same_to_the_bit(wide: Path, narrow: int) -> None:
     for stage in STAGES:
         check_bit_equal(wide / f"again-fp32-{stage}-{narrow}", wide / f"fp32-{stage}-{narrow}")
 
@@ -226,13 +226,13 @@ def check_bit_equal(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_what_four_ranks_saved_at_stage_3_goes_on_on_any_others(wide: Path, narrow: int, stage: int) -> None:
+def test_what_four_ranks_saved_at_stage_3_resumes_on_any_others(wide: Path, narrow: int, stage: int) -> None:
     check_loaded(wide, "wide", 4, f"loaded-{stage}-{narrow}", "wide-loaded")
     check_ten_steps(wide, f"narrow-{stage}-{narrow}", "wide", 4)
 
 
 @pytest.mark.torture
-def test_and_what_others_saved_goes_on_on_four_ranks_at_stage_3(back: Path, narrow: int) -> None:
+def test_and_what_others_saved_resumes_on_four_ranks_at_stage_3(back: Path, narrow: int) -> None:
     source = f"narrow-{stage_back(narrow)}-{narrow}"
     check_loaded(back, source, 8, f"back-loaded-{narrow}", f"narrow-loaded-{narrow}")
     check_ten_steps(back, f"back-{narrow}", source, 8)
@@ -266,7 +266,7 @@ def tensors(reader: CheckpointReader) -> dict[str, bytes]:
 
 
 @pytest.mark.torture
-def test_bf16_is_the_plain_loop_within_its_own_rounding_and_goes_on_to_the_bit(runs: Path) -> None:
+def test_bf16_is_the_plain_loop_within_its_own_rounding_and_resumes_to_the_bit(runs: Path) -> None:
     """bf16 has 8 bits: within 1e-2 of the losses, 5e-2 of the gradient norms."""
     jobs = []
     for stage in STAGES:
@@ -307,7 +307,7 @@ def test_four_ranks_at_every_stage_offloaded_and_compiled_ones_are_the_plain_loo
 
 
 @pytest.mark.torture
-def test_688_million_parameters_train_on_two_cpu_ranks_and_go_on_on_one(digits: Path) -> None:
+def test_688_million_parameters_train_on_two_cpu_ranks_and_resume_on_one(digits: Path) -> None:
     """CoAtNet-5 at 224 under stage 3, in a machine of 24 GiB: three copies of its state would not fit."""
     run, name = digits / "large", ["model.name=coatnet_5", "model.resolution=224"]
     layout = ["model.stem=null", "model.stages=null", "model.head_size=null"]

@@ -66,7 +66,7 @@ def is_as_if_nothing_had_happened(run: Path, undisturbed: Path) -> bool:
     return curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
-def test_a_run_that_is_requeued_goes_on_where_it_stopped(cluster: Cluster, training: Submit) -> None:
+def test_a_run_that_is_requeued_resumes_where_it_stopped(cluster: Cluster, training: Submit) -> None:
     run, job = training("train.steps=40")
     cluster.run("scontrol", "requeue", job)
     assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
@@ -119,7 +119,7 @@ def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkou
 
 
 @pytest.mark.torture
-def test_a_run_goes_on_on_the_node_that_is_left(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
+def test_a_run_resumes_on_the_node_that_is_left(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
     run, job = training("slurm.min_nodes=1")
     cluster.power_off("n2")
     try:
@@ -134,7 +134,7 @@ def test_a_run_goes_on_on_the_node_that_is_left(cluster: Cluster, training: Subm
 
 
 @pytest.mark.torture
-def test_a_run_goes_on_when_the_daemon_under_its_batch_script_dies(cluster: Cluster, training: Submit) -> None:
+def test_a_run_resumes_when_the_daemon_under_its_batch_script_dies(cluster: Cluster, training: Submit) -> None:
     """Slurm gives the node up and starts the job again, but the batch script and two ranks on it live on."""
     run, job = training("train.steps=300")
     cluster.kill_slurmd("n1")
@@ -158,7 +158,7 @@ def test_a_node_that_fails_twice_is_left_out(cluster: Cluster, training: Submit)
 
 
 @pytest.mark.torture
-def test_where_jobs_must_not_requeue_themselves_an_array_goes_on(
+def test_where_jobs_must_not_requeue_themselves_an_array_resumes(
     cluster: Cluster, training: Submit, undisturbed: Path
 ) -> None:
     """Also what a site needs around each rank's command: modules, containers, NCCL's settings."""
@@ -186,7 +186,7 @@ def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(cluster: Cluster, traini
 
 
 @pytest.mark.torture
-def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(cluster: Cluster, training: Submit) -> None:
+def test_a_run_longer_than_its_time_limit_resumes_in_the_next_start(cluster: Cluster, training: Submit) -> None:
     """Slurm sends the warning up to a minute early."""
     run, job = training("slurm.time=1", "slurm.signal_seconds=20", "train.steps=3000", "checkpoint.every=1000")
     wait_until(lambda: bool(events(run, "interrupted")))
@@ -198,7 +198,7 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_start(cluster: Clu
 
 
 @pytest.mark.torture
-def test_a_cancelled_run_stays_cancelled_and_goes_on_when_it_is_submitted_again(
+def test_a_cancelled_run_stays_cancelled_and_resumes_when_it_is_submitted_again(
     cluster: Cluster, training: Submit, submitted: Submit, undisturbed: Path
 ) -> None:
     run, job = training()

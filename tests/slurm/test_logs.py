@@ -85,7 +85,7 @@ def test_what_there_is_is_printed_and_where_there_is_nothing_that_is_said(
         logs(run, 3, False, 9)
 
 
-def test_following_goes_on_through_restarts_and_into_the_next_job_until_the_run_is_over(run: Path) -> None:
+def test_following_continues_through_restarts_and_into_the_next_job_until_the_run_is_over(run: Path) -> None:
     """Someone else holds the run's lock for as long as it is alive."""
     first = write(run, "logs/7-1.log", "old\none\n", 60)
     (run / ".lock").touch()

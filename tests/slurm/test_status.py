@@ -131,7 +131,7 @@ def test_steps_that_were_not_applied_and_goings_back_are_told(run: Run) -> None:
     run.event(4, "attempt_started").event(4, "training_resumed", step=1009)
     assert run.status().not_applied == [4], "it is done again"
     run.event(3, "step_skipped", step=1010)
-    said = ["  2 steps were not applied, the last 1,010", "  went back to step 5 and past steps 6 to 1,008"]
+    said = ["  2 steps were not applied, the last 1,010", "  rolled back to step 5 and past steps 6 to 1,008"]
     assert said == [line for line in as_lines(found) if "applied" in line or "back" in line]
 
 
@@ -142,14 +142,14 @@ def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) ->
         fcntl.flock(held, fcntl.LOCK_EX)
         assert run.stands() == ("running", None)
     state, why = run.stands()
-    assert state == "failed" and why == "its process ended without a word; the same command goes on from step 5"
+    assert state == "failed" and why == "its process ended without a word; the same command resumes from step 5"
     assert run.event(8, "interrupted", step=5, reason="SIGTERM").stands()[0] == "stopped"
     assert run.event(7, "attempt_started").event(7, "training_resumed", step=5).stands()[0] == "failed"
     assert run.event(6, "heartbeat_lost", ranks=[{"rank": 1, "host": "n2"}]).stands()[0] == "failed"
-    assert "no sign of life of rank 1 on n2" in str(run.stands()[1])
+    assert "no heartbeat of rank 1 on n2" in str(run.stands()[1])
     run.event(5.5, "hang", ranks=[{"rank": 3, "host": "n4"}], stacks="logs/stacks-attempt-1.txt")
     assert run.stands()[0] == "failed" and "no progress" in str(run.stands()[1])
-    assert "rank 3 on n4; stacks in logs/stacks-attempt-1.txt; the same command goes on" in str(run.stands()[1])
+    assert "rank 3 on n4; stacks in logs/stacks-attempt-1.txt; the same command resumes" in str(run.stands()[1])
     assert run.event(5.2, "out_of_memory", rank=1, error="no more").stands()[1] == "rank 1 ran out of memory: no more"
     assert run.event(5.1, "failed", message="steps 3 to 5 were bad").stands() == ("failed", "steps 3 to 5 were bad")
     assert run.event(5, "attempt_started").event(5, "training_resumed", step=5).event(
@@ -183,11 +183,11 @@ def test_status_follows_a_job_from_the_queue_through_a_preemption_to_its_end(run
     assert (first.state, first.reason, first.step, first.seconds_left) == ("running", None, 20, 20.0)
     assert first.checkpoints == {"newest": 15, "count": 1}
 
-    run.event(70, "interrupted", step=20, reason="SIGUSR2").end(70, Cause.PREEMPTED, decision="preempted: it goes on")
+    run.event(70, "interrupted", step=20, reason="SIGUSR2").end(70, Cause.PREEMPTED, decision="preempted: it resumes")
     assert run.stands({"7": COMPLETING})[0] == "requeued"
     begin = {"7": {"JobState": "PENDING", "Reason": "BeginTime", "Restarts": "1"}}
     again = run.status(begin)
-    assert (again.state, again.reason, again.restarts) == ("requeued", "preempted: it goes on; BeginTime", 1)
+    assert (again.state, again.reason, again.restarts) == ("requeued", "preempted: it resumes; BeginTime", 1)
     assert again.jobs == [
         {"job": "7", "state": "PENDING", "reason": "BeginTime", "restarts": 1, "nodes": []},
     ]
@@ -352,7 +352,7 @@ def test_half_lines_evaluations_and_losses_that_are_no_numbers_do_no_harm(run: R
 def test_goodput_is_what_still_counts_of_the_time_of_all_starts(
     tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, float]]
 ) -> None:
-    """Starts of so many steps and minutes, each of which goes on from where the one before was; then half are lost."""
+    """Starts of so many steps and minutes, each of which resumes from where the one before was; then half are lost."""
     run, at, step = Run(tmp_path_factory.mktemp("lives") / "run"), sum(length for _, length in lives) + 1, 0
     run.submitted(at + 1)
     for number, (steps, minutes) in enumerate(lives):
