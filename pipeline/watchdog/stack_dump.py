@@ -33,10 +33,11 @@ _WRAPPERS = {
 }  # fmt: skip
 """Frames that only call on, left out."""
 _READS = (".item()", ".tolist()")
-_FOR_A_THREAD = {
-    ("torch/autograd/graph.py", "_engine_run_backward"): FOREIGN,
-    ("pipeline/checkpoint/writer.py", "wait"): "checkpoint",
-}
+LOOP = ("pipeline/train.py", "train_attempt")
+AWAITS_WRITER = ("pipeline/checkpoint/writer.py", "wait")
+AWAITS_RANKS = ("pipeline/checkpoint/writer.py", "_await_part")
+"""Functions of ours that are known by file and name, as frames have them; a test holds that they are there."""
+_FOR_A_THREAD = {("torch/autograd/graph.py", "_engine_run_backward"): FOREIGN, AWAITS_WRITER: "checkpoint"}
 """Where the main thread waits for another one of its process, and that one's name."""
 
 
@@ -95,7 +96,7 @@ def _frames(frame: FrameType) -> tuple[Frame, ...]:
         place = next((place for place in places if each.filename.startswith(f"{place}/")), None)
         file = each.filename[len(place) + 1 :] if place else each.filename
         found.append(Frame(file, each.lineno or 0, each.name, each.line or ""))
-        if (file, each.name) == ("pipeline/train.py", "train_attempt"):
+        if (file, each.name) == LOOP:
             break  # whoever called it is the same everywhere
     while len(found) > 1 and found[-1].file == "threading.py":  # how threads begin
         del found[-1]
@@ -129,7 +130,7 @@ def _waits(threads: Sequence[Thread]) -> bool:
     if frame.file.startswith("torch/cuda/"):
         return frame.function == "synchronize"
     if frame.file.startswith("pipeline/"):
-        return frame.function == "_await_part" or any(read in frame.text for read in _READS)
+        return (frame.file, frame.function) == AWAITS_RANKS or any(read in frame.text for read in _READS)
     return frame.file.startswith(("torch/distributed/", "deepspeed/"))
 
 

@@ -5,6 +5,7 @@ Faults are those of hang_injection.py, in real ranks, and SIGSTOP.
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import re
@@ -24,7 +25,10 @@ from pipeline.distributed.launcher import free_port
 from pipeline.run.events import Events
 from pipeline.training.engine import start_process_group
 from pipeline.watchdog.stack_dump import (
+    AWAITS_RANKS,
+    AWAITS_WRITER,
     FOREIGN,
+    LOOP,
     Frame,
     StackSnapshot,
     Thread,
@@ -220,6 +224,12 @@ def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
     assert own in {frame.file for frame in found.threads[0].frames} and found.threads[0].name == "MainThread"
     (other,) = (thread.frames for thread in found.threads if thread.name == "a thread that waits")
     assert other[0].file == "threading.py" and other[0].function == "wait"
+
+
+@pytest.mark.parametrize(("file", "function"), [LOOP, AWAITS_WRITER, AWAITS_RANKS])
+def test_the_functions_that_a_page_of_stacks_knows_by_name_are_there(file: str, function: str) -> None:
+    nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+    assert function in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
 # ------------------------------------------------------------------------------------------------ from the very first
