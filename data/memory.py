@@ -25,7 +25,7 @@ def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, l
 
     `slots` is how many samples of a step the busiest rank takes.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = granted_bytes()
     of_all_slots = slots * manifest.mean_sample_bytes
     decoded = RUNS_IN_MEMORY * DECODED_AT_ONCE * (3 * resolution**2 + manifest.mean_sample_bytes)
     held = local_world_size * (window * of_all_slots + READ_AHEAD_BYTES + decoded)
@@ -39,8 +39,14 @@ def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, l
     )
     raise UsageError(
         f"data.shuffle_window={window} with {slots} samples a step on a rank keeps {held / 2**30:.1f} GiB of images"
-        f" in this machine's {memory / 2**30:.1f} GiB of memory; {way_out}, or take more machines"
+        f" in the {memory / 2**30:.1f} GiB of memory that this machine grants; {way_out}, or take more machines"
     )
+
+
+def granted_bytes() -> int:
+    """The machine's memory, or less where a container's or Slurm's control group grants less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *filter(None, map(limit_of_group, _groups()))])
 
 
 def available_bytes() -> int:
@@ -80,13 +86,25 @@ def _groups() -> Iterator[Path]:
             yield from (top / folder for folder in (below, *below.parents))
 
 
+_OF_GROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),  # version 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+)
+"""The files of a group's limit and use, and what `memory.stat` calls files that were read."""
+
+
+def limit_of_group(folder: Path) -> int | None:
+    """A group's limit in bytes; None where it has none."""
+    for limit, _, _ in _OF_GROUPS:
+        if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+            return int(most)
+    return None
+
+
 def of_group(folder: Path) -> int | None:
     """What is left of a group's limit, files that were read count as free; None where it has no limit."""
-    for limit, usage, inactive in (
-        ("memory.max", "memory.current", "inactive_file"),  # version 2
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
-    ):
-        if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
-            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            return int(most) - int((folder / usage).read_text()) + int(facts[inactive])
-    return None
+    if (most := limit_of_group(folder)) is None:
+        return None
+    _, usage, inactive = next(names for names in _OF_GROUPS if (folder / names[0]).exists())
+    facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return most - int((folder / usage).read_text()) + int(facts[inactive])

@@ -25,7 +25,7 @@ from data.augment import Augmentation
 from data.decode import Decoder
 from data.errors import DataError, UsageError
 from data.loader import Batch, LoaderSpec, evaluation_batches, training_batches
-from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES, RUNS_IN_MEMORY, check_memory
+from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES, RUNS_IN_MEMORY, check_memory, granted_bytes
 from data.order import Order, Window
 from data.shards.manifest import Manifest, Shard, read_manifest
 from data.shards.tar_index import index_tar
@@ -477,7 +477,7 @@ def test_the_many_windows_of_an_epochs_first_row_are_begun_before_the_one_before
 def test_windows_that_do_not_fit_the_memory_are_refused_with_the_figure_and_what_would_fit(
     window, slots, ranks, resolution
 ):
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = granted_bytes()
     manifest = Manifest("nowhere", ("class",), (Shard("0.tar", 1000, 1000 * 10**6),), "")
     decoded = RUNS_IN_MEMORY * DECODED_AT_ONCE * (3 * resolution**2 + 10**6)
     held = ranks * (slots * window * 10**6 + READ_AHEAD_BYTES + decoded)
@@ -498,3 +498,12 @@ def test_windows_that_do_not_fit_the_memory_are_refused_with_the_figure_and_what
     else:
         with pytest.raises(UsageError, match="no window fits"):
             check(1)
+
+
+def test_what_a_container_or_slurm_grants_is_the_memory_that_windows_must_fit(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    monkeypatch.setattr("data.memory._groups", lambda: iter([tmp_path]))
+    assert granted_bytes() == 2**30
+    manifest = Manifest("nowhere", ("class",), (Shard("0.tar", 1000, 10**6),), "")
+    with pytest.raises(UsageError, match=r"in the 1\.0 GiB of memory that this machine grants"):
+        check_memory(manifest, slots=64, window=1000, resolution=224, local_world_size=1)
