@@ -29,6 +29,7 @@ from pipeline.config.parsing import read_config
 from pipeline.distributed.launcher import free_port
 from pipeline.monitoring.metrics import Metrics
 from pipeline.plan import make_plan
+from pipeline.training import loss_guard, step
 from pipeline.training.loss_guard import Verdict
 
 WARM_UP = 4
@@ -76,13 +77,10 @@ class Meter:
         def patch(place: Any, name: str, instead: Callable[..., Any]) -> None:
             patched.enter_context(mock.patch.object(place, name, self.timed(getattr(place, name), instead)))
 
-        summed, agreed = loop.all_reduce_sum, self.timed(loop.all_reduce_sum, lambda shared: shared)
         patched.enter_context(mock.patch.object(loop, "learning_rate", self.next_step))
-        patched.enter_context(  # what the ranks agree upon is float64, batch norm's sums are not
-            mock.patch.object(loop, "all_reduce_sum", lambda v: agreed(v) if v.dtype == torch.float64 else summed(v))
-        )
-        patch(loop, "gate", lambda mean_loss, limit: torch.ones((), device=mean_loss.device))
-        patch(loop, "update", lambda guard, step, loss, applied: (Verdict.APPLY, "", guard))
+        patch(step, "all_reduce_sum", lambda shared: shared)
+        patch(loss_guard, "gate", lambda mean_loss, limit: torch.ones((), device=mean_loss.device))
+        patch(loss_guard, "update", lambda guard, step, loss, applied: (Verdict.APPLY, "", guard))
         patch(SupersededCheck, "is_superseded", lambda lookout: False)
         patch(Metrics, "step", lambda *given: None)
         return patched

@@ -48,7 +48,7 @@ from pipeline.monitoring.progress import Reporter, reporter
 from pipeline.monitoring.summary import training_summary
 from pipeline.plan import Plan, augmentation
 from pipeline.run.events import Events
-from pipeline.training import ema
+from pipeline.training import ema, loss_guard
 from pipeline.training.ema import ema_decay
 from pipeline.training.engine import (
     build_engine,
@@ -61,7 +61,7 @@ from pipeline.training.engine import (
 )
 from pipeline.training.epoch_audit import EpochAudit
 from pipeline.training.evaluation import evaluate
-from pipeline.training.loss_guard import Guard, Verdict, gate, update
+from pipeline.training.loss_guard import Guard, Verdict
 from pipeline.training.losses import loss_fn, one_hot
 from pipeline.training.mixup import mixup
 from pipeline.training.model import (
@@ -75,6 +75,7 @@ from pipeline.training.model import (
     normalize,
 )
 from pipeline.training.optimizer import learning_rate
+from pipeline.training.step import StepReport
 from pipeline.training.step_events import drain, record_read_faults, record_replaced, record_skipped
 from pipeline.watchdog.watchdog import start_watchdog
 
@@ -167,7 +168,7 @@ def train_attempt(
     sinks = build_sinks(run, config, attempt, first_step) if rank == 0 else []
     metrics = Metrics(sinks, config.log.every, global_batch, plan.train.samples, peak)
     samples = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
-    lookout = SupersededCheck(run, attempt)
+    newer = SupersededCheck(run, attempt)
 
     # A step's micro batches, in as many rounds of one pass a rank as that takes.
     micro_batches_a_step = micro_batches_of(config.train)
@@ -195,11 +196,16 @@ def train_attempt(
             decay = ema_decay(config.train.ema, step) if config.train.ema else None
             set_schedule(engine, rate, decay)
 
-            # What all ranks must know of each other, beside their losses.
-            read_faults, overtaken = drain(plan.read_faults), rank == 0 and lookout.is_superseded()
-            broken = sum(len(batch.broken) for batch in micro_batches)
-            here = [0.0, broken, len(read_faults), signals.requested() is not None, overtaken]
-            shared = torch.tensor(here, dtype=torch.float64, device=device)
+            # What all ranks must know of each other.
+            read_faults = drain(plan.read_faults)
+            shared = StepReport(
+                device,
+                micro_batches_a_step,
+                bad_samples=sum(len(batch.broken) for batch in micro_batches),
+                read_retries=len(read_faults),
+                stop=signals.requested() is not None,
+                superseded=rank == 0 and newer.is_superseded(),
+            )
 
             # Forward and backward, one pass a micro batch; the engine adds up gradients and steps after the last pass.
             for number in range(rounds):
@@ -213,21 +219,20 @@ def train_attempt(
                     logits = engine(images, drop_path_mask(seed, batch.positions, drop_rates, device))
                     loss = loss_fn(logits, wanted, config.train.loss, config.train.label_smoothing)
                     if not idle:
-                        shared[0] += loss.detach()
+                        shared.add_loss(loss)
                     if number == rounds - 1:  # a bad loss gets a gradient that is not applied, unseen by the host
-                        all_reduce_sum(shared)
-                        loss = loss * gate(shared[0] / micro_batches_a_step, guard.limit)
+                        loss = loss * loss_guard.gate(shared.all_reduce(), guard.limit)
                     engine.backward(scale * loss)
                     engine.step()
                 beat("a micro batch")
             applied = engine.was_step_applied()
 
             # The verdict on the step, the same on all ranks.
-            loss_sum, broken, failed_reads, stops, overtaken = shared.tolist()
-            mean_loss, stop = loss_sum / micro_batches_a_step, stops > 0
-            verdict, why, guard = update(guard, done, mean_loss, applied)
+            totals = shared.totals()
+            mean_loss, stop = totals.mean_loss, totals.stop
+            verdict, why, guard = loss_guard.update(guard, done, mean_loss, applied)
             assert applied == (verdict is Verdict.APPLY), f"step {done} was applied, and yet {why}"
-            if overtaken:
+            if totals.superseded:
                 from_rank_zero(lambda: raise_if_superseded(run, attempt))
 
             # Batch-norm statistics and their average move with an applied step, never with a skipped one.
@@ -243,10 +248,10 @@ def train_attempt(
             if samples is not None:
                 samples.write(done, micro_batches, global_batch, plan.train.samples)
             epochs.add(micro_batches, applied)
-            if broken:
+            if totals.bad_samples:
                 most = config.data.max_bad_fraction
                 record_replaced(events, done, micro_batches, epochs.replaced(), plan.train.samples, most)
-            if failed_reads:
+            if totals.read_retries:
                 record_read_faults(events, done, read_faults)
             if not applied:
                 record_skipped(events, done, micro_batches, mean_loss, why)
