@@ -32,7 +32,7 @@ AHEAD = 2
 class Decoder:
     """An iterator of uint8 [n, resolution, resolution, 3], RGB, on the device: a tensor for each answer of `source`.
 
-    `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with their Recipe of
+    `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with AugmentParams of
     `layers` layers, or raises StopIteration; it is called in the thread that iterates, and a batch ahead. What else it
     raises comes out as it is, a batch early. DataError if DALI fails; then, as after any error, the decoder gives that
     error only. Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the

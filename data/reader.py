@@ -1,7 +1,7 @@
 """A window of samples as ranged reads: fetched, compared with the sample table, parsed by webdataset.
 
 A run of neighbouring samples is one contiguous byte range of a tar, and such a range is itself a valid tar stream. Its
-table rows come by one ranged read, its bytes by another. A sample is Broken whose checksum does not agree after a
+table rows come by one ranged read, its bytes by another. A sample is a BadSample whose checksum does not agree after a
 second read, or that was never decoded and does not decode, or whose label is no class; who replaces it is the loader's
 business, since only that knows the window.
 """

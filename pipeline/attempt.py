@@ -71,7 +71,7 @@ class Claim:
 
 
 def claim(path: Path) -> Claim:
-    """The run's folder, held until this process ends, for a new attempt; Alive where another process holds it."""
+    """The run's folder, held until this process ends, for a new attempt; RunLocked where another process holds it."""
     try:
         lock = acquire_lock(path)
     except RunLocked:

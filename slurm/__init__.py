@@ -1,1 +1,1 @@
-"""Where submitting to Slurm, requeueing and watching go: may import pipeline/ only. Empty so far."""
+"""Where submitting to Slurm, requeueing and watching go: imports pipeline/ only."""

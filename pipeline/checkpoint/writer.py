@@ -1,6 +1,6 @@
 """Writing checkpoints in the background, durable before they have their name (the format is in docs/checkpoints.md).
 
-Every rank writes the stretches that it owns (zero_state.Stretch) as one safetensors file; rank 0 adds the buffers and
+Every rank writes the slices that it owns (../training/zero.py) as one safetensors file; rank 0 adds the buffers and
 state.json. All goes to a hidden folder named by the attempt, is made durable, and is renamed by rank 0 once every
 rank's part is there. The thread runs no collectives; training waits only while the state is copied to the host,
 into the same memory each time. Where a copy does not fit there, the live state is written, and training waits for it.

@@ -1,4 +1,4 @@
-"""What small commands print: the list of keys, what was packed, indexed or verified, the doctor's findings."""
+"""`coatnet data`: what was packed, indexed or verified, with a bar meanwhile, as a report or as JSON."""
 
 from __future__ import annotations
 

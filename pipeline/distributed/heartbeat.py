@@ -61,7 +61,7 @@ class HeartbeatMonitor:
     """
 
     def __init__(self, patience: float, interval: float, others: Iterable[int], now: float) -> None:
-        """Seconds, all of them; `look` is to be called every interval."""
+        """Seconds, all of them; `tick` is to be called every interval."""
         self._patience, self._interval = patience, interval
         self._lived, self._at = 0.0, now
         self._signs = dict.fromkeys(others, 0.0)

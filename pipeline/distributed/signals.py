@@ -1,4 +1,4 @@
-"""A request to stop, as a flag that the loop reads at a step's end; no work is done inside a signal handler."""
+"""A request to stop, as a flag that the loop reads as a step begins; no work is done inside a signal handler."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a run writes about itself: metrics.jsonl, events.jsonl, samples/rank-N.jsonl. One JSON object a line.
+"""What a run writes of its steps: metrics.jsonl and samples/rank-N.jsonl. One JSON object a line.
 
-Events and samples are only ever added to. Metrics are cut back to the checkpoint's step when a run resumes, so that
+Samples are only ever added to. Metrics are cut back to the checkpoint's step when a run resumes, so that
 each step stands there once; their rows go to TensorBoard too, and where it is wanted to Weights & Biases.
 """
 

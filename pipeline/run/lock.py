@@ -31,7 +31,7 @@ class RunLocked(UsageError):
 
 
 def acquire_lock(path: Path) -> TextIO:
-    """The run's lock, until it is closed; Alive where another process has it for longer than it takes to end."""
+    """The run's lock, until it is closed; RunLocked where another process has it for longer than it takes to end."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")

@@ -2,7 +2,7 @@
 
 A step is bad if its loss or its gradient is not finite, or if its loss is far above the running level of the losses
 before it. A bad step is not applied: DeepSpeed drops a gradient that is not finite, and one of a bad loss is made so
-on the device (`permission`), before it is applied, without the host having seen it. One bad step is a bad batch. The
+on the device (`gate`), before it is applied, without the host having seen it. One bad step is a bad batch. The
 third in a row is no accident: the run rolls back to the last checkpoint before them, and then past them.
 
 The same gradients would come again, so what is skipped must differ from what went wrong: the first time the bad

@@ -1,6 +1,6 @@
-"""The optimizer's own rules: learning rate and EMA decay by step, which parameters decay, AdamW that keeps an average.
+"""The optimizer's own rules: the learning rate by step, which parameters decay, AdamW that keeps an average.
 
-Learning rates and decays are functions of the step, so there is no scheduler state to save. The average is kept as
+The learning rate is a function of the step, so there is no scheduler state to save. The average is kept as
 optimizer state: whatever shards the moments shards it too.
 """
 
