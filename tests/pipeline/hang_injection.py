@@ -20,7 +20,7 @@ from pipeline.commands.pretrain import import_training
 from pipeline.distributed.launcher import launch
 
 MODULE = "tests.pipeline.hang_injection"
-SLOW_SECONDS = 8.0
+SLOW_SECONDS = 7.0
 
 
 def sleep_for_ever() -> None:

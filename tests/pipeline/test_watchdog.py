@@ -385,9 +385,10 @@ def test_where_the_page_cannot_be_written_the_run_ends_all_the_same(
 @pytest.mark.torture
 def test_what_is_only_slow_is_no_hang(request_of: Callable[..., list[object]], tmp_path: Path) -> None:
     """One rank's step of four micro batches, three of them slow, and its evaluation, take longer than hang_timeout."""
-    assert 3 * SLOW_SECONDS > TIMEOUT > SLOW_SECONDS
-    run = tmp_path / "run"
-    slow = with_fault(2, "slow", 1, 2, request_of(run, 1, "train.steps=1", "train.global_batch=256"))
+    run, timeout = tmp_path / "run", 20
+    assert 2 * timeout > 5 * SLOW_SECONDS and 3 * SLOW_SECONDS > timeout > SLOW_SECONDS  # twice: a collective
+    length = ["train.steps=1", "train.global_batch=256", f"run.hang_timeout={timeout}"]
+    slow = with_fault(2, "slow", 1, 2, request_of(run, 1, *length))
     assert slow.returncode == 0, slow.stderr
     assert events(run, "finished") and not events(run, "hang")
 
