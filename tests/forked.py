@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +95,22 @@ def run(
         process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+
+
+def end_server() -> None:
+    """Ends the server, for a test that needs all memory of the machine; the next command starts another."""
+    receiver, sender = forkserver.Pipe(duplex=False)
+    process = forkserver.Process(target=_tell_parent, args=(sender,))
+    process.start()
+    server = receiver.recv()
+    process.join()
+    os.kill(server, signal.SIGKILL)
+    while Path("/proc", str(server), "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+
+
+def _tell_parent(sender: Connection) -> None:
+    sender.send(os.getppid())
 
 
 def _become(command: Sequence[str], environment: Mapping[str, str], outputs: Sequence[str]) -> None:

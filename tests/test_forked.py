@@ -96,3 +96,9 @@ def test_a_command_in_a_fork_that_is_killed_ends_by_that_signal(number: int) -> 
     wait_until(lambda: bool(words.append(process.stderr.read()) or "".join(words)), process)
     process.send_signal(number)
     assert process.wait(PATIENCE_SECONDS) == -number
+
+
+@pytest.mark.skipif(forked.WITH_GPU, reason="commands have interpreters of their own there")
+def test_a_command_after_the_server_was_ended_starts_another() -> None:
+    forked.end_server()
+    assert forked.run("tests.test_forked", "again", timeout=PATIENCE_SECONDS).returncode == 3

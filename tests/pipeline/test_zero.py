@@ -30,6 +30,7 @@ from pipeline.training.ema import ema_decay
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import build_model, drop_path_mask, init_weights, normalize
 from pipeline.training.optimizer import learning_rate
+from tests import forked
 from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import ROOT, command, last_state, rows
 
@@ -309,6 +310,7 @@ def test_four_ranks_at_every_stage_offloaded_and_compiled_ones_are_the_plain_loo
 @pytest.mark.torture
 def test_688_million_parameters_train_on_two_cpu_ranks_and_resume_on_one(digits: Path) -> None:
     """CoAtNet-5 at 224 under stage 3, in a machine of 24 GiB: three copies of its state would not fit."""
+    forked.end_server()
     run, name = digits / "large", ["model.name=coatnet_5", "model.resolution=224"]
     layout = ["model.stem=null", "model.stages=null", "model.head_size=null"]
     batches = ["train.global_batch=2", "train.micro_batch=1", "train.ema=null", "data.shuffle_window=4"]
