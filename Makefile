@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 help:
 	@echo 'make install  the virtual environment .venv, with the builds of torch and DALI that fit this machine'
 	@echo '              (GPU_CUDA=13 or 12 on a login node, for nodes with GPUs; PYTHON=... for another Python)'
-	@echo 'make demo     pack, pretrain, kill, resume, fine-tune and evaluate on real images, in four to seven minutes'
+	@echo 'make demo     pack, pretrain, kill, resume, fine-tune and evaluate on real images, in two to seven minutes'
 	@echo 'make check    lint, types and the tests that are quick: for while you work'
 	@echo 'make test     lint, types and the whole test suite on the CPU'
 	@echo 'make torture  the same tests with bigger numbers, and those marked torture'
