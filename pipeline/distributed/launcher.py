@@ -172,9 +172,10 @@ def _in_fork(
         for standard in (1, 2):
             os.dup2(descriptor, standard)
         os.close(descriptor)
-    threads, torch = int(os.environ["OMP_NUM_THREADS"].partition(",")[0]), sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != threads:  # it was imported before this was known
-        torch.set_num_threads(threads)
+    threads, torch = os.environ["OMP_NUM_THREADS"].partition(",")[0], sys.modules.get("torch")
+    # It may have been imported before this was known; OpenMP takes no notice of what is no number, either.
+    if torch is not None and threads.isdecimal() and torch.get_num_threads() != int(threads):
+        torch.set_num_threads(int(threads))
     importlib.import_module(module).main()
 
 
@@ -194,7 +195,7 @@ def _wait(processes: Sequence[Rank], logs: Path) -> int:
         first_failed = next((rank for rank, status in enumerate(statuses) if status), None)
     if first_failed is None:
         return 0
-    if statuses[0] == statuses[first_failed] > 1:  # what all ranks were signalled, rank 0 has said
+    if statuses[0] == statuses[first_failed] > 1:  # what concerns all ranks, rank 0 has said
         return statuses[0]
     return _report(first_failed, statuses[first_failed], logs)
 
@@ -202,7 +203,7 @@ def _wait(processes: Sequence[Rank], logs: Path) -> int:
 def _report(rank: int, status: int, logs: Path) -> int:
     if status < 0:
         number = signal.Signals(-status)
-        asked = number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # before there was anything to save
+        asked = number in STOPPING  # before there was anything to save
         print(
             f"rank {rank} was {'stopped' if asked else 'killed'} by {number.name};"
             " the same command resumes from the last checkpoint, if there is one",

@@ -191,10 +191,8 @@ def test_no_rank_outlives_a_launcher_that_was_killed(start, tmp_path, number):
         assert all(map(alive, ranks))
         process.send_signal(number)
         process.wait()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while any(map(alive, ranks)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not any(map(alive, ranks))
+        for rank in ranks:
+            wait_for_end(rank)
         assert names(tmp_path, "term") == []
 
 
