@@ -2,9 +2,9 @@
 
     coatnet bench guards configs/cifar10_cpu.yaml data.train=cifar10/train train.precision=fp32
 
-One rank trains `--steps` steps by the real loop. In a step without, no loss is judged or permitted, nothing is agreed
-upon, no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and
-metrics: the more exact figure, since on a busy machine steps differ by more than a hundredth.
+One rank trains `--steps` steps by the real loop. In a step without, no loss is judged or gated, nothing is all-reduced,
+no metrics are counted or written. Beside the two medians stands the time that was spent inside guards and metrics: the
+more exact figure, since on a busy machine steps differ by more than a hundredth.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from unittest import mock
 import torch
 
 from benchmarks.machine import machine
-from pipeline import train as loop
-from pipeline.checkpoint.attempts import SupersededCheck
+from data.loader import Batch
+from pipeline.attempt import Attempt
 from pipeline.config.parsing import read_config
+from pipeline.config.schema import Config
 from pipeline.distributed.launcher import free_port
 from pipeline.monitoring.metrics import Metrics
 from pipeline.plan import make_plan
-from pipeline.training import loss_guard, step
-from pipeline.training.loss_guard import Verdict
+from pipeline.train import micro_batch_loss, train
+from pipeline.training.loss_guard import Guard, Verdict
+from pipeline.training.step import StepReport
 
 WARM_UP = 4
 
@@ -39,23 +41,25 @@ class Meter:
     """The steps' seconds, and those spent inside guards and metrics."""
 
     def __init__(self) -> None:
-        self.step, self.began = 0, 0.0
+        self.step, self.began = -1, 0.0
+        self.inside: list[float] = [0.0]
         self.seconds: dict[bool, list[float]] = {True: [], False: []}
-        self.inside: list[float] = []
 
     @property
     def watched(self) -> bool:
         return self.step.bit_count() % 2 == 0  # no period, as the decoder has, whose batches are of several steps
 
-    def next_step(self, *given: Any) -> float:
-        """In place of learning_rate, which the loop asks for once a step."""
-        now = time.perf_counter()
-        if self.step > WARM_UP:
-            self.seconds[self.watched].append(now - self.began)
-        self.step, self.began = self.step + 1, now
-        if self.watched:
-            self.inside.append(0.0)
-        return self._learning_rate(*given)
+    def forward(self, engine: Any, batch: Batch, config: Config, *more: Any) -> torch.Tensor:
+        """The loop's forward pass, which notes as a step begins."""
+        step = int(batch.positions[0]) // config.train.global_batch
+        if step != self.step:
+            now = time.perf_counter()
+            if self.step > WARM_UP:
+                self.seconds[self.watched].append(now - self.began)
+            self.step, self.began = step, now
+            if self.watched:
+                self.inside.append(0.0)
+        return micro_batch_loss(engine, batch, config, *more)
 
     def timed(self, function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
         """The function with its time taken, or in steps without it what stands in for it."""
@@ -71,18 +75,16 @@ class Meter:
         return call
 
     def install(self) -> ExitStack:
-        self._learning_rate = loop.learning_rate
         patched = ExitStack()
 
         def patch(place: Any, name: str, instead: Callable[..., Any]) -> None:
             patched.enter_context(mock.patch.object(place, name, self.timed(getattr(place, name), instead)))
 
-        patched.enter_context(mock.patch.object(loop, "learning_rate", self.next_step))
-        patch(step, "all_reduce_sum", lambda shared: shared)
-        patch(loss_guard, "gate", lambda mean_loss, limit: torch.ones((), device=mean_loss.device))
-        patch(loss_guard, "update", lambda guard, step, loss, applied: (Verdict.APPLY, "", guard))
-        patch(SupersededCheck, "is_superseded", lambda lookout: False)
-        patch(Metrics, "step", lambda *given: None)
+        patch(StepReport, "all_reduce", lambda report: None)
+        patch(Guard, "gate", lambda guard, mean_loss: 1.0)
+        patch(Guard, "update", lambda guard, step, loss, applied: (Verdict.APPLY, "", guard))
+        patch(Attempt, "is_superseded", lambda attempt: False)
+        patch(Metrics, "log_step", lambda *given: None)
         return patched
 
 
@@ -99,7 +101,7 @@ def main() -> int:
         config = read_config(wanted.preset, [*wanted.settings, *length])
         meter = Meter()
         with meter.install():
-            loop.train(config, make_plan(config, "pretrain", 1, 1), [])
+            train(config, make_plan(config, "pretrain", 1, 1), [], forward=meter.forward)
     watched, without = (statistics.median(meter.seconds[which]) for which in (True, False))
     inside = statistics.fmean(meter.inside[WARM_UP:])
     more = f"{100 * (watched / without - 1):+.2f} %"

@@ -406,16 +406,14 @@ Batches = Callable[[int, int], AbstractContextManager[Iterator[list[Batch]]]]
 """This rank's micro batches of each step from one up to another, read ahead while the context is open."""
 
 
-def steps_of_batches(
-    batches: Batches, first: int, end: int, passed_over: Collection[int]
-) -> Generator[tuple[int, list[Batch] | None, float], None, None]:
-    """The steps (from 0) from `first` up to `end`: number, micro batches, and the seconds that were waited for them.
+Steps = Generator[tuple[int, list[Batch] | None, float], None, None]
+"""Of each step its number (from 0), this rank's micro batches, and the seconds that were waited for them."""
 
-    One that is skipped has None in their place; the last one never is.
-    """
-    left_out = sorted({step for step in passed_over if first <= step < end - 1})
+
+def steps_of_batches(batches: Batches, first: int, end: int, skipped: Collection[int]) -> Steps:
+    """The steps from `first` up to `end`; one that is skipped has None for its micro batches. The last one never is."""
     step = first
-    for until in [*left_out, end]:
+    for until in [*sorted({step for step in skipped if first <= step < end - 1}), end]:
         if step < until:
             with batches(step, until) as reading:
                 for number in range(step, until):

@@ -1,4 +1,4 @@
-"""Taking a run's folder for this start of it: rank 0 claims, compares, records; all learn the attempt's number."""
+"""An attempt: one start of a run. It joins the process group, takes the run's folder and a number, and is watched."""
 
 from __future__ import annotations
 
@@ -12,23 +12,68 @@ from typing import TextIO
 
 import torch
 
-from pipeline.checkpoint.attempts import allocate
+from pipeline.checkpoint.attempts import SupersededCheck, allocate, raise_if_superseded
 from pipeline.checkpoint.writer import clean_partial
 from pipeline.config.parsing import to_yaml
 from pipeline.config.schema import Config
-from pipeline.distributed.collectives import from_rank_zero
+from pipeline.distributed import signals
+from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import FILE, START, rank_and_world_size
 from pipeline.errors import DataError, RunFailed, first_line
+from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.events import Events
 from pipeline.run.jsonl import write_whole
 from pipeline.run.lock import RunLocked, acquire_lock
+from pipeline.training.engine import start_process_group
+from pipeline.watchdog.watchdog import start_watchdog
 
 _held: list[TextIO] = []  # the lock lives as long as the process
 
 
-def begin_attempt(run: Path, config: Config, plan: Plan) -> tuple[int, Events]:
-    """The attempt's number (how often the run was started before) and its events. Collective; UsageError if alive."""
+@dataclass
+class Attempt:
+    """What a rank has of its attempt: the device that it computes on, and where it reports to."""
+
+    run: Path
+    rank: int
+    world_size: int
+    device: torch.device
+    events: Events
+    console: Console
+    _superseded: SupersededCheck
+
+    @property
+    def number(self) -> int:
+        """How often the run was started before, or rolled back."""
+        return self.events.attempt
+
+    def is_stop_requested(self) -> bool:
+        """Whether this rank received a signal to stop."""
+        return signals.requested() is not None
+
+    def is_superseded(self) -> bool:
+        """Whether rank 0, which looks every few seconds, has seen a newer attempt of the run."""
+        return self.rank == 0 and self._superseded.is_superseded(self.number)
+
+    def raise_if_superseded(self) -> None:
+        """RunFailed where a newer attempt has begun. Collective."""
+        from_rank_zero(lambda: raise_if_superseded(self.run, self.number))
+
+    def record_interruption(self, step: int) -> None:
+        """Records after which step the attempt stops, and by which rank's signal. Collective."""
+        reasons = all_gather([reason] if (reason := signals.requested()) else [])
+        self.events.write("interrupted", step=step, reason=reasons[0])
+
+
+@contextmanager
+def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
+    """Inside, this process is a rank of a new attempt, which the watchdog ends where it hangs. Collective.
+
+    UsageError where the run is alive elsewhere.
+    """
+    run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
+    device = start_process_group(config.run.hang_timeout)
 
     def take() -> int:
         claimed = claim(run)
@@ -36,13 +81,15 @@ def begin_attempt(run: Path, config: Config, plan: Plan) -> tuple[int, Events]:
         clean_partial(run / "checkpoints")
         return claimed.attempt
 
-    rank, world_size = rank_and_world_size()
-    attempt = from_rank_zero(take)
-    events = Events(run, attempt, rank)
+    number = from_rank_zero(take)
+    events = Events(run, number, rank)
     events.write("attempt_started", world_size=world_size, torch=torch.__version__, changed=plan.changed)
     if rank == 0:
         write_config(run, config)
-    return attempt, events
+    stacks = run / "logs" / f"stacks-attempt-{number}.txt"
+    watchdog = start_watchdog(config.run.hang_timeout, events, stacks)
+    with watchdog, open_console(rank, run / "logs", plan.steps) as console:
+        yield Attempt(run, rank, world_size, device, events, console, SupersededCheck(run))
 
 
 @contextmanager

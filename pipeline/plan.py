@@ -35,8 +35,14 @@ class Plan:
     """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
     newest: int | None
     """The step of the newest checkpoint."""
-    read_faults: list[ReadError]
-    """Reads that failed and were made again; threads that read add to it, who records them takes them out."""
+    read_errors: list[ReadError]
+    """Reads that failed and were retried, as the reading threads append them."""
+
+    def take_read_errors(self) -> list[ReadError]:
+        """The reads that were retried since the last call."""
+        taken = self.read_errors[:]
+        del self.read_errors[: len(taken)]
+        return taken
 
     @property
     def is_new_run(self) -> bool:
@@ -52,8 +58,8 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     """The plan of a request, or UsageError with what is wrong and what would do."""
     check_ranks(config, world_size)
     changed = config_changes(Path(config.run.dir), config, command)
-    read_faults: list[ReadError] = []
-    storage = Storage(on_fault=read_faults.append)
+    read_errors: list[ReadError] = []
+    storage = Storage(on_fault=read_errors.append)
     train, order = training_set(config, storage)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
@@ -61,7 +67,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
-    return Plan(train, val, order, length, changed, latest_step(Path(config.run.dir)), read_faults)
+    return Plan(train, val, order, length, changed, latest_step(Path(config.run.dir)), read_errors)
 
 
 def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:

@@ -87,16 +87,16 @@ def raise_if_superseded(run: Path, attempt: int) -> None:
 
 
 class SupersededCheck:
-    """Tells rank 0, which asks at every step, whether a newer attempt has begun; it looks every few seconds."""
+    """Whether a newer attempt of the run has begun: asked at every step, looked up every few seconds."""
 
-    def __init__(self, run: Path, attempt: int) -> None:
-        self._run, self._attempt, self._next, self._newer = run, attempt, 0.0, False
+    def __init__(self, run: Path) -> None:
+        self._run, self._next, self._latest = run, 0.0, -1
 
-    def is_superseded(self) -> bool:
+    def is_superseded(self, attempt: int) -> bool:
         if time.monotonic() >= self._next:
-            self._newer = latest_attempt(self._run) > self._attempt
+            self._latest = latest_attempt(self._run)
             self._next = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        return self._newer
+        return self._latest > attempt
 
 
 def trusted_checkpoints(run: Path) -> list[Path]:

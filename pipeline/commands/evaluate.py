@@ -19,7 +19,7 @@ from pipeline.checkpoint.pretrained import load_weights
 from pipeline.checkpoint.weights import Weights, WeightsFile
 from pipeline.commands.pretrain import import_training
 from pipeline.config.schema import Config
-from pipeline.distributed.environment import cpus_per_rank, is_rank, rank_and_world_size
+from pipeline.distributed.environment import is_rank, rank_and_world_size
 from pipeline.distributed.launcher import launch
 from pipeline.errors import UsageError
 
@@ -64,17 +64,16 @@ def _launch(reader: Weights, procs: int) -> int:
 def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> EvalMetrics:
     import torch
 
-    from data.loader import LoaderSpec
     from pipeline.checkpoint.pretrained import load_model
+    from pipeline.training.batches import loader_spec
     from pipeline.training.engine import start_process_group
     from pipeline.training.evaluation import evaluate
 
     device = start_process_group()
     model = load_model(reader, kind, config, device)
-    rank, world_size = rank_and_world_size()
-    share = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
+    spec = loader_spec(config, device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, share)
+        return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, spec)
 
 
 def _sentence(source: str, step: int, config: Config, row: dict) -> str:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.attempt import record_exit_reason
 from pipeline.checkpoint.mirror import restore_from_mirror
 from pipeline.config.batch_size import padding_share
 from pipeline.config.parsing import read_config
@@ -50,7 +49,8 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
         return launch(sys.argv[1:], procs, Path(config.run.dir) / "logs", import_training)
-    from pipeline.memory.oom import explain_oom  # it imports torch
+    from pipeline.attempt import record_exit_reason  # they import torch
+    from pipeline.memory.oom import explain_oom
 
     with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
         work(plan)

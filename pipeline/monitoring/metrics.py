@@ -1,7 +1,7 @@
-"""What a run writes of its steps: metrics.jsonl and samples/rank-N.jsonl. One JSON object a line.
+"""What a run writes of its steps: metrics.jsonl and samples/rank-N.jsonl, one JSON object a line.
 
-Samples are only ever added to. Metrics are cut back to the checkpoint's step when a run resumes, so that
-each step stands there once; their rows go to TensorBoard too, and where it is wanted to Weights & Biases.
+Samples are only ever added to. Metrics are cut back to the checkpoint's step when a run resumes, so that each step
+has one row; rows go to TensorBoard too, and to Weights & Biases where log.wandb asks for it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ import torch
 
 from data.loader import Batch
 from pipeline.config.schema import Config
+from pipeline.distributed.environment import rank_and_world_size
+from pipeline.formatting import format_percent
+from pipeline.monitoring.mfu import device_name, peak_images_per_second
+from pipeline.monitoring.progress import Console
 from pipeline.monitoring.tensorboard import TensorBoard
 from pipeline.monitoring.wandb import WeightsAndBiases
+from pipeline.plan import Plan
 from pipeline.run.jsonl import JsonLines, cut_back
 from pipeline.training.evaluation import EvalMetrics
+from pipeline.training.model import count_model
 
 
 class Sink(Protocol):
@@ -33,7 +39,7 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """RUN/metrics.jsonl, whose rows past the step that a run resumes from are taken back."""
+    """RUN/metrics.jsonl, cut back to the step that a run resumes from."""
 
     def __init__(self, run: Path, first_step: int) -> None:
         cut_back(run / "metrics.jsonl", first_step)
@@ -46,21 +52,22 @@ class MetricsFile:
         self._lines.close()
 
 
-def build_sinks(run: Path, config: Config, attempt: int, first_step: int) -> list[Sink]:
-    """All that the rows of a run go to; what they have past the step that it resumes from is taken back."""
-    sinks: list[Sink] = [MetricsFile(run, first_step), TensorBoard(run / "tensorboard", attempt, first_step)]
-    if config.log.wandb is not None:
-        sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))
-    return sinks
-
-
 class Metrics:
-    """Makes a row for every `every`-th step and for every evaluation."""
+    """Makes a row for every `log.every`-th step and for every evaluation, prints it, and writes it to all sinks."""
 
-    def __init__(self, sinks: Sequence[Sink], every: int, global_batch: int, samples: int, peak: float | None) -> None:
-        """`peak`: images that all ranks could train in a second at their devices' peak, where that is known."""
-        self._sinks, self._every, self._global_batch, self._samples = sinks, every, global_batch, samples
-        self._peak = peak
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        console: Console,
+        every: int,
+        global_batch: int,
+        samples: int,
+        peak: float | None,
+        consumed: Samples | None,
+    ) -> None:
+        """`samples`: an epoch's. `peak`: images per second of all ranks at their devices' peak, where it is known."""
+        self._sinks, self._console, self._every, self._consumed = sinks, console, every, consumed
+        self._global_batch, self._samples, self._peak = global_batch, samples, peak
         self._start_interval()
 
     def __enter__(self) -> Metrics:
@@ -70,13 +77,11 @@ class Metrics:
         for sink in self._sinks:
             sink.close(done=error is None)
 
-    def step(
-        self, step: int, loss: float, lr: float, grad_norm: float, waited: float, last: bool
-    ) -> dict[str, Any] | None:
-        """Counts a step that is done, and returns its row where one is due."""
-        self._steps, self._waited = self._steps + 1, self._waited + waited
+    def log_step(self, step: int, loss: float, lr: float, grad_norm: float, data_wait: float, last: bool) -> None:
+        """Counts a step; `data_wait` are the seconds that it waited for its data."""
+        self._steps, self._data_wait = self._steps + 1, self._data_wait + data_wait
         if step % self._every and not last:
-            return None
+            return
         now = time.perf_counter()
         seconds = now - self._since  # since the last row or evaluation
         speed = self._steps * self._global_batch / seconds
@@ -88,31 +93,36 @@ class Metrics:
             "lr": lr,
             "grad_norm": grad_norm,
             "images_per_second": speed,
-            "data_wait": self._waited / seconds,
+            "data_wait": self._data_wait / seconds,
             "step_seconds": seconds / self._steps,
             **({"mfu": speed / self._peak} if self._peak else {}),
             "memory_bytes": _memory_bytes(),
         }
         self._write(row)
-        self._start_interval()
-        return row
+        self._console.print_row(row)
 
-    def evaluation(self, step: int, figures: EvalMetrics, weights: str) -> None:
-        """Writes the row of an evaluation, whose time does not count as training."""
-        row = {"step": step, "top1": figures.top1, "top5": figures.top5, "eval_loss": figures.loss, "weights": weights}
+    def log_evaluation(self, step: int, found: EvalMetrics, weights: str) -> None:
+        """The time of an evaluation does not count as training."""
+        row = {"step": step, "top1": found.top1, "top5": found.top5, "eval_loss": found.loss, "weights": weights}
         self._write(row)
-        self._start_interval()
+        self._console.print(f"{self._console.at(step)}  top-1 {format_percent(found.top1, 2)}  loss {found.loss:.4f}")
+
+    def log_samples(self, step: int, batches: list[Batch]) -> None:
+        """Records this rank's samples of a step, where log.samples asks for it."""
+        if self._consumed is not None:
+            self._consumed.write(step, batches, self._global_batch, self._samples)
 
     def _start_interval(self) -> None:
-        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._steps, self._data_wait, self._since = 0, 0.0, time.perf_counter()
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(row)
+        self._start_interval()
 
 
 class Samples:
-    """RUN/samples/rank-N.jsonl: what this rank consumed, so that anybody can audit it."""
+    """RUN/samples/rank-N.jsonl: what this rank consumed, for an audit."""
 
     def __init__(self, run: Path, attempt: int, rank: int, world_size: int, with_checksums: bool) -> None:
         self._lines = JsonLines(run / "samples" / f"rank-{rank}.jsonl")
@@ -132,6 +142,22 @@ class Samples:
             pixels = torch.cat([batch.images for batch in batches]).cpu().numpy()
             row["checksums"] = [zlib.crc32(image) for image in pixels]
         self._lines.write(row)
+
+
+def open_metrics(
+    config: Config, plan: Plan, attempt: int, console: Console, device: torch.device, step: int
+) -> Metrics:
+    """The metrics of an attempt that resumes from `step`: what the run's files have past it is cut back."""
+    run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
+    sinks: list[Sink] = []
+    if rank == 0:
+        sinks = [MetricsFile(run, step), TensorBoard(run / "tensorboard", attempt, step)]
+        if config.log.wandb is not None:
+            sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))
+    consumed = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
+    multiply_adds = count_model(config.model, config.train, len(plan.train.classes)).multiply_adds
+    peak = peak_images_per_second(device_name(device), config.train.precision, multiply_adds, world_size)
+    return Metrics(sinks, console, config.log.every, config.train.global_batch, plan.train.samples, peak, consumed)
 
 
 def _memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere; standard error, rank 0 only.
+"""What a run prints while it trains: a progress bar on a terminal, plain lines elsewhere; standard error, rank 0 only.
 
 step 1,200/93,800  loss 5.12  lr 1.2e-4  3,410 img/s  data 0.3 %  MFU 41 %  2 d 3 h left
 """
@@ -13,52 +13,56 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipeline.formatting import format_duration, format_lr, format_number, format_percent
 
 SECONDS_BETWEEN_LINES = 5.0
 ROWS_FOR_SPEED = 10
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+terminal = rich.console.Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-class Reporter:
-    """Says lines, and shows rows of metrics as they come; all is kept in a log, rank 0's is on the terminal too."""
+class Console:
+    """Prints lines, and rows of metrics as they come, to RUN/logs/rank-N.log; rank 0's go to the terminal too."""
 
     def __init__(self, rank: int, log: TextIO, bar: Progress | None, steps: int) -> None:
         self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
         self._task = bar.add_task("", total=steps) if bar else None
         self._quiet_until = 0.0
-        self._speeds: deque[float] = deque(maxlen=ROWS_FOR_SPEED)
+        self._recent_step_seconds: deque[float] = deque(maxlen=ROWS_FOR_SPEED)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         if self._visible:
-            console.print(line, markup=False)
+            terminal.print(line, markup=False)
         print(line, file=self._log, flush=True)
 
-    def show(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl; as a line at most every few seconds, so that a cluster's logs stay readable."""
-        self._speeds.append(row["step_seconds"])
-        line = format_row(row, self._steps, eta_seconds(row["step"], self._steps, self._speeds))
+    def at(self, step: int) -> str:
+        """How a line about a step begins."""
+        return f"step {step:,}/{self._steps:,}"
+
+    def print_row(self, row: dict[str, Any]) -> None:
+        """Prints a row of metrics.jsonl, at most every few seconds, so that a cluster's logs stay readable."""
+        self._recent_step_seconds.append(row["step_seconds"])
+        line = format_row(row, self._steps, eta_seconds(row["step"], self._steps, self._recent_step_seconds))
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=row["step"], description=line)
         if time.monotonic() < self._quiet_until and row["step"] < self._steps:
             return
         self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
         if self._visible and self._bar is None:
-            console.print(line, markup=False)
+            terminal.print(line, markup=False)
         print(line, file=self._log, flush=True)
 
 
 @contextmanager
-def reporter(rank: int, logs: Path, steps: int) -> Iterator[Reporter]:
-    """A reporter that keeps what it says in LOGS/rank-N.log."""
+def open_console(rank: int, logs: Path, steps: int) -> Iterator[Console]:
+    """A console whose lines are kept in LOGS/rank-N.log."""
     logs.mkdir(exist_ok=True)
-    with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as terminal:
+    with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as stack:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
-        bar = Progress(*columns, console=console, expand=True) if rank == 0 and console.is_terminal else None
-        yield Reporter(rank, log, terminal.enter_context(bar) if bar else None, steps)
+        bar = Progress(*columns, console=terminal, expand=True) if rank == 0 and terminal.is_terminal else None
+        yield Console(rank, log, stack.enter_context(bar) if bar else None, steps)
 
 
 def eta_seconds(step: int, steps: int, speeds: Sequence[float]) -> float:

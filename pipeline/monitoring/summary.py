@@ -1,15 +1,22 @@
-"""The arithmetic of a run, as lines for people: network, batch, length, and the bytes of its states. Pure."""
+"""The summary that a training begins with: network, batch, length, and the bytes of its states."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from data.order import accumulation_steps
+from models.coatnet import CoAtNet
 from models.count import Count
 from pipeline.config.batch_size import micro_batches_of, total_steps
-from pipeline.config.schema import Model, Train, Zero
+from pipeline.config.schema import Config, Model, Train, Zero
+from pipeline.distributed.environment import rank_and_world_size
 from pipeline.formatting import format_si, pluralize
 from pipeline.memory.estimate import states_of
+from pipeline.monitoring.progress import Console
+from pipeline.plan import Plan
+from pipeline.training.model import attention_backends, count_model
 
 
 def training_summary(
@@ -36,6 +43,16 @@ def training_summary(
         f" optimizer states {format_si(held.optimizer, 'B')}{where}{average}"
     )
     yield f"a checkpoint takes {format_si(held.checkpoint, 'B')}"
+
+
+def print_summary(console: Console, config: Config, plan: Plan, model: CoAtNet, device: torch.device) -> None:
+    """Prints the summary of a run that begins or resumes, and how its attention is computed on this device."""
+    classes, world_size = len(plan.train.classes), rank_and_world_size()[1]
+    counts = count_model(config.model, config.train, classes)
+    samples = plan.train.samples
+    for line in training_summary(config.model, config.train, config.zero, classes, counts, world_size, samples):
+        console.print(line)
+    console.print(attention_backends(model, config.train, device))
 
 
 def _length(train: Train, samples: int | None) -> str:

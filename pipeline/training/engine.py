@@ -1,7 +1,7 @@
 """All that DeepSpeed is asked for: the process group, and an engine that accumulates, clips, shards and steps.
 
-Nothing here needs a compiler: torch's own fused AdamW in place of DeepSpeed's operators, and its shared-memory
-collective for CPUs, which it would compile at start-up, is switched off.
+Nothing here needs a compiler: torch's own fused AdamW replaces DeepSpeed's operators, and its shared-memory collective
+for CPUs, which it would compile at start-up, is switched off.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ import torch.distributed as dist
 from torch import nn
 
 from data.order import accumulation_steps
+from models.coatnet import CoAtNet
 from models.norm import across_ranks, frozen_statistics
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
-from pipeline.config.schema import Optim, Train, Zero
+from pipeline.config.schema import Config, Optim, Train, Zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.errors import UsageError
+from pipeline.plan import Plan
 from pipeline.training import zero
 from pipeline.training.ema import Statistics, swapped
-from pipeline.training.model import ShardLayer
+from pipeline.training.model import InitialWeights, ShardLayer, empty_weights, init_weights, load_values, meta_model
 from pipeline.training.optimizer import AdamWWithEma, parameter_groups
 
-PATIENCE_SECONDS = 1800.0
+TIMEOUT_SECONDS = 1800.0
 BUCKET_ELEMENTS = 50_000_000
 """Elements that travel in one collective: 200 MB, enough for any network, and little beside a model that is sharded."""
 LIVE_ELEMENTS = 200_000_000
 """Elements of gathered parameters that stage 3 keeps at a time, a large layer and what is fetched ahead."""
 
 
-def start_process_group(patience: float = PATIENCE_SECONDS) -> torch.device:
+def start_process_group(timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device.
 
     A collective fails after twice that many seconds: before, the rank that it waits for is named (watchdog.py).
@@ -50,7 +52,7 @@ def start_process_group(patience: float = PATIENCE_SECONDS) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         _check_gpu(device)
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=2 * patience)
+    timeout = datetime.timedelta(seconds=2 * timeout_seconds)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return device
 
@@ -90,6 +92,19 @@ def zero3_init(train: Train, optim: Optim, zero: Zero) -> ShardLayer | None:
         deepspeed.zero.Init(module=layer, config_dict_or_path=settings)
 
     return shard
+
+
+def build_initial_model(
+    config: Config, plan: Plan, device: torch.device, initial_weights: InitialWeights | None
+) -> CoAtNet:
+    """The network, its parameters sharded at ZeRO-3, with its initial weights; zeros where a checkpoint's follow."""
+    network = meta_model(config.model, config.train, len(plan.train.classes))
+    shard = zero3_init(config.train, config.optim, config.zero)
+    if not plan.is_new_run:
+        return load_values(network, device, empty_weights, shard)
+    if initial_weights is not None:
+        return initial_weights(network, device, shard)
+    return load_values(network, device, init_weights(config.run.seed), shard)
 
 
 def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> Any:

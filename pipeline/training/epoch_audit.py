@@ -1,4 +1,4 @@
-"""The epochs that are under way: what all ranks took of them, and that each complete one had every sample once."""
+"""Epochs: what all ranks took of those that are under way, and that each complete one had every sample once."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from pipeline.run.events import Events
 
 
 class EpochAudit:
-    """Each rank counts what it took; rank 0 also has what all ranks took before this start (`state`)."""
+    """Each rank counts what it took; rank 0 also what all ranks took before this attempt (`state`, of a checkpoint)."""
 
     def __init__(self, samples: int, global_batch: int, state: dict[str, Any] | None) -> None:
-        self._samples, self._global_batch = samples, global_batch
-        self._own = from_json(state) if state and rank_and_world_size()[0] == 0 else {}
+        self._samples, self.global_batch = samples, global_batch
+        self._usage = from_json(state) if state and rank_and_world_size()[0] == 0 else {}
 
     def add(self, batches: list[Batch], applied: bool) -> None:
         """Counts this rank's micro batches of a step."""
         taken = [usage_of(b.positions // self._samples, b.numbers, b.replaced, applied) for b in batches]
-        self._own = merge([self._own, *taken])
+        self._usage = merge([self._usage, *taken])
 
     def skip(self, order: Order, step: int) -> None:
-        """Counts the samples of a step (from 0) that is not done as skipped."""
+        """Counts the samples of a step (from 0) that a rollback skips."""
         if rank_and_world_size()[0] == 0:
-            positions = positions_of_step(step, self._global_batch)
+            positions = positions_of_step(step, self.global_batch)
             numbers, none_replaced = order.samples_at(positions), np.zeros(len(positions), bool)
             skipped = usage_of(positions // self._samples, numbers, none_replaced, applied=False)
-            self._own = merge([self._own, skipped])
+            self._usage = merge([self._usage, skipped])
 
     def state(self) -> dict[str, dict[str, int]]:
         """What all ranks took, for a checkpoint and for the next start. Collective."""
-        return to_json(merge(all_gather([self._own])))
+        return to_json(merge(all_gather([self._usage])))
 
     def replaced(self) -> dict[int, int]:
         """How many samples of each epoch were replaced. Collective."""
-        return {epoch: used.replaced for epoch, used in merge(all_gather([self._own])).items()}
+        return {epoch: used.replaced for epoch, used in merge(all_gather([self._usage])).items()}
 
     def completed(self, done: int, events: Events) -> list[str]:
         """A line for each epoch that the last of `done` steps completed, which events.jsonl keeps too.
 
         RunFailed where not each sample was taken once. Collective where an epoch is complete.
         """
-        epochs = [(step * self._global_batch) // self._samples for step in (done - 1, done)]
+        epochs = [(step * self.global_batch) // self._samples for step in (done - 1, done)]
         if epochs[0] == epochs[1]:
             return []
-        totals = merge(all_gather([self._own]))
-        own, world_size = rank_and_world_size()
-        stripe = fingerprint_of_range(self._samples * own // world_size, self._samples * (own + 1) // world_size)
+        totals = merge(all_gather([self._usage]))
+        rank, world_size = rank_and_world_size()
+        stripe = fingerprint_of_range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size)
         all_samples = sum(all_gather([stripe])) % 2**64
         lines = []
         for epoch in range(*epochs):
-            self._own.pop(epoch, None)
+            self._usage.pop(epoch, None)
             used, once = totals[epoch], is_exactly_once(totals[epoch], self._samples, all_samples)
             counts = {"samples": used.used, "of": self._samples, "skipped": used.skipped, "replaced": used.replaced}
             events.write("epoch_finished", epoch=epoch, each_once=once, **counts)

@@ -26,7 +26,9 @@ DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 WeightSource = Callable[[str, torch.Size], torch.Tensor]
 """The weights of a network: a parameter's values by its name and shape."""
 ShardLayer = Callable[[nn.Module], None]
-"""Takes the parameters of a layer, which have their values, apart over the ranks."""
+"""Shards the parameters of a layer, which have their values, over the ranks."""
+InitialWeights = Callable[[CoAtNet, torch.device, ShardLayer | None], CoAtNet]
+"""Gives a network without memory for weights the ones that a new run begins with."""
 
 
 def init_weights(seed: int) -> WeightSource:

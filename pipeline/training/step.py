@@ -1,4 +1,4 @@
-"""What all ranks learn of each other in a step, by the one all-reduce that it makes beside those of gradients."""
+"""The one all-reduce of a step beside those of gradients: its mean loss, and what ranks must know of each other."""
 
 from __future__ import annotations
 
@@ -6,37 +6,41 @@ from typing import NamedTuple
 
 import torch
 
+from data.loader import Batch
+from data.storage.remote import ReadError
 from pipeline.distributed.collectives import all_reduce_sum
 
 
 class StepTotals(NamedTuple):
-    """Of all ranks."""
+    """Of a step, over all ranks."""
 
     mean_loss: float
     bad_samples: int
     read_retries: int
     stop: bool
-    """Whether any was asked to stop."""
+    """Whether any rank received a signal to stop."""
     superseded: bool
     """Whether a newer attempt of the run has begun."""
 
 
 class StepReport:
-    """A rank's part of that, and after `all_reduce` the sums."""
+    """A rank's part of a step's totals, and after `all_reduce` the sums over all ranks."""
 
     def __init__(
         self,
         device: torch.device,
-        micro_batches: int,
-        *,
-        bad_samples: int,
-        read_retries: int,
+        micro_batches: list[Batch],
+        micro_batches_per_step: int,
+        read_errors: list[ReadError],
         stop: bool,
         superseded: bool,
     ) -> None:
-        """`micro_batches` are the step's, on all ranks together."""
-        parts = [0.0, bad_samples, read_retries, stop, superseded]
-        self._sums, self._micro_batches = torch.tensor(parts, dtype=torch.float64, device=device), micro_batches
+        """`micro_batches` are this rank's; all ranks together have `micro_batches_per_step`."""
+        self.micro_batches, self.read_errors = micro_batches, read_errors
+        bad_samples = sum(len(batch.broken) for batch in micro_batches)
+        parts = [0.0, bad_samples, len(read_errors), stop, superseded]
+        self._sums = torch.tensor(parts, dtype=torch.float64, device=device)
+        self._micro_batches_per_step = micro_batches_per_step
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Counts a micro batch's loss."""
@@ -44,9 +48,10 @@ class StepReport:
 
     def all_reduce(self) -> torch.Tensor:
         """Sums up over all ranks; returns the step's mean loss on the device, for which no host waits."""
-        return all_reduce_sum(self._sums)[0] / self._micro_batches
+        return all_reduce_sum(self._sums)[0] / self._micro_batches_per_step
 
     def totals(self) -> StepTotals:
         """The sums on the host, which waits for them."""
         loss, bad_samples, read_retries, stop, superseded = self._sums.tolist()
-        return StepTotals(loss / self._micro_batches, int(bad_samples), int(read_retries), stop > 0, superseded > 0)
+        mean_loss = loss / self._micro_batches_per_step
+        return StepTotals(mean_loss, int(bad_samples), int(read_retries), stop > 0, superseded > 0)

@@ -33,7 +33,7 @@ _WRAPPERS = {
 }  # fmt: skip
 """Frames that only call on, left out."""
 _READS = (".item()", ".tolist()")
-LOOP = ("pipeline/train.py", "train_attempt")
+LOOP = ("pipeline/train.py", "train_steps")
 AWAITS_WRITER = ("pipeline/checkpoint/writer.py", "wait")
 AWAITS_RANKS = ("pipeline/checkpoint/writer.py", "_await_part")
 """Functions of ours that are known by file and name, as frames have them; a test holds that they are there."""

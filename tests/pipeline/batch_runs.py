@@ -3,9 +3,9 @@
 Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`: a `coatnet pretrain` without its start.
 With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
 `"resave": FOLDER` nothing is trained: the checkpoint is loaded into an engine, evaluated by the model's weights and by
-their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_idle_passes"` the
-passes of ranks that have no micro batch see NaN; with `"faults"` steps go wrong (`Faults`). No training may draw from a
-random generator that has a state.
+their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_padding"` the padding
+passes of ranks see NaN; with `"faults"` steps go wrong (`Faults`). No training may draw from a random generator that
+has a state.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
 from pipeline.checkpoint.reader import step_name
 from pipeline.commands.pretrain import import_training
-from pipeline.distributed.environment import cpus_per_rank, rank_and_world_size
+from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.launcher import launch
 from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS
@@ -49,7 +48,7 @@ def do(job: dict[str, Any]) -> None:
     from pipeline.config.parsing import read_config
     from pipeline.distributed.collectives import from_rank_zero
     from pipeline.plan import make_plan
-    from pipeline.train import train
+    from pipeline.train import micro_batch_loss, train
     from pipeline.training.engine import start_process_group
 
     config = read_config(job["arguments"][0], job["arguments"][1:])
@@ -62,9 +61,8 @@ def do(job: dict[str, Any]) -> None:
         resave(config, plan, Path(job["resave"]))
         return
     before = generators()
-    idle_passes = poisoned_idle_passes() if job.get("poison_idle_passes") else nullcontext()
-    with idle_passes, faulty(**job.get("faults", {})):
-        train(config, plan, [])
+    forward = Faults(**job["faults"]) if "faults" in job else micro_batch_loss
+    train(config, plan, [], forward=poisoned_padding(forward) if job.get("poison_padding") else forward)
     assert generators() == before
 
 
@@ -73,70 +71,56 @@ def generators() -> tuple[object, ...]:
     return random.getstate(), repr(np.random.get_state()), torch.get_rng_state().numpy().tobytes()
 
 
-@contextmanager
-def poisoned_idle_passes() -> Iterator[None]:
-    from pipeline import train as loop
+def poisoned_padding(forward: Any) -> Any:
+    """A forward pass that sees NaN where it is a padding pass: the second one of a micro batch."""
+    seen: list[Any] = [None]
 
-    padding_pass, inputs = loop.padding_pass, loop.normalize
+    def poisoned(engine: Any, batch: Any, *more: Any) -> torch.Tensor:
+        padding = batch is seen[0]
+        seen[0] = batch
+        return forward(engine, replace(batch, images=batch.images * math.nan) if padding else batch, *more)
 
-    @contextmanager
-    def poisoned(engine: Any) -> Iterator[None]:
-        with padding_pass(engine), mock.patch.object(loop, "normalize", lambda images: inputs(images) * np.nan):
-            yield
-
-    with mock.patch.object(loop, "padding_pass", poisoned):
-        yield
+    return poisoned
 
 
-@contextmanager
-def faulty(
-    nan: Sequence[int] = (), inf: Sequence[int] = (), spikes: Sequence[int] = (), kill: int = 0
-) -> Iterator[None]:
-    """Inside, steps (from 1) go wrong: rank 1's pixels have a NaN, a gradient of rank 0 an Inf, losses are a hundred
-    times too high on all ranks; before step `kill` is done again after a rollback, or for the first time, all ranks
-    are killed."""
-    from pipeline import train as loop
+class Faults:
+    """A forward pass of which steps (from 1) go wrong: rank 1's pixels have a NaN, a gradient of rank 0 an Inf, losses
+    are a hundred times too high on all ranks; before step `kill` is done again after a rollback, or for the first
+    time, all ranks are killed."""
 
-    rank, now, seen = rank_and_world_size()[0], 0, set()
-    set_schedule, learning_rate, inputs, loss_fn = loop.set_schedule, loop.learning_rate, loop.normalize, loop.loss_fn
-    hooks: list[Any] = []
+    def __init__(
+        self, nan: Sequence[int] = (), inf: Sequence[int] = (), spikes: Sequence[int] = (), kill: int = 0
+    ) -> None:
+        self.nan, self.inf, self.spikes, self.kill = nan, inf, spikes, kill
+        self.rank, self.step, self.seen = rank_and_world_size()[0], 0, set[int]()
+        self.hooks: list[Any] = []
 
-    def note_step(optim: Any, step: int, steps: int) -> float:
-        nonlocal now
-        now = step + 1
-        if now == kill and (kill > max(spikes, default=0) or now in seen):
+    def __call__(self, engine: Any, batch: Any, config: Any, *more: Any) -> torch.Tensor:
+        from pipeline.train import micro_batch_loss
+
+        step = int(batch.positions[0]) // config.train.global_batch + 1
+        if step != self.step:
+            self.begin_step(engine, step)
+        if step in self.nan and self.rank == 1:
+            images = batch.images.float()
+            images[0, 0, 0, 0] = math.nan
+            batch = replace(batch, images=images)
+        return micro_batch_loss(engine, batch, config, *more) * (100 if step in self.spikes else 1)
+
+    def begin_step(self, engine: Any, step: int) -> None:
+        if step == self.kill and (self.kill > max(self.spikes, default=0) or step in self.seen):
             os.kill(os.getpid(), signal.SIGKILL)
-        seen.add(now)
-        return learning_rate(optim, step, steps)
-
-    def spoil_gradient(engine: Any, *rates: Any) -> None:
-        set_schedule(engine, *rates)
-        while hooks:
-            hooks.pop().remove()
-        if now in inf and rank == 0:
+        self.step = step
+        self.seen.add(step)
+        while self.hooks:
+            self.hooks.pop().remove()
+        if step in self.inf and self.rank == 0:
             middle = list(engine.module.parameters())[10]
-            hooks.append(middle.register_hook(spoiled))
+            self.hooks.append(middle.register_hook(with_infinity))
 
-    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.index_fill(0, torch.tensor([0], device=gradient.device), math.inf)
 
-    def spoil_pixels(images: torch.Tensor) -> torch.Tensor:
-        made = inputs(images)
-        if now in nan and rank == 1:
-            made[0, 0, 0, 0] = math.nan
-        return made
-
-    def raise_loss(*given: Any) -> torch.Tensor:
-        return loss_fn(*given) * (100 if now in spikes else 1)
-
-    instead = {
-        "learning_rate": note_step,
-        "set_schedule": spoil_gradient,
-        "normalize": spoil_pixels,
-        "loss_fn": raise_loss,
-    }
-    with mock.patch.multiple(loop, **instead):
-        yield
+def with_infinity(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.index_fill(0, torch.tensor([0], device=gradient.device), math.inf)
 
 
 def copy_run(source: Path, step: int, run: Path) -> None:
@@ -146,12 +130,12 @@ def copy_run(source: Path, step: int, run: Path) -> None:
 
 
 def resave(config: Any, plan: Any, folder: Path) -> None:
-    from data.loader import LoaderSpec
     from pipeline.checkpoint.restore import restore
     from pipeline.checkpoint.writer import CheckpointWriter
     from pipeline.config.schema import Checkpoint
     from pipeline.run.events import Events
     from pipeline.training import ema
+    from pipeline.training.batches import loader_spec
     from pipeline.training.engine import build_engine, evaluation_mode, start_process_group, zero3_init
     from pipeline.training.evaluation import evaluate
     from pipeline.training.model import build_model, empty_weights
@@ -165,11 +149,10 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     events = Events(folder, 0, rank)
     state = restore(engine, Path(config.run.dir), average, plan.train.fingerprint, events)
     assert state is not None
-    share = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
-    losses = {}
+    losses, spec = {}, loader_spec(config, device)
     for kind, swapped in (("ema", average), ("model", None)):
         with evaluation_mode(engine, swapped):
-            losses[kind] = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, share).loss
+            losses[kind] = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec).loss
     (folder / "losses.json").write_text(json.dumps(losses))
     writer = CheckpointWriter(folder / "checkpoints", 0, rank, world_size, Checkpoint(keep_last=1), events)
     writer.save(engine, average, state)

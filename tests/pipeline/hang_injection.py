@@ -1,6 +1,6 @@
 """`coatnet pretrain` on ranks of which one hangs; its arguments: RANKS FAULT RANK CALL pretrain ...
 
-FAULT is "sleep" (from the CALL-th micro batch that RANK takes on), "read" (its CALL-th read of shards never ends), or
+FAULT is "sleep" (from the CALL-th micro batch of RANK on), "read" (its CALL-th read of shards never ends), or
 "slow" (each of its micro batches from the CALL-th on, and each of an evaluation, takes SLOW_SECONDS).
 """
 
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,37 +37,42 @@ def take_long() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
-    "sleep": (sleep_for_ever, ["pipeline.train.normalize"]),
+    "sleep": (sleep_for_ever, []),
     "read": (wait_for_ever, ["data.loader.read_stretches"]),
-    "slow": (take_long, ["pipeline.train.normalize", "pipeline.training.evaluation.normalize"]),
+    "slow": (take_long, ["pipeline.training.evaluation.normalize"]),
 }
-"""What happens instead of, or before, which functions."""
+"""What happens before the forward pass, or before other functions (of "read" in their place)."""
 
 
-def from_call(number: int, stand_still: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+def from_call(number: int, fault: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, before which, from call `number` on, the fault happens."""
     calls = 0
 
     def called(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls >= number:
-            stand_still()
+            fault()
         return function(*arguments)
 
     return called
 
 
 def main() -> None:
-    ranks, fault, rank, call, *arguments = sys.argv[1:]
+    ranks, name, rank, call, *arguments = sys.argv[1:]
     if "RANK" not in os.environ:
         run = next(Path(each[8:]) for each in arguments if each.startswith("run.dir="))
         sys.exit(launch(sys.argv[1:], int(ranks), run / "logs", import_training, MODULE))
     from pipeline import cli
+    from pipeline.train import micro_batch_loss, train
 
     if os.environ["RANK"] == rank:
-        stand_still, names = FAULTS[fault]
-        for name in names:
-            mock.patch(name, from_call(int(call), stand_still, pkgutil.resolve_name(name))).start()
+        fault, functions = FAULTS[name]
+        for function in functions:
+            mock.patch(function, from_call(int(call), fault, pkgutil.resolve_name(function))).start()
+        if name != "read":
+            forward = from_call(int(call), fault, micro_batch_loss)
+            mock.patch("pipeline.train.train", partial(train, forward=forward)).start()
     sys.argv[1:] = arguments
     cli.main()
 

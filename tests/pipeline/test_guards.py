@@ -22,13 +22,11 @@ from pipeline.errors import RunFailed
 from pipeline.run.events import Events
 from pipeline.training.loss_guard import (
     BAD_IN_A_ROW,
-    JUDGED_AFTER,
+    WARMUP_LOSSES,
     Guard,
     RollbackRecord,
     Verdict,
-    gate,
     plan_rollback,
-    update,
 )
 from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import curve, events, last_state, rows, state_of
@@ -42,7 +40,7 @@ def after(losses: list[float]) -> list[tuple[Verdict, Guard]]:
     """The verdicts on a curve of losses whose steps were all applied if they were not refused."""
     guard, found = Guard(), []
     for step, loss in enumerate(losses, 1):
-        verdict, _, guard = update(guard, step, loss, loss <= guard.limit)
+        verdict, _, guard = guard.update(step, loss, loss <= guard.limit)
         found.append((verdict, guard))
     return found
 
@@ -52,7 +50,7 @@ def test_losses_within_a_factor_of_two_are_never_bad(losses: list[float]) -> Non
     assert all(verdict is Verdict.APPLY for verdict, _ in after(losses))
 
 
-@given(st.lists(st.floats(0.5, 5.0), min_size=JUDGED_AFTER, max_size=100), st.floats(0, 2))
+@given(st.lists(st.floats(0.5, 5.0), min_size=WARMUP_LOSSES, max_size=100), st.floats(0, 2))
 def test_a_loss_that_falls_forever_is_good_and_one_of_a_hundred_times_is_not(noise: list[float], slope: float) -> None:
     falling = [15_000 * math.exp(-slope * step) + 0.01 for step, _ in enumerate(noise)]  # as a sigmoid loss begins
     assert all(verdict is Verdict.APPLY for verdict, _ in after(falling))
@@ -62,26 +60,26 @@ def test_a_loss_that_falls_forever_is_good_and_one_of_a_hundred_times_is_not(noi
 
 @given(st.lists(st.sampled_from(["good", "nan", "inf", "gradient", "spike"]), max_size=60))
 def test_the_run_rolls_back_at_the_third_bad_step_in_a_row_and_no_sooner(kinds: list[str]) -> None:
-    guard = after([2.0] * JUDGED_AFTER)[-1][1]
-    level, in_a_row = guard.level, 0
+    guard = after([2.0] * WARMUP_LOSSES)[-1][1]
+    running_mean, in_a_row = guard.running_mean, 0
     for step, kind in enumerate(kinds, 1):
         loss = {"nan": math.nan, "inf": math.inf, "spike": 200.0}.get(kind, 2.0)
-        verdict, why, guard = update(guard, step, loss, applied=kind == "good")
+        verdict, why, guard = guard.update(step, loss, applied=kind == "good")
         in_a_row = 0 if kind == "good" else in_a_row + 1
         expected = Verdict.APPLY if not in_a_row else Verdict.SKIP if in_a_row < BAD_IN_A_ROW else Verdict.ROLLBACK
         assert verdict is expected and bool(why) == bool(in_a_row)
-        assert guard.level == level  # what is bad does not become usual
+        assert guard.running_mean == running_mean  # what is bad does not become usual
         if in_a_row:
-            assert (guard.bad, guard.first_bad) == (in_a_row, step - in_a_row + 1)
+            assert (guard.bad_in_a_row, guard.first_bad) == (in_a_row, step - in_a_row + 1)
         assert Guard(**json.loads(json.dumps(asdict(guard)))) == guard
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True), st.integers(0, 40))
 def test_the_device_refuses_just_what_the_host_finds_bad(loss: float, seen: int) -> None:
     guard = after([1.0] * seen)[-1][1] if seen else Guard()
-    permitted = gate(torch.tensor(loss, dtype=torch.float64), guard.limit)
+    permitted = guard.gate(torch.tensor(loss, dtype=torch.float64))
     assert permitted.item() == 1 or permitted.isnan()
-    assert (update(guard, 1, loss, applied=True)[0] is Verdict.APPLY) == (permitted.item() == 1)
+    assert (guard.update(1, loss, applied=True)[0] is Verdict.APPLY) == (permitted.item() == 1)
 
 
 @given(st.lists(st.integers(1, 100), max_size=5, unique=True), st.integers(1, 100), st.integers(0, 5))

@@ -151,7 +151,7 @@ def narrow(request: pytest.FixtureRequest, wide: Path) -> int:
         name, how = f"fp32-{stage}-{ranks}", ("train.steps=4", at)
         jobs.append(job(wide, name, *how, "checkpoint.every=2"))
         jobs.append(going_on(wide, f"again-{name}", name, 2, *how))
-        jobs.append({**job(wide, f"poisoned-{stage}-{ranks}", "train.steps=4", at), "poison_idle_passes": True})
+        jobs.append({**job(wide, f"poisoned-{stage}-{ranks}", "train.steps=4", at), "poison_padding": True})
         if stage < 3:
             jobs.append(resaved(wide, f"loaded-{stage}-{ranks}", "wide", 4, at))
             jobs.append(going_on(wide, f"narrow-{stage}-{ranks}", "wide", 4, "train.steps=18", at))
