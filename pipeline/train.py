@@ -165,8 +165,8 @@ def train_steps(
             if plan.val is not None and (last or is_due(state.step, config.evaluate.every)):
                 bn_ema = state.bn_ema if config.evaluate.weights == "ema" else None
                 with deepspeed_engine.evaluation_mode(engine, bn_ema):
-                    found = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec)
-                metrics.log_evaluation(state.step, found, "model" if bn_ema is None else "ema")
+                    result = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec)
+                metrics.log_evaluation(state.step, result, "model" if bn_ema is None else "ema")
             checkpoints.check()
             if last or totals.stop or is_due(state.step, config.checkpoint.every):
                 checkpoints.save(state)
@@ -179,5 +179,5 @@ def train_steps(
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """Whether something that is done at every so many steps is done after this one."""
+    """Whether what is done every `every` steps is done after this one."""
     return every is not None and step % every == 0

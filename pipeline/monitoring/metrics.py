@@ -101,11 +101,11 @@ class Metrics:
         self._write(row)
         self._console.print_row(row)
 
-    def log_evaluation(self, step: int, found: EvalMetrics, weights: str) -> None:
+    def log_evaluation(self, step: int, result: EvalMetrics, weights: str) -> None:
         """The time of an evaluation does not count as training."""
-        row = {"step": step, "top1": found.top1, "top5": found.top5, "eval_loss": found.loss, "weights": weights}
+        row = {"step": step, "top1": result.top1, "top5": result.top5, "eval_loss": result.loss, "weights": weights}
         self._write(row)
-        self._console.print(f"{self._console.at(step)}  top-1 {format_percent(found.top1, 2)}  loss {found.loss:.4f}")
+        self._console.print(f"{self._console.at(step)}  top-1 {format_percent(result.top1, 2)}  loss {result.loss:.4f}")
 
     def log_samples(self, step: int, batches: list[Batch]) -> None:
         """Records this rank's samples of a step, where log.samples asks for it."""

@@ -56,7 +56,7 @@ There convolutions run in TF32, as torch lets cuDNN do, and matrix products in f
 
 
 def device_name(device: torch.device) -> str:
-    """The name by which a device stands among the peaks."""
+    """The name by which PEAKS lists a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -1,7 +1,7 @@
 """A profiler's trace of a few steps of rank 0, where log.profile asks for it: RUN/profile/steps-100-105.json.gz.
 
-It is a Chrome trace: open it at ui.perfetto.dev. A run that resumes from behind the first of the steps, or ends before
-it, traces none, and says so.
+It is a Chrome trace: open it at ui.perfetto.dev. A run that resumes after the first of the steps, or ends before
+it, writes no trace, and says so.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pipeline.config.schema import profiled_steps
 
 
 class Profiler:
-    """Traces the steps that log.profile names; one call before each step, and it is closed behind the last."""
+    """Traces the steps that log.profile names; call `before` each step, and close it after the last."""
 
     def __init__(
-        self, profile: str | None, folder: Path, rank: int, say: Callable[[str], None], first_step: int, last: int
+        self, profile: str | None, folder: Path, rank: int, log: Callable[[str], None], first_step: int, last: int
     ) -> None:
-        """For steps from behind `first_step` to `last`."""
+        """For the steps after `first_step`, up to `last`."""
         self._steps = profiled_steps(profile) if rank == 0 else None
-        self._folder, self._say = folder, say
+        self._folder, self._log = folder, log
         self._running: torch.profiler.profile | None = None
         if self._steps is not None and not first_step < self._steps[0] <= last:
-            say(f"log.profile={profile} begins outside of steps {first_step + 1:,} to {last:,}: no trace is written")
+            log(f"log.profile={profile} begins outside of steps {first_step + 1:,} to {last:,}: no trace is written")
 
     def __enter__(self) -> Profiler:
         return self
@@ -34,7 +34,7 @@ class Profiler:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Begins before the first of the steps, and ends before the one behind the last."""
+        """Starts before the first of the steps, and stops before the one after the last."""
         if self._steps is None:
             return
         if step == self._steps[0] or step not in self._steps:
@@ -52,4 +52,4 @@ class Profiler:
         file = self._folder / f"steps-{self._steps[0]}-{self._last}.json.gz"
         self._running.export_chrome_trace(str(file))
         self._running = None
-        self._say(f"rank 0's trace, from step {self._steps[0]} to the end of step {self._last}: {file}")
+        self._log(f"rank 0's trace, from step {self._steps[0]} to the end of step {self._last}: {file}")

@@ -1,8 +1,8 @@
 """Weights & Biases, where log.wandb names a project: the rows of metrics.jsonl there, all starts of a run as one curve.
 
 A thread speaks with it, so that it can neither slow nor stop the training: rows wait in memory until it takes them.
-Where it can't be reached, or nobody is logged in, a start's rows are kept in RUN/wandb for `wandb sync`. The x axis is
-our step: W&B's own counter may only rise, and would drop the steps that are done again, which have two points there.
+Where it can't be reached, or nobody is logged in, an attempt's rows are kept in RUN/wandb for `wandb sync`. The x axis
+is our step: W&B's own counter may only rise, and would drop repeated steps, which have two points there.
 """
 
 from __future__ import annotations

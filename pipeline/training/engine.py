@@ -123,7 +123,7 @@ def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> An
 
 
 def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
-    """What DeepSpeed is told, with its own defaults spelled out where they are not ours."""
+    """DeepSpeed's configuration; its defaults are spelled out where ours differ."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(micro_batches_of(train), rank_and_world_size()[1]),
@@ -164,7 +164,7 @@ def gradient_scale(train: Train) -> float:
 
 @contextmanager
 def padding_pass(engine: Any) -> Iterator[None]:
-    """Inside, a rank that has no micro batch left does a pass like any other, of which nothing counts.
+    """Inside, a rank that has no micro batch left runs a pass like any other, of which nothing counts.
 
     Its gradients are replaced by zeros; times 0 they could still be NaN.
     """

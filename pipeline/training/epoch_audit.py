@@ -70,19 +70,19 @@ class EpochAudit:
                     f" {self._samples:,} once: a fault of this program, or data.train was changed in place;"
                     " log.samples=true records which are taken"
                 )
-            lines.append(line(epoch, used, self._samples))
+            lines.append(summary_line(epoch, used, self._samples))
         return lines
 
 
-_AT_ONCE = 2**20
-_WORDS = 2**64
+_CHUNK = 2**20
+_MODULUS = 2**64
 
 
 @dataclass(frozen=True)
 class EpochUsage:
     """Samples of an epoch that training took: `used` by steps that were applied, `skipped` with those that were not.
 
-    `fingerprint` is that of both, modulo 2^64; `replaced` counts those whose place another sample took.
+    `fingerprint` is that of both, modulo 2^64; `replaced` counts those that another sample replaced.
     """
 
     used: int = 0
@@ -95,7 +95,7 @@ class EpochUsage:
             self.used + other.used,
             self.skipped + other.skipped,
             self.replaced + other.replaced,
-            (self.fingerprint + other.fingerprint) % _WORDS,
+            (self.fingerprint + other.fingerprint) % _MODULUS,
         )
 
 
@@ -105,23 +105,23 @@ Epochs = Mapping[int, EpochUsage]
 def usage_of(
     epochs: NDArray[np.int64], numbers: NDArray[np.int64], replaced: NDArray[np.bool_], applied: bool
 ) -> dict[int, EpochUsage]:
-    """What a step took, by epoch: of each sample its epoch, its number, whether another stood in for it."""
-    found = {}
+    """A step's usage by epoch, from each sample's epoch, number, and whether another replaced it."""
+    usage = {}
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
         count = int(here.sum())
         used, skipped = (count, 0) if applied else (0, count)
-        found[epoch] = EpochUsage(used, skipped, int(replaced[here].sum()), fingerprint(numbers[here]))
-    return found
+        usage[epoch] = EpochUsage(used, skipped, int(replaced[here].sum()), fingerprint(numbers[here]))
+    return usage
 
 
 def merge(parts: Iterable[Epochs]) -> dict[int, EpochUsage]:
-    """What several ranks, steps or attempts took, by epoch."""
-    found: dict[int, EpochUsage] = {}
+    """The usage of several ranks, steps or attempts together, by epoch."""
+    usage: dict[int, EpochUsage] = {}
     for part in parts:
         for epoch, used in part.items():
-            found[epoch] = found.get(epoch, EpochUsage()) + used
-    return found
+            usage[epoch] = usage.get(epoch, EpochUsage()) + used
+    return usage
 
 
 def is_exactly_once(used: EpochUsage, samples: int, all_samples: int) -> bool:
@@ -129,8 +129,8 @@ def is_exactly_once(used: EpochUsage, samples: int, all_samples: int) -> bool:
     return used.used + used.skipped == samples and used.fingerprint == all_samples
 
 
-def line(epoch: int, used: EpochUsage, samples: int) -> str:
-    """The line that a complete epoch ends with."""
+def summary_line(epoch: int, used: EpochUsage, samples: int) -> str:
+    """The line that reports a complete epoch."""
     return (
         f"epoch {epoch}: {used.used:,} of {samples:,} samples, 0 repeated, {used.skipped:,} skipped,"
         f" {used.replaced:,} replaced"
@@ -148,12 +148,12 @@ def fingerprint(numbers: NDArray[np.int64]) -> int:
 @cache
 def fingerprint_of_range(first: int, end: int) -> int:
     """The fingerprint of the samples first .. end - 1."""
-    parts = range(first, end, _AT_ONCE)
-    return sum(fingerprint(np.arange(part, min(part + _AT_ONCE, end))) for part in parts) % _WORDS
+    parts = range(first, end, _CHUNK)
+    return sum(fingerprint(np.arange(part, min(part + _CHUNK, end))) for part in parts) % _MODULUS
 
 
 def to_json(epochs: Epochs) -> dict[str, dict[str, int]]:
-    """As it stands in a checkpoint's state.json."""
+    """For a checkpoint's state.json."""
     return {str(epoch): asdict(used) for epoch, used in epochs.items()}
 
 

@@ -1,4 +1,4 @@
-"""What is to be done about a loss or a gradient that went bad: a pure function of what all ranks see alike.
+"""What follows from a bad loss or gradient: a pure function of values that are equal on all ranks.
 
 A step is bad if its loss or its gradient is not finite, or if its loss is far above the running mean of the losses
 before it. A bad step is not applied: DeepSpeed drops a gradient that is not finite, and one of a bad loss is made so

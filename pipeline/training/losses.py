@@ -1,6 +1,6 @@
 """The two losses of the paper's recipes, of samples with one label or several.
 
-Labels are int64 [n, most]: a sample's classes, filled up with -1. Softmax cross entropy takes them as one distribution,
+Labels are int64 [n, most]: a sample's classes, padded with -1. Softmax cross entropy takes them as one distribution,
 1 / k at each of k labels. The sigmoid loss asks of each class whether it is there; it is summed over the classes, so
 that its size does not shrink with their number, and is then the mean over samples, as in big_vision (`sigmoid_xent`).
 
@@ -21,16 +21,16 @@ Kind = Literal["softmax", "sigmoid"]
 
 
 def one_hot(labels: torch.Tensor, classes: int, kind: Kind) -> torch.Tensor:
-    """What a loss of this kind wants of each class, without smoothing: float32 [n, classes] from labels [n, most]."""
-    filling = labels < 0
-    wanted = torch.zeros(len(labels), classes + 1, device=labels.device)  # the last column takes the filling
-    wanted = wanted.scatter_(1, labels.masked_fill(filling, classes), 1.0)[:, :classes]
-    return wanted / wanted.sum(1, keepdim=True) if kind == "softmax" else wanted
+    """The targets of a loss of this kind, without smoothing: float32 [n, classes] from labels [n, most]."""
+    padding = labels < 0
+    targets = torch.zeros(len(labels), classes + 1, device=labels.device)  # the last column takes the padding
+    targets = targets.scatter_(1, labels.masked_fill(padding, classes), 1.0)[:, :classes]
+    return targets / targets.sum(1, keepdim=True) if kind == "softmax" else targets
 
 
 def loss_fn(
     logits: torch.Tensor,
-    wanted: torch.Tensor,
+    targets: torch.Tensor,
     kind: Kind,
     smoothing: float = 0.0,
     reduction: Literal["mean", "none"] = "mean",
@@ -40,12 +40,12 @@ def loss_fn(
     It is computed in float32 whatever the logits are.
     """
     logits = logits.float()
-    if not wanted.is_floating_point():
-        if kind == "softmax" and wanted.shape[1] == 1:  # the same without [n, classes] of memory
-            return F.cross_entropy(logits, wanted[:, 0], reduction=reduction, label_smoothing=smoothing)
-        wanted = one_hot(wanted, logits.shape[1], kind)
+    if not targets.is_floating_point():
+        if kind == "softmax" and targets.shape[1] == 1:  # the same without [n, classes] of memory
+            return F.cross_entropy(logits, targets[:, 0], reduction=reduction, label_smoothing=smoothing)
+        targets = one_hot(targets, logits.shape[1], kind)
     if kind == "softmax":
-        return F.cross_entropy(logits, wanted, reduction=reduction, label_smoothing=smoothing)
-    smooth = wanted * (1 - smoothing) + smoothing / 2
-    of_samples = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").sum(1)
-    return of_samples.mean() if reduction == "mean" else of_samples
+        return F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=smoothing)
+    smooth = targets * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").sum(1)
+    return losses.mean() if reduction == "mean" else losses

@@ -17,7 +17,7 @@ from data.rng import Stream
 def mixup(
     images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, positions: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [n, 3, h, w] and targets [n, classes], mixed alike; `positions` are where a micro batch stands."""
+    """Images [n, 3, h, w] and targets [n, classes], mixed alike; `positions`: the micro batch's in the stream."""
     number = int(positions[0]) // len(positions)  # of the micro batch, counted through all steps
     weight = mixup_lambda(seed, alpha, number)
     partners = rng.permutation(seed, Stream.MIXUP_PARTNERS, number, len(positions))

@@ -1,4 +1,4 @@
-"""The optimizer's own rules: the learning rate by step, which parameters decay, AdamW that keeps an average.
+"""The optimizer: the learning rate by step, which parameters decay, AdamW that keeps a moving average.
 
 The learning rate is a function of the step, so there is no scheduler state to save. The average is kept as
 optimizer state: whatever shards the moments shards it too.

@@ -2,7 +2,7 @@
 
 ZeRO keeps a rank's fp32 masters as a few flat tensors, and the moments and the average (optimizer.AdamWWithEma) in the
 same flat shapes. Stages 1 and 2 flatten the parameters of a group and cut the whole into one part per rank; stage 3
-cuts every parameter by itself. A *stretch* is what one rank owns of one named parameter: `start` and the number of
+cuts every parameter by itself. A *slice* is what one rank owns of one named parameter: `start` and the number of
 elements in the flattened parameter.
 
 Written against the version in SUPPORTED_DEEPSPEED and refused with any other, because these attributes are private.
@@ -56,16 +56,16 @@ def owned_slices(engine: Any, with_ema: bool) -> list[ParamSlice]:
     states = engine.optimizer.optimizer.state
     for master in _masters(engine):
         _create_states(states[master], master, with_ema)
-    found = []
+    slices = []
     for master, name, offset, start, count in _owned(engine):
         kinds = {"weight": master.data, **{kind: states[master][kind] for kind in _kinds(with_ema)}}
         values = {kind: tensor.narrow(0, offset, count) for kind, tensor in kinds.items()}
-        found.append(ParamSlice(name, start, values))
-    return found
+        slices.append(ParamSlice(name, start, values))
+    return slices
 
 
 def finish_loading(engine: Any, applied_steps: int) -> None:
-    """Makes the engine train on from states that were written through `stretches`."""
+    """Makes the engine train on from states that were written through `owned_slices`."""
     optimizer = engine.optimizer
     for master in _masters(engine):
         state = optimizer.optimizer.state[master]
@@ -79,7 +79,7 @@ def finish_loading(engine: Any, applied_steps: int) -> None:
 
 @contextlib.contextmanager
 def ema_weights(engine: Any) -> Iterator[None]:
-    """Inside, forward passes use the moving average in place of the weights; afterwards the masters' again."""
+    """Inside, forward passes use the moving average instead of the weights; afterwards the masters again."""
     masters = _masters(engine)
     # Stage 3 may take the masters themselves for the forward's weights, where both are fp32.
     kept = [master.data.clone() if _is_forward_weight(engine, master) else master.data for master in masters]
@@ -118,8 +118,8 @@ def _owned(engine: Any) -> Iterator[tuple[torch.Tensor, str, int, int, int]]:
                     yield master, name, offset, start, count
                 offset += size
             elif (mapping := parameter._hp_mapping) is not None:
-                place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield master, name, place.start, own.start, place.numel
+                in_master, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield master, name, in_master.start, in_parameter.start, in_master.numel
 
 
 def _kinds(with_ema: bool) -> tuple[str, ...]:
@@ -166,8 +166,8 @@ def _set_whole(engine: Any, flat_parts: list[torch.Tensor]) -> None:
 
     optimizer = engine.optimizer
     for group, parts in enumerate(optimizer.parallel_partitioned_bit16_groups):
-        own = dist.get_rank(optimizer.real_dp_process_group[group])
-        parts[own].data.copy_(flat_parts[group])
+        rank = dist.get_rank(optimizer.real_dp_process_group[group])
+        parts[rank].data.copy_(flat_parts[group])
     all_gather_dp_groups(
         groups_flat=optimizer.bit16_groups_flat,
         partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,

@@ -170,7 +170,7 @@ def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_resumes(
     wait_until(lambda: last_step(run) >= 2, first)
     first.send_signal(signal.SIGTERM)
     assert first.wait(PATIENCE_SECONDS) == 3
-    assert first.stderr is not None and "resumes from there" in first.stderr.read()
+    assert first.stderr is not None and "run the same command to resume" in first.stderr.read()
     assert events(run, "interrupted")[-1]["step"] < STEPS
 
     second = started(*request_of(run))

@@ -13,8 +13,8 @@ from pipeline.training.epoch_audit import (
     fingerprint_of_range,
     from_json,
     is_exactly_once,
-    line,
     merge,
+    summary_line,
     to_json,
     usage_of,
 )
@@ -73,7 +73,7 @@ def test_samples_of_skipped_steps_and_stand_ins_are_counted_apart(size, data):
     used = merge(parts)[3]
     assert is_exactly_once(used, size, fingerprint_of_range(0, size))
     counts = f"{size - len(skipped):,} of {size:,} samples, 0 repeated, {len(skipped):,} skipped"
-    assert line(3, used, size) == f"epoch 3: {counts}, {len(stand_ins):,} replaced"
+    assert summary_line(3, used, size) == f"epoch 3: {counts}, {len(stand_ins):,} replaced"
 
 
 @given(st.integers(0, 3 * 2**20), st.integers(0, 3 * 2**20), st.integers(0, 3 * 2**20))
