@@ -87,9 +87,7 @@ def write_shard(
     """Puts a shard's files (by suffix) at `destination`, and then that shard `number` of the plan is done."""
     fs, folder = open_fs(destination)
     for suffix, contents in files.items():
-        path = join(folder, name + suffix)
-        write_file(fs, path, contents)
-        _on_the_disk(fs, path)
+        write_file(fs, join(folder, name + suffix), contents)
     stated = {
         "shard": done.shard and vars(done.shard),
         "index_bytes": done.index_bytes,
@@ -155,16 +153,6 @@ def _difference(earlier: Any, request: Request) -> str:
     return ", ".join(f"{name} was {old.get(name)} and is {request[name]}" for name in changed) or (
         "the source has other files, labels or classes now"
     )
-
-
-def _on_the_disk(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    """Waits until a local file would outlive a power cut."""
-    if isinstance(fs, LocalFileSystem):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def _within(fs: fsspec.AbstractFileSystem, inner: str, outer: str) -> bool:

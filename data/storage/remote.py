@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,6 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data.errors import DataError, UsageError
+from data.storage.durable import write_atomically
 
 LONGEST_WAIT = 30.0
 SAID_FROM = 4
@@ -175,7 +177,7 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def write_file(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, storage: Storage = DEFAULT) -> None:
-    """Puts a file at `path` whole: nobody sees half of it under its name. DataError if it fails."""
+    """Puts a file at `path`, where half of it is never seen, durably on a local disk. DataError if it fails."""
     storage.retried("written", path, None, None, partial(_write, fs, path, contents, storage.deadline))
 
 
@@ -186,12 +188,10 @@ def send_file(source: str, fs: fsspec.AbstractFileSystem, path: str, storage: St
 
 
 def _write(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, deadline: float) -> None:
-    folder, _, name = path.rpartition("/")
-    local = isinstance(fs, LocalFileSystem)
-    place = f"{folder}/.{name}.partial" if local else path
-    _asked(fs, "pipe_file", deadline + len(contents) / SLOWEST, place, contents)
-    if local:
-        os.replace(place, path)
+    if isinstance(fs, LocalFileSystem):
+        write_atomically(Path(path), contents)
+    else:
+        _asked(fs, "pipe_file", deadline + len(contents) / SLOWEST, path, contents)
 
 
 def _options(protocol: str) -> dict[str, Any]:
