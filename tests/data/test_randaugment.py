@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data.augment import eval_params
 from data.decode import Decoder
-from data.randaugment import FILL, Operation, in_words, tables
+from data.randaugment import FILL, Operation, describe, tables
 
 SIDE = 90
 WARPS = {Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y}
@@ -203,12 +203,12 @@ def test_two_operations_are_said_in_the_same_words_if_and_only_if_they_are_the_s
     }
     for one in pairs:
         for other in pairs:
-            same = in_words(one[0], magnitude, 1 - 2 * one[1]) == in_words(other[0], magnitude, 1 - 2 * other[1])
+            same = describe(one[0], magnitude, 1 - 2 * one[1]) == describe(other[0], magnitude, 1 - 2 * other[1])
             assert same == (facts[one] == facts[other]), (one, other)
 
 
 def test_what_an_operation_does_is_said_in_the_units_of_a_person() -> None:
-    said = {operation: [in_words(operation, 5, sign) for sign in (1, -1)] for operation in Operation}
+    said = {operation: [describe(operation, 5, sign) for sign in (1, -1)] for operation in Operation}
     assert said[Operation.ROTATE] == ["rotate +15 deg", "rotate -15 deg"]
     assert said[Operation.POSTERIZE] == ["posterize 6 bits"] * 2
     assert said[Operation.TRANSLATE_X] == ["translate 22.5 % left", "translate 22.5 % right"]

@@ -11,7 +11,7 @@ from PIL import Image
 from data import augment
 from data.loader import LoaderSpec, training_batches
 from data.packing.pack import pack
-from data.randaugment import Operation, in_words
+from data.randaugment import Operation, describe
 from data.shards.tar_index import index_tar
 from pipeline.commands.preview import BETWEEN, GAP, LINE, SheetItem, preview, samples_shown, sheet
 from pipeline.config.parsing import read_config
@@ -102,7 +102,7 @@ def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
         assert crop == f"crop {100 * share:.0f} % of the area" + (", mirrored" if recipe.flip[i] else "")
         signs = [-1 if negative else 1 for negative in recipe.signs[i]]
         pairs = zip(recipe.operations[i], signs, strict=True)
-        assert operations == [in_words(Operation(operation), 8, sign) for operation, sign in pairs]
+        assert operations == [describe(Operation(operation), 8, sign) for operation, sign in pairs]
 
 
 def test_who_is_mixed_in_is_named_and_a_sample_that_is_no_more_has_its_stand_in(preset, tmp_path):
