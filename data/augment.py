@@ -1,8 +1,8 @@
 """What happens to a sample, as numbers: crop, flip and RandAugment drawn from (seed, epoch, sample) and nothing else.
 
-Pure arithmetic on arrays; the same on every rank, in every order, and whatever a sample is batched with. Pixels are
-not known here. A random resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of the area and an
-aspect ratio of 3/4 to 4/3, ten tries, then the largest centred crop within these ratios.
+Pure arithmetic on arrays; the same on every rank, in every order, and whatever a sample is batched with. A random
+resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of the area and an aspect ratio of 3/4 to
+4/3, ten tries, then the largest centred crop within these ratios.
 """
 
 from dataclasses import dataclass

@@ -175,8 +175,8 @@ def train_attempt(
     rounds, scale = accumulation_steps(micro_batches_a_step, world_size), gradient_scale(config.train)
 
     # Data: this rank's micro batches of every step from here on, read, decoded and augmented ahead of time.
-    share = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
-    loading = partial(training_batches, plan.train, plan.order, augmentation(config.augment), share, seed)
+    spec = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
+    loading = partial(training_batches, plan.train, plan.order, augmentation(config.augment), spec, seed)
 
     reading = closing(steps_of_batches(loading, first_step, plan.steps, skipped_steps(history)))
     profiling = Profiler(config.log.profile, run / "profile", rank, report.say, first_step, plan.steps)
@@ -269,7 +269,7 @@ def train_attempt(
             if plan.val is not None and (last or (config.evaluate.every and done % config.evaluate.every == 0)):
                 evaluated = average if config.evaluate.weights == "ema" else None
                 with evaluation_mode(engine, evaluated):
-                    figures = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, share)
+                    figures = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec)
                 metrics.evaluation(done, figures, "model" if evaluated is None else "ema")
                 report.say(
                     f"step {done:,}/{plan.steps:,}  top-1 {format_percent(figures.top1, 2)}  loss {figures.loss:.4f}"

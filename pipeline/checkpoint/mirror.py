@@ -112,7 +112,7 @@ def upload(folder: Path, run: Path, url: str) -> int:
     place = f"{top}/checkpoints/{folder.name}"
     if step_of(folder) in list_copies(url):
         _remove(url, step_of(folder))  # of the same step, but not the same bytes
-    DEFAULT.retried("made", place, None, None, lambda: fs.makedirs(place, exist_ok=True))
+    DEFAULT.with_retries("made", place, lambda: fs.makedirs(place, exist_ok=True))
     files = sorted(file for file in folder.iterdir() if file.name != _MANIFEST)
     for file in files:
         send_file(str(file), fs, f"{place}/{file.name}")
@@ -129,7 +129,7 @@ def list_copies(url: str) -> Copies:
     try:
         fs.invalidate_cache()
         place = f"{top}/checkpoints"
-        found = DEFAULT.retried("listed", place, None, None, lambda: fs.find(place, detail=True))
+        found = DEFAULT.with_retries("listed", place, lambda: fs.find(place, detail=True))
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return {}
@@ -164,7 +164,7 @@ def _remove(url: str, step: int) -> None:
         if fs.exists(place):
             fs.rm(place, recursive=True)
 
-    DEFAULT.retried("removed", place, None, None, remove)
+    DEFAULT.with_retries("removed", place, remove)
 
 
 def restore_from_mirror(config: Config) -> None:

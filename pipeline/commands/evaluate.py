@@ -72,9 +72,9 @@ def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> 
     device = start_process_group()
     model = load_model(reader, kind, config, device)
     rank, world_size = rank_and_world_size()
-    share = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
+    spec = LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, share)
+        return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, spec)
 
 
 def _sentence(source: str, step: int, config: Config, row: dict) -> str:

@@ -73,8 +73,8 @@ def samples_shown(config: Config, samples: int, epoch: int) -> list[SheetItem]:
 def _batches(config: Config, manifest: Manifest, order: Order, drawn: Augmentation, positions: range) -> list[Batch]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = len(os.sched_getaffinity(0))
-    share = LoaderSpec(0, 1, config.train.micro_batch, config.model.resolution, device, threads)
-    with batches_at(manifest, order, drawn, share, config.run.seed, positions) as batches:
+    spec = LoaderSpec(0, 1, config.train.micro_batch, config.model.resolution, device, threads)
+    with batches_at(manifest, order, drawn, spec, config.run.seed, positions) as batches:
         return list(batches)
 
 
@@ -93,7 +93,7 @@ def _shown(config: Config, classes: tuple[str, ...], plain: Batch, seen: Batch) 
         ]
     replaced = {broken.key for broken in seen.broken}
     for i, key in enumerate(seen.keys):
-        drawn = describe_params(seen.recipe, i, seen.shapes[i], config.augment.randaugment.magnitude)
+        drawn = describe_params(seen.params, i, seen.shapes[i], config.augment.randaugment.magnitude)
         lines = [names[i], *drawn]
         lines += [f"mixed with {partners[i]}"] * bool(partners[i]) + [f"stands in for {key}"] * (key in replaced)
         yield SheetItem(plain.images[i].cpu().numpy(), images[i].cpu().numpy(), lines)

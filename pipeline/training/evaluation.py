@@ -41,26 +41,26 @@ def evaluate(
     manifest: Manifest,
     crop_fraction: float | None,
     kind: Kind,
-    share: LoaderSpec,
+    spec: LoaderSpec,
 ) -> EvalMetrics:
     """Figures of `forward` (images [n, 3, h, w] -> logits [n, classes]) over the whole set; collective.
 
     `kind` is the loss that it was trained by, here without label smoothing.
     """
-    results = torch.zeros(4, manifest.samples, dtype=torch.float64, device=share.device)  # loss, top1, top5, used
+    results = torch.zeros(4, manifest.samples, dtype=torch.float64, device=spec.device)  # loss, top1, top5, used
     broken: list[BadSample] = []
-    filling = torch.zeros(share.micro_batch, share.resolution, share.resolution, 3, dtype=torch.uint8)
-    filling = filling.to(share.device)
+    filling = torch.zeros(spec.micro_batch, spec.resolution, spec.resolution, 3, dtype=torch.uint8)
+    filling = filling.to(spec.device)
     # All ranks run as many forwards: under ZeRO-3 they are collective.
-    passes = -(-manifest.samples // (share.micro_batch * share.world_size))
-    with evaluation_batches(manifest, crop_fraction, share) as batches:
+    passes = -(-manifest.samples // (spec.micro_batch * spec.world_size))
+    with evaluation_batches(manifest, crop_fraction, spec) as batches:
         for batch in islice(chain(batches, repeat(None)), passes):
             images = filling if batch is None else torch.cat([batch.images, filling[len(batch.images) :]])
             logits = forward(normalize(images))
             beat("a batch of an evaluation")
             if batch is not None:
                 broken += batch.broken
-                numbers = torch.from_numpy(batch.positions).to(share.device)
+                numbers = torch.from_numpy(batch.positions).to(spec.device)
                 results[:, numbers] = per_sample(logits[: len(numbers)].float(), batch.labels, kind)
     loss, top1, top5, used = all_reduce_sum(results).sum(1).tolist()  # every sample is one rank's, so x + 0 is exact
     listed = sorted((asdict(sample) for sample in all_gather(broken)), key=lambda row: (row["shard"], row["key"]))

@@ -7,17 +7,6 @@ import pytest
 from data.storage.durable import publish, write_atomically
 
 
-def test_a_file_whose_writing_fails_keeps_its_old_contents(tmp_path) -> None:
-    def fails():
-        yield b"new"
-        raise OSError("no space left")
-
-    write_atomically(tmp_path / "file", "old")
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(tmp_path / "file", fails())
-    assert (tmp_path / "file").read_text() == "old"
-
-
 def test_contents_are_synced_before_a_file_has_its_name(tmp_path, monkeypatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(sorted(path.name for path in tmp_path.iterdir())))

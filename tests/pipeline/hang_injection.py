@@ -37,7 +37,7 @@ def take_long() -> None:
 
 FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "sleep": (sleep_for_ever, ["pipeline.train.normalize"]),
-    "read": (wait_for_ever, ["data.loader.read_stretches"]),
+    "read": (wait_for_ever, ["data.windows.read_ranges"]),
     "slow": (take_long, ["pipeline.train.normalize", "pipeline.training.evaluation.normalize"]),
 }
 """What happens instead of, or before, which functions."""
