@@ -88,8 +88,8 @@ def ours(case: Case) -> Iterator[int]:
     manifest = read_manifest(case.url)
     order = Order(0, np.array([shard.samples for shard in manifest.shards]), BATCH, WINDOW)
     drawn = Augmentation(crop="random_resized", flip=True, layers=case.layers, magnitude=float(MAGNITUDE))
-    share = LoaderSpec(0, 1, BATCH, case.resolution, torch.device("cpu"), PROCESSORS)
-    with training_batches(manifest, order, drawn, share, 0, 0, 10**9) as steps:
+    spec = LoaderSpec(0, 1, BATCH, case.resolution, torch.device("cpu"), PROCESSORS)
+    with training_batches(manifest, order, drawn, spec, 0, 0, 10**9) as steps:
         yield from (len(batch.images) for batches in steps for batch in batches)
 
 

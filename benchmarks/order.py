@@ -85,7 +85,7 @@ def simulate(order: Order, ranks: range, steps: int) -> Reads:
                     reads.windows[i, step] += 1
                     reads.samples[i, step] += window.samples
                     reads.held[i, step : step + window.samples] += window.samples
-                    reads.ranges[i] += len(window.stretches)
+                    reads.ranges[i] += len(window.ranges)
                     position += window.samples * batch
     return reads
 

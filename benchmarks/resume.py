@@ -59,10 +59,10 @@ def packed(folder: Path) -> Manifest:
 def seconds_to_first_batch(manifest: Manifest, order: Order, step: int) -> float:
     """Seconds from opening the loader at a step to having its micro batches."""
     augmentation = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=5.0)
-    share = LoaderSpec(0, 1, GLOBAL_BATCH, SIDE, torch.device("cpu"), 2)
+    spec = LoaderSpec(0, 1, GLOBAL_BATCH, SIDE, torch.device("cpu"), 2)
     gc.collect()  # else it falls due every few times, and often at the same place
     start = time.perf_counter()
-    with training_batches(manifest, order, augmentation, share, 0, step, step + 1000) as steps:
+    with training_batches(manifest, order, augmentation, spec, 0, step, step + 1000) as steps:
         next(steps)
         return time.perf_counter() - start
 
@@ -71,7 +71,7 @@ def samples_begun(order: Order, step: int) -> int:
     """Samples of the windows that are begun before the first batch is there: of so many runs of DALI."""
     first = step * order.global_batch
     places = [order.place(position) for position in range(first, first + RUNS_LOOKED_AHEAD * DECODED_AT_ONCE)]
-    windows = {(w := order.epoch(epoch).window_at(g)).stretches: w.samples for epoch, g in places}
+    windows = {(w := order.epoch(epoch).window_at(g)).ranges: w.samples for epoch, g in places}
     return sum(windows.values())
 
 

@@ -1,8 +1,8 @@
 """What happens to a sample, as numbers: crop, flip and RandAugment drawn from (seed, epoch, sample) and nothing else.
 
-Pure arithmetic on arrays; the same on every rank, in every order, and whatever a sample is batched with. Pixels are
-not known here. A random resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of the area and an
-aspect ratio of 3/4 to 4/3, ten tries, then the largest centred crop within these ratios.
+Pure arithmetic on arrays; the same on every rank, in every order, and whatever a sample is batched with. A random
+resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of the area and an aspect ratio of 3/4 to
+4/3, ten tries, then the largest centred crop within these ratios.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data.errors import UsageError
-from data.randaugment import MOST_MAGNITUDE, Operation
+from data.randaugment import Operation, describe
 from data.rng import Stream, uniforms
 
 RATIOS = (3 / 4, 4 / 3)
@@ -21,30 +20,17 @@ TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What training does to its samples: RandAugment's layers and magnitude on the scale of randaugment.py.
+    """What training does to its samples; the fields are keys of the configuration's `augment`, which checks them.
 
-    `crop_area` (shares of the image's area) belongs to "random_resized", `center_fraction` (of the short side) to
-    "center"; "none" takes the whole image, whatever its shape. Raises UsageError for values outside their range.
+    `crop` is "random_resized" (a share of the area within `crop_area`), "center" (the largest centred square) or "none"
+    (the whole image, whatever its shape); `layers` and `magnitude` are RandAugment's, on the scale of randaugment.py.
     """
 
     crop: Literal["random_resized", "center", "none"]
     crop_area: tuple[float, float] = (0.08, 1.0)
-    center_fraction: float = 1.0
     flip: bool
     layers: int
     magnitude: float
-
-    def __post_init__(self) -> None:
-        if self.crop not in ("random_resized", "center", "none"):
-            raise UsageError(f"crop is {self.crop!r}; it is random_resized, center or none")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise UsageError(f"crop_area is {self.crop_area}; it has a smallest and a largest share, above 0 to 1")
-        if not 0 < self.center_fraction <= 1:
-            raise UsageError(f"center_fraction is {self.center_fraction}; it is above 0 and at most 1")
-        if self.layers < 0:
-            raise UsageError(f"RandAugment's layers are {self.layers}; 0 or more can be applied")
-        if not 0 <= self.magnitude <= MOST_MAGNITUDE:
-            raise UsageError(f"RandAugment's magnitude is {self.magnitude}; it is from 0 to {MOST_MAGNITUDE:g}")
 
 
 @dataclass(frozen=True)
@@ -65,13 +51,13 @@ class AugmentParams:
 def sample_params(
     augmentation: Augmentation, seed: int, epochs: ArrayLike, samples: ArrayLike, heights: ArrayLike, widths: ArrayLike
 ) -> AugmentParams:
-    """The recipe of n samples (their global numbers, in the epoch of each) whose upright images have these sizes."""
+    """Draws for n samples (their global numbers, in the epoch of each) whose upright images have these sizes."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     if augmentation.crop == "random_resized":
         numbers = uniforms(seed, Stream.CROP, samples, 2 + 2 * TRIES, epochs)
         start, shape = _random_resized(augmentation.crop_area, numbers, heights, widths)
     else:
-        start, shape = _center(augmentation.center_fraction if augmentation.crop == "center" else None, heights, widths)
+        start, shape = _center(1.0 if augmentation.crop == "center" else None, heights, widths)
     heads = uniforms(seed, Stream.FLIP, samples, 1, epochs)[:, 0] < 0.5
     layers = uniforms(seed, Stream.RANDAUGMENT, samples, 2 * augmentation.layers, epochs)
     return AugmentParams(
@@ -84,10 +70,20 @@ def sample_params(
 
 
 def eval_params(center_fraction: float | None, heights: ArrayLike, widths: ArrayLike) -> AugmentParams:
-    """The recipe of evaluation: the centred square of this fraction of the short side, or all of the image (None)."""
+    """Evaluation's crop: the centred square of this fraction of the short side, or all of the image (None)."""
     start, shape = _center(center_fraction, np.asarray(heights, np.int64), np.asarray(widths, np.int64))
     none = np.zeros((len(start), 0), np.int32)
     return AugmentParams(start.astype(np.int32), shape.astype(np.int32), np.zeros(len(start), np.int32), none, none)
+
+
+def describe_params(params: AugmentParams, i: int, image_shape: NDArray[np.int64], magnitude: float) -> list[str]:
+    """What is done to sample i, an image of this height and width, a line for each step."""
+    share = params.crop_shape[i].prod() / image_shape.prod()
+    drawn = zip(params.operations[i], params.signs[i], strict=True)
+    return [
+        f"crop {100 * share:.0f} % of the area" + ", mirrored" * int(params.flip[i]),
+        *(describe(Operation(operation), magnitude, -1 if negative else 1) for operation, negative in drawn),
+    ]
 
 
 def _center(

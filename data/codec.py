@@ -2,7 +2,7 @@
 
 DALI's decoder can end the process on damaged bytes; nvImageCodec answers them with nothing worse than None. So bytes
 of unknown origin come here first, and what decodes here decodes in DALI. Any number of threads may call: each has its
-own decoder of one thread, and the interpreter is free while it decodes. Where bytes come from is not known here.
+own decoder of one thread, and the interpreter is free while it decodes.
 """
 
 import os
@@ -15,7 +15,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 from nvidia import nvimgcodec as _compiled
 
-nvimgcodec: Any = _compiled  # it says nothing of its types
+nvimgcodec: Any = _compiled  # it has no type stubs
 EXTENSIONS = {
     "jpeg": "jpg",
     "png": "png",
@@ -58,13 +58,13 @@ def decode(encoded: bytes) -> tuple[Picture, Any]:
         raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})") from None
     if pixels > MOST_PIXELS:
         raise Undecodable(f"{pixels} pixels; {MOST_PIXELS} at most are taken")
-    image = of_thread("Decoder").decode(stream, params=_UPRIGHT)
+    image = codec_of_thread("Decoder").decode(stream, params=_UPRIGHT)
     if image is None:
         raise Undecodable("does not decode: truncated or damaged")
     return Picture(kind, *image.shape[:2]), image
 
 
-def of_thread(kind: str) -> Any:
+def codec_of_thread(kind: str) -> Any:
     """This thread's own nvImageCodec "Decoder" or "Encoder", on the CPU and of one thread."""
     if not hasattr(_of_thread, kind):
         made = getattr(nvimgcodec, kind)(

@@ -1,12 +1,12 @@
-"""Encoded images and their recipes in, pixels out, in order: one DALI graph, on the CPU or on a GPU.
+"""Encoded images and their AugmentParams in, pixels out, in order: one DALI graph, on the CPU or on a GPU.
 
     bytes -> decode the crop (upright) -> resize, antialiased bilinear -> flip -> RandAugment, layer by layer
 
-The pixels of a sample are a function of its bytes and its row of the recipe: batch size, neighbours, order, threads
+The pixels of a sample are a function of its bytes and its row of the parameters: batch size, neighbours, order, threads
 and how far DALI runs ahead change nothing. That holds within one device and DALI version; a GPU decodes JPEG with
 another codec, a few levels off. The bytes must be known to decode (codec.py) and the crop to lie in the image: on
 others DALI's decoder can end the process, and no error is raised. Bilinear rather than bicubic: it is cheaper and does
-not overshoot. Normalisation is not done here, nor is it known where bytes come from.
+not overshoot. Normalisation is the model's.
 """
 
 from collections import deque
@@ -33,10 +33,9 @@ class Decoder:
     """An iterator of uint8 [n, resolution, resolution, 3], RGB, on the device: a tensor for each answer of `source`.
 
     `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with AugmentParams of
-    `layers` layers, or raises StopIteration; it is called in the thread that iterates, and a batch ahead. What else it
-    raises comes out as it is, a batch early. DataError if DALI fails; then, as after any error, the decoder gives that
-    error only. Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the
-    decoder.
+    `layers` layers, or raises StopIteration; it is called in the iterating thread, a batch ahead. Its other errors are
+    raised as they are, a batch early. DataError if DALI fails; then, as after any error, the decoder gives that error
+    only. Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
     """
 
     def __init__(
@@ -109,27 +108,27 @@ class _Feed:
     def __call__(self) -> list[Sequence[NDArray[np.uint8]] | NDArray]:
         """Bytes, crop, flip, and four numbers of the operation in each layer."""
         try:
-            images, recipe = self._source()
+            images, params = self._source()
         except BaseException as error:
             self.error = error
             raise
         self.samples.append(len(images))
         if not images:
-            images, recipe = _stand_in(self._layers)
-        inputs = [images, recipe.crop_start, recipe.crop_shape, recipe.flip]
+            images, params = _stand_in(self._layers)
+        inputs = [images, params.crop_start, params.crop_shape, params.flip]
         for layer in range(self._layers):
-            operation, sign = recipe.operations[:, layer], recipe.signs[:, layer]
+            operation, sign = params.operations[:, layer], params.signs[:, layer]
             table = self._table
             inputs += [each[operation, sign] for each in (table.family, table.matrix, table.factor, table.tone)]
         return inputs
 
 
 def _stand_in(layers: int) -> tuple[list[NDArray[np.uint8]], AugmentParams]:
-    """One pixel, whole and as it is, in place of an empty batch, which DALI refuses."""
+    """One whole pixel instead of an empty batch, which DALI refuses."""
     nothing = np.zeros((1, layers), np.int32)
     corner = np.zeros((1, 2), np.int32)
-    recipe = AugmentParams(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
-    return [np.frombuffer(b"P6 1 1 255 \0\0\0", np.uint8)], recipe
+    params = AugmentParams(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
+    return [np.frombuffer(b"P6 1 1 255 \0\0\0", np.uint8)], params
 
 
 def _graph(feed: _Feed, resolution: int, layers: int, tones: list[int]) -> DataNode:

@@ -32,29 +32,29 @@ def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, l
     if held <= MEMORY_SHARE * memory:
         return
     fitting = int((MEMORY_SHARE * memory / local_world_size - READ_AHEAD_BYTES - decoded) / of_all_slots)
-    way_out = (
+    suggestion = (
         f"data.shuffle_window={fitting} would fit"
         if fitting > 0
         else "no window fits: take a smaller train.global_batch"
     )
     raise UsageError(
         f"data.shuffle_window={window} with {slots} samples a step on a rank keeps {held / 2**30:.1f} GiB of images"
-        f" in the {memory / 2**30:.1f} GiB of memory that this machine grants; {way_out}, or take more machines"
+        f" in the {memory / 2**30:.1f} GiB of memory that this machine grants; {suggestion}, or take more machines"
     )
 
 
 def granted_bytes() -> int:
     """The machine's memory, or less where a container's or Slurm's control group grants less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *filter(None, map(limit_of_group, _groups()))])
+    return min([machine, *filter(None, map(group_limit, _groups()))])
 
 
 def available_bytes() -> int:
     """Bytes that may be taken without swapping: of the machine, and of every control group that this process is in."""
-    return min([_of_machine(), *filter(None, map(of_group, _groups()))])
+    return min([_available_in_machine(), *filter(None, map(available_in_group, _groups()))])
 
 
-def of_process() -> int | None:
+def available_addresses() -> int | None:
     """What is left of this process's limit of address space (ulimit -v); None where it has none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if limit == resource.RLIM_INFINITY else limit - _held()[0]
@@ -71,7 +71,7 @@ def _held() -> tuple[int, int]:
     return int(addresses) * os.sysconf("SC_PAGE_SIZE"), int(memory) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _of_machine() -> int:
+def _available_in_machine() -> int:
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(facts["MemAvailable"].split()[0]) * 1024
 
@@ -93,7 +93,7 @@ _OF_GROUPS = (
 """The files of a group's limit and use, and what `memory.stat` calls files that were read."""
 
 
-def limit_of_group(folder: Path) -> int | None:
+def group_limit(folder: Path) -> int | None:
     """A group's limit in bytes; None where it has none."""
     for limit, _, _ in _OF_GROUPS:
         if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
@@ -101,9 +101,9 @@ def limit_of_group(folder: Path) -> int | None:
     return None
 
 
-def of_group(folder: Path) -> int | None:
+def available_in_group(folder: Path) -> int | None:
     """What is left of a group's limit, files that were read count as free; None where it has no limit."""
-    if (most := limit_of_group(folder)) is None:
+    if (most := group_limit(folder)) is None:
         return None
     _, usage, inactive = next(names for names in _OF_GROUPS if (folder / names[0]).exists())
     facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

@@ -1,6 +1,6 @@
 """From a position in the endless stream to a sample, by arithmetic: nothing to store, nothing to replay.
 
-For an epoch the shards are permuted; one behind the other, and rotated by a drawn offset, they are one virtual array
+For an epoch the shards are permuted; laid end to end, and rotated by a drawn offset, they are one virtual array
 of N samples. It is cut into B lanes (contiguous, equal to within one sample), one for each slot of the global batch,
 dealt by a permutation of the slots. Inside a lane, samples are shuffled within windows of W rows, whose borders are
 staggered from slot to slot:
@@ -11,7 +11,6 @@ staggered from slot to slot:
 
 Promised: an epoch has every sample exactly once; the samples of a step depend on nothing but seed, shards, B and W
 (the number of ranks is not among them); position 3,000,000,000 costs what position 10 costs; memory is O(shards + B).
-What a sample is, or where its bytes are, is not known here.
 """
 
 from dataclasses import dataclass
@@ -39,12 +38,12 @@ def positions_of_step(step: int, global_batch: int) -> NDArray[np.int64]:
 
 
 def rank_micro_batches(micro_batches: int, rank: int, world_size: int) -> range:
-    """Numbers of the micro batches of a step that a rank takes, one a pass: pass p takes p * world_size + rank."""
+    """Numbers of the micro batches of a step that a rank takes: in accumulation step p, p * world_size + rank."""
     return range(rank, micro_batches, world_size)
 
 
 def accumulation_steps(micro_batches: int, world_size: int) -> int:
-    """Passes that a step takes; in the last one some ranks may have no micro batch."""
+    """Micro batches of the busiest rank in a step; in the last one some ranks may have none."""
     return -(-micro_batches // world_size)
 
 
@@ -61,7 +60,7 @@ class Window:
     """Rows of a lane that are read and shuffled together.
 
     It has the rows `first_row_of_lane` .. `first_row_of_lane + samples - 1` of its slot's lane; its samples are
-    numbered through the stretches. `slot` is the epoch's (g % B), `number` counts the lane's windows.
+    numbered through the ranges. `slot` is the epoch's (g % B), `number` counts the lane's windows.
     """
 
     epoch: int
@@ -69,7 +68,7 @@ class Window:
     number: int
     first_row_of_lane: int
     samples: int
-    stretches: tuple[SampleRange, ...]
+    ranges: tuple[SampleRange, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,17 +100,12 @@ class Order:
 
     @cached_property
     def shard_ends(self) -> NDArray[np.int64]:
-        """Global number behind each shard's last sample: int64 [shards]."""
+        """Global number after each shard's last sample: int64 [shards]."""
         return np.cumsum(self.shard_samples)
 
     def place(self, position: Positions) -> tuple[Positions, Positions]:
         """Epoch of a position (or of each) in the endless stream, and the position in that epoch."""
         return position // self.samples, position % self.samples
-
-    def locate(self, samples: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard of each global sample number, and its row in there."""
-        shard = np.searchsorted(self.shard_ends, samples, side="right")
-        return shard, np.asarray(samples) - (self.shard_ends - self.shard_samples)[shard]
 
     def epoch(self, number: int) -> "Epoch":
         """An epoch, opened; the last few are kept."""
@@ -151,11 +145,11 @@ class Epoch:
     def window_at(self, g: int) -> Window:
         """The window that a position belongs to, and what to read for it."""
         slot, number, first_row, rows, _ = (int(part) for part in self._windows(g))
-        stretches = self._stretches(int(self._start_of_slot[slot]) + first_row, rows)
-        return Window(self.number, slot, number, first_row, rows, stretches)
+        ranges = self._ranges(int(self._start_of_slot[slot]) + first_row, rows)
+        return Window(self.number, slot, number, first_row, rows, ranges)
 
     def index_in_window(self, g: ArrayLike) -> NDArray[np.int64]:
-        """Which of its window's samples (0 .. samples - 1, through the stretches) each position takes.
+        """Which of its window's samples (0 .. samples - 1, through the ranges) each position takes.
 
         Cheapest for all positions of a window at once: one permutation is drawn for each window.
         """
@@ -187,7 +181,7 @@ class Epoch:
         return slot, number, first_row, end - first_row, row - first_row
 
     def _permutations(self, windows: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`draws.permutation` of each window's rows, side by side: [windows, most rows], cut off at its own rows."""
+        """`rng.permutation` of each window's rows, side by side: [windows, most rows], cut off at its own rows."""
         keys = rng.uint64s(self.order.seed, Stream.WINDOW, windows, int(rows.max()), self.number)
         keys[np.arange(keys.shape[1]) >= rows[:, None]] = np.iinfo(np.uint64).max
         return np.argsort(keys, axis=1, kind="stable")
@@ -197,15 +191,15 @@ class Epoch:
         place = (np.asarray(virtual) + self._rotation) % self.order.samples
         return place, np.searchsorted(self._ends, place, side="right")
 
-    def _stretches(self, virtual: int, rows: int) -> tuple[SampleRange, ...]:
-        stretches = []
+    def _ranges(self, virtual: int, rows: int) -> tuple[SampleRange, ...]:
+        ranges = []
         while rows:
             place, k = (int(part) for part in self._seek(virtual))
             shard = int(self._shards[k])
             left = int(self._ends[k]) - place
-            stretches.append(SampleRange(shard, int(self.order.shard_samples[shard]) - left, min(rows, left)))
-            virtual, rows = virtual + stretches[-1].rows, rows - stretches[-1].rows
-        return tuple(stretches)
+            ranges.append(SampleRange(shard, int(self.order.shard_samples[shard]) - left, min(rows, left)))
+            virtual, rows = virtual + ranges[-1].rows, rows - ranges[-1].rows
+        return tuple(ranges)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
 """RandAugment's fifteen operations as numbers: which family of arithmetic each belongs to, and its parameters.
 
 Every parameter is fixed by (magnitude, resolution, operation, sign), so it is looked up on the host; the graph of
-decode.py knows seven families and no magnitudes. With v = magnitude / 10 and sign s:
+decode.py knows seven families and no magnitudes. An operation is a number of `Operation` and a row of `EFFECTS`. With
+v = magnitude / 10 and sign s:
 
     Rotate                                   s * 30 v degrees, counter-clockwise for s = +
     ShearX, ShearY                           s * 0.3 v, about the top-left corner
@@ -23,13 +24,14 @@ image's size; shear, rotation and SolarizeAdd are the same. Like TensorFlow's, a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-MOST_MAGNITUDE = 20.0
 FILL = 128.0
 
 
@@ -65,23 +67,109 @@ class Family(IntEnum):
     EQUALIZE = 6
 
 
-_FAMILIES = {
-    Operation.AUTO_CONTRAST: Family.AUTO_CONTRAST,
-    Operation.EQUALIZE: Family.EQUALIZE,
-    Operation.INVERT: Family.TONE,
-    Operation.ROTATE: Family.WARP,
-    Operation.POSTERIZE: Family.TONE,
-    Operation.SOLARIZE: Family.TONE,
-    Operation.SOLARIZE_ADD: Family.TONE,
-    Operation.COLOR: Family.COLOR,
-    Operation.CONTRAST: Family.CONTRAST,
-    Operation.BRIGHTNESS: Family.TONE,
-    Operation.SHARPNESS: Family.FILTER,
-    Operation.SHEAR_X: Family.WARP,
-    Operation.SHEAR_Y: Family.WARP,
-    Operation.TRANSLATE_X: Family.WARP,
-    Operation.TRANSLATE_Y: Family.WARP,
+@dataclass(frozen=True)
+class Strength:
+    """A magnitude and a sign (1 or -1), as the operations take them."""
+
+    magnitude: float
+    sign: int
+
+    @property
+    def share(self) -> float:
+        """s * v of the table above."""
+        return self.sign * self.magnitude / 10
+
+    @property
+    def factor(self) -> float:
+        """Weight of the image against its grey, black or smoothed self: 1 leaves it, 0.1 is the least (as in timm)."""
+        return max(0.1, 1 + self.sign * 0.09 * self.magnitude)
+
+    @property
+    def bits(self) -> int:
+        """How many of the eight bits posterizing keeps."""
+        return max(1, 8 - math.floor(0.4 * self.magnitude + 0.5))
+
+
+def _rotation(s: Strength, side: int) -> ArrayLike:
+    angle, center = math.radians(30 * s.share), side / 2
+    cosine, sine = math.cos(angle), math.sin(angle)
+    shift_x, shift_y = center - cosine * center + sine * center, center - sine * center - cosine * center
+    return [[cosine, -sine, shift_x], [sine, cosine, shift_y], [0, 0, 1]]
+
+
+def _sharpening(s: Strength, side: int) -> ArrayLike:
+    """Pillow's SMOOTH kernel, mixed with the image by the factor."""
+    smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    return (1 - s.factor) * smooth + s.factor * np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+
+
+def _translated(s: Strength, positive: str, negative: str) -> str:
+    return f"translate {abs(45 * s.share):.3g} % {positive if s.share > 0 else negative}"
+
+
+class Effect(NamedTuple):
+    """An operation's family, what is written about it (preview), and what its family needs.
+
+    `matrix(strength, side)` is the map of a WARP, from output to input coordinates, or the kernel of a FILTER;
+    `curve(strength, values)` what becomes of the 256 values in a TONE. Both leave the image as it is by default.
+    """
+
+    family: Family
+    describe: Callable[[Strength], str]
+    matrix: Callable[[Strength, int], ArrayLike] = lambda s, side: np.eye(3)
+    curve: Callable[[Strength, NDArray[np.int64]], NDArray] = lambda s, values: values
+
+
+EFFECTS = {
+    Operation.AUTO_CONTRAST: Effect(Family.AUTO_CONTRAST, lambda s: "auto contrast"),
+    Operation.EQUALIZE: Effect(Family.EQUALIZE, lambda s: "equalize"),
+    Operation.INVERT: Effect(Family.TONE, lambda s: "invert", curve=lambda s, values: 255 - values),
+    Operation.ROTATE: Effect(Family.WARP, lambda s: f"rotate {30 * s.share + 0.0:+.3g} deg", _rotation),  # no -0
+    Operation.POSTERIZE: Effect(
+        Family.TONE, lambda s: f"posterize {s.bits} bits", curve=lambda s, values: values & -(1 << 8 - s.bits)
+    ),
+    Operation.SOLARIZE: Effect(
+        Family.TONE,
+        lambda s: f"solarize from {max(0, math.ceil(256 - 25.6 * s.magnitude))}",
+        curve=lambda s, values: np.where(values < 256 - 25.6 * s.magnitude, values, 255 - values),
+    ),
+    Operation.SOLARIZE_ADD: Effect(
+        Family.TONE,
+        lambda s: f"solarize add {math.floor(11 * s.magnitude)}",
+        curve=lambda s, values: np.where(values < 128, values + math.floor(11 * s.magnitude), values),
+    ),
+    Operation.COLOR: Effect(Family.COLOR, lambda s: f"color x {s.factor:.3g}"),
+    Operation.CONTRAST: Effect(Family.CONTRAST, lambda s: f"contrast x {s.factor:.3g}"),
+    Operation.BRIGHTNESS: Effect(
+        Family.TONE, lambda s: f"brightness x {s.factor:.3g}", curve=lambda s, values: np.rint(values * s.factor)
+    ),
+    Operation.SHARPNESS: Effect(Family.FILTER, lambda s: f"sharpness x {s.factor:.3g}", _sharpening),
+    Operation.SHEAR_X: Effect(
+        Family.WARP,
+        lambda s: f"shear x {0.3 * s.share + 0.0:+.3g}",
+        lambda s, side: [[1, 0.3 * s.share, 0], [0, 1, 0], [0, 0, 1]],
+    ),
+    Operation.SHEAR_Y: Effect(
+        Family.WARP,
+        lambda s: f"shear y {0.3 * s.share + 0.0:+.3g}",
+        lambda s, side: [[1, 0, 0], [0.3 * s.share, 1, 0], [0, 0, 1]],
+    ),
+    Operation.TRANSLATE_X: Effect(
+        Family.WARP,
+        lambda s: _translated(s, "left", "right"),
+        lambda s, side: [[1, 0, 0.45 * s.share * side], [0, 1, 0], [0, 0, 1]],
+    ),
+    Operation.TRANSLATE_Y: Effect(
+        Family.WARP,
+        lambda s: _translated(s, "up", "down"),
+        lambda s, side: [[1, 0, 0], [0, 1, 0.45 * s.share * side], [0, 0, 1]],
+    ),
 }
+
+
+def describe(operation: Operation, magnitude: float, sign: int) -> str:
+    """What an operation does to an image: "rotate +12 deg", "posterize 6 bits"."""
+    return EFFECTS[operation].describe(Strength(magnitude, sign))
 
 
 @dataclass(frozen=True)
@@ -101,95 +189,15 @@ class Tables:
 
 
 def tables(magnitude: float, resolution: int) -> Tables:
-    """The parameters at this magnitude (0 to MOST_MAGNITUDE) for square images of this side."""
-    grid = [(operation, sign) for operation in Operation for sign in (1, -1)]
-    curves = np.stack([tone_curve(operation, magnitude, sign) for operation, sign in grid])
+    """The parameters at this magnitude for square images of this side."""
+    grid = [(EFFECTS[operation], Strength(magnitude, sign)) for operation in Operation for sign in (1, -1)]
+    curves = np.stack([np.clip(effect.curve(s, np.arange(256)), 0, 255).astype(np.uint8) for effect, s in grid])
     tones, rows = np.unique(curves, axis=0, return_inverse=True)
+    matrices = [np.array(effect.matrix(s, resolution), np.float32) for effect, s in grid]
     return Tables(
-        family=np.array([_FAMILIES[operation] for operation, _ in grid], np.int32).reshape(15, 2),
-        matrix=np.stack([_matrix(o, magnitude, sign, resolution) for o, sign in grid]).reshape(15, 2, 3, 3),
-        factor=np.array([factor(magnitude, sign) for _, sign in grid], np.float32).reshape(15, 2),
+        family=np.array([effect.family for effect, _ in grid], np.int32).reshape(15, 2),
+        matrix=np.stack(matrices).reshape(15, 2, 3, 3),
+        factor=np.array([s.factor for _, s in grid], np.float32).reshape(15, 2),
         tone=(rows.reshape(15, 2) * 256).astype(np.int16),
         tones=tones.reshape(-1),
     )
-
-
-def factor(magnitude: float, sign: int) -> float:
-    """Weight of the image against its greyed, flat, black or smoothed self; 1 leaves it, 0.1 is the least (as timm)."""
-    return max(0.1, 1 + sign * 0.09 * magnitude)
-
-
-def posterize_bits(magnitude: float) -> int:
-    """How many of the eight bits are kept."""
-    return max(1, 8 - math.floor(0.4 * magnitude + 0.5))
-
-
-def tone_curve(operation: Operation, magnitude: float, sign: int) -> NDArray[np.uint8]:
-    """What each of the 256 values becomes, [256]; the identity for operations that are no curve."""
-    values = np.arange(256)
-    match operation:
-        case Operation.INVERT:
-            curve = 255 - values
-        case Operation.POSTERIZE:
-            curve = values & -(1 << 8 - posterize_bits(magnitude))
-        case Operation.SOLARIZE:
-            curve = np.where(values < 256 - 25.6 * magnitude, values, 255 - values)
-        case Operation.SOLARIZE_ADD:
-            curve = np.where(values < 128, values + math.floor(11 * magnitude), values)
-        case Operation.BRIGHTNESS:
-            curve = np.rint(values * factor(magnitude, sign))
-        case _:
-            curve = values
-    return np.clip(curve, 0, 255).astype(np.uint8)
-
-
-def in_words(operation: Operation, magnitude: float, sign: int) -> str:
-    """What an operation does to an image, as a person says it: "rotate +12 deg", "posterize 6 bits"."""
-    name, strength = operation.name.lower().replace("_", " "), sign * magnitude / 10 + 0.0  # no -0
-    match operation:
-        case Operation.ROTATE:
-            return f"rotate {30 * strength:+.3g} deg"
-        case Operation.SHEAR_X | Operation.SHEAR_Y:
-            return f"{name} {0.3 * strength:+.3g}"
-        case Operation.TRANSLATE_X:
-            return f"translate {abs(45 * strength):.3g} % {'left' if strength > 0 else 'right'}"
-        case Operation.TRANSLATE_Y:
-            return f"translate {abs(45 * strength):.3g} % {'up' if strength > 0 else 'down'}"
-        case Operation.COLOR | Operation.CONTRAST | Operation.BRIGHTNESS | Operation.SHARPNESS:
-            return f"{name} x {factor(magnitude, sign):.3g}"
-        case Operation.POSTERIZE:
-            return f"posterize {posterize_bits(magnitude)} bits"
-        case Operation.SOLARIZE:
-            return f"solarize from {max(0, math.ceil(256 - 25.6 * magnitude))}"
-        case Operation.SOLARIZE_ADD:
-            return f"solarize add {math.floor(11 * magnitude)}"
-    return name
-
-
-def _matrix(operation: Operation, magnitude: float, sign: int, resolution: int) -> NDArray[np.float32]:
-    strength = sign * magnitude / 10
-    match operation:
-        case Operation.ROTATE:
-            return _rotation(math.radians(30 * strength), resolution / 2)
-        case Operation.SHEAR_X:
-            rows = [[1, 0.3 * strength, 0], [0, 1, 0], [0, 0, 1]]
-        case Operation.SHEAR_Y:
-            rows = [[1, 0, 0], [0.3 * strength, 1, 0], [0, 0, 1]]
-        case Operation.TRANSLATE_X:
-            rows = [[1, 0, 0.45 * strength * resolution], [0, 1, 0], [0, 0, 1]]
-        case Operation.TRANSLATE_Y:
-            rows = [[1, 0, 0], [0, 1, 0.45 * strength * resolution], [0, 0, 1]]
-        case Operation.SHARPNESS:
-            # Pillow's SMOOTH kernel, mixed with the image by the factor.
-            smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-            weight = factor(magnitude, sign)
-            rows = (1 - weight) * smooth + weight * np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
-        case _:
-            rows = np.eye(3)
-    return np.array(rows, np.float32)
-
-
-def _rotation(angle: float, center: float) -> NDArray[np.float32]:
-    cosine, sine = math.cos(angle), math.sin(angle)
-    shift_x, shift_y = center - cosine * center + sine * center, center - sine * center - cosine * center
-    return np.array([[cosine, -sine, shift_x], [sine, cosine, shift_y], [0, 0, 1]], np.float32)

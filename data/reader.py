@@ -44,20 +44,20 @@ class Sample:
     width: int
 
 
-def read_stretches(manifest: Manifest, stretches: Sequence[SampleRange]) -> list[Sample | BadSample]:
+def read_ranges(manifest: Manifest, ranges: Sequence[SampleRange]) -> list[Sample | BadSample]:
     """The samples of neighbouring runs, in order; DataError where storage or table cannot be read."""
-    return [sample for stretch in stretches for sample in _read_stretch(manifest, stretch)]
+    return [sample for sample_range in ranges for sample in _read_range(manifest, sample_range)]
 
 
-def _read_stretch(manifest: Manifest, stretch: SampleRange) -> list[Sample | BadSample]:
-    shard = manifest.shards[stretch.shard]
-    storage, url = manifest.storage, manifest.url_of(stretch.shard)
-    rows = read_rows(storage, manifest.url_of(stretch.shard, ".npy"), stretch.first_row, stretch.rows)
+def _read_range(manifest: Manifest, sample_range: SampleRange) -> list[Sample | BadSample]:
+    shard = manifest.shards[sample_range.shard]
+    storage, url = manifest.storage, manifest.url_of(sample_range.shard)
+    rows = read_rows(storage, manifest.url_of(sample_range.shard, ".npy"), sample_range.first_row, sample_range.rows)
     begin, end = int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1])
     found = _parse(_checked(storage.read(url, begin, end), rows))
     if not all(found):
-        found = _parse(_checked(storage.read_again(url, begin, end, "samples are not those that were packed"), rows))
-    keys = [""] * len(rows) if all(found) else _keys(manifest, stretch)
+        found = _parse(_checked(storage.reread(url, begin, end, "samples are not those that were packed"), rows))
+    keys = [""] * len(rows) if all(found) else _keys(manifest, sample_range)
     return [
         _sample(parts, row, manifest, shard.name)
         if parts
@@ -144,11 +144,11 @@ def _sample(parsed: dict[str, Any], row: np.void, manifest: Manifest, shard: str
     return Sample(key, image, labels, height, width)
 
 
-def _keys(manifest: Manifest, stretch: SampleRange) -> list[str]:
-    """The keys of a stretch by the shard's index, since a damaged sample's own header may be what is damaged."""
-    numbers = range(stretch.first_row, stretch.first_row + stretch.rows)
+def _keys(manifest: Manifest, sample_range: SampleRange) -> list[str]:
+    """The keys of a range by the shard's index, since a damaged sample's own header may be what is damaged."""
+    numbers = range(sample_range.first_row, sample_range.first_row + sample_range.rows)
     try:
-        index = manifest.storage.read(manifest.url_of(stretch.shard, ".idx"))
+        index = manifest.storage.read(manifest.url_of(sample_range.shard, ".idx"))
         lines = index.decode("utf-8", "surrogateescape").split("\n")
         return [key_of_line(lines[1 + number]) for number in numbers]
     except (DataError, IndexError):  # the name in a report is not worth the run

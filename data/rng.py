@@ -3,7 +3,7 @@
 Counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so any number can be
 had alone, in any order, on any rank. Key and counter are spelled out below and independent of `numpy.random`, whose
 streams may change between versions: integers and uniforms are the same everywhere, normals to within the last bit of
-the machine's logarithm and cosine. What the numbers decide is not known here.
+the machine's logarithm and cosine.
 """
 
 from __future__ import annotations

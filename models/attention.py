@@ -24,14 +24,14 @@ def relative_attention(
     k: Tensor,
     v: Tensor,
     table: Tensor | None,
-    form: BiasPosition = "pre_softmax",
+    bias_position: BiasPosition = "pre_softmax",
     backend: Backend = "reference",
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_size) + w) v, or (softmax(q k^T / sqrt(head_size)) + w) v after the softmax.
 
     q, k, v are [n, heads, h * w, head_size], as is the result; `table` is [heads, 2h-1, 2w-1], or None without w.
     """
-    if table is None or form == "pre_softmax":
+    if table is None or bias_position == "pre_softmax":
         return BACKENDS[backend](q, k, v, table)
     return BACKENDS[backend](q, k, v, None) + relative_bias(table).to(v.dtype) @ v
 
@@ -55,17 +55,17 @@ class RelativeAttention(nn.Module):
         width: int,
         grid: tuple[int, int],
         head_size: int,
-        form: BiasPosition = "pre_softmax",
+        bias_position: BiasPosition = "pre_softmax",
         backend: Backend | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        self.head_size, self.grid, self.form, self.backend = head_size, grid, form, backend
+        self.head_size, self.grid, self.bias_position, self.backend = head_size, grid, bias_position, backend
         self.query = linear(inputs, width)
         self.key = linear(inputs, width)
         self.value = linear(inputs, width)
         self.output = linear(width, width)
         self.bias_table: nn.Parameter | None = None
-        if form != "none":
+        if bias_position != "none":
             self.bias_table = nn.Parameter(torch.empty(width // head_size, 2 * grid[0] - 1, 2 * grid[1] - 1))
         self.register_load_state_dict_pre_hook(_resize_loaded_table)
 
@@ -75,18 +75,20 @@ class RelativeAttention(nn.Module):
             layer(tokens).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        backend = self.chosen(q.device.type, q.dtype, torch.is_grad_enabled())
-        y = relative_attention(q, k, v, self.bias_table, self.form, backend)
+        backend = self.select_backend(q.device.type, q.dtype, torch.is_grad_enabled())
+        y = relative_attention(q, k, v, self.bias_table, self.bias_position, backend)
         return self.output(y.transpose(1, 2).flatten(2)).unflatten(1, x.shape[1:3])
 
-    def chosen(self, device: str, dtype: torch.dtype, with_gradient: bool) -> Backend:
+    def select_backend(self, device: str, dtype: torch.dtype, with_gradient: bool) -> Backend:
         """The backend that attention in this type on such a device takes."""
         if self.backend != "auto":
             return self.backend
-        return fastest(device, dtype, self.grid[0] * self.grid[1], with_gradient, self.form == "pre_softmax")
+        return fastest(device, dtype, self.grid[0] * self.grid[1], with_gradient, self.bias_position == "pre_softmax")
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}, head_size={self.head_size}, form={self.form}, backend={self.backend}"
+        return (
+            f"grid={self.grid}, head_size={self.head_size}, bias_position={self.bias_position}, backend={self.backend}"
+        )
 
 
 def _resize_loaded_table(layer: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

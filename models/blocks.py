@@ -67,7 +67,7 @@ class MBConv(nn.Module):
     """Proj(Pool(x)) + Conv(DepthConv(Conv(Norm(x), stride))) (Eq. 5): [n, inputs, h, w] to [n, width, h', w'].
 
     The inner width is four times the output's, the squeezed width a quarter of it. The stride is the first
-    convolution's, or the depthwise one's (Table 9). `survival` [n, 1].
+    convolution's, or the depthwise one's (Table 9). `drop_path_mask` [n, 1].
     """
 
     branches: ClassVar[int] = 1
@@ -87,12 +87,12 @@ class MBConv(nn.Module):
         self.squeeze_excitation = SqueezeExcitation(inner, max(1, width // 4))
         self.shrink = convolution(inner, width, 1)
 
-    def forward(self, x: Tensor, survival: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         y = self.expand(self.norm(x))
         y = self.depthwise(gelu(self.expand_norm(y)))
         y = self.squeeze_excitation(gelu(self.depthwise_norm(y)))
         y = self.shrink(y)
-        return self.shortcut(x) + apply_drop_path(y, None if survival is None else survival[:, 0])
+        return self.shortcut(x) + apply_drop_path(y, None if drop_path_mask is None else drop_path_mask[:, 0])
 
 
 class FeedForward(nn.Module):
@@ -111,7 +111,7 @@ class TransformerBlock(nn.Module):
     """Proj(Pool(x)) + Attention(Pool(Norm(x))) (Eq. 4), then x + FeedForward(Norm(x)).
 
     [n, inputs, h, w] to [n, width, h', w']. `attention` makes, of its input and output widths, a layer that takes
-    [n, h', w', inputs] to [n, h', w', width]. `survival` [n, 2]: the attention's factors and the feed-forward's.
+    [n, h', w', inputs] to [n, h', w', width]. `drop_path_mask` [n, 2]: the attention's factors and the feed-forward's.
     """
 
     branches: ClassVar[int] = 2
@@ -133,8 +133,8 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = norm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, survival: Tensor | None = None) -> Tensor:
-        attended, fed = (None, None) if survival is None else survival.unbind(1)
+    def forward(self, x: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
+        attended, fed = (None, None) if drop_path_mask is None else drop_path_mask.unbind(1)
         y = _maps(self.attention_norm(_places(x)))
         y = self.attention(_places(downsample(y, self.stride, self.pool)))
         x = self.shortcut(x) + apply_drop_path(_maps(y), attended)

@@ -72,7 +72,7 @@ def coatnet(
     _check_resolution(layout, (height, width))
 
     mbconv = partial(MBConv, norm=map_norm, stride_place=layout.stride, pool=pool)
-    attend = partial(RelativeAttention, head_size=layout.head_size, form=relative_attention, backend=attention)
+    attend = partial(RelativeAttention, head_size=layout.head_size, bias_position=relative_attention, backend=attention)
 
     def block(kind: str, inputs: int, width: int, stride: int, grid: Grid) -> Block:
         if kind == "mbconv":
@@ -104,34 +104,34 @@ class CoAtNet(nn.Module):
         self.head = head
         self.branches = sum(block.branches for block in self.blocks())
 
-    def forward(self, images: Tensor, survival: Tensor | None = None) -> Tensor:
-        """Logits [n, classes]. `survival` [n, branches] multiplies each residual branch (0, or 1 / probability).
+    def forward(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
+        """Logits [n, classes]. `drop_path_mask` [n, branches] multiplies each residual branch (0, or 1 / probability).
 
         ValueError for images of another size than the model was made for.
         """
-        return self.head(deque(self._maps(images, survival), maxlen=1).pop())
+        return self.head(deque(self._maps(images, drop_path_mask), maxlen=1).pop())
 
-    def forward_features(self, images: Tensor, survival: Tensor | None = None) -> list[Tensor]:
+    def forward_features(self, images: Tensor, drop_path_mask: Tensor | None = None) -> list[Tensor]:
         """The maps [n, width, h, w] of the stem and of every stage, in order, channels-last."""
-        return list(self._maps(images, survival))
+        return list(self._maps(images, drop_path_mask))
 
     def blocks(self) -> Iterator[Block]:
         """All residual blocks in the order of the forward."""
         return (module for module in self.modules() if isinstance(module, MBConv | TransformerBlock))
 
-    def _maps(self, images: Tensor, survival: Tensor | None) -> Iterator[Tensor]:
-        self._check(images, survival)
+    def _maps(self, images: Tensor, drop_path_mask: Tensor | None) -> Iterator[Tensor]:
+        self._check(images, drop_path_mask)
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         yield x
         branches = [block.branches for block in self.blocks()]
-        factors = repeat(None) if survival is None else iter(survival.split(branches, dim=1))
+        factors = repeat(None) if drop_path_mask is None else iter(drop_path_mask.split(branches, dim=1))
         for number, stage in enumerate(self.stages, 1):
             recomputes = number in self.recomputed and torch.is_grad_enabled()
             for block in stage.children():
                 x = _recomputed(block, x, next(factors)) if recomputes else block(x, next(factors))
             yield x
 
-    def _check(self, images: Tensor, survival: Tensor | None) -> None:
+    def _check(self, images: Tensor, drop_path_mask: Tensor | None) -> None:
         if images.shape[-2:] != self.resolution:
             height, width = images.shape[-2:]
             wanted = " x ".join(map(str, self.resolution))
@@ -139,8 +139,10 @@ class CoAtNet(nn.Module):
                 f"images are {height} x {width}; the model was made for {wanted}:"
                 f" resize them, or make one with resolution=({height}, {width}) and load the weights"
             )
-        if survival is not None and survival.shape != (len(images), self.branches):
-            raise ValueError(f"survival is {list(survival.shape)}; it must be {[len(images), self.branches]}")
+        if drop_path_mask is not None and drop_path_mask.shape != (len(images), self.branches):
+            raise ValueError(
+                f"drop_path_mask is {list(drop_path_mask.shape)}; it must be {[len(images), self.branches]}"
+            )
 
 
 class ConvolutionStem(nn.Module):

@@ -34,7 +34,7 @@ TIMM_DEFAULTS: dict[str, Any] = {
     "transformer_dim_head": 32,
     "transformer_rel_pos_type": "bias",
 }
-"""The arguments of timm's networks that are understood here, with the values they have where nobody says otherwise."""
+"""The arguments of timm's networks that are understood here, with their defaults."""
 CHOICES = {
     "stride": ("conv_stride_mode", {"expand": "1x1", "depthwise": "dw"}),
     "pool": ("conv_pool_type", {"average": "avg2", "max": "max2"}),
@@ -142,7 +142,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, nn.LayerNorm):
             found["layer_norm_eps"] = module.eps
         elif isinstance(module, RelativeAttention):
-            found |= {"head_size": module.head_size, "relative_attention": module.form}
+            found |= {"head_size": module.head_size, "relative_attention": module.bias_position}
     return found
 
 
@@ -218,21 +218,6 @@ def _our_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_known(name: str) -> None:
-    """ValueError, which says what timm's network `name` is, where it is none of those that can be had here."""
+    """ValueError where timm's network `name` is none of those that can be converted."""
     if name not in LAYOUTS:
-        raise ValueError(f"{name} {_difference(name)}; what can be had here is {', '.join(LAYOUTS)}")
-
-
-def _difference(name: str) -> str:
-    if not name.startswith("coatn"):
-        return "is no CoAtNet"
-    if name.startswith("coatnext"):
-        return "has ConvNeXt's blocks for MBConv"
-    if "_rmlp_" in name:
-        return "computes its biases by a small network, and its blocks are other ones than the paper's"
-    if "_rw_" in name or "_cc_" in name:
-        return (
-            "is another network than the paper's: MBConv four times as wide as its input and not its output, SiLU,"
-            " an activation after the first norm, no biases of shortcut and last convolution, widening after attention"
-        )
-    return "is not known"
+        raise ValueError(f"{name} is another network than the paper's; what can be had here is {', '.join(LAYOUTS)}")

@@ -2,9 +2,9 @@
 
 A group is a fixed set of consecutive samples, so what a sample is normalised by does not depend on the number of ranks,
 nor on how many groups a forward holds; where a group lies on several ranks, they synchronise (`across_ranks`). Each
-training forward adds up its groups' statistics; whoever runs the step takes the sums (`pop_statistics`), adds them
+training forward adds up its groups' statistics; the training loop takes the sums (`pop_statistics`), adds them
 over the ranks, and applies them (`apply_statistics`), or drops them with the step. A forward that repeats another
-(activation checkpointing), or that only keeps other ranks company, is run under `frozen_statistics` and adds none.
+(activation checkpointing), or that only takes part in collectives, is run under `frozen_statistics` and adds none.
 Layer normalisation of maps is here too.
 """
 

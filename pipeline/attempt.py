@@ -12,6 +12,7 @@ from typing import TextIO
 
 import torch
 
+from data.storage.durable import write_atomically
 from pipeline.checkpoint.attempts import SupersededCheck, allocate, raise_if_superseded
 from pipeline.checkpoint.writer import clean_partial
 from pipeline.config.parsing import to_yaml
@@ -23,7 +24,6 @@ from pipeline.errors import DataError, RunFailed, first_line
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.events import Events
-from pipeline.run.jsonl import write_whole
 from pipeline.run.lock import RunLocked, acquire_lock
 from pipeline.training.engine import start_process_group
 from pipeline.watchdog.watchdog import start_watchdog
@@ -136,7 +136,7 @@ def claim(path: Path) -> Claim:
 
 def write_config(path: Path, config: Config) -> None:
     """Writes RUN/config.yaml so that it is always whole."""
-    write_whole(path / "config.yaml", to_yaml(config))
+    write_atomically(path / "config.yaml", to_yaml(config))
 
 
 def _is_of_our_job(path: Path) -> bool:

@@ -5,7 +5,7 @@ Reads only; without torch, so that a wrong request is answered at once. Every ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,9 @@ def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, 
 
 
 def augmentation(augment: Augment) -> Augmentation:
-    """What is drawn for each sample."""
-    return Augmentation(
-        crop=augment.crop,
-        crop_area=augment.crop_area,
-        flip=augment.flip,
-        layers=augment.randaugment.layers,
-        magnitude=augment.randaugment.magnitude,
-    )
+    """What is drawn for each sample: the keys that Augmentation has fields for, RandAugment's among them."""
+    keys = {**dict(augment), **dict(augment.randaugment)}
+    return Augmentation(**{field.name: keys[field.name] for field in fields(Augmentation)})
 
 
 def check_ranks(config: Config, world_size: int) -> None:

@@ -1,7 +1,7 @@
 """What lies in a tar or a zip, found by its headers: each file is a range of the archive's bytes, nothing is unpacked.
 
 A tar inside a tar is a range of the outer one, and stands for a folder of its name: ImageNet's training set comes as a
-tar of one tar per class. Of a name that comes twice the later file counts. What becomes of the files is not known here.
+tar of one tar per class. Of two files of one name the later one counts.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Entry(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the system's business and nobody's image."""
+    """Whether a file or folder of this name belongs to the system and is no image."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def plain_path(name: str) -> str:
-    """A path without what leads nowhere: "./a//b/" is "a/b"."""
+    """A path without empty and "." parts: "./a//b/" is "a/b"."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 

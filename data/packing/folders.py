@@ -1,7 +1,7 @@
 """What lies in a folder, a tar or a zip, at any fsspec URL: names, sizes and places of its files, none of them read.
 
-A tar in a folder stands for a folder of its name, as a tar in a tar does. Links are followed on a local disk, and those
-that lead nowhere are listed with the reason. Hidden files are nobody's. What is an image is not known here.
+A tar in a folder stands for a folder of its name, as a tar in a tar does. Links are followed on a local disk, and
+broken ones are listed with the reason. Hidden files are skipped. Which files are images is decided in sources.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def entries_of(storage: Storage, url: str) -> list[Entry]:
             return list(_folder_entries(storage, fs, root, url))
         if not fs.isfile(root):
             raise UsageError(f"{url} does not exist; {NEEDED}")
-        with _opened(storage, fs, root, url) as stream:
+        with _open(storage, fs, root, url) as stream:
             return list(_archive_entries(stream, url))
     except (UsageError, DataError):
         raise
@@ -51,18 +51,18 @@ def _archive_entries(stream: BinaryIO, url: str) -> Iterable[Entry]:
         zipped = beginning.startswith(_ZIP) or url.endswith(".zip")
         return (zip_entries if zipped else tar_entries)(stream, url).values()
     except tarfile.TarError as error:
-        raise UsageError(f"{url} {_no_tar(beginning, error)}") from None
+        raise UsageError(f"{url} {_describe_no_tar(beginning, error)}") from None
     except zipfile.BadZipFile as error:
         raise UsageError(f"{url} is not a whole zip ({error}); {NEEDED}") from None
 
 
-def _no_tar(beginning: bytes, error: tarfile.TarError) -> str:
+def _describe_no_tar(beginning: bytes, error: tarfile.TarError) -> str:
     if tool := decompressor_for(beginning):
         return f"is compressed; {tool} it first: a folder, a zip or a plain tar is needed"
     return f"is neither a folder nor a whole tar ({error}); {NEEDED}"
 
 
-def _opened(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) -> BinaryIO:
+def _open(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) -> BinaryIO:
     """The file to read and seek in; from afar by ranges so long that not every image's header costs a request."""
     if isinstance(fs, LocalFileSystem):
         return cast(BinaryIO, fs.open(path, "rb"))
@@ -85,7 +85,7 @@ def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, 
     pending = [(root.rstrip("/"), "")]
     while pending:
         folder, inside = pending.pop()
-        for info in storage.retried("listed", folder, None, None, lambda: fs.ls(folder or "/", detail=True)):  # noqa: B023
+        for info in storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True)):  # noqa: B023
             place = info["name"].rstrip("/")
             name = place.rpartition("/")[2]
             if is_hidden(name) or place == folder:  # object stores list a folder in itself
@@ -110,7 +110,7 @@ def _class_tar(storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entr
     """The folder that a tar in a folder stands for, and what is in it."""
     folder = entry.path.removesuffix(".tar")
     yield Entry(folder, True, entry.url)
-    with _opened(storage, fs, place, entry.url) as stream:
+    with _open(storage, fs, place, entry.url) as stream:
         try:
             yield from tar_entries(stream, entry.url, f"{folder}/").values()
         except tarfile.TarError as error:

@@ -1,4 +1,4 @@
-"""Manifest, sample tables and DALI indexes for shards that somebody else wrote, at any fsspec URL.
+"""Manifest, sample tables and DALI indexes for shards that other tools wrote, at any fsspec URL.
 
 By their headers alone: a tar is walked over in ranged reads, in which only the labels are read as well. Checksums and
 sizes of images stay unknown then; samples are marked so, and decoded once more whenever they are read. With `decode`
@@ -98,18 +98,18 @@ def index(
     tars = find_tars(url)
     folder = _common_folder([tar.url for tar in tars])
     destination = out or folder
-    _refuse_destination(destination)
+    _check_destination(destination)
     names = None if classes is None else list(read_classes(classes))
     numbers = None if names is None else {name: number for number, name in enumerate(names)}
     request = _Request(Storage(), folder, destination, decode, label_field, numbers)
-    found = list(each_in_threads(lambda tar: _index_tar(request, tar), tars, workers, progress))
+    found = list(map_in_threads(lambda tar: _index_tar(request, tar), tars, workers, progress))
     full = [each for each in found if each.shard.samples]
     if not full or max(each.highest for each in full) < 0:
         raise UsageError(f"{url} has no sample with a label; is it another --label-field?")
-    made_up = [str(number) for number in range(max(each.highest for each in full) + 1)]
+    numbered = [str(number) for number in range(max(each.highest for each in full) + 1)]
     write_manifest(
         destination,
-        made_up if names is None else names,
+        numbered if names is None else names,
         [each.shard for each in full],
         label_field=label_field,
         labels_per_sample=max(1, *(each.most_labels for each in full)),
@@ -119,7 +119,7 @@ def index(
         shards=len(full),
         samples=sum(each.shard.samples for each in full),
         bytes=sum(each.shard.bytes for each in full),
-        classes=len(made_up if names is None else names),
+        classes=len(numbered if names is None else names),
         broken=tuple(chain.from_iterable(each.broken for each in found)),
         unchecked=0 if decode else sum(each.shard.samples for each in full),
     )
@@ -143,7 +143,7 @@ def find_tars(url: str) -> list[Tar]:
 def _matching(pattern: str) -> list[Tar]:
     fs, path = open_fs(pattern)
     try:
-        found = Storage().retried("listed", pattern, None, None, lambda: _listed(fs, path))
+        found = Storage().with_retries("listed", pattern, lambda: _listed(fs, path))
     except NotFound:
         raise UsageError(f"{pattern} does not exist") from None
     tars = [each for each in found if each["name"].endswith(".tar") and each["type"] != "directory"]
@@ -177,10 +177,10 @@ def _common_folder(urls: Sequence[str]) -> str:
     return folder or "/"
 
 
-def _refuse_destination(destination: str) -> None:
+def _check_destination(destination: str) -> None:
     fs, folder = open_fs(destination)
     place = join(folder, MANIFEST)
-    held = Storage().retried("read", destination, None, None, lambda: fs.exists(place))
+    held = Storage().with_retries("read", destination, lambda: fs.exists(place))
     if held:
         raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
 
@@ -219,31 +219,31 @@ def _labels(request: _Request, tar: Tar, samples: list[TarSample]) -> tuple[list
     for sample in samples:
         try:
             image_part(sample.parts)
-            stated = parse_labels({**dict.fromkeys(sample.parts, b""), **sample.contents}, request.label_field)
+            parsed = parse_labels({**dict.fromkeys(sample.parts, b""), **sample.contents}, request.label_field)
             if request.numbers is None:
-                names = names or next((each for each in stated if isinstance(each, str)), None)
-            labels.append(_numbers(stated, request.numbers))
+                names = names or next((each for each in parsed if isinstance(each, str)), None)
+            labels.append(_numbers(parsed, request.numbers))
         except InvalidSample as unusable:
             faults[sample.key] = str(unusable)
     if names and not labels:
         raise UsageError(f"{tar.url} has names as labels ({names[:20]!r}, for one); --classes FILE must list them")
     if not labels:
-        _refuse_unlabelled(request, tar, samples[0])
+        _check_labelled(request, tar, samples[0])
     return labels, faults
 
 
-def _numbers(stated: list[int | str], numbers: dict[str, int] | None) -> tuple[int, ...]:
+def _numbers(parsed: list[int | str], numbers: dict[str, int] | None) -> tuple[int, ...]:
     if numbers is not None:
-        return class_numbers(stated, numbers)
-    for label in stated:
+        return class_numbers(parsed, numbers)
+    for label in parsed:
         if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
             raise InvalidSample(
                 f"its label is {str(label)[:20]!r}; without --classes FILE it must be 0 to {MOST_CLASSES - 1}"
             )
-    return tuple(each for each in stated if isinstance(each, int))
+    return tuple(each for each in parsed if isinstance(each, int))
 
 
-def _refuse_unlabelled(request: _Request, tar: Tar, first: TarSample) -> None:
+def _check_labelled(request: _Request, tar: Tar, first: TarSample) -> None:
     """UsageError where the tar's first sample lacks what labels are looked for in, with what it has instead."""
     where = label_part(request.label_field)
     if request.label_field is None and where in first.parts:
@@ -287,7 +287,7 @@ def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
         raise DataError(f"{destination} cannot be written: {error}; --out takes another place") from error
 
 
-def each_in_threads(
+def map_in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[Result]:
     """The work's results in the order of the items; an error ends it, and what has not begun is not begun."""

@@ -1,8 +1,7 @@
-"""What a person's lists say: the classes in their order, the labels of a flat set of images, or images with labels.
+"""Lists that a user brings: the classes in their order, the labels of a flat set of images, or images with labels.
 
 A list is refused where it contradicts itself, with the line. Numbers stand for classes only where a list of classes
 gives their order: ImageNet's own numbering is not that of its sorted class names, and a guess would be wrong silently.
-Which images there are is not known here.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def is_packed(url: str) -> bool:
 def read_labels(url: str) -> dict[str, str] | list[str]:
     """Labels by file name, from lines `name label` (comma, tab or space); or one in each line, by sorted file name."""
     lines = _lines(url)
-    pairs = [(line, *_two(text)) for line, text in lines]
+    pairs = [(line, *_split_pair(text)) for line, text in lines]
     if not any(label for _, _, label in pairs):
         return [label for _, label in lines]
     labels: dict[str, str] = {}
@@ -61,7 +60,7 @@ def read_labels(url: str) -> dict[str, str] | list[str]:
     return labels
 
 
-def _two(text: str) -> tuple[str, str]:
+def _split_pair(text: str) -> tuple[str, str]:
     separator = next((sign for sign in ",\t" if sign in text), None)
     name, *label = text.split(separator, 1)
     return name.strip(), label[0].strip() if label else ""
@@ -88,7 +87,7 @@ def _csv_rows(url: str, text: str) -> Iterator[Row]:
         raise UsageError(f"{url} must begin with a line `path,label` or `path,labels`; its first line is {first!r:.80}")
     for fields in reader:
         labels = (fields["labels"] or "").split(";") if "labels" in columns else [fields["label"] or ""]
-        yield Row(reader.line_num, fields["path"], _once(labels))
+        yield Row(reader.line_num, fields["path"], _unique(labels))
 
 
 def _json_rows(url: str, text: str) -> Iterator[Row]:
@@ -104,20 +103,20 @@ def _json_rows(url: str, text: str) -> Iterator[Row]:
             raise UsageError(
                 f'{url} line {number} must be {{"path": "...", "label": ...}} or {{"path": "...", "labels": [...]}}'
             )
-        yield Row(number, fields["path"], _once(map(str, labels)))
+        yield Row(number, fields["path"], _unique(map(str, labels)))
 
 
-def _once(labels: Iterable[str]) -> tuple[str, ...]:
+def _unique(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label.strip() for label in labels))
 
 
-def _is_label(stated: object) -> bool:
-    return isinstance(stated, str | int) and not isinstance(stated, bool)
+def _is_label(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 # From labels as written to numbers.
 
-Counting = Callable[[set[int], int], int]
+BaseRule = Callable[[set[int], int], int]
 """What numbers count from, 0 or 1, by the numbers and how many classes there are; ValueError where they do not fit."""
 
 
@@ -138,7 +137,7 @@ def infer_base(numbers: set[int], classes: int) -> int:
 
 
 def to_class_names(
-    where: str, labels: Sequence[tuple[str, ...]], classes: Sequence[str] | None, counting: Counting
+    where: str, labels: Sequence[tuple[str, ...]], classes: Sequence[str] | None, base_rule: BaseRule
 ) -> list[tuple[str, ...]]:
     """Labels as class names, where `where` writes them as numbers of `classes`; others are as they were."""
     words = {label for each in labels for label in each}
@@ -150,7 +149,7 @@ def to_class_names(
             " (of ImageNet's development kit that is not the order of sorted names)"
         )
     try:
-        first = counting({int(word) for word in words}, len(classes))
+        first = base_rule({int(word) for word in words}, len(classes))
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
     return [tuple(classes[int(label) - first] for label in each) for each in labels]
@@ -172,7 +171,7 @@ def _text(url: str) -> str:
         raise UsageError(f"{url} is not UTF-8 text; a list is needed") from None
 
 
-def few(names: Iterable[str]) -> str:
+def abbreviate(names: Iterable[str]) -> str:
     """The first ten of some names, sorted, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")

@@ -1,10 +1,10 @@
-"""A person's images packed into shuffled WebDataset shards; the same source and seed give the same bytes.
+"""Images packed into shuffled WebDataset shards; the same source and seed give the same bytes.
 
 Images keep their bytes, unless smaller ones are asked for. Each is decoded once, in threads, so that training meets no
 damaged one; what does not decode is listed and left out. The order is one permutation of all images, and shards are cut
 from it by the sizes that the listing gave, before anything is read: neither threads nor damaged images nor an
 interruption move a sample to another shard. At most three shards are in memory. The manifest comes last, so an
-interrupted pack never looks whole. Who trains on the shards is not known here.
+interrupted pack never looks whole.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from data import codec, rng
 from data.errors import DataError, UsageError
 from data.packing.archives import Damaged
 from data.packing.resize import shrink
-from data.packing.resume import FinishedShard, Request, commit, refuse_destination, resume, write_shard
-from data.packing.sources import Entry, Source, list_source, refuse_empty_classes
+from data.packing.resume import FinishedShard, Request, check_destination, commit, resume, write_shard
+from data.packing.sources import Entry, Source, check_empty_classes, list_source
 from data.shards.manifest import BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
@@ -97,8 +97,8 @@ def pack(
     `progress(done, total)` counts image files. UsageError where source, destination or numbers cannot be; DataError
     where reading or writing fails.
     """
-    _refuse_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality)
-    refuse_destination(source, destination, overwrite)
+    _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality)
+    check_destination(source, destination, overwrite)
     found = list_source(source, labels, classes)
     plan = list(cut(_shuffled(found, seed), _tar_bytes, samples_per_shard, bytes_per_shard))
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
@@ -106,11 +106,11 @@ def pack(
     done = resume(destination, request, overwrite)
     kept = len(done)
     with ThreadPoolExecutor(workers) as pool:
-        looked_at = partial(_examine, found, resize, quality or QUALITY)
-        examined = _examined(pool, looked_at, plan, kept, workers, progress)
+        examine = partial(_examine, found, resize, quality or QUALITY)
+        examined = _examine_all(pool, examine, plan, kept, workers, progress)
         done += _write_shards(pool, destination, plan, done, examined)
     if not found.fixed:
-        refuse_empty_classes(source, _empty_classes(found, plan, done), "of which no image decodes")
+        check_empty_classes(source, _empty_classes(found, plan, done), "of which no image decodes")
     written = [each.shard for each in done if each.shard]
     if not written:
         raise UsageError(f"{source} has no image that decodes; {done[0].broken[0].key}: {done[0].broken[0].reason}")
@@ -126,7 +126,7 @@ def pack(
     )
 
 
-def _refuse_numbers(
+def _check_numbers(
     samples_per_shard: int | None,
     bytes_per_shard: int | None,
     seed: int,
@@ -220,7 +220,7 @@ def _tar_bytes(candidate: Candidate) -> int:
 # Reading and decoding, in threads; the results come in order.
 
 
-def _examined(
+def _examine_all(
     pool: ThreadPoolExecutor,
     examine: Callable[[Candidate], Examined],
     plan: Sequence[list[Candidate]],
@@ -228,7 +228,7 @@ def _examined(
     workers: int,
     progress: Callable[[int, int], None],
 ) -> Iterator[Examined]:
-    """Every candidate behind the shards that are kept, in order, read and decoded."""
+    """Every candidate after the shards that are kept, in order, read and decoded."""
     before, total = sum(map(len, plan[:kept])), sum(map(len, plan))
     chunks = cut(chain.from_iterable(plan[kept:]), _image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
     results = ordered_map(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
@@ -258,7 +258,7 @@ def _write_shards(
     kept: Sequence[FinishedShard],
     examined: Iterator[Examined],
 ) -> list[FinishedShard]:
-    """The shards behind those that are kept, written while the next is built."""
+    """The shards after those that are kept, each written while the next is built."""
     done: list[FinishedShard] = []
     writes: deque[Future[FinishedShard]] = deque()
     named = sum(each.shard is not None for each in kept)

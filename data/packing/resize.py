@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.codec import EXTENSIONS, Picture, Undecodable, decode, nvimgcodec, of_thread
+from data.codec import EXTENSIONS, Picture, Undecodable, codec_of_thread, decode, nvimgcodec
 
 
 def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Picture]:
@@ -24,7 +24,7 @@ def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Pict
         return encoded, picture
     height, width = (max(1, round(side * shorter_side / shorter)) for side in (picture.height, picture.width))
     smaller = _resampled(np.asarray(image.cpu()), height, width)
-    stream = of_thread("Encoder").encode(smaller, "jpeg", params=_params(quality))
+    stream = codec_of_thread("Encoder").encode(smaller, "jpeg", params=_params(quality))
     if stream is None:  # a side of more than 65,535 pixels
         raise Undecodable(f"{height} x {width} pixels do not go into a JPEG")
     return bytes(stream), Picture(EXTENSIONS["jpeg"], height, width)

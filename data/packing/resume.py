@@ -1,4 +1,4 @@
-"""Where a pack goes: what lies there already, and what of an interrupted pack can be kept.
+"""A pack's destination: what lies there already, and which shards of an interrupted pack can be kept.
 
     .packing/request.json   what was asked for, and of which files: written before all else
     .packing/000012.json    shard 12 of the plan is done: its name and size (null if no image of it decodes), and what
@@ -41,8 +41,8 @@ class FinishedShard(NamedTuple):
     broken: tuple[BadSample, ...]
 
 
-def refuse_destination(source: str, destination: str, overwrite: bool) -> None:
-    """UsageError where shards cannot go to `destination`, or would replace what nobody asked to replace."""
+def check_destination(source: str, destination: str, overwrite: bool) -> None:
+    """UsageError where shards cannot go to `destination`, or would replace other shards unasked."""
     (source_fs, root), (fs, folder) = open_fs(source), open_fs(destination)
     if type(fs) is type(source_fs) and _within(fs, folder, root):
         raise UsageError(f"{destination} lies in the source {source}; choose a destination outside it")
@@ -61,13 +61,13 @@ def resume(destination: str, request: Request, overwrite: bool) -> list[Finished
     """
     fs, folder = open_fs(destination)
     sizes = _sizes(fs, folder)
-    earlier = _parsed(fs, join(folder, _REQUEST)) if _PACKING in sizes else None
+    earlier = _read_json(fs, join(folder, _REQUEST)) if _PACKING in sizes else None
     if earlier == request and MANIFEST not in sizes:
-        return _whole(fs, folder, sizes)
+        return _finished_shards(fs, folder, sizes)
     if earlier is not None and not overwrite:
         raise UsageError(
-            f"{destination} holds an unfinished pack of another request: {_difference(earlier, request)}; pack"
-            " elsewhere, or with --overwrite to begin anew"
+            f"{destination} holds an unfinished pack of another request: {_describe_difference(earlier, request)}; pack"
+            " elsewhere, or with --overwrite to begin again"
         )
     try:
         if _PACKING in sizes:
@@ -84,23 +84,21 @@ def resume(destination: str, request: Request, overwrite: bool) -> list[Finished
 def write_shard(
     destination: str, number: int, name: str, files: dict[str, bytes], done: FinishedShard
 ) -> FinishedShard:
-    """Puts a shard's files (by suffix) at `destination`, and then that shard `number` of the plan is done."""
+    """Writes a shard's files (by suffix) to `destination`, and then that shard `number` of the plan is finished."""
     fs, folder = open_fs(destination)
     for suffix, contents in files.items():
-        path = join(folder, name + suffix)
-        write_file(fs, path, contents)
-        _on_the_disk(fs, path)
-    stated = {
+        write_file(fs, join(folder, name + suffix), contents)
+    record = {
         "shard": done.shard and vars(done.shard),
         "index_bytes": done.index_bytes,
         "broken": [[broken.key, broken.reason] for broken in done.broken],
     }
-    write_file(fs, join(folder, _of_number(number)), json.dumps(stated).encode())
+    write_file(fs, join(folder, _of_number(number)), json.dumps(record).encode())
     return done
 
 
 def commit(destination: str, classes: Sequence[str], written: Sequence[Shard], labels_per_sample: int) -> None:
-    """Takes away what earlier packs left, which globs would take for samples, and puts the manifest last."""
+    """Removes what earlier packs left, which globs would take for samples, and writes the manifest last."""
     fs, folder = open_fs(destination)
     stems = {shard.name.removesuffix(".tar") for shard in written}
     for name in _sizes(fs, folder):
@@ -112,19 +110,19 @@ def commit(destination: str, classes: Sequence[str], written: Sequence[Shard], l
     fs.rm(join(folder, _PACKING), recursive=True)
 
 
-def _whole(fs: fsspec.AbstractFileSystem, folder: str, sizes: dict[str, int]) -> list[FinishedShard]:
+def _finished_shards(fs: fsspec.AbstractFileSystem, folder: str, sizes: dict[str, int]) -> list[FinishedShard]:
     """The longest run of shards from the first on that are done, and whose files have the sizes noted then."""
     noted = _sizes(fs, join(folder, _PACKING))
     numbers = list(takewhile(lambda number: _of_number(number).rpartition("/")[2] in noted, count()))
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        done = list(pool.map(lambda number: _done(_parsed(fs, join(folder, _of_number(number)))), numbers))
+        done = list(pool.map(lambda number: _finished(_read_json(fs, join(folder, _of_number(number)))), numbers))
     return [each for each in takewhile(lambda each: each is not None and _has_its_files(each, sizes), done) if each]
 
 
-def _done(stated: Any) -> FinishedShard | None:
+def _finished(record: Any) -> FinishedShard | None:
     try:
-        shard = stated["shard"] and Shard(**stated["shard"])
-        return FinishedShard(shard, stated["index_bytes"], tuple(BadSample(None, *each) for each in stated["broken"]))
+        shard = record["shard"] and Shard(**record["shard"])
+        return FinishedShard(shard, record["index_bytes"], tuple(BadSample(None, *each) for each in record["broken"]))
     except (KeyError, TypeError):
         return None
 
@@ -141,30 +139,20 @@ def _of_number(number: int) -> str:
     return f"{_PACKING}/{number:06d}.json"
 
 
-def _parsed(fs: fsspec.AbstractFileSystem, path: str) -> Any:
+def _read_json(fs: fsspec.AbstractFileSystem, path: str) -> Any:
     """The JSON at a path; None where there is none, or half of one, as where not even a rename is atomic."""
     try:
-        return json.loads(Storage().retried("read", path, None, None, lambda: fs.cat_file(path)))
+        return json.loads(Storage().with_retries("read", path, lambda: fs.cat_file(path)))
     except (DataError, ValueError):
         return None
 
 
-def _difference(earlier: Any, request: Request) -> str:
+def _describe_difference(earlier: Any, request: Request) -> str:
     old = earlier if isinstance(earlier, dict) else {}
     changed = [name for name in request if old.get(name) != request[name] and name != "listing"]
     return ", ".join(f"{name} was {old.get(name)} and is {request[name]}" for name in changed) or (
         "the source has other files, labels or classes now"
     )
-
-
-def _on_the_disk(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    """Waits until a local file would outlive a power cut."""
-    if isinstance(fs, LocalFileSystem):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def _within(fs: fsspec.AbstractFileSystem, inner: str, outer: str) -> bool:
@@ -177,7 +165,7 @@ def _sizes(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, int]:
     """The bytes of each file in a folder by its name; folders too."""
     fs.invalidate_cache()
     try:
-        infos: Iterable[dict[str, Any]] = Storage().retried("listed", folder, None, None, lambda: _ls(fs, folder))
+        infos: Iterable[dict[str, Any]] = Storage().with_retries("listed", folder, lambda: _ls(fs, folder))
     except DataError as error:
         raise UsageError(str(error)) from error
     return {info["name"].rstrip("/").rpartition("/")[2]: info["size"] for info in infos}

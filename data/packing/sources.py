@@ -1,4 +1,4 @@
-"""The images that a person brings, at any fsspec URL, each with its labels and where its bytes are.
+"""The images to pack, at any fsspec URL, each with its labels and where its bytes are.
 
     a folder, tar or zip of class folders   the class of an image is its first folder
     the same with class tars for folders    as ImageNet's training set comes, unpacked once or not at all
@@ -6,8 +6,8 @@
     a CSV or JSONL of paths and labels      several labels a sample, if need be
 
 Listing reads names and sizes only. Folders deeper than a class are part of an image's name; one outer folder around all
-is taken off; hidden files are nobody's. Every other file is either an image by its suffix or listed as broken with the
-reason. The same files give the same listing, whatever they lie in. What becomes of the images is not known here.
+is taken off; hidden files are skipped. Every other file is either an image by its suffix or listed as broken with the
+reason. The same files give the same listing, whatever they lie in.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from data.errors import DataError, UsageError
 from data.packing import label_files
 from data.packing.archives import Entry, plain_path, unzipped
 from data.packing.folders import NEEDED, entries_of, kind_of
-from data.packing.label_files import LISTS, Row, few
+from data.packing.label_files import LISTS, Row, abbreviate
 from data.shards.labels import IMAGES
 from data.shards.manifest import BadSample
 from data.shards.tar_index import printable
 from data.storage.remote import ByteSource, NotFound, Storage, open_fs
 
 SUFFIXES = tuple(f".{name}" for name in IMAGES)
-_STATED_AT_ONCE = 16
+_REQUESTS_AT_ONCE = 16
 Place = tuple[fsspec.AbstractFileSystem, str]
 
 
@@ -39,7 +39,7 @@ Place = tuple[fsspec.AbstractFileSystem, str]
 class Source:
     """Images in the order of their paths (of a list: in its order), their labels, and what was left out.
 
-    `labels` are numbers of `classes`, one tuple an image. `fixed` says that somebody named the classes: then a class
+    `labels` are numbers of `classes`, one tuple an image. `fixed` says that the classes were given: then a class
     may have no image.
     """
 
@@ -79,49 +79,51 @@ def list_source(url: str, labels: str | None = None, classes: str | None = None)
     if url.endswith(LISTS):
         if labels is not None:
             raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
-        images, stated = _of_list(storage, url, names)
-        return _source(storage, url, images, stated, [], names)
+        images, label_names = _of_list(storage, url, names)
+        return _source(storage, url, images, label_names, [], names)
     entries = entries_of(storage, url)
     if labels is not None:
-        images, broken = _sorted_out(_without_outer_folders(entries), lambda entry: None)
-        # The order of classes in shards need not be that of the numbers in somebody's label list.
+        images, broken = _images_and_broken(_without_outer_folders(entries), lambda entry: None)
+        # The order of classes in shards need not be that of the numbers in a label list.
         counted = None if classes is None or label_files.is_packed(classes) else names
-        stated = label_files.to_class_names(labels, _stated_for(url, images, labels), counted, label_files.infer_base)
+        label_names = label_files.to_class_names(
+            labels, _listed_labels(url, images, labels), counted, label_files.infer_base
+        )
     else:
         entries = _without_outer_folder(entries)
-        images, broken = _sorted_out(entries, lambda entry: None if "/" in entry.path else "in no class folder")
-        _refuse_unusable(url, entries, images, broken, names is not None)
-        stated = [(_class_of(image),) for image in images]
-    return _source(storage, url, images, stated, broken, names)
+        images, broken = _images_and_broken(entries, lambda entry: None if "/" in entry.path else "in no class folder")
+        _check_usable(url, entries, images, broken, names is not None)
+        label_names = [(_class_of(image),) for image in images]
+    return _source(storage, url, images, label_names, broken, names)
 
 
-def refuse_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
+def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
     """UsageError that names the classes, if there are any."""
     if names := list(empty):
-        raise UsageError(f"{url} has class folders {why}: {few(names)}; add images to them or take them away")
+        raise UsageError(f"{url} has class folders {why}: {abbreviate(names)}; add images to them or take them away")
 
 
 def _source(
     storage: Storage,
     url: str,
     images: list[Entry],
-    stated: Sequence[tuple[str, ...]],
+    label_names: Sequence[tuple[str, ...]],
     broken: list[BadSample],
     fixed: Sequence[str] | None,
 ) -> Source:
     if not images:
-        raise UsageError(f"{url} has no images ({' '.join(SUFFIXES)})" + _for_one(broken))
-    classes = sorted({name for each in stated for name in each}) if fixed is None else fixed
+        raise UsageError(f"{url} has no images ({' '.join(SUFFIXES)})" + _example(broken))
+    classes = sorted({name for each in label_names for name in each}) if fixed is None else fixed
     numbers = {name: number for number, name in enumerate(classes)}
-    for image, names in zip(images, stated, strict=True):
+    for image, names in zip(images, label_names, strict=True):
         if unknown := [name for name in names if name not in numbers]:
             where = f"{printable(image.path)} of {url}"
             raise UsageError(f"{where} is of class {printable(unknown[0])}, which --classes does not have")
-    labels = tuple(tuple(numbers[name] for name in names) for names in stated)
+    labels = tuple(tuple(numbers[name] for name in names) for names in label_names)
     return Source(url, tuple(classes), fixed is not None, tuple(images), labels, tuple(broken), storage)
 
 
-def _for_one(broken: list[BadSample]) -> str:
+def _example(broken: list[BadSample]) -> str:
     return f"; {broken[0].key}, for one: {broken[0].reason}" if broken else ""
 
 
@@ -132,7 +134,7 @@ def _class_of(entry: Entry) -> str:
     return entry.path.partition("/")[0]
 
 
-def _refuse_unusable(url: str, entries: list[Entry], images: list[Entry], broken: list[BadSample], fixed: bool) -> None:
+def _check_usable(url: str, entries: list[Entry], images: list[Entry], broken: list[BadSample], fixed: bool) -> None:
     classes = {_class_of(entry) for entry in entries if entry.folder or "/" in entry.path}
     if not entries:
         raise UsageError(f"{url} is empty; {NEEDED}")
@@ -146,10 +148,10 @@ def _refuse_unusable(url: str, entries: list[Entry], images: list[Entry], broken
             raise UsageError(f"{url} has a class folder {printable(name)}, which is not UTF-8; rename it")
     if not fixed and images:
         empty = classes - {_class_of(image) for image in images}
-        refuse_empty_classes(url, empty, f"without images ({' '.join(SUFFIXES)})")
+        check_empty_classes(url, empty, f"without images ({' '.join(SUFFIXES)})")
 
 
-def _sorted_out(
+def _images_and_broken(
     entries: list[Entry], fault_of_place: Callable[[Entry], str | None]
 ) -> tuple[list[Entry], list[BadSample]]:
     """Images and broken files, each in the order of their paths."""
@@ -194,7 +196,7 @@ def _one_folder_less(entries: list[Entry]) -> list[Entry]:
 # A label list beside flat images.
 
 
-def _stated_for(url: str, images: list[Entry], labels: str) -> list[tuple[str, ...]]:
+def _listed_labels(url: str, images: list[Entry], labels: str) -> list[tuple[str, ...]]:
     """The labels of each image by the label list; UsageError where it lacks one, or names what is not there."""
     listed = label_files.read_labels(labels)
     if isinstance(listed, list):
@@ -203,9 +205,9 @@ def _stated_for(url: str, images: list[Entry], labels: str) -> list[tuple[str, .
         return [(label,) for label in listed]
     names = [image.path if image.path in listed else os.path.splitext(image.path)[0] for image in images]
     if unlabelled := [image.path for image, name in zip(images, names, strict=True) if name not in listed]:
-        raise UsageError(f"{labels} has no label for {printable(few(unlabelled))} of {url}")
+        raise UsageError(f"{labels} has no label for {printable(abbreviate(unlabelled))} of {url}")
     if missing := set(listed) - set(names):
-        raise UsageError(f"{labels} names {few(missing)}, which {url} does not have")
+        raise UsageError(f"{labels} names {abbreviate(missing)}, which {url} does not have")
     return [(listed[name],) for name in names]
 
 
@@ -245,7 +247,7 @@ def _beside(url: str, path: str) -> str:
 def _infos(storage: Storage, places: list[Place]) -> list[dict[str, Any] | None]:
     """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
     folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in places}
-    with ThreadPoolExecutor(_STATED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
         by_folder = dict(zip(folders, listed, strict=True))
 
@@ -259,7 +261,7 @@ def _infos(storage: Storage, places: list[Place]) -> list[dict[str, Any] | None]
 
 def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
     try:
-        infos = storage.retried("listed", folder, None, None, lambda: fs.ls(folder or "/", detail=True))
+        infos = storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
     except DataError:  # not every server lists its folders
         return {}
     return {info["name"]: {**info, "type": "file"} for info in infos if kind_of(fs, info) == ("file", None)}
@@ -267,6 +269,6 @@ def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[st
 
 def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
     try:
-        return storage.retried("found", path, None, None, lambda: fs.info(path))
+        return storage.with_retries("found", path, lambda: fs.info(path))
     except NotFound:
         return None

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from data import codec
 from data.order import SampleRange
-from data.packing.index import Report, Tar, each_in_threads, walk
-from data.reader import Sample, read_stretches
+from data.packing.index import Report, Tar, map_in_threads, walk
+from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, HEADER_BYTES, ROW, row_checksums, table_bytes
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
@@ -38,7 +38,7 @@ class _Findings:
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)
     unchecked: int = 0
 
-    def blame(self, row: int, reason: str) -> None:
+    def add_fault(self, row: int, reason: str) -> None:
         """Notes the first thing that is wrong with a sample."""
         key = printable(self.keys[row]) if row < len(self.keys) else f"row {row}"
         self.samples.setdefault(row, (key, reason))
@@ -60,11 +60,11 @@ def verify(url: str, *, workers: int, progress: Callable[[int, int], None]) -> R
     seen: set[bytes] = set()
     unchecked = 0
     numbers = range(len(manifest.shards))
-    for found in each_in_threads(lambda number: _verify_shard(manifest, number), numbers, workers, progress):
+    for found in map_in_threads(lambda number: _verify_shard(manifest, number), numbers, workers, progress):
         for row, key in enumerate(found.keys):
             digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
             if digest in seen:
-                found.blame(row, "its key is that of an earlier sample")
+                found.add_fault(row, "its key is that of an earlier sample")
             seen.add(digest)
         broken += found.broken
         unchecked += found.unchecked
@@ -96,8 +96,8 @@ def _verify_shard(manifest: Manifest, number: int) -> _Findings:
         found.unchecked = int(np.count_nonzero(rows["flags"] & FLAG_UNCHECKED))
         usable = _usable(rows, headers, size, found)
         at_once = max(1, int(_READ_BYTES / manifest.mean_sample_bytes))
-        for stretch in _stretches(number, usable, at_once):
-            _read(manifest, stretch, rows, found)
+        for sample_range in _ranges(number, usable, at_once):
+            _read(manifest, sample_range, rows, found)
     return found
 
 
@@ -105,7 +105,7 @@ def _size(url: str) -> int | None:
     """The size of a file, None where there is none."""
     fs, path = open_fs(url)
     try:
-        return Storage().retried("read", url, None, None, lambda: fs.info(path)["size"])
+        return Storage().with_retries("read", url, lambda: fs.info(path)["size"])
     except NotFound:
         return None
 
@@ -128,9 +128,9 @@ def _headers(tar: Tar, found: _Findings) -> list[TarSample] | None:
 
 
 def _compare_index(manifest: Manifest, number: int, headers: list[TarSample], found: _Findings) -> None:
-    stated = manifest.shards[number].samples
-    if len(headers) != stated:
-        found.faults.append(f"has {len(headers)} samples by its headers; the manifest says {stated}")
+    listed = manifest.shards[number].samples
+    if len(headers) != listed:
+        found.faults.append(f"has {len(headers)} samples by its headers; the manifest says {listed}")
     index = _contents(manifest.url_of(number, ".idx"))
     if index is None:
         found.faults.append("has no DALI index (.idx)")
@@ -159,15 +159,15 @@ def _usable(rows: NDArray[np.void], headers: list[TarSample] | None, size: int, 
         agrees = (rows["offset"] == [each.offset for each in headers]) & (rows["bytes"] == [e.bytes for e in headers])
     for fine, reason in (
         (whole, "its row of the sample table is damaged"),
-        (inside, "lies behind the end of the tar"),
+        (inside, "lies past the end of the tar"),
         (agrees, "its row of the sample table is not that of its headers"),
     ):
         for row in np.flatnonzero(~fine):
-            found.blame(int(row), reason)
+            found.add_fault(int(row), reason)
     return whole & inside & agrees
 
 
-def _stretches(shard: int, usable: NDArray[np.bool_], at_once: int) -> Iterator[SampleRange]:
+def _ranges(shard: int, usable: NDArray[np.bool_], at_once: int) -> Iterator[SampleRange]:
     """The usable samples in runs of at most this many."""
     borders = np.flatnonzero(np.diff(usable, prepend=False, append=False))
     for first, end in borders.reshape(-1, 2).tolist():
@@ -175,12 +175,12 @@ def _stretches(shard: int, usable: NDArray[np.bool_], at_once: int) -> Iterator[
             yield SampleRange(shard, begin, min(at_once, end - begin))
 
 
-def _read(manifest: Manifest, stretch: SampleRange, rows: NDArray[np.void], found: _Findings) -> None:
-    for row, sample in enumerate(read_stretches(manifest, [stretch]), start=stretch.first_row):
+def _read(manifest: Manifest, sample_range: SampleRange, rows: NDArray[np.void], found: _Findings) -> None:
+    for row, sample in enumerate(read_ranges(manifest, [sample_range]), start=sample_range.first_row):
         if isinstance(sample, BadSample):
             found.samples.setdefault(row, (sample.key, sample.reason))
         elif rows["flags"][row] & FLAG_DECODED and (fault := _fault(sample)):
-            found.blame(row, fault)
+            found.add_fault(row, fault)
 
 
 def _fault(sample: Sample) -> str | None:

@@ -1,7 +1,7 @@
-"""What the parts of a sample say: which one is its image, and which classes it belongs to.
+"""The parts of a sample: which one is its image, and which classes it belongs to.
 
 A label is the number of a class, or its name. It stands in the part `.cls`, or in a field of the part `.json`, which
-may hold several. Where the parts come from is not known here.
+may hold several.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class InvalidSample(ValueError):
 
 
 def image_part(parts: Collection[str]) -> str:
-    """The extension under which a sample has its image; Unusable where there is none, or more than one."""
+    """The extension under which a sample has its image; InvalidSample where there is none, or more than one."""
     images = [name for name in parts if name in IMAGES] or [n for n in parts if n.rpartition(".")[2] in IMAGES]
     if not images:
         raise InvalidSample(f"has {sorted(parts)} and no image ({', '.join(IMAGES)})")
@@ -35,20 +35,20 @@ def label_part(field: str | None) -> str:
 
 
 def parse_labels(parts: Mapping[str, bytes], field: str | None) -> list[int | str]:
-    """The labels as they are written, numbers or names: those of `field`, or of `.cls`; Unusable where none are."""
+    """The labels as they are written, numbers or names: of `field`, or of `.cls`; InvalidSample if none."""
     if label_part(field) not in parts:
         raise InvalidSample(f"has {sorted(parts)} and no label: .{label_part(field)} is needed")
-    stated: Any = _text(parts["cls"]) if field is None else _in_document(parts["json"], field)
-    labels = [_number_or_name(each) for each in (stated if isinstance(stated, list) else [stated])]
+    written: Any = _text(parts["cls"]) if field is None else _in_document(parts["json"], field)
+    labels = [_number_or_name(each) for each in (written if isinstance(written, list) else [written])]
     if not labels:
         raise InvalidSample(f"its {field} is an empty list, not a label")
     return list(dict.fromkeys(labels))
 
 
-def class_numbers(stated: Collection[int | str], numbers: Mapping[str, int]) -> tuple[int, ...]:
-    """The classes' numbers; `numbers` has them by name. Unusable where a label is no class."""
+def class_numbers(labels: Collection[int | str], numbers: Mapping[str, int]) -> tuple[int, ...]:
+    """The classes' numbers; `numbers` has them by name. InvalidSample where a label is no class."""
     found = []
-    for label in stated:
+    for label in labels:
         found.append(label if isinstance(label, int) else numbers.get(label, -1))
         if not 0 <= found[-1] < len(numbers):
             raise InvalidSample(
@@ -87,9 +87,9 @@ def _text(part: bytes) -> str:
     return part.decode("utf-8", "replace").strip()
 
 
-def _number_or_name(stated: object) -> int | str:
-    if isinstance(stated, str):
-        return int(stated) if re.fullmatch(r"[0-9]{1,9}", stated) else stated
-    if isinstance(stated, int) and not isinstance(stated, bool):
-        return stated
-    raise InvalidSample(f"its label is {json.dumps(stated)[:MOST_SHOWN]}; a number, a name or a list of them is needed")
+def _number_or_name(value: object) -> int | str:
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise InvalidSample(f"its label is {json.dumps(value)[:MOST_SHOWN]}; a number, a name or a list of them is needed")

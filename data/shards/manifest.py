@@ -1,15 +1,14 @@
 """Shards on disk: manifest, tar, DALI index and sample table; written, read and checked here, at any fsspec URL.
 
     manifest.json       {"format": 1, "samples": N, "classes": [...], "shards": [{"name", "samples", "bytes"}, ...]}
-    shard-000000.tar    an ordinary WebDataset tar: KEY.jpg and KEY.cls, one behind the other
+    shard-000000.tar    an ordinary WebDataset tar: KEY.jpg and KEY.cls of each sample
     shard-000000.idx    DALI's own index of it (wds2idx, v1.2)
     shard-000000.npy    one row of 32 bytes a sample; row i lies at byte 256 + 32 i, so any run of rows is one range
 
-Where the tars are somebody else's and stay where they are, the manifest says where (`shards_at`), and in which field of
+Where the tars are other tools' and stay where they are, the manifest says where (`shards_at`), and in which field of
 `.json` the labels stand (`label_field`), and how many of them a sample has at most (`labels_per_sample`).
 
-The manifest is written last: where it is, everything that it names is whole. Which samples are read, and when, is not
-known here.
+The manifest is written last: where it is, everything that it names is whole.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Manifest:
         return join(folder, self.shards[shard].name.removesuffix(".tar") + suffix)
 
     def labels_of(self, parts: Mapping[str, bytes]) -> tuple[int, ...]:
-        """The numbers of a sample's classes, by its parts; Unusable where it has none, or one that is no class."""
+        """The numbers of a sample's classes, by its parts; InvalidSample where it has none, or one that is no class."""
         labels = class_numbers(parse_labels(parts, self.label_field), self._numbers)
         if len(labels) > self.labels_per_sample:
             raise InvalidSample(f"has {len(labels)} labels; {MANIFEST} says {self.labels_per_sample} at most")
@@ -142,19 +141,19 @@ def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
 
 def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
     try:
-        stated: Any = json.loads(contents)
+        document: Any = json.loads(contents)
     except ValueError as error:
         raise UsageError(f"{place} is not JSON ({error}); pack again") from None
-    if not isinstance(stated, dict) or "format" not in stated:
+    if not isinstance(document, dict) or "format" not in document:
         raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is the path another?")
-    if stated["format"] != FORMAT:
-        raise UsageError(f"{place} has format {stated['format']}; this version reads format {FORMAT}")
+    if document["format"] != FORMAT:
+        raise UsageError(f"{place} has format {document['format']}; this version reads format {FORMAT}")
     try:
-        shards = tuple(Shard(each["name"], each["samples"], each["bytes"]) for each in stated["shards"])
-        classes, samples = tuple(stated["classes"]), stated["samples"]
+        shards = tuple(Shard(each["name"], each["samples"], each["bytes"]) for each in document["shards"])
+        classes, samples = tuple(document["classes"]), document["samples"]
     except (KeyError, TypeError) as error:
         raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
-    optional = {name: stated[name] for name in ("label_field", "labels_per_sample", "shards_at") if name in stated}
+    optional = {name: document[name] for name in ("label_field", "labels_per_sample", "shards_at") if name in document}
     manifest = Manifest(url, classes, shards, hashlib.sha256(contents).hexdigest(), **optional)
     if fault := _fault(manifest, samples):
         raise UsageError(f"{place} {fault}; pack again")

@@ -47,7 +47,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} is stored with holes; write the tar without --sparse")
             yield member
-        # tarfile takes a damaged header for the end of the archive, and does not look behind its end.
+        # tarfile takes a damaged header for the end of the archive, and does not look past its end.
         stream.seek(archive.offset)
         ending = stream.read(tarfile.BLOCKSIZE)
         if len(ending) < tarfile.BLOCKSIZE or ending.strip(b"\0"):

@@ -2,9 +2,9 @@
 
 Files are kept as aligned blocks, each under the hash of its set, its URL and its number, with a checksum for every
 page. A block is written under a name of its own and renamed; one that is torn or damaged is dropped and fetched again,
-so nothing rests on who was killed when. Locks are the kernel's and end with their process; they only spare a second
-fetch and keep the account, never correctness. The least recently used blocks go when the limit is reached. Where the
-disk cannot be written, the cache says so once and is off.
+so killing a process at any moment does no harm. Locks are the kernel's and end with their process; they only save a
+second fetch and keep the size, correctness does not need them. The least recently used blocks go when the limit is
+reached. Where the disk cannot be written, the cache says so once and is off.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ BLOCK_BYTES = 4 << 20
 """One fetch: large enough for an object store, little more than a window of ImageNet needs."""
 PAGE_BYTES = 64 << 10
 """What one checksum is of, so that a short range does not read and check a whole block."""
-ROOM_MADE = 0.1
+FREED_SHARE = 0.1
 """Share of the limit that is freed at once when it is reached."""
-PATIENCE = 60.0
-"""Seconds to wait for another's fetch before fetching oneself."""
+LOCK_TIMEOUT = 60.0
+"""Seconds to wait for another process's fetch before fetching the block here."""
 ABANDONED_SECONDS = 3600.0
 
 
@@ -62,8 +62,8 @@ class NodeCache:
             return self._storage.read(url, begin, end)
         return b"".join(self._from_block(url, size, number, begin, end) for number in _blocks(begin, end))
 
-    def read_again(self, url: str, begin: int, end: int, reason: str) -> bytes:
-        """As Storage.read_again, from the storage itself."""
+    def reread(self, url: str, begin: int, end: int, reason: str) -> bytes:
+        """As Storage.reread, from the storage itself."""
         self._storage.on_fault(ReadError(url, begin, end, 1, reason))
         for number in _blocks(begin, end):
             self._drop(self._path(url, number))
@@ -77,11 +77,11 @@ class NodeCache:
         path = self._path(url, number)
         found = _read_block(path, stop - start, first, last)
         if found is None and self._writes:
-            with self._alone(path):
+            with self._exclusive(path):
                 found = _read_block(path, stop - start, first, last)  # another may have fetched it meanwhile
                 if found is None:
                     contents = self._storage.read(url, start, stop)
-                    self._keep(path, contents)
+                    self._store(path, contents)
                     found = contents[first:last]
         return self._storage.read(url, start + first, start + last) if found is None else found
 
@@ -90,17 +90,17 @@ class NodeCache:
         return self._folder / name[:2] / name
 
     @contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
-        """Inside, no other of the node does what needs this block, unless it takes PATIENCE or the cache is off."""
+    def _exclusive(self, path: Path) -> Iterator[None]:
+        """Holds the lock of this block on the node, unless that takes LOCK_TIMEOUT or the cache is off."""
         with ExitStack() as locks:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(_locked(path.parent / "lock"))
             except OSError as error:
-                self._end(error)
+                self._disable(error)
             yield
 
-    def _keep(self, path: Path, contents: bytes) -> None:
+    def _store(self, path: Path, contents: bytes) -> None:
         checksums = np.array(_checksums(contents, path), "<u4")
         written = checksums.tobytes() + contents
         partial = self._folder / "partial" / f"{path.name}-{os.getpid()}-{threading.get_ident()}"
@@ -113,20 +113,20 @@ class NodeCache:
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:
-            self._end(error)
+            self._disable(error)
 
     def _has_room(self, more: int) -> bool:
-        """Whether so many bytes may be added, which are then on the account; old blocks go for it."""
+        """Whether this many bytes may be added, which are then accounted for; old blocks are removed for them."""
         if self._max_bytes is None:
             return True
         with _locked(self._folder / "bytes") as account:
             if account is None or more > self._max_bytes:
                 return False
             account.seek(0)
-            stated = account.read()
-            held = int(stated) if stated.isdigit() else _make_room(self._folder, self._max_bytes - more)
+            recorded = account.read()
+            held = int(recorded) if recorded.isdigit() else _make_room(self._folder, self._max_bytes - more)
             if held + more > self._max_bytes:
-                held = _make_room(self._folder, int((1 - ROOM_MADE) * (self._max_bytes - more)))
+                held = _make_room(self._folder, int((1 - FREED_SHARE) * (self._max_bytes - more)))
             account.truncate(0)
             account.write(str(held + more).encode())
         return True
@@ -135,9 +135,9 @@ class NodeCache:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            self._end(error)
+            self._disable(error)
 
-    def _end(self, error: OSError) -> None:
+    def _disable(self, error: OSError) -> None:
         if self._writes:
             self._writes = False
             print(f"data.cache.dir={self._folder} takes no more data from here on: {error}", file=sys.stderr)
@@ -155,14 +155,14 @@ def _checksums(contents: bytes, path: Path) -> list[int]:
 
 def _read_block(path: Path, size: int, first: int, last: int) -> bytes | None:
     """Bytes first .. last - 1 of a block of `size` bytes; None where it is not there, or was, and is not whole."""
-    page, behind = first // PAGE_BYTES, -(-last // PAGE_BYTES)
+    page, page_end = first // PAGE_BYTES, -(-last // PAGE_BYTES)
     header = 4 * -(-size // PAGE_BYTES)
     try:
         with open(path, "rb") as file:
-            stated = np.frombuffer(file.read(header), "<u4")[page:behind].tolist()
+            expected = np.frombuffer(file.read(header), "<u4")[page:page_end].tolist()
             file.seek(header + page * PAGE_BYTES)
-            contents = file.read(min(behind * PAGE_BYTES, size) - page * PAGE_BYTES)
-        if _checksums(contents, path) == stated and len(contents) >= last - page * PAGE_BYTES:
+            contents = file.read(min(page_end * PAGE_BYTES, size) - page * PAGE_BYTES)
+        if _checksums(contents, path) == expected and len(contents) >= last - page * PAGE_BYTES:
             os.utime(path)
             return contents[first - page * PAGE_BYTES : last - page * PAGE_BYTES]
         path.unlink()
@@ -190,11 +190,11 @@ def _make_room(folder: Path, most: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO | None]:
-    """A file that nobody else of this machine has locked, thread or process; None where PATIENCE did not do.
+    """A file that no other thread or process of this machine has locked; None after LOCK_TIMEOUT.
 
     The lock belongs to the open file, so it ends with the process, however that ends.
     """
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LOCK_TIMEOUT
     with open(path, "a+b") as file:
         while True:
             try:

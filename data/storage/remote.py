@@ -1,9 +1,9 @@
-"""All that is asked of fsspec when data are read or written, behind one layer of retries: ours.
+"""Everything that is read and written through fsspec, behind one layer of retries: ours.
 
 A read gives exactly the bytes that were asked for, or ends within known limits with a DataError that says what was
-tried. Every attempt has a deadline, so neither silence nor a trickle holds a reader. What may pass (a refused or
-dropped connection, 408, 429, 5xx, a short answer) is tried again with growing waits and handed to `on_fault`; what
-will not (no permission, other 4xx) ends at once. The retries of the layers below are switched off.
+tried. Every attempt has a timeout, so neither silence nor a trickle holds a reader. Transient errors (a refused or
+dropped connection, 408, 429, 5xx, a short answer) are retried with growing waits and reported to `on_fault`; others (no
+permission, other 4xx) end at once. The retries of the layers below are switched off.
 
 Threads may share all of this, forked processes may not: fsspec's connections do not survive a fork.
 """
@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,18 +32,19 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from data.errors import DataError, UsageError
+from data.storage.durable import write_atomically
 
-LONGEST_WAIT = 30.0
-SAID_FROM = 4
-"""The attempt after which a person is told, who would else see a run hang."""
-SLOWEST = 1 << 20
-"""Bytes a second that an attempt may count on: its deadline grows with what is asked for."""
+MAX_WAIT = 30.0
+WARN_FROM_ATTEMPT = 4
+"""The attempt after which a line is printed, since the run would seem to hang."""
+MIN_BYTES_PER_SECOND = 1 << 20
+"""The timeout of an attempt allows for this rate, so it grows with the size of the request."""
 WHOLE_FILES_BYTES = 8 << 30
 """What a process keeps in unnamed temporary files of servers that give no ranges; one file at least."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
-_FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError, TypeError)
-_PASSING = {408, 416, 425, 429}  # 416: a range past the end, so the file is shorter than it was
+_FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
+_FATAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError, TypeError)
+_TRANSIENT_STATUSES = {408, 416, 425, 429}  # 416: a range past the end, so the file is shorter than it was
 Result = TypeVar("Result")
 
 
@@ -52,7 +54,7 @@ class NotFound(DataError):
 
 @dataclass(frozen=True)
 class ReadError:
-    """An attempt that failed and is made again: bytes `begin` to `end` (None: the whole file), the how manieth, why."""
+    """An attempt that failed: bytes `begin` to `end` (None: the whole file), its number from 1, the reason."""
 
     url: str
     begin: int | None
@@ -66,7 +68,7 @@ class ByteSource(Protocol):
 
     def read(self, url: str, begin: int | None = None, end: int | None = None) -> bytes: ...
 
-    def read_again(self, url: str, begin: int, end: int, reason: str) -> bytes: ...
+    def reread(self, url: str, begin: int, end: int, reason: str) -> bytes: ...
 
 
 def _unnoticed(fault: ReadError) -> None:
@@ -75,15 +77,15 @@ def _unnoticed(fault: ReadError) -> None:
 
 @dataclass(frozen=True)
 class Storage:
-    """Reads at any fsspec URL: at most so many attempts, seconds for each (and one a MiB), and seconds in all.
+    """Reads at any fsspec URL, with `attempts`, seconds for each (and one more a MiB), and seconds for all of them.
 
-    Waits begin at `first_wait` seconds and double, up to LONGEST_WAIT; a part of each is drawn from a checksum, so that
-    ranks do not come back all at once.
+    Waits begin at `first_wait` seconds and double, up to MAX_WAIT; a part of each is drawn from a checksum, so that
+    ranks do not retry all at once. `on_fault` is called with every attempt that failed.
     """
 
     attempts: int = 10
-    deadline: float = 60.0
-    patience: float = 600.0
+    attempt_timeout: float = 60.0
+    timeout: float = 600.0
     first_wait: float = 0.5
     on_fault: Callable[[ReadError], None] = _unnoticed
 
@@ -93,16 +95,18 @@ class Storage:
         A range is asked of a file that is known to be there, so a missing one is tried again; a whole one is NotFound.
         """
         if begin is None or end is None:
-            return self.retried("read", url, None, None, lambda: self._whole(url))
-        return self.retried("read", url, begin, end, lambda: self._range(url, begin, end))
+            return self.with_retries("read", url, lambda: self._whole(url))
+        return self.with_retries("read", url, lambda: self._range(url, begin, end), begin, end)
 
-    def read_again(self, url: str, begin: int, end: int, reason: str) -> bytes:
+    def reread(self, url: str, begin: int, end: int, reason: str) -> bytes:
         """The same range once more, since what came was not what was written, which counts as a fault."""
         self.on_fault(ReadError(url, begin, end, 1, reason))
         return self.read(url, begin, end)
 
-    def retried(self, done: str, url: str, begin: int | None, end: int | None, call: Callable[[], Result]) -> Result:
-        """What `call` returns at last; DataError ("cannot be read: ...") past the limits or where trying is no use."""
+    def with_retries(
+        self, done: str, url: str, call: Callable[[], Result], begin: int | None = None, end: int | None = None
+    ) -> Result:
+        """What `call` returns at last; DataError ("cannot be read: ...") past the limits or if retrying is no use."""
         what = url if begin is None else f"{url}: bytes {begin} to {end}"
         started = time.monotonic()
         for attempt in count(1):
@@ -113,38 +117,38 @@ class Storage:
             except Exception as error:  # the back ends' exceptions share no base class
                 failure = error
             reason, spent = _reason(failure), time.monotonic() - started
-            if _is_final(failure, whole=begin is None):
+            if _is_fatal(failure, whole=begin is None):
                 kind = NotFound if isinstance(failure, FileNotFoundError | NotADirectoryError) else DataError
                 raise kind(f"{what} cannot be {done}: {reason}") from failure
             self.on_fault(ReadError(url, begin, end, attempt, reason))
             wait = self._wait(f"{url} {begin} {end}", attempt)
-            if attempt >= self.attempts or spent + wait > self.patience:
+            if attempt >= self.attempts or spent + wait > self.timeout:
                 last = f"{attempt} attempts in {spent:.0f} s, the last: {reason}"
                 raise DataError(f"{what} cannot be {done}: {last}") from failure
-            if attempt == SAID_FROM:
+            if attempt == WARN_FROM_ATTEMPT:
                 print(f"{what}: {attempt} attempts failed, the last: {reason}; retrying", file=sys.stderr)
             time.sleep(wait)
         raise AssertionError("count() has no end")
 
     def _wait(self, asked: str, attempt: int) -> float:
         drawn = zlib.crc32(f"{asked} {attempt} {os.getpid()}".encode()) / 2**32
-        return min(LONGEST_WAIT, self.first_wait * 2 ** (attempt - 1)) * (0.5 + drawn / 2)
+        return min(MAX_WAIT, self.first_wait * 2 ** (attempt - 1)) * (0.5 + drawn / 2)
 
     def _whole(self, url: str) -> bytes:
         fs, path = open_fs(url)
-        return _asked(fs, "cat_file", self.deadline, path)
+        return _call(fs, "cat_file", self.attempt_timeout, path)
 
     def _range(self, url: str, begin: int, end: int) -> bytes:
         fs, path = open_fs(url)
         if _server(url) in _without_ranges:
-            contents = _part_of_whole(fs, path, begin, end, 20 * self.deadline)
+            contents = _part_of_whole(fs, path, begin, end, 20 * self.attempt_timeout)
         else:
-            seconds = self.deadline + (end - begin) / SLOWEST
+            seconds = self.attempt_timeout + (end - begin) / MIN_BYTES_PER_SECOND
             options = {"cache_type": "none"} if urlsplit(url).scheme == "hf" else {}  # else it reads megabytes ahead
-            contents = _asked(fs, "cat_file", seconds, path, start=begin, end=end, **options)
+            contents = _call(fs, "cat_file", seconds, path, start=begin, end=end, **options)
             if len(contents) > end - begin and urlsplit(url).scheme in ("http", "https"):
-                _say_without_ranges(_server(url))
-                contents = _part_of_whole(fs, path, begin, end, 20 * self.deadline)
+                _warn_without_ranges(_server(url))
+                contents = _part_of_whole(fs, path, begin, end, 20 * self.attempt_timeout)
         if len(contents) != end - begin:
             raise OSError(
                 f"{end - begin} bytes were asked for and {len(contents)} came; is the file the one that was packed?"
@@ -153,7 +157,7 @@ class Storage:
 
 
 DEFAULT = Storage()
-"""What reads and writes where nobody asks for other limits, or to hear of faults."""
+"""For reads and writes with the default limits and without a report of errors."""
 
 
 def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -175,42 +179,40 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def write_file(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, storage: Storage = DEFAULT) -> None:
-    """Puts a file at `path` whole: nobody sees half of it under its name. DataError if it fails."""
-    storage.retried("written", path, None, None, partial(_write, fs, path, contents, storage.deadline))
+    """Puts a file at `path`, where half of it is never seen, durably on a local disk. DataError if it fails."""
+    storage.with_retries("written", path, partial(_write, fs, path, contents, storage.attempt_timeout))
 
 
 def send_file(source: str, fs: fsspec.AbstractFileSystem, path: str, storage: Storage = DEFAULT) -> None:
     """Copies a local file of any size to `path`, where half of it may be seen meanwhile. DataError if it fails."""
-    seconds = storage.deadline + os.path.getsize(source) / SLOWEST
-    storage.retried("written", path, None, None, lambda: _asked(fs, "put_file", seconds, source, path))
+    seconds = storage.attempt_timeout + os.path.getsize(source) / MIN_BYTES_PER_SECOND
+    storage.with_retries("written", path, lambda: _call(fs, "put_file", seconds, source, path))
 
 
-def _write(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, deadline: float) -> None:
-    folder, _, name = path.rpartition("/")
-    local = isinstance(fs, LocalFileSystem)
-    place = f"{folder}/.{name}.partial" if local else path
-    _asked(fs, "pipe_file", deadline + len(contents) / SLOWEST, place, contents)
-    if local:
-        os.replace(place, path)
+def _write(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, attempt_timeout: float) -> None:
+    if isinstance(fs, LocalFileSystem):
+        write_atomically(Path(path), contents)
+    else:
+        _call(fs, "pipe_file", attempt_timeout + len(contents) / MIN_BYTES_PER_SECOND, path, contents)
 
 
 def _options(protocol: str) -> dict[str, Any]:
     """What a file system is opened with, beside what the person says by fsspec's own configuration."""
     if protocol not in EXTRAS:
         return {}
-    stated, options = fsspec.config.conf.get(protocol, {}), {"use_listings_cache": False}
+    configured, options = fsspec.config.conf.get(protocol, {}), {"use_listings_cache": False}
     if EXTRAS[protocol] == "s3":
         once = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
-        return {**options, "config_kwargs": {**stated.get("config_kwargs", {}), **once}}
+        return {**options, "config_kwargs": {**configured.get("config_kwargs", {}), **once}}
     if EXTRAS[protocol] == "http":
         import aiohttp
 
         by_socket = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)}
-        return {**options, "client_kwargs": {**by_socket, **stated.get("client_kwargs", {})}}
+        return {**options, "client_kwargs": {**by_socket, **configured.get("client_kwargs", {})}}
     return options
 
 
-def _asked(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments: Any, **options: Any) -> Any:
+def _call(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments: Any, **options: Any) -> Any:
     """What a method of the file system gives; TimeoutError if it is not done in time, except on a disk."""
     if isinstance(fs, AsyncFileSystem):
         return sync(fs.loop, getattr(fs, f"_{name}"), *arguments, timeout=seconds, **options)
@@ -224,22 +226,22 @@ def _asked(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments:
         except BaseException as error:  # handed to who asked
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # where it hangs, it is left behind
+    threading.Thread(target=run, daemon=True).start()  # where it hangs, it is abandoned
     return outcome.result(seconds)
 
 
 # What a failed attempt was.
 
 
-def _is_final(error: Exception, whole: bool) -> bool:
+def _is_fatal(error: Exception, whole: bool) -> bool:
     """Whether trying again is no use; a whole file that is missing is missing, a range of one may come back."""
     if isinstance(error, FileNotFoundError):
         return whole
     status = _status(error)
     return (
-        isinstance(error, _FINAL)
-        or (isinstance(error, OSError) and error.errno in _HOPELESS)
-        or (status is not None and 400 <= status < 500 and status not in _PASSING)
+        isinstance(error, _FATAL)
+        or (isinstance(error, OSError) and error.errno in _FATAL_ERRNOS)
+        or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUSES)
         or type(error).__name__ == "NoCredentialsError"  # botocore's, which need not be installed
     )
 
@@ -247,8 +249,8 @@ def _is_final(error: Exception, whole: bool) -> bool:
 def _status(error: Exception) -> int | None:
     """The HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
     places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
-    stated = (getattr(place, name, None) for place, name in places)
-    return next((number for number in stated if isinstance(number, int)), None)
+    values = (getattr(place, name, None) for place, name in places)
+    return next((number for number in values if isinstance(number, int)), None)
 
 
 def _reason(error: Exception) -> str:
@@ -270,7 +272,7 @@ def _server(url: str) -> str:
     return "{0.scheme}://{0.netloc}".format(urlsplit(url))
 
 
-def _say_without_ranges(server: str) -> None:
+def _warn_without_ranges(server: str) -> None:
     if server not in _without_ranges:
         _without_ranges.add(server)
         print(
@@ -286,13 +288,13 @@ def _part_of_whole(fs: fsspec.AbstractFileSystem, path: str, begin: int, end: in
         file = _whole_files.pop(path, None)
         if file is None:
             file = tempfile.TemporaryFile()  # noqa: SIM115
-            _asked(fs, "get_file", seconds, path, file)
+            _call(fs, "get_file", seconds, path, file)
             file.flush()
             kept = sum(map(_size, _whole_files.values()))
             while _whole_files and kept + _size(file) > WHOLE_FILES_BYTES:
                 kept -= _size(_whole_files.pop(next(iter(_whole_files))))
         _whole_files[path] = file
-    return os.pread(file.fileno(), end - begin, begin)  # who reads keeps it open, whatever is let go of meanwhile
+    return os.pread(file.fileno(), end - begin, begin)  # a reader keeps it open, whatever is dropped meanwhile
 
 
 def _size(file: IO[bytes]) -> int:

@@ -8,13 +8,12 @@ between. A copy that fails is said, in events.jsonl and on standard error, and s
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -23,10 +22,11 @@ from urllib.parse import urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 
+from data.storage.durable import publish, sync_folder, write_atomically
 from data.storage.prefetch import ordered_map
 from data.storage.remote import DEFAULT, NotFound, open_fs, send_file, write_file
 from pipeline.checkpoint.attempts import latest_step
-from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, prunable, step_name, step_of, sync_folder
+from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, prunable, step_name, step_of
 from pipeline.config.schema import Config
 from pipeline.errors import DataError, RunFailed, UsageError, first_line
 from pipeline.run.lock import acquire_lock
@@ -112,7 +112,7 @@ def upload(folder: Path, run: Path, url: str) -> int:
     place = f"{top}/checkpoints/{folder.name}"
     if step_of(folder) in list_copies(url):
         _remove(url, step_of(folder))  # of the same step, but not the same bytes
-    DEFAULT.retried("made", place, None, None, lambda: fs.makedirs(place, exist_ok=True))
+    DEFAULT.with_retries("made", place, lambda: fs.makedirs(place, exist_ok=True))
     files = sorted(file for file in folder.iterdir() if file.name != _MANIFEST)
     for file in files:
         send_file(str(file), fs, f"{place}/{file.name}")
@@ -129,7 +129,7 @@ def list_copies(url: str) -> Copies:
     try:
         fs.invalidate_cache()
         place = f"{top}/checkpoints"
-        found = DEFAULT.retried("listed", place, None, None, lambda: fs.find(place, detail=True))
+        found = DEFAULT.with_retries("listed", place, lambda: fs.find(place, detail=True))
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return {}
@@ -164,7 +164,7 @@ def _remove(url: str, step: int) -> None:
         if fs.exists(place):
             fs.rm(place, recursive=True)
 
-    DEFAULT.retried("removed", place, None, None, remove)
+    DEFAULT.with_retries("removed", place, remove)
 
 
 def restore_from_mirror(config: Config) -> None:
@@ -218,8 +218,7 @@ def _bring(run: Path, url: str, found: Copies) -> None:
             continue
         else:
             _fetch_small_files(run, url)
-            hidden.rename(hidden.with_name(step_name(step)))
-            sync_folder(hidden.parent)
+            publish(hidden, hidden.with_name(step_name(step)))
             print(f"{run} had no checkpoint: {step_name(step)} was brought back from {_without_credentials(url)}")
             return
         finally:
@@ -234,7 +233,7 @@ def _bring(run: Path, url: str, found: Copies) -> None:
 def _fetch(place: str, folder: Path, listed: dict[str, int]) -> None:
     """Brings a copy into a folder and verifies all of it; DamagedCheckpoint where it is not what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_durably(folder / _MANIFEST, iter([DEFAULT.read(f"{place}/{_MANIFEST}")]))
+    write_atomically(folder / _MANIFEST, DEFAULT.read(f"{place}/{_MANIFEST}"))
     reader = CheckpointReader(folder)
     for file, size in reader.sizes().items():
         if listed.get(file) != size:
@@ -243,7 +242,7 @@ def _fetch(place: str, folder: Path, listed: dict[str, int]) -> None:
         for file, size in reader.sizes().items():
             pieces = [(begin, min(begin + PIECE_BYTES, size)) for begin in range(0, size, PIECE_BYTES)]
             read = partial(_read_piece, f"{place}/{file}")
-            _write_durably(folder / file, ordered_map(pool, read, pieces, PIECES_AT_ONCE))
+            write_atomically(folder / file, ordered_map(pool, read, pieces, PIECES_AT_ONCE))
     reader.verify_all()
     sync_folder(folder)
 
@@ -252,22 +251,12 @@ def _read_piece(url: str, piece: tuple[int, int]) -> bytes:
     return DEFAULT.read(url, *piece)
 
 
-def _write_durably(path: Path, contents: Iterator[bytes]) -> None:
-    with path.open("wb") as file:
-        for content in contents:
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _fetch_small_files(run: Path, url: str) -> None:
     """Those that the mirror has and the folder has not."""
     for name in SMALL_FILES:
-        hidden = run / f".{name}"
         if not (run / name).exists():
             with suppress(NotFound):
-                _write_durably(hidden, iter([DEFAULT.read(f"{url}/{name}")]))
-                hidden.rename(run / name)
+                write_atomically(run / name, DEFAULT.read(f"{url}/{name}"))
 
 
 def _without_credentials(text: str) -> str:

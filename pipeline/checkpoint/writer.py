@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from data.memory import available_bytes
+from data.storage.durable import publish, sync_folder, write_atomically
 from pipeline.checkpoint.attempts import raise_if_superseded
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.reader import (
@@ -38,7 +39,6 @@ from pipeline.checkpoint.reader import (
     prunable,
     step_name,
     step_of,
-    sync_folder,
 )
 from pipeline.config.schema import Checkpoint
 from pipeline.distributed.environment import cpus_per_rank, local_world_size
@@ -280,7 +280,7 @@ def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part:
             with suppress(OSError):
                 (folder / _file(rank)).unlink()  # which makes room for the note
             with suppress(OSError):  # without a note, rank 0 waits until the launcher ends it
-                _write_durably(folder / _part(rank), json.dumps({"error": f"rank {rank}: {failed or error}"}).encode())
+                write_atomically(folder / _part(rank), json.dumps({"error": f"rank {rank}: {failed or error}"}))
         if failed is None:
             raise
         raise RunFailed(failed) from error
@@ -315,7 +315,7 @@ def _write_part(folder: Path, rank: int, part: RankShard) -> None:
         for (name, kind, start, count), offset in zip(part.titles, part.image.offsets, strict=True)
     ]
     facts = {"files": {file: checksums}, "stretches": found, "blocking": part.blocking}
-    _write_durably(folder / _part(rank), json.dumps(facts).encode())
+    write_atomically(folder / _part(rank), json.dumps(facts))
 
 
 def _commit(folder: Path, attempt: int, world_size: int, step: int, common: GlobalState) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Glob
         "buffers.safetensors": _write_chunks(
             folder / "buffers.safetensors", SafetensorsSnapshot(common.buffers).chunks()
         ),
-        "state.json": _write_durably(folder / "state.json", common.state.encode()),
+        "state.json": _write_chunks(folder / "state.json", [np.frombuffer(common.state.encode(), np.uint8)]),
     }
     parts = [_await_part(folder / _part(rank)) for rank in range(world_size)]
     for part in parts:
@@ -339,23 +339,14 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Glob
         "files": files,
         "stretches": [stretch for part in parts for stretch in part["stretches"]],
     }
-    _write_durably(folder / "manifest.json", json.dumps({"sha256": digest_of(manifest), **manifest}).encode())
+    write_atomically(folder / "manifest.json", json.dumps({"sha256": digest_of(manifest), **manifest}))
     for rank in range(world_size):
         (folder / _part(rank)).unlink()
     sync_folder(folder)
     raise_if_superseded(folder.parent.parent, attempt)
-    _publish(folder, folder.parent / step_name(step))
+    publish(folder, folder.parent / step_name(step))  # replaces a damaged one, whose steps were done again
     size = sum(entry["bytes"] for entry in files.values())
     return {"bytes": size, "blocking": any(part["blocking"] for part in parts)}
-
-
-def _publish(folder: Path, final: Path) -> None:
-    aside = final.with_name(f".{final.name}.replaced")
-    if final.exists():  # damaged: an earlier one was rolled back to, and this is that stretch again
-        final.rename(aside)
-    folder.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None, step: int, spared: Iterable[Path] = ()) -> None:
@@ -381,14 +372,6 @@ def _part(rank: int) -> str:
 
 def _file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _write_durably(path: Path, content: bytes) -> dict[str, Any]:
-    """Writes under a temporary name, makes it durable, renames; returns the file's checksums."""
-    hidden = path.with_name(f".{path.name}")
-    checksums = _write_chunks(hidden, [np.frombuffer(content, np.uint8)])
-    hidden.rename(path)
-    return checksums
 
 
 def _write_chunks(path: Path, chunks: Iterable[np.ndarray]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors
 
+from data.storage.durable import publish
 from pipeline.checkpoint import weights as weights_file
 from pipeline.checkpoint.weights import KEY, all_tensors, open_weights, provenance, select_weights
 from pipeline.config.parsing import validate
@@ -215,15 +216,12 @@ def _check_place(target: Path, overwrite: bool, as_folder: bool) -> None:
 
 def _put(target: Path, write: Callable[[Path], None]) -> int:
     """Writes under a hidden name beside the target and renames; returns the bytes."""
-    hidden, aside = (target.with_name(f".{target.name}.{what}") for what in ("partial", "replaced"))
+    hidden = target.with_name(f".{target.name}.partial")
     _refuse_unwritable(target, hidden)
     try:
         write(hidden)
         _let_others_read(hidden)
-        if target.is_dir():
-            target.rename(aside)
-        hidden.replace(target)
-        _remove(aside)
+        publish(hidden, target)
     except (OSError, safetensors.SafetensorError) as error:
         _remove(hidden)
         reason = str(error).partition(" at path ")[0]  # which is safetensors' own hidden file

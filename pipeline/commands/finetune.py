@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.storage.durable import write_atomically
 from pipeline.checkpoint.mirror import restore_from_mirror
 from pipeline.checkpoint.pretrained import check_compatible_network, classifier_in_words, convert_weights, map_classes
 from pipeline.checkpoint.weights import Weights, open_weights, select_weights
@@ -23,7 +24,6 @@ from pipeline.distributed.environment import is_rank, rank_and_world_size
 from pipeline.errors import UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, unknown_lineage, unknown_lineage_warning
 from pipeline.plan import Plan
-from pipeline.run.jsonl import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
 
 def pin_source(run_folder: Path, source: Source) -> None:
     """Writes the source down, which was found good, so that every later start of this run takes the same."""
-    write_whole(run_folder / "source.json", json.dumps(asdict(source)) + "\n")
+    write_atomically(run_folder / "source.json", json.dumps(asdict(source)) + "\n")
 
 
 def _is_preset(source: str) -> bool:

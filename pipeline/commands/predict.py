@@ -133,8 +133,8 @@ def predictions(
         under_way.append([read(file) for file in next(parts)])
         good = [image for image in under_way[-1] if image.error is None]
         heights, widths = [image.height for image in good], [image.width for image in good]
-        recipe = augment.eval_params(config.evaluate.crop_fraction, heights, widths)
-        return [np.frombuffer(image.encoded, np.uint8) for image in good], recipe
+        params = augment.eval_params(config.evaluate.crop_fraction, heights, widths)
+        return [np.frombuffer(image.encoded, np.uint8) for image in good], params
 
     decoder = Decoder(
         resolution=config.model.resolution,

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.augment import Augmentation
+from data.augment import Augmentation, describe_params
 from data.loader import Batch, LoaderSpec, batches_at
 from data.order import Order
-from data.randaugment import Operation, in_words
 from data.shards.manifest import Manifest
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
@@ -74,8 +73,8 @@ def samples_shown(config: Config, samples: int, epoch: int) -> list[SheetItem]:
 def _batches(config: Config, manifest: Manifest, order: Order, drawn: Augmentation, positions: range) -> list[Batch]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = len(os.sched_getaffinity(0))
-    share = LoaderSpec(0, 1, config.train.micro_batch, config.model.resolution, device, threads)
-    with batches_at(manifest, order, drawn, share, config.run.seed, positions) as batches:
+    spec = LoaderSpec(0, 1, config.train.micro_batch, config.model.resolution, device, threads)
+    with batches_at(manifest, order, drawn, spec, config.run.seed, positions) as batches:
         return list(batches)
 
 
@@ -90,26 +89,14 @@ def _shown(config: Config, classes: tuple[str, ...], plain: Batch, seen: Batch) 
         images = floats.permute(0, 2, 3, 1).round().byte()
         others = shares - shares.diagonal().diag()
         partners = [
-            f"{_percent(row.max().item())} of {names[int(row.argmax())]}" if row.any() else "" for row in others
+            f"{100 * row.max().item():.0f} % of {names[int(row.argmax())]}" if row.any() else "" for row in others
         ]
     replaced = {broken.key for broken in seen.broken}
     for i, key in enumerate(seen.keys):
-        lines = [names[i], *_drawn(config, seen, i)]
+        drawn = describe_params(seen.params, i, seen.shapes[i], config.augment.randaugment.magnitude)
+        lines = [names[i], *drawn]
         lines += [f"mixed with {partners[i]}"] * bool(partners[i]) + [f"stands in for {key}"] * (key in replaced)
         yield SheetItem(plain.images[i].cpu().numpy(), images[i].cpu().numpy(), lines)
-
-
-def _drawn(config: Config, batch: Batch, i: int) -> Iterator[str]:
-    """What was drawn for a sample of a batch."""
-    recipe, magnitude = batch.recipe, config.augment.randaugment.magnitude
-    share = recipe.crop_shape[i].prod() / batch.shapes[i].prod()
-    yield f"crop {_percent(share)} of the area" + ", mirrored" * int(recipe.flip[i])
-    for operation, negative in zip(recipe.operations[i], recipe.signs[i], strict=True):
-        yield in_words(Operation(operation), magnitude, -1 if negative else 1)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 def sheet(shown: list[SheetItem], title: str) -> bytes:

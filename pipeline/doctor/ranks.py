@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from data.storage.durable import write_atomically
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import host_name, nodes_of_step, rank_and_world_size
 from pipeline.doctor.environment import check_node
@@ -27,7 +28,6 @@ from pipeline.doctor.storage import check_storage, nearest_folder
 from pipeline.doctor.subprocess_probe import run_isolated
 from pipeline.errors import UsageError
 from pipeline.formatting import format_ranges
-from pipeline.run.jsonl import write_whole
 
 PATIENCE_SECONDS = 60.0
 """How long a rank that has its findings waits for the others': NFS may hide a new file for half a minute."""
@@ -79,7 +79,7 @@ def report(folder: Path, rank: int, findings: Sequence[Check], patience: float =
         time.sleep(0.2)
     report = Report(host_name(), tuple(findings))
     try:
-        write_whole(folder / f"rank-{rank}.json", json.dumps(asdict(report)))
+        write_atomically(folder / f"rank-{rank}.json", json.dumps(asdict(report)))
     except OSError as error:
         print(f"rank {rank} on {report.host} cannot tell rank 0: {folder}: {error.strerror}", file=sys.stderr)
 

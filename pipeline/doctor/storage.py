@@ -61,7 +61,7 @@ def check_dataset(key: str, url: str) -> Check:
     from data.shards.manifest import read_manifest
     from data.storage.remote import Storage
 
-    storage = Storage(attempts=2, deadline=30, patience=60)
+    storage = Storage(attempts=2, attempt_timeout=30, timeout=60)
     try:
         manifest = read_manifest(url, storage)
         # another one for each host, as the training reads, and so that no server answers all out of its memory

@@ -61,7 +61,7 @@ def explain_oom(config: Config, classes: int) -> Iterator[None]:
             raise
         try:
             room = _room_of_gpu() if torch.cuda.is_available() else None  # while it is as it was
-            left, resident = memory.of_process(), memory.resident()
+            left, resident = memory.available_addresses(), memory.resident()
             _let_go(error)
             room = room or _room_of_host(left, resident)
             message = _explanation(config, classes, error, room)

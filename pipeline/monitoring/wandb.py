@@ -16,8 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
+from data.storage.durable import write_atomically
 from pipeline.errors import UsageError, first_line
-from pipeline.run.jsonl import write_whole
 
 INIT_SECONDS, FINISH_SECONDS = 30, 10
 """How long its server may take to answer, and, when a run ends, to take what is left."""
@@ -39,7 +39,7 @@ def wandb_id(run: Path) -> str:
     """The run's id; a new one is written to RUN/wandb.json before it is used."""
     note = run / "wandb.json"
     if not note.exists():
-        write_whole(note, json.dumps({"id": os.urandom(8).hex()}) + "\n")
+        write_atomically(note, json.dumps({"id": os.urandom(8).hex()}) + "\n")
     return json.loads(note.read_text())["id"]
 
 

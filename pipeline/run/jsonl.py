@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.storage.durable import write_atomically
+
 
 class JsonLines:
     """A file of JSON objects that is only added to; a line is written by one call and flushed at once."""
@@ -52,14 +54,7 @@ def cut_back(path: Path, step: int) -> None:
     """Removes the rows past a step (of a checkpoint) from metrics.jsonl, and half a last line."""
     if path.exists():
         kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step]
-        write_whole(path, "".join(kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that it is there as it was, or as it is to be, and never half."""
-    hidden = path.with_name(f".{path.name}")
-    hidden.write_text(text, encoding="utf-8")
-    os.replace(hidden, path)
+        write_atomically(path, "".join(kept))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

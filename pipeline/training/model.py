@@ -96,8 +96,8 @@ def attention_backends(network: CoAtNet, train: Train, device: torch.device) -> 
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     layers = [module for module in network.modules() if isinstance(module, RelativeAttention)]
     chosen = {
-        f"{layer.grid[0]} x {layer.grid[1]} {layer.chosen(device.type, dtype, True)}"
-        f" (evaluation {layer.chosen(device.type, dtype, False)})": None
+        f"{layer.grid[0]} x {layer.grid[1]} {layer.select_backend(device.type, dtype, True)}"
+        f" (evaluation {layer.select_backend(device.type, dtype, False)})": None
         for layer in layers
     }
     return f"attention: {', '.join(chosen) or 'none'}"

@@ -17,7 +17,7 @@ import torch
 from data.augment import Augmentation
 from data.loader import LoaderSpec, training_batches
 from data.order import Order
-from data.reader import Sample, read_stretches
+from data.reader import Sample, read_ranges
 from data.shards.manifest import read_manifest, with_cache
 from data.storage.cache import BLOCK_BYTES, NodeCache
 from data.storage.remote import DEFAULT, ReadError, Storage, open_fs, write_file
@@ -70,9 +70,9 @@ def test_three_epochs_from_s3_read_the_set_once_and_give_what_was_packed(packed,
         for epoch in range(3):
             for rank in range(2):
                 manifest = with_cache(read_manifest("s3://data/set"), DEFAULT, str(folder), None)
-                share = LoaderSpec(rank, 2, 2, 24, torch.device("cpu"), 2)
+                spec = LoaderSpec(rank, 2, 2, 24, torch.device("cpu"), 2)
                 steps = 10 * epoch, 10 * (epoch + 1)
-                with training_batches(manifest, order, plain, share, 3, *steps) as loaded:
+                with training_batches(manifest, order, plain, spec, 3, *steps) as loaded:
                     keys += [key for step in loaded for batch in step for key in batch.keys]
         assert sorted(keys) == sorted(3 * packed.keys)
         for suffix in (".tar", ".npy"):
@@ -80,7 +80,7 @@ def test_three_epochs_from_s3_read_the_set_once_and_give_what_was_packed(packed,
             assert server.bytes_sent(suffix) == packed_bytes
 
 
-def test_eight_threads_of_two_ranks_read_any_ranges_and_each_block_is_fetched_once(server, folder, content):
+def test_threads_of_two_ranks_read_any_ranges_and_each_block_is_fetched_once(server, folder, content):
     ranks = cache_in(folder), cache_in(folder)
     draws = np.random.default_rng(1)
     ranges = [sorted(draws.integers(0, SIZE, 2)) for _ in range(60)] + [(0, SIZE), (SIZE - 1, SIZE)]
@@ -118,7 +118,7 @@ def reading_on(server: Server, folder: Path, dies_at: int) -> subprocess.Popen[b
     return subprocess.Popen([sys.executable, "-c", READ_ON, *arguments], cwd=ROOT)
 
 
-def test_processes_that_are_killed_while_they_write_leave_a_cache_that_gives_right_bytes(server, folder, content):
+def test_a_process_killed_while_it_writes_leaves_a_cache_that_is_right(server, folder, content):
     for dies_at in (1000, BLOCK_BYTES - 1):  # within the last block, which is short, and in the first
         assert reading_on(server, folder, dies_at).wait() == -signal.SIGXFSZ
         assert dies_at in [path.stat().st_size for path in (folder / "partial").glob("*")]
@@ -186,7 +186,7 @@ def test_a_limit_that_is_set_lower_is_kept_from_the_next_block_on(server, folder
     assert bytes_in(folder) <= 2 * BLOCK_BYTES
 
 
-def test_a_disk_that_takes_no_more_ends_the_cache_with_one_line_and_not_the_reading(server, folder, content, capsys):
+def test_a_full_disk_ends_the_cache_with_one_line_and_not_the_reading(server, folder, content, capsys):
     cache = cache_in(folder)
     cache.read(f"{server.url}/a.tar", 0, 10)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -209,15 +209,15 @@ def test_a_folder_that_cannot_be_made_is_the_same(server, tmp_path, content, cap
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_damage_on_the_way_is_told_and_does_not_stay_in_the_cache(packed, folder):
+def test_damage_on_the_way_is_reported_and_does_not_stay_in_the_cache(packed, folder):
     faults: list[ReadError] = []
     with http_server(packed.folder) as server:
         storage = Storage(on_fault=faults.append)
         manifest = with_cache(read_manifest(server.url), storage, str(folder), None)
         server.plan = once("damage", ".tar")
         for _ in range(3):
-            found = read_stretches(manifest, whole(manifest))
-            assert found == read_stretches(packed.manifest, whole(packed.manifest))
+            found = read_ranges(manifest, whole(manifest))
+            assert found == read_ranges(packed.manifest, whole(packed.manifest))
             assert all(isinstance(sample, Sample) for sample in found)
         assert len(faults) == len(manifest.shards)
         assert len(server.requests) == 1 + 3 * len(manifest.shards)
@@ -232,7 +232,7 @@ def test_another_set_at_the_same_url_is_not_answered_from_the_old_one(server, fo
 
 
 def test_a_lock_that_another_process_holds_for_good_does_not_stop_a_read(server, folder, content, monkeypatch):
-    monkeypatch.setattr("data.storage.cache.PATIENCE", 0.2)
+    monkeypatch.setattr("data.storage.cache.LOCK_TIMEOUT", 0.2)
     cache_in(folder).read(f"{server.url}/a.tar", 0, SIZE)
     program = "import fcntl, sys\nfiles = [open(name, 'a') for name in sys.argv[1:]]\n"
     program += "[fcntl.flock(file, fcntl.LOCK_EX) for file in files]\nprint('locked', flush=True)\nsys.stdin.read()"
@@ -249,7 +249,7 @@ def test_a_lock_that_another_process_holds_for_good_does_not_stop_a_read(server,
 
 def test_a_set_on_a_disk_is_not_cached(packed, folder):
     manifest = with_cache(packed.manifest, DEFAULT, str(folder), None)
-    read_stretches(manifest, whole(manifest))
+    read_ranges(manifest, whole(manifest))
     assert not folder.exists()
 
 
@@ -257,5 +257,5 @@ def test_the_folder_may_name_variables_of_the_node(packed, tmp_path, monkeypatch
     monkeypatch.setenv("SCRATCH_OF_THIS_NODE", str(tmp_path))
     with http_server(packed.folder) as server:
         manifest = with_cache(read_manifest(server.url), DEFAULT, "$SCRATCH_OF_THIS_NODE/cache", None)
-        read_stretches(manifest, whole(manifest))
+        read_ranges(manifest, whole(manifest))
     assert len(blocks_in(tmp_path / "cache")) == 2 * len(manifest.shards)

@@ -1,4 +1,4 @@
-"""Pixels: what the recipe says, from whatever bytes, whatever they are batched with; the decoder's manners."""
+"""Pixels: what the parameters say, from whatever bytes, whatever they are batched with; the decoder's manners."""
 
 import gc
 import os
@@ -21,6 +21,8 @@ from data.decode import Decoder
 from data.errors import DataError
 
 SIDE = 48
+Device = Literal["cpu", "gpu"]
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 FULL = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=10)
 
 
@@ -41,22 +43,22 @@ def upright(image: np.ndarray) -> np.ndarray:
 
 def decoder_of(
     images: Sequence[np.ndarray],
-    recipe: AugmentParams,
+    params: AugmentParams,
     *,
     batches: Sequence[Sequence[int]] | None = None,
     threads: int = 1,
     resolution: int = SIDE,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: Device = "cpu",
 ) -> Decoder:
     """A decoder of these images in batches of these indices; one batch of all of them unless said otherwise."""
     chosen = [np.array(batch, np.int64) for batch in (batches or [range(len(images))])]
     answers = iter(
-        [([images[i] for i in b], AugmentParams(*(getattr(recipe, f.name)[b] for f in fields(recipe)))) for b in chosen]
+        [([images[i] for i in b], AugmentParams(*(getattr(params, f.name)[b] for f in fields(params)))) for b in chosen]
     )
     return Decoder(
         resolution=resolution,
         batch_size=max(len(batch) for batch in chosen),
-        layers=recipe.operations.shape[1],
+        layers=params.operations.shape[1],
         magnitude=FULL.magnitude,
         device=device,
         device_id=0 if device == "gpu" else None,
@@ -65,12 +67,12 @@ def decoder_of(
     )
 
 
-def pixels_of(images: Sequence[np.ndarray], recipe: AugmentParams, **options) -> np.ndarray:
-    return torch.cat(list(decoder_of(images, recipe, **options))).cpu().numpy()
+def pixels_of(images: Sequence[np.ndarray], params: AugmentParams, **options) -> np.ndarray:
+    return torch.cat(list(decoder_of(images, params, **options))).cpu().numpy()
 
 
 def whole(image: np.ndarray, count: int = 1) -> AugmentParams:
-    """The recipe that takes all of an upright image as it is."""
+    """The parameters that take all of an upright image as it is."""
     height, width, _ = upright(image).shape
     shape = np.tile(np.array([height, width], np.int32), (count, 1))
     return replace(eval_params(1.0, [height] * count, [width] * count), crop_start=shape * 0, crop_shape=shape)
@@ -91,29 +93,34 @@ def split(order: Sequence[int], size: int) -> list[Sequence[int]]:
 # ------------------------------------------------------------------------------------------------------ a pure function
 
 
+@on_each_device
 @pytest.mark.parametrize(("size", "threads", "ahead"), [(1, 1, 2), (7, 2, 2), (16, 1, 1), (33, 2, 4)])
-def test_a_samples_pixels_do_not_depend_on_its_batch(size: int, threads: int, ahead: int, monkeypatch) -> None:
+def test_a_samples_pixels_do_not_depend_on_its_batch(
+    size: int, threads: int, ahead: int, device: Device, monkeypatch
+) -> None:
     """Nor on its neighbours, its place, the number of threads and how far DALI runs ahead, with RandAugment on."""
-    files, recipe = sample_set()
-    together = pixels_of(files, recipe)
+    files, params = sample_set()
+    together = pixels_of(files, params, device=device)
     monkeypatch.setattr(decode, "AHEAD", ahead)
     order = np.random.default_rng(size).permutation(len(files))
-    again = pixels_of(files, recipe, batches=split(order.tolist(), size), threads=threads)
+    again = pixels_of(files, params, batches=split(order.tolist(), size), threads=threads, device=device)
     np.testing.assert_array_equal(again, together[order])
 
 
 def test_batches_come_in_order_and_as_large_as_they_were_asked_for() -> None:
-    files, recipe = sample_set()
+    files, params = sample_set()
     asked = [[3, 1, 2], [], [0], list(range(40)), [7, 7]]
-    everything = pixels_of(files, recipe)
-    for pixels, batch in zip(decoder_of(files, recipe, batches=asked), asked, strict=True):
+    everything = pixels_of(files, params)
+    for pixels, batch in zip(decoder_of(files, params, batches=asked), asked, strict=True):
         assert pixels.shape == (len(batch), SIDE, SIDE, 3) and pixels.dtype == torch.uint8
         np.testing.assert_array_equal(pixels.numpy(), everything[np.array(batch, int)])
 
 
-def test_kept_batches_stay_as_they_were() -> None:
-    files, recipe = sample_set()
-    decoder = decoder_of(files, recipe, batches=[range(20 * (i % 2), 20 * (i % 2) + 20) for i in range(12)])
+@on_each_device
+def test_kept_batches_stay_as_they_were(device: Device) -> None:
+    files, params = sample_set()
+    batches = [range(20 * (i % 2), 20 * (i % 2) + 20) for i in range(12)]
+    decoder = decoder_of(files, params, batches=batches, device=device)
     kept = [next(decoder) for _ in range(5)]
     copies = [pixels.clone() for pixels in kept]
     later = [next(decoder) for _ in range(7)]
@@ -130,22 +137,22 @@ def test_a_crop_of_the_output_size_is_pillows_to_the_bit(kind: str) -> None:
     """Nothing is resampled then, so the crop of the decoder is the slice of the whole image."""
     file = encoded(picture(1, 90, 120), kind)
     places = np.array([[0, 0], [42, 72], [17, 31], [1, 70]], np.int32)
-    recipe = replace(whole(file, 4), crop_start=places, crop_shape=np.full((4, 2), SIDE, np.int32))
+    params = replace(whole(file, 4), crop_start=places, crop_shape=np.full((4, 2), SIDE, np.int32))
     expected = [upright(file)[y : y + SIDE, x : x + SIDE] for y, x in places]
-    np.testing.assert_array_equal(pixels_of([file] * 4, recipe), expected)
-    mirrored = replace(recipe, flip=np.ones(4, np.int32))
+    np.testing.assert_array_equal(pixels_of([file] * 4, params), expected)
+    mirrored = replace(params, flip=np.ones(4, np.int32))
     np.testing.assert_array_equal(pixels_of([file] * 4, mirrored), np.stack(expected)[:, :, ::-1])
 
 
 def test_a_resized_crop_sees_nothing_outside_of_it() -> None:
     file = encoded(picture(2, 300, 200))
-    recipe = sample_params(replace(FULL, layers=0), 0, 0, np.arange(20), np.full(20, 300), np.full(20, 200))
+    params = sample_params(replace(FULL, layers=0), 0, 0, np.arange(20), np.full(20, 300), np.full(20, 200))
     cut = [
-        upright(file)[y : y + h, x : x + w] for (y, x), (h, w) in zip(recipe.crop_start, recipe.crop_shape, strict=True)
+        upright(file)[y : y + h, x : x + w] for (y, x), (h, w) in zip(params.crop_start, params.crop_shape, strict=True)
     ]
     alone = [encoded(Image.fromarray(each), "PNG") for each in cut]
-    uncropped = replace(recipe, crop_start=recipe.crop_start * 0)
-    np.testing.assert_array_equal(pixels_of([file] * 20, recipe), pixels_of(alone, uncropped))
+    uncropped = replace(params, crop_start=params.crop_start * 0)
+    np.testing.assert_array_equal(pixels_of([file] * 20, params), pixels_of(alone, uncropped))
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 200), (20, 31), (48, 500)])
@@ -187,8 +194,8 @@ def test_an_image_comes_upright_and_is_cropped_upright(orientation: int) -> None
     image = picture(11, 60, 80)
     (exif := image.getexif())[274] = orientation
     file = encoded(image, exif=exif)
-    recipe = whole(file)
-    corner = replace(recipe, crop_start=recipe.crop_shape - SIDE, crop_shape=np.full((1, 2), SIDE, np.int32))
+    params = whole(file)
+    corner = replace(params, crop_start=params.crop_shape - SIDE, crop_shape=np.full((1, 2), SIDE, np.int32))
     np.testing.assert_array_equal(pixels_of([file], corner)[0], upright(file)[-SIDE:, -SIDE:])
 
 
@@ -197,11 +204,11 @@ def test_an_image_comes_upright_and_is_cropped_upright(orientation: int) -> None
 
 @pytest.mark.parametrize("error", [ValueError("shard 7 is gone"), RuntimeError("no such window")])
 def test_an_error_of_the_source_comes_out_as_it_is_and_again(error: Exception) -> None:
-    files, recipe = sample_set(4)
+    files, params = sample_set(4)
 
     def source() -> Iterator[tuple[list[np.ndarray], AugmentParams]]:
-        yield files, recipe
-        yield files, recipe
+        yield files, params
+        yield files, params
         raise error
 
     answers = source()
@@ -226,11 +233,11 @@ def test_an_error_of_dali_is_one_line_and_ends_the_decoder() -> None:
 
 
 def test_a_closed_decoder_is_at_its_end_and_its_threads_are_gone() -> None:
-    files, recipe = sample_set(4)
-    next(decoder_of(files, recipe, batches=[[0]] * 9))  # libraries start threads of their own at the first use
+    files, params = sample_set(4)
+    next(decoder_of(files, params, batches=[[0]] * 9))  # libraries start threads of their own at the first use
     gc.collect()
     before = len(os.listdir("/proc/self/task"))
-    decoder = decoder_of(files, recipe, batches=[[0, 1]] * 9, threads=3)
+    decoder = decoder_of(files, params, batches=[[0, 1]] * 9, threads=3)
     kept = next(decoder)
     assert len(os.listdir("/proc/self/task")) >= before + 3
     decoder.close()
@@ -267,8 +274,8 @@ def test_a_process_ends_with_an_open_decoder_and_without_a_gpu(ending: str) -> N
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_cpus_pixels_to_within_a_few_levels() -> None:
-    files, recipe = sample_set()
-    plain = replace(recipe, operations=recipe.operations[:, :0], signs=recipe.signs[:, :0])
+    files, params = sample_set()
+    plain = replace(params, operations=params.operations[:, :0], signs=params.signs[:, :0])
     batches = split(range(40), 16)
     decoded = list(decoder_of(files, plain, batches=batches, device="gpu"))
     assert all(
@@ -276,24 +283,3 @@ def test_a_gpu_gives_the_cpus_pixels_to_within_a_few_levels() -> None:
     )
     off = abs(torch.cat(decoded).cpu().numpy().astype(int) - pixels_of(files, plain))
     assert off.max() <= 12 and off.mean() < 1
-
-
-@pytest.mark.gpu
-def test_a_samples_pixels_do_not_depend_on_its_batch_on_a_gpu_either() -> None:
-    files, recipe = sample_set()
-    together = pixels_of(files, recipe, device="gpu")
-    order = np.random.default_rng(0).permutation(len(files))
-    again = pixels_of(files, recipe, batches=split(order.tolist(), 7), device="gpu")
-    np.testing.assert_array_equal(again, together[order])
-
-
-@pytest.mark.gpu
-def test_kept_batches_stay_as_they_were_on_a_gpu() -> None:
-    files, recipe = sample_set()
-    decoder = decoder_of(
-        files, recipe, batches=[range(20 * (i % 2), 20 * (i % 2) + 20) for i in range(12)], device="gpu"
-    )
-    kept = [next(decoder) for _ in range(5)]
-    copies = [pixels.clone() for pixels in kept]
-    list(decoder)
-    assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))

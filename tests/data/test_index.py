@@ -3,11 +3,9 @@
 import gzip
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +25,7 @@ from data.errors import DataError, UsageError
 from data.loader import LoaderSpec, training_batches
 from data.order import Order, SampleRange
 from data.packing.index import Report, find_tars, index
-from data.reader import Sample, read_stretches
+from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, sample_table, table_rows
 from data.shards.tar_index import index_tar
@@ -69,7 +67,7 @@ def indexed(url: object, out: object = None, **changed: Any) -> Report:
 
 
 def everything(manifest: Manifest) -> list[Sample | BadSample]:
-    return read_stretches(manifest, [SampleRange(i, 0, shard.samples) for i, shard in enumerate(manifest.shards)])
+    return read_ranges(manifest, [SampleRange(i, 0, shard.samples) for i, shard in enumerate(manifest.shards)])
 
 
 # ------------------------------------------------------------------------------------------------- shards of any writer
@@ -150,18 +148,7 @@ def test_shards_of_any_writer_are_read_as_webdataset_reads_them(foreign, decode,
     assert {(each.height, each.width) for each in samples} == {(SIDE, SIDE)}
 
 
-def test_the_index_is_to_the_byte_what_dali_makes_of_the_same_shards(foreign, tmp_path):
-    folder, request = foreign
-    if "long" in folder.name:
-        pytest.skip("wds2idx takes GNU's long names for the beginning of the data, see the test with DALI's reader")
-    indexed(folder, tmp_path, **request)
-    for tar in sorted(folder.glob("*.tar")):
-        command = [sys.executable, "-m", "wds2idx", str(tar), str(tmp_path / "theirs")]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
-        assert (tmp_path / f"{tar.stem}.idx").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-def test_decoding_stores_checksums_and_sizes_and_the_mark_that_headers_alone_do_not_give(foreign, decode, tmp_path):
+def test_decoding_stores_checksums_sizes_and_the_decoded_flag(foreign, decode, tmp_path):
     folder, request = foreign
     indexed(folder, tmp_path, decode=decode, **request)
     for tar in folder.glob("*.tar"):
@@ -170,24 +157,6 @@ def test_decoding_stores_checksums_and_sizes_and_the_mark_that_headers_alone_do_
         known = sample_table(contents, samples, [(SIDE, SIDE)] * len(samples), FLAG_DECODED)
         unknown = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
         assert np.array_equal(np.load(tmp_path / f"{tar.stem}.npy"), known if decode else unknown)
-
-
-def test_they_train_with_the_pixels_and_labels_of_their_files(foreign, decode, tmp_path):
-    folder, request = foreign
-    indexed(folder, tmp_path, decode=decode, **request)
-    manifest = read_manifest(str(tmp_path))
-    order = Order(0, np.array([shard.samples for shard in manifest.shards]), 10, 4)
-    plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
-    with training_batches(manifest, order, plain, LoaderSpec(0, 1, 5, SIDE, torch.device("cpu"), 1), 0, 0, 3) as steps:
-        batches = [batch for step in steps for batch in step]
-    files = {key: (encoded, label) for key, encoded, label in of_webdataset(folder, request.get("label_field"))}
-    assert sorted(key for batch in batches for key in batch.keys) == sorted(files)
-    for batch in batches:
-        assert not batch.broken
-        for key, pixels, labels in zip(batch.keys, batch.images, batch.labels.tolist(), strict=True):
-            encoded, label = files[key]
-            expected = np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-            assert np.array_equal(pixels, expected) and labels == [label]
 
 
 def test_dalis_own_reader_takes_the_index(foreign, tmp_path):
@@ -234,7 +203,7 @@ def test_a_folder_a_glob_and_a_pattern_give_the_same_on_disk_and_in_memory(tmp_p
     assert len(found) == 1
 
 
-def test_beside_the_tars_the_set_can_be_moved_and_patterns_keep_their_order_and_folders(tmp_path):
+def test_a_set_indexed_in_place_can_be_moved_and_keeps_the_pattern_s_order(tmp_path):
     for name in ("b", "a"):
         (tmp_path / "sets" / name).mkdir(parents=True)
         by_webdataset(tmp_path / "sets" / name)
@@ -306,8 +275,8 @@ def test_several_labels_of_a_sample_come_in_a_row_filled_up_with_minus_one(tmp_p
     indexed(folder, label_field="labels")
     manifest = read_manifest(str(folder))
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
-    share = LoaderSpec(0, 1, 8, SIDE, torch.device("cpu"), 1)
-    with training_batches(manifest, Order(0, np.array([8]), 8, 8), plain, share, 0, 0, 1) as steps:
+    spec = LoaderSpec(0, 1, 8, SIDE, torch.device("cpu"), 1)
+    with training_batches(manifest, Order(0, np.array([8]), 8, 8), plain, spec, 0, 0, 1) as steps:
         (batch,) = next(steps)
     rows = {"0": [2, -1, -1], "1": [0, 1, -1], "2": [1, -1, -1], "3": [2, 0, 1]}
     assert batch.labels.dtype == torch.int64
@@ -360,9 +329,8 @@ WHOLE = tar_of(PAIRS)
     ("contents", "message"),
     [
         (tar_of(["1.jpg", "2.jpg", "1.cls", "2.cls"]), "parts of sample 1 do not lie together; .*--sort=name"),
-        (tar_of(["1.jpg", "1.cls", "1.jpg"]), "sample 1 has two parts called jpg"),
+        (tar_of(["1.jpg", "1.cls", "1.JPG"]), "sample 1 has two parts called jpg"),
         (WHOLE[:1900], "not a whole tar"),
-        (WHOLE[:2560], "damaged or cut header at byte 2560"),
         (WHOLE[:1536] + b"x" + WHOLE[1537:], "damaged or cut header at byte 1536"),
         (WHOLE + WHOLE, "it ends at byte 5120, and more follows"),
         (WHOLE[:2560] + bytes(1024) + WHOLE[2560:], "it ends at byte 2560, and more follows"),
@@ -370,9 +338,9 @@ WHOLE = tar_of(PAIRS)
         (b"", "empty file"),
         (gzip.compress(WHOLE), "is compressed; unpack it first \\(gunzip"),
     ],
-    ids=["apart", "twice", "cut", "cut between parts", "header", "joined", "zeros", "global", "empty", "compressed"],
+    ids=["apart", "twice", "cut", "header", "joined", "zeros", "global", "empty", "compressed"],
 )
-def test_a_tar_that_would_be_read_wrongly_is_refused_by_name_and_leaves_no_manifest(tmp_path, contents, message):
+def test_a_tar_that_would_be_read_wrongly_is_refused_by_name(tmp_path, contents, message):
     (tmp_path / "a.tar").write_bytes(WHOLE)
     (tmp_path / "b.tar").write_bytes(contents)
     with pytest.raises(DataError, match=rf"{tmp_path}/b\.tar: .*{message}"):
@@ -380,7 +348,7 @@ def test_a_tar_that_would_be_read_wrongly_is_refused_by_name_and_leaves_no_manif
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_global_header_that_says_nothing_of_names_is_no_obstacle_and_an_empty_tar_is_left_out(tmp_path):
+def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of(PAIRS, {"comment": "made by hand"}))
     (tmp_path / "b.tar").write_bytes(bytes(10240))
     report = indexed(tmp_path)
@@ -407,9 +375,7 @@ def test_a_global_header_that_says_nothing_of_names_is_no_obstacle_and_an_empty_
         ("done", {}, "done has a manifest.json; remove it to index again, or write to another --out"),
     ],
 )
-def test_what_cannot_be_indexed_as_asked_is_refused_in_one_line_that_says_what_to_do(
-    tmp_path, monkeypatch, url, request_, message
-):
+def test_a_request_that_cannot_be_indexed_is_refused_with_what_to_do(tmp_path, monkeypatch, url, request_, message):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "set", [{"jpg": image(0), "cls": b"0"}])
     written(tmp_path / "done", [{"jpg": image(0), "cls": b"0"}])

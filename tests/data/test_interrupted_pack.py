@@ -50,9 +50,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PackR
 
 
 @pytest.mark.parametrize("images", [(3,), (31, 32), (60,), (7, 19, 44, 58)])
-def test_after_any_interruption_the_bytes_and_the_report_are_those_of_an_uninterrupted_pack(
-    source, whole, images, tmp_path
-):
+def test_after_any_interruption_bytes_and_report_are_those_of_a_whole_pack(source, whole, images, tmp_path):
     for image in images:
         assert packed_until(source, tmp_path / "out", image) is None
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -128,7 +126,7 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
         packed(elsewhere, tmp_path / "out", **TWO_EACH)
 
 
-def test_replacing_what_is_there_also_resumes_and_never_takes_the_old_shards_for_its_own(source, whole, tmp_path):
+def test_overwriting_also_resumes_and_never_keeps_old_shards(source, whole, tmp_path):
     packed(source, tmp_path / "out", **TWO_EACH, seed=5)
     assert packed_until(source, tmp_path / "out", 30, overwrite=True) is None
     report = packed(source, tmp_path / "out", **TWO_EACH, overwrite=True)
@@ -186,11 +184,11 @@ def check_kills(source: Path, expected: dict[str, bytes], destination: Path, tim
     assert len(read_manifest(str(destination)).shards) > 20
 
 
-def test_a_process_that_is_killed_twice_leaves_what_the_next_one_resumes_from(source, whole, tmp_path):
+def test_a_pack_that_is_killed_twice_resumes(source, whole, tmp_path):
     check_kills(source, whole[1], tmp_path / "out", 2, 0)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("seed", range(5))
-def test_a_process_that_is_killed_ten_times_leaves_what_the_next_one_resumes_from(source, whole, seed, tmp_path):
+def test_a_pack_that_is_killed_ten_times_resumes(source, whole, seed, tmp_path):
     check_kills(source, whole[1], tmp_path / "out", 10, seed)

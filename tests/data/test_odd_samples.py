@@ -197,12 +197,12 @@ Place = tuple[str, int, np.ndarray]
 def loaded(url: str, device: str) -> tuple[list[Place | BadSample], list[Place | BadSample]]:
     """Two epochs of training and one evaluation: key, label and pixels of each place, and what is said to be broken."""
     manifest = read_manifest(url)
-    share = LoaderSpec(0, 1, manifest.samples, SIDE, torch.device(device, 0), 1)
+    spec = LoaderSpec(0, 1, manifest.samples, SIDE, torch.device(device, 0), 1)
     order = Order(0, np.array([manifest.samples]), manifest.samples, 2)
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
-    with training_batches(manifest, order, plain, share, 0, 0, 2) as steps:
+    with training_batches(manifest, order, plain, spec, 0, 0, 2) as steps:
         trained = [each for step in steps for batch in step for each in places_of(batch)]
-    with evaluation_batches(manifest, 1.0, share) as batches:
+    with evaluation_batches(manifest, 1.0, spec) as batches:
         return trained, [each for batch in batches for each in places_of(batch)]
 
 

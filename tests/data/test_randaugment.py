@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data.augment import eval_params
 from data.decode import Decoder
-from data.randaugment import FILL, Operation, in_words, tables
+from data.randaugment import FILL, Operation, describe, tables
 
 SIDE = 90
 WARPS = {Operation.ROTATE, Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y}
@@ -47,7 +47,7 @@ def augmented(
         encoded.append(np.frombuffer(file.getvalue(), np.uint8))
     sides, rows = [image.height for image in images], np.array(operations, np.int32)
     negative = np.broadcast_to(np.array(signs, np.int32)[:, None] < 0, rows.shape).astype(np.int32)
-    recipe = replace(eval_params(1.0, sides, sides), operations=rows, signs=negative)
+    params = replace(eval_params(1.0, sides, sides), operations=rows, signs=negative)
     decoder = Decoder(
         resolution=sides[0],
         batch_size=len(images),
@@ -56,7 +56,7 @@ def augmented(
         device=device,
         device_id=0 if device == "gpu" else None,
         threads=1,
-        source=lambda: (encoded, recipe),
+        source=lambda: (encoded, params),
     )
     return next(decoder).cpu().numpy().astype(int)
 
@@ -194,7 +194,7 @@ def test_a_flat_image_survives_every_operation() -> None:
 
 
 @pytest.mark.parametrize("magnitude", [0, 0.5, 5, WHOLE_PIXELS, 15, 20])
-def test_two_operations_are_said_in_the_same_words_if_and_only_if_they_are_the_same(magnitude: float) -> None:
+def test_descriptions_are_equal_if_and_only_if_the_operations_are(magnitude: float) -> None:
     table, pairs = tables(magnitude, SIDE), [(operation, sign) for operation in Operation for sign in (0, 1)]
     with_factor = {Operation.COLOR, Operation.CONTRAST}
     facts = {
@@ -203,12 +203,12 @@ def test_two_operations_are_said_in_the_same_words_if_and_only_if_they_are_the_s
     }
     for one in pairs:
         for other in pairs:
-            same = in_words(one[0], magnitude, 1 - 2 * one[1]) == in_words(other[0], magnitude, 1 - 2 * other[1])
+            same = describe(one[0], magnitude, 1 - 2 * one[1]) == describe(other[0], magnitude, 1 - 2 * other[1])
             assert same == (facts[one] == facts[other]), (one, other)
 
 
-def test_what_an_operation_does_is_said_in_the_units_of_a_person() -> None:
-    said = {operation: [in_words(operation, 5, sign) for sign in (1, -1)] for operation in Operation}
+def test_an_operation_is_described_in_degrees_percent_and_bits() -> None:
+    said = {operation: [describe(operation, 5, sign) for sign in (1, -1)] for operation in Operation}
     assert said[Operation.ROTATE] == ["rotate +15 deg", "rotate -15 deg"]
     assert said[Operation.POSTERIZE] == ["posterize 6 bits"] * 2
     assert said[Operation.TRANSLATE_X] == ["translate 22.5 % left", "translate 22.5 % right"]

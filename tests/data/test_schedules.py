@@ -64,8 +64,8 @@ def consumed_by(folder: str, rank: int, world_size: int, first_step: int) -> Ran
     """What a rank that begins at this step consumes, step by step, with the step's number."""
     manifest = read_manifest(folder)
     order = Order(SEED, np.array([shard.samples for shard in manifest.shards]), GLOBAL_BATCH, WINDOW)
-    share = LoaderSpec(rank, world_size, 1, SIDE, torch.device("cpu"), 1)
-    with training_batches(manifest, order, AUGMENTATION, share, SEED, first_step, STEPS) as batches:
+    spec = LoaderSpec(rank, world_size, 1, SIDE, torch.device("cpu"), 1)
+    with training_batches(manifest, order, AUGMENTATION, spec, SEED, first_step, STEPS) as batches:
         for step, micro_batches in enumerate(batches, first_step):
             found = [(int(b.positions[0]), b.keys[0], zlib.crc32(b.images.numpy())) for b in micro_batches]
             yield step, found
@@ -95,7 +95,7 @@ def shortly_and_at_length(short: int, long: int) -> list[object]:
 
 
 @pytest.mark.parametrize("seed", shortly_and_at_length(11, 190))
-def test_stopped_anywhere_and_resumed_with_any_number_of_ranks_it_is_the_undisturbed_run(folder, undisturbed, seed):
+def test_stopped_anywhere_and_resumed_on_other_ranks_nothing_changes(folder, undisturbed, seed):
     """Each rank is some steps past the checkpoint when it is stopped, with more under way."""
     rng, disturbed = np.random.default_rng(seed), []
     while (first := len(disturbed)) < STEPS:
@@ -144,9 +144,7 @@ def killed_after(processes: list[BaseProcess], files: list[Path], done: int) -> 
 
 
 @pytest.mark.parametrize("seed", shortly_and_at_length(1, 10))
-def test_killed_in_the_middle_of_a_batch_and_resumed_from_the_checkpoint_it_is_the_undisturbed_run(
-    folder, undisturbed, tmp_path, seed
-):
+def test_killed_in_a_batch_and_resumed_from_the_checkpoint_nothing_changes(folder, undisturbed, tmp_path, seed):
     """The ranks are processes, all killed at once; there is a checkpoint after every third step that all have done."""
     rng, disturbed, attempt = np.random.default_rng(seed), [], 0
     while (first := len(disturbed)) < STEPS:

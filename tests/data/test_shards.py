@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 import tarfile
-import zlib
 
 import numpy as np
 import pytest
@@ -57,15 +56,10 @@ ROWS = sample_table(TAR, INDEX, [(480, 640 + i) for i in range(len(SAMPLES))], F
 
 
 @given(st.integers(0, len(SAMPLES) - 1), st.integers(1, len(SAMPLES)))
-def test_any_run_of_rows_is_a_byte_range_that_webdataset_parses_into_exactly_these_samples(first, count):
+def test_any_rows_are_a_byte_range_that_webdataset_parses_into_their_samples(first, count):
     rows = ROWS[first : first + count]
     contents = TAR[rows[0]["offset"] : rows[-1]["offset"] + rows[-1]["bytes"]]
     assert parsed(contents) == [lower(sample) for sample in SAMPLES[first : first + count]]
-
-
-def test_a_rows_checksum_is_that_of_its_bytes_in_the_tar():
-    for row in ROWS:
-        assert zlib.crc32(TAR[row["offset"] : row["offset"] + row["bytes"]]) == row["crc"]
 
 
 def test_the_index_is_to_the_byte_what_wds2idx_writes(tmp_path):
@@ -100,27 +94,6 @@ def test_a_tar_that_is_cut_is_refused_even_where_a_member_ends(bytes_kept):
         index_tar(TAR[:bytes_kept])
 
 
-def test_a_damaged_header_is_refused_and_not_taken_for_the_end():
-    damaged = bytearray(TAR)
-    damaged[INDEX[-1].offset + 3] ^= 1
-    with pytest.raises(DataError, match="damaged or cut header"):
-        index_tar(bytes(damaged))
-
-
-@pytest.mark.parametrize(
-    "samples",
-    [
-        [{"__key__": "a", "jpg": b"1"}, {"__key__": "b", "jpg": b"2"}, {"__key__": "a", "cls": b"0"}],
-        [{"__key__": "a", "jpg": b"1"}, {"__key__": "a", "jpg": b"2"}],
-        [{"__key__": "a", "jpg": b"1", "JPG": b"2"}],
-    ],
-    ids=["parted", "same member twice", "same extension twice"],
-)
-def test_a_sample_whose_parts_webdataset_would_mix_up_is_refused_by_its_name(samples):
-    with pytest.raises(DataError, match="sample a "):
-        index_tar(tar_of(samples))
-
-
 @given(st.data())
 def test_a_run_of_rows_read_by_range_is_that_run_of_the_table(tmp_path_factory, draw):
     rows = np.frombuffer(bytearray(np.random.default_rng(0).bytes(32 * 100)), ROW)
@@ -133,7 +106,7 @@ def test_a_run_of_rows_read_by_range_is_that_run_of_the_table(tmp_path_factory, 
 
 
 @given(st.integers(0, 32 * 4 - 1), st.integers(0, 7))
-def test_a_table_with_a_flipped_bit_is_refused_by_the_row_and_the_rows_beside_it_are_read(tmp_path_factory, byte, bit):
+def test_a_flipped_bit_in_a_table_is_refused_by_the_row_and_no_other(tmp_path_factory, byte, bit):
     contents = bytearray(table_bytes(sample_table(TAR, INDEX, [(8, 8)] * len(INDEX), 1)))
     contents[256 + byte] ^= 1 << bit
     path = tmp_path_factory.getbasetemp() / "flipped.npy"
@@ -150,12 +123,6 @@ def test_numpy_opens_the_table_and_its_rows_begin_at_byte_256(tmp_path, count):
     (tmp_path / "table.npy").write_bytes(table_bytes(rows))
     assert np.array_equal(np.load(tmp_path / "table.npy"), rows)
     assert (tmp_path / "table.npy").stat().st_size == 256 + 32 * count
-
-
-def test_rows_past_the_end_of_the_table_are_an_error_and_not_fewer_rows(tmp_path):
-    (tmp_path / "table.npy").write_bytes(table_bytes(ROWS))
-    with pytest.raises(DataError, match=r"table\.npy: bytes 384 to 448 cannot be read: .* 64 .* asked for and 32 came"):
-        read_rows(IMPATIENT, str(tmp_path / "table.npy"), len(ROWS) - 1, 2)
 
 
 CLASSES = ["Hütte", 'a "b"', "c"]
@@ -176,7 +143,7 @@ def test_a_manifest_is_read_back_as_written(tmp_path, kind):
     "optional",
     [{}, {"label_field": "a.b"}, {"labels_per_sample": 3, "shards_at": "s3://there"}],
 )
-def test_a_manifest_says_where_labels_and_tars_are_and_nothing_of_it_where_that_is_as_usual(tmp_path, optional):
+def test_a_manifest_has_its_optional_fields_only_where_they_differ(tmp_path, optional):
     write_manifest(str(tmp_path), CLASSES, SHARDS, **optional)
     manifest = read_manifest(str(tmp_path))
     usual = {"label_field": None, "labels_per_sample": 1, "shards_at": None}
@@ -188,7 +155,7 @@ def test_a_manifest_says_where_labels_and_tars_are_and_nothing_of_it_where_that_
     assert manifest.url_of(0, ".npy") == f"{tmp_path}/shard-000000.npy"
 
 
-def test_the_fingerprint_is_the_same_for_the_same_content_and_another_for_any_other(tmp_path):
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
     seen = set()
     for name, classes, of in [("a", CLASSES, SHARDS), ("b", CLASSES, SHARDS), ("c", CLASSES[:2], SHARDS)]:
         (tmp_path / name).mkdir()
@@ -229,7 +196,7 @@ SHARD = {"name": "s.tar", "samples": 5, "bytes": 9}
         (changed(label_field=3), "that is no text"),
     ],
 )
-def test_a_manifest_that_is_missing_or_wrong_is_refused_in_one_line_that_says_what(tmp_path, contents, message):
+def test_a_missing_or_wrong_manifest_is_refused_in_one_line(tmp_path, contents, message):
     if contents is not None:
         (tmp_path / "manifest.json").write_bytes(contents)
     with pytest.raises(UsageError, match=message) as refused:

@@ -19,7 +19,7 @@ from data.errors import DataError, UsageError
 from data.loader import LoaderSpec, training_batches
 from data.order import Order
 from data.packing.pack import pack
-from data.reader import read_stretches
+from data.reader import read_ranges
 from data.shards.manifest import read_manifest
 from data.storage.remote import NotFound, ReadError, Storage, open_fs, write_file
 from tests.data.servers import Server, forever, http_server, none, once, s3_server, shares
@@ -35,7 +35,7 @@ class Far:
     def __init__(self, server: Server, folder: str, put: Callable[[bytes], None]) -> None:
         self.server, self.folder, self.url, self.put = server, folder, f"{folder}/a.tar", put
         self.faults: list[ReadError] = []
-        self.storage = Storage(attempts=4, deadline=3.0, first_wait=0.01, on_fault=self.faults.append)
+        self.storage = Storage(attempts=4, attempt_timeout=3.0, first_wait=0.01, on_fault=self.faults.append)
         put(CONTENT)
         server.forget()
 
@@ -64,7 +64,7 @@ PASSING = ["503", "500", "429", "404", "drop", "hang", "trickle", "short"]
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_passes_costs_one_more_request_and_is_told_once(far, fault):
+def test_a_transient_fault_costs_one_more_request_and_is_reported_once(far, fault):
     far.server.plan = once(fault)
     assert far.read() == CONTENT[BEGIN:END]
     assert len(far.server.requests) == 2
@@ -74,7 +74,7 @@ def test_a_fault_that_passes_costs_one_more_request_and_is_told_once(far, fault)
 
 
 @pytest.mark.parametrize("fault", ["503", "404", "drop", "short"])
-def test_a_fault_that_stays_ends_after_the_attempts_that_were_allowed_and_no_other_layer_makes_more(far, fault):
+def test_a_lasting_fault_ends_after_the_allowed_attempts_of_one_layer(far, fault):
     far.server.plan = forever(fault)
     with pytest.raises(DataError) as ended:
         far.read()
@@ -88,13 +88,13 @@ def test_a_fault_that_stays_ends_after_the_attempts_that_were_allowed_and_no_oth
 def test_a_server_that_never_ends_its_answer_does_not_hold_a_read(far, fault):
     far.server.plan = forever(fault)
     with pytest.raises(DataError, match=r"cannot be read: 2 attempts in \d+ s, the last: .*past its deadline"):
-        replace(far.storage, attempts=2, deadline=0.2).read(far.url, BEGIN, END)
+        replace(far.storage, attempts=2, attempt_timeout=0.2).read(far.url, BEGIN, END)
 
 
-def test_the_patience_ends_attempts_that_the_count_would_allow(far):
+def test_the_timeout_ends_attempts_that_the_count_would_allow(far):
     far.server.plan = forever("503")
     with pytest.raises(DataError, match=r"cannot be read: [1-9] attempts in \d+ s"):
-        replace(far.storage, attempts=1000, patience=0.3, first_wait=0.1).read(far.url, BEGIN, END)
+        replace(far.storage, attempts=1000, timeout=0.3, first_wait=0.1).read(far.url, BEGIN, END)
 
 
 def test_what_will_not_pass_ends_at_once(far):
@@ -133,7 +133,7 @@ def test_eight_threads_share_a_storage_and_each_gets_its_own_bytes(far):
     assert len(far.faults) > 10
 
 
-def test_a_server_that_knows_no_ranges_is_read_once_file_by_file_which_is_said_once(tmp_path, capsys):
+def test_whole_files_are_fetched_once_from_a_server_without_ranges(tmp_path, capsys):
     for name in "ab":
         (tmp_path / name).write_bytes(CONTENT + name.encode())
     with http_server(tmp_path) as server:
@@ -170,16 +170,16 @@ def test_a_url_whose_package_is_missing_is_refused_with_the_extra_that_brings_it
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".tar"])
-def test_damaged_answers_are_asked_for_again_and_told(packed, suffix):
+def test_damaged_answers_are_read_again_and_reported(packed, suffix):
     with http_server(packed.folder) as server:
         faults: list[ReadError] = []
         manifest = read_manifest(server.url, Storage(on_fault=faults.append))
         server.plan = once("damage", suffix)
-        assert read_stretches(manifest, whole(manifest)) == read_stretches(packed.manifest, whole(packed.manifest))
+        assert read_ranges(manifest, whole(manifest)) == read_ranges(packed.manifest, whole(packed.manifest))
         assert [fault.url.endswith(suffix) for fault in faults] == [True] * len(manifest.shards)
         server.plan = forever("damage", ".npy")
         with pytest.raises(DataError, match=r"shard-000000\.npy: row \d is damaged"):
-            read_stretches(manifest, whole(manifest))
+            read_ranges(manifest, whole(manifest))
 
 
 def images_as_tar(count: int) -> bytes:
@@ -209,9 +209,9 @@ def test_an_epoch_from_an_s3_that_fails_has_every_sample_exactly_once(tmp_path, 
     faults: list[ReadError] = []
     manifest = read_manifest(url, Storage(on_fault=faults.append, first_wait=0.05))
     order = Order(0, np.array([shard.samples for shard in manifest.shards]), global_batch=samples // 25, window=8)
-    share = LoaderSpec(0, 1, order.global_batch, 8, torch.device("cpu"), 2)
+    spec = LoaderSpec(0, 1, order.global_batch, 8, torch.device("cpu"), 2)
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
-    with training_batches(manifest, order, plain, share, 0, 0, 25) as steps:
+    with training_batches(manifest, order, plain, spec, 0, 0, 25) as steps:
         batches = [batch for step in steps for batch in step]
     s3.plan = none
 

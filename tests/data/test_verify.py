@@ -109,7 +109,7 @@ def one_class_less(folder: Path) -> None:
         (lambda folder: (folder / TABLE).unlink(), {"has no sample table (.npy)"}),
         (lambda folder: (folder / INDEX).unlink(), {"has no DALI index (.idx)"}),
         (lambda folder: (folder / TABLE).write_bytes(b""), {"its sample table (.npy) is not one of 9 samples"}),
-        (tar_cut, {"lies behind the end of the tar", "not a whole tar: *", "has 20490 bytes; the manifest says *"}),
+        (tar_cut, {"lies past the end of the tar", "not a whole tar: *", "has 20490 bytes; the manifest says *"}),
         (table_of_another, {"its row of the sample table is not that of its headers"}),
         (row_of_another, {"its row of the sample table is not that of its headers"}),
         (size_of_another, {"decodes to *; its row says *"}),
@@ -149,7 +149,7 @@ def foreign(folder: Path) -> Path:
     return folder
 
 
-def test_the_commands_print_one_document_and_their_exit_status_says_whether_all_is_whole(tmp_path):
+def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_path):
     folder = foreign(tmp_path / "set")
 
     def said(*command: str) -> tuple[int, dict[str, Any]]:

@@ -37,7 +37,7 @@ def attention_by_offsets(q: Tensor, k: Tensor, v: Tensor, table: Tensor, after: 
 
 
 @pytest.mark.parametrize("form", ["pre_softmax", "post_softmax"])
-def test_relative_attention_is_the_equation_written_out_over_offsets_of_an_oblong_grid(form: BiasPosition) -> None:
+def test_relative_attention_is_the_papers_equation_on_an_oblong_grid(form: BiasPosition) -> None:
     q, k, v = drawn(3, 2, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
     table = drawn(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1)
     ours = relative_attention(q, k, v, table, form)
@@ -46,7 +46,7 @@ def test_relative_attention_is_the_equation_written_out_over_offsets_of_an_oblon
 
 
 @pytest.mark.parametrize("form", ["pre_softmax", "post_softmax"])
-def test_gradients_of_queries_keys_values_and_table_are_those_of_finite_differences(form: BiasPosition) -> None:
+def test_gradients_are_those_of_finite_differences(form: BiasPosition) -> None:
     q, k, v = drawn(3, 1, HEADS, HEIGHT * WIDTH, HEAD_SIZE)
     inputs = [x.clone().requires_grad_() for x in (q, k, v, drawn(HEADS, 2 * HEIGHT - 1, 2 * WIDTH - 1))]
     assert torch.autograd.gradcheck(lambda q, k, v, table: relative_attention(q, k, v, table, form), inputs)
@@ -60,7 +60,7 @@ def test_with_a_table_of_zeros_or_without_one_it_is_plain_attention(form: BiasPo
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v))
 
 
-def test_a_bias_that_depends_on_the_offset_alone_makes_the_layer_shift_with_its_input() -> None:
+def test_with_a_table_alone_the_layer_shifts_with_its_input() -> None:
     layer = RelativeAttention(4, 8, (3, 1), head_size=4).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -71,7 +71,7 @@ def test_a_bias_that_depends_on_the_offset_alone_makes_the_layer_shift_with_its_
     torch.testing.assert_close(layer(shifted)[:, 2], layer(x)[:, 1])
 
 
-def test_loading_a_state_of_another_grid_resizes_its_table_once_and_leaves_the_state_alone() -> None:
+def test_loading_a_state_of_another_grid_resizes_its_table_once() -> None:
     small, large = RelativeAttention(8, 8, (3, 2), head_size=4), RelativeAttention(8, 8, (6, 5), head_size=4)
     torch.nn.init.normal_(small.get_parameter("bias_table"), generator=torch.Generator().manual_seed(0))
     state = small.state_dict()

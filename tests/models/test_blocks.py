@@ -93,7 +93,7 @@ def test_transformer_block_is_equation_4_and_a_feed_forward(
     inputs: int, width: int, stride: int, form: BiasPosition, pool: Pool
 ) -> None:
     grid = (4 // stride, 6 // stride)
-    attention = partial(RelativeAttention, grid=grid, head_size=4, form=form)
+    attention = partial(RelativeAttention, grid=grid, head_size=4, bias_position=form)
     block = TransformerBlock(inputs, width, stride, attention, partial(torch.nn.LayerNorm, eps=1e-5), pool)
     w, x = drawn_weights(block), maps(2, inputs)
     pooled = pooled_by_hand(layer_norm(x, w, "attention_norm"), stride, pool)

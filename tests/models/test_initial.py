@@ -69,7 +69,7 @@ def test_maps_of_a_new_network_are_neither_vanishing_nor_exploding_at_any_width(
     assert all(0.5 < deviation < 3 for deviation in deviations), deviations
 
 
-def test_weight_decay_leaves_biases_scales_and_tables_alone_and_takes_all_matrices_and_kernels() -> None:
+def test_weight_decay_takes_all_matrices_and_kernels_and_nothing_else() -> None:
     named = coatnet(layout()).named_parameters()
     decayed = {name for name, parameter in named if not decay_exempt(name, parameter.shape)}
     assert not any("norm" in name or "bias" in name for name in decayed)

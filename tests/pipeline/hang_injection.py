@@ -38,7 +38,7 @@ def take_long() -> None:
 
 FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "sleep": (sleep_for_ever, []),
-    "read": (wait_for_ever, ["data.loader.read_stretches"]),
+    "read": (wait_for_ever, ["data.windows.read_ranges"]),
     "slow": (take_long, ["pipeline.training.evaluation.normalize"]),
 }
 """What happens before the forward pass, or before other functions (of "read" in their place)."""

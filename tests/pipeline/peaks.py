@@ -58,8 +58,8 @@ def peak_of_two_steps(config: Config) -> int:
                 n, side = config.train.micro_batch, config.model.resolution
                 images = torch.zeros(n, side, side, 3, dtype=torch.uint8)
                 wanted = torch.zeros(n, 1, dtype=torch.int64)
-                survival = torch.ones(n, network.branches)
-                engine.backward(loss_fn(engine(normalize(images), survival), wanted, "softmax", 0.1))
+                drop_path_mask = torch.ones(n, network.branches)
+                engine.backward(loss_fn(engine(normalize(images), drop_path_mask), wanted, "softmax", 0.1))
                 engine.step()
     return sum(live.peak.values())
 

@@ -24,7 +24,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.memory import available_bytes, of_group
+from data.memory import available_bytes, available_in_group
 from pipeline.checkpoint import writer
 from pipeline.checkpoint.reader import (
     FORMAT,
@@ -328,13 +328,13 @@ def test_a_control_groups_limit_counts_in_both_versions_and_files_that_were_read
     for version, limit, usage, inactive in versions:
         group = tmp_path / version
         group.mkdir()
-        assert of_group(group) is None
+        assert available_in_group(group) is None
         (group / limit).write_text("1000\n")
         (group / usage).write_text("700\n")
         (group / "memory.stat").write_text(f"anon 5\n{inactive} 300\n")
-        assert of_group(group) == 600
+        assert available_in_group(group) == 600
     (tmp_path / "2" / "memory.max").write_text("max\n")
-    assert of_group(tmp_path / "2") is None
+    assert available_in_group(tmp_path / "2") is None
 
 
 # ----------------------------------------------------------------------------------------------- what cannot be written

@@ -169,6 +169,8 @@ def test_a_key_with_one_letter_changed_is_never_taken_and_is_recognised(small, k
         ("augment.crop_area=[0.5]", "augment.crop_area is [0.5]; it must be a list of 2 numbers"),
         ("augment.crop_area=[a, b, 1]", 'augment.crop_area is ["a", "b", 1]; it must be a list of 2 numbers'),
         ("augment.crop_area=[0.9, 0.1]", "augment.crop_area is [0.9, 0.1]; it must rise within 0 to 1"),
+        ("augment.crop_area=[0, 1]", "augment.crop_area is [0.0, 1.0]; it must rise within 0 to 1"),
+        ("augment.crop_area=[0.5, 1.1]", "augment.crop_area is [0.5, 1.1]; it must rise within 0 to 1"),
         ("optim.betas=[0.9, 1.0]", "optim.betas is [0.9, 1.0]; both must be at least 0 and below 1"),
         ("run.dir=12", "run.dir is 12; it must be text, not empty"),
         ("run.dir=", "run.dir is null; it must be text, not empty"),

@@ -11,7 +11,7 @@ from PIL import Image
 from data import augment
 from data.loader import LoaderSpec, training_batches
 from data.packing.pack import pack
-from data.randaugment import Operation, in_words
+from data.randaugment import Operation, describe
 from data.shards.tar_index import index_tar
 from pipeline.commands.preview import BETWEEN, GAP, LINE, SheetItem, preview, samples_shown, sheet
 from pipeline.config.parsing import read_config
@@ -94,15 +94,15 @@ def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
     numbers = order.samples_at(np.arange(12))
     keys = [s.key for i in range(3) for s in index_tar(Path(manifest.url_of(i)).read_bytes())]
     rows = np.concatenate([np.load(manifest.url_of(i, ".npy")) for i in range(3)])[numbers]
-    recipe = augment.sample_params(augmentation(config.augment), 5, 0, numbers, rows["height"], rows["width"])
+    params = augment.sample_params(augmentation(config.augment), 5, 0, numbers, rows["height"], rows["width"])
     for i, shown in enumerate(samples_shown(config, 12, 0)):
         name, crop, *operations = shown.lines
         assert name == keys[numbers[i]].split("/")[0].replace("_", " ")
-        share = recipe.crop_shape[i].prod() / (int(rows["height"][i]) * int(rows["width"][i]))
-        assert crop == f"crop {100 * share:.0f} % of the area" + (", mirrored" if recipe.flip[i] else "")
-        signs = [-1 if negative else 1 for negative in recipe.signs[i]]
-        pairs = zip(recipe.operations[i], signs, strict=True)
-        assert operations == [in_words(Operation(operation), 8, sign) for operation, sign in pairs]
+        share = params.crop_shape[i].prod() / (int(rows["height"][i]) * int(rows["width"][i]))
+        assert crop == f"crop {100 * share:.0f} % of the area" + (", mirrored" if params.flip[i] else "")
+        signs = [-1 if negative else 1 for negative in params.signs[i]]
+        pairs = zip(params.operations[i], signs, strict=True)
+        assert operations == [describe(Operation(operation), 8, sign) for operation, sign in pairs]
 
 
 def test_who_is_mixed_in_is_named_and_a_sample_that_is_no_more_has_its_stand_in(preset, tmp_path):

@@ -135,9 +135,7 @@ def test_without_weights_nothing_begins(tmp_path: Path, begins_from: str | None,
 def test_timm_s_weights_are_known_for_what_they_are(tmp_path: Path) -> None:
     rw, ours = timms(tmp_path / "rw", "coatnet_0_rw_224"), timms(tmp_path / "ours", "coatnet_0_224")
     for path in (rw, rw / "model.safetensors"):
-        with pytest.raises(
-            UsageError, match=r"coatnet_0_rw_224 is another network than the paper's: MBConv four times"
-        ):
+        with pytest.raises(UsageError, match="coatnet_0_rw_224 is another network than the paper's"):
             finetune(TINY, [], str(path), None, 1, check=True)
     with pytest.raises(UsageError, match=f"coatnet import {ours} coatnet_0_224.safetensors makes a file of it"):
         finetune(TINY, [], str(ours), None, 1, check=True)

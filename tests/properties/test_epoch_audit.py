@@ -28,7 +28,7 @@ def taken(numbers: list[int], applied: bool = True) -> EpochUsage:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 50), st.integers(1, 4), st.data())
-def test_the_stream_has_each_sample_once_in_each_epoch_however_steps_and_starts_cut_it(shards, batch, ranks, data):
+def test_the_stream_has_each_sample_once_in_each_epoch(shards, batch, ranks, data):
     """Steps may hold several epochs; parts of ranks and of starts add up through what a checkpoint keeps."""
     order = Order(1, np.array(shards, np.int64), batch, 4)
     steps = 1 + 2 * order.samples // batch

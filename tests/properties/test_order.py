@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from data import rng
 from data.order import Epoch, Order, SampleRange, Window, positions_of_step, rank_micro_batches, steps
@@ -44,7 +45,7 @@ def windows_of(epoch: Epoch, slot: int) -> Iterator[Window]:
 def samples_of(window: Window, order: Order) -> list[int]:
     """Global numbers of a window's samples, in the order of its bytes."""
     starts = order.shard_ends - order.shard_samples
-    return [int(starts[part.shard]) + part.first_row + i for part in window.stretches for i in range(part.rows)]
+    return [int(starts[part.shard]) + part.first_row + i for part in window.ranges for i in range(part.rows)]
 
 
 def epoch_by_hand(order: Order, number: int) -> list[int]:
@@ -72,6 +73,12 @@ def epoch_by_hand(order: Order, number: int) -> list[int]:
     return [lanes[g % batch][g // batch] for g in range(size)]
 
 
+def locate(order: Order, samples: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Shard of each global sample number, and its row in there."""
+    shard = np.searchsorted(order.shard_ends, samples, side="right")
+    return shard, np.asarray(samples) - (order.shard_ends - order.shard_samples)[shard]
+
+
 def inverse(order: Order, number: int) -> Callable[[int], int]:
     """The way back, by plain integers: the position in the epoch at which a global sample number is used."""
     seed, batch, width = order.seed, order.global_batch, order.window
@@ -85,7 +92,7 @@ def inverse(order: Order, number: int) -> Callable[[int], int]:
     lane_ends = np.cumsum(order.samples // batch + (slot_of_lane < order.samples % batch))
 
     def position(sample: int) -> int:
-        shard, row = (int(part) for part in order.locate(sample))
+        shard, row = (int(part) for part in locate(order, sample))
         place = (int(starts[rank_of_shard[shard]]) + row - rotation) % order.samples
         lane = int(np.searchsorted(lane_ends, place, side="right"))
         slot = int(slot_of_lane[lane])
@@ -150,12 +157,12 @@ def test_a_step_is_the_same_batch_for_any_number_of_ranks(order, step, micro_bat
 
 @given(order=orders, number=epochs)
 @example(order=NOT_DIVISIBLE, number=0)
-def test_a_positions_sample_lies_in_its_windows_stretches_at_its_index(order, number):
+def test_a_positions_sample_lies_in_its_windows_ranges_at_its_index(order, number):
     epoch = order.epoch(number)
     indices, samples = epoch.index_in_window(every(order)), epoch.samples_at(every(order))
     for g in range(order.samples):
         assert samples_of(epoch.window_at(g), order)[indices[g]] == samples[g]
-    shard, row = order.locate(samples)
+    shard, row = locate(order, samples)
     assert np.all((row >= 0) & (row < order.shard_samples[shard]))
     assert np.array_equal((order.shard_ends - order.shard_samples)[shard] + row, samples)
 
@@ -186,7 +193,7 @@ def test_a_window_is_one_range_of_a_shard_unless_it_runs_into_the_next(order, nu
     epoch = order.epoch(number)
     for slot in range(min(order.global_batch, order.samples)):
         for window in windows_of(epoch, slot):
-            parts = window.stretches
+            parts = window.ranges
             assert sum(part.rows for part in parts) == window.samples and all(part.rows > 0 for part in parts)
             assert all(part.first_row == 0 for part in parts[1:])
             assert all(part.first_row + part.rows == order.shard_samples[part.shard] for part in parts[:-1])
@@ -228,7 +235,7 @@ def test_epochs_follow_each_other_without_a_gap(order, number):
 
 
 @given(order=orders, passes=st.integers(1, 4))
-def test_the_steps_of_some_epochs_use_every_sample_that_often_and_fill_only_the_last(order, passes):
+def test_the_steps_of_some_epochs_use_every_sample_equally_often(order, passes):
     count = steps(passes, order.samples, order.global_batch)
     positions = np.concatenate([positions_of_step(step, order.global_batch) for step in range(count)])
     assert np.array_equal(positions, np.arange(count * order.global_batch))

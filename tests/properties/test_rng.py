@@ -81,17 +81,6 @@ def test_no_two_seeds_purposes_indices_or_epochs_share_a_stream(streams):
     assert len(rows) == len(streams)
 
 
-def test_neighbouring_streams_share_no_block():
-    blocks = [
-        uint32s(seed, purpose, np.arange(8), 64, epoch).reshape(-1, 4)
-        for seed in (0, 1, 2**16, 2**32, 2**47)
-        for purpose in Stream
-        for epoch in (0, 1, 2**16)
-    ]
-    every = np.concatenate(blocks)
-    assert len(np.unique(every, axis=0)) == len(every)
-
-
 @given(seed=seeds, purpose=purposes, index=indices, epoch=epochs)
 def test_uniforms_are_53_bits_in_the_half_open_unit_interval(seed, purpose, index, epoch):
     values = uniforms(seed, purpose, index, 50, epoch)

@@ -1,0 +1,52 @@
+"""Local files and folders that have their names only once they are whole, and keep them through a power cut.
+
+Everything is written to a hidden name beside the final one, synced and renamed. What renames without this module means
+something else: `attempts` claims a number that must be free, `cache` keeps blocks that may be lost, Slurm's job
+publishes what srun wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomically(path: Path, contents: str | bytes | Iterable[bytes]) -> None:
+    """Writes or replaces a file: readers, also after a crash or a power cut, find the old contents or the new ones.
+
+    `.NAME.partial` beside it is what a killed process leaves.
+    """
+    if isinstance(contents, str):
+        contents = contents.encode()
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.writelines([contents] if isinstance(contents, bytes) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Gives a written file or folder its final name, durably; what had that name is replaced, and removed afterwards.
+
+    Contents are as durable as their writer made them. A crash between the two renames that replace a folder leaves the
+    old one as `.NAME.replaced`.
+    """
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.is_dir():  # a rename replaces files, but no folder that holds any
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.replace(final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the names in a folder would outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
