@@ -26,7 +26,15 @@ from fsspec.implementations.local import LocalFileSystem
 from data.storage.prefetch import ordered_map
 from data.storage.remote import DEFAULT, NotFound, open_fs, send_file, write_file
 from pipeline.checkpoint.attempts import latest_step
-from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, prunable, step_name, step_of, sync_folder
+from pipeline.checkpoint.reader import (
+    CheckpointReader,
+    DamagedCheckpoint,
+    newest_good,
+    prunable,
+    step_name,
+    step_of,
+    sync_folder,
+)
 from pipeline.config.schema import Config
 from pipeline.errors import DataError, RunFailed, UsageError, first_line
 from pipeline.run.lock import acquire_lock
@@ -209,25 +217,28 @@ def restore_from_mirror(config: Config) -> None:
 
 
 def _bring(run: Path, url: str, found: Copies) -> None:
-    for step in sorted(found, reverse=True):
-        hidden = run / "checkpoints" / f".{step_name(step)}.mirrored"
+    place = _without_credentials(url)
+
+    def fetch(folder: Path) -> None:
+        hidden = folder.with_name(f".{folder.name}.mirrored")
         try:
-            _fetch(f"{url}/checkpoints/{step_name(step)}", hidden, found[step])
-        except DamagedCheckpoint as error:
-            print(f"the mirror's {step_name(step)} is damaged ({error}); trying the one before", file=sys.stderr)
-            continue
-        else:
+            _fetch(f"{url}/checkpoints/{folder.name}", hidden, found[step_of(folder)])
             _fetch_small_files(run, url)
-            hidden.rename(hidden.with_name(step_name(step)))
-            sync_folder(hidden.parent)
-            print(f"{run} had no checkpoint: {step_name(step)} was brought back from {_without_credentials(url)}")
-            return
+            hidden.rename(folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
-    names = ", ".join(map(step_name, sorted(found)))
-    raise RunFailed(
-        f"{_without_credentials(url)}: none of {names} is good; bring another copy to {run}/checkpoints, or begin again"
-        " without this mirror by checkpoint.mirror=null"
+        sync_folder(folder.parent)
+        print(f"{run} had no checkpoint: {folder.name} was brought back from {place}")
+
+    def warn(folder: Path, error: DamagedCheckpoint) -> None:
+        print(f"the mirror's {folder.name} is damaged ({error}); trying the one before", file=sys.stderr)
+
+    newest_good(
+        place,
+        [run / "checkpoints" / step_name(step) for step in sorted(found)],
+        fetch,
+        warn,
+        f"copy another one to {run}/checkpoints, or begin again without this mirror by checkpoint.mirror=null",
     )
 
 

@@ -12,13 +12,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -26,6 +26,7 @@ import xxhash
 
 from pipeline.errors import RunFailed, UsageError
 
+T = TypeVar("T")
 FORMAT = 4
 READING_THREADS = 8
 """More than processors: most wait for the disk."""
@@ -57,6 +58,26 @@ def prunable(steps: Collection[int], newest: int, keep_last: int, keep_every: in
     """
     older = sorted(step for step in steps if step <= newest)[:-keep_last]
     return [step for step in older if keep_every is None or step % keep_every]
+
+
+def newest_good(
+    place: object,
+    folders: Sequence[Path],
+    load: Callable[[Path], T],
+    on_damage: Callable[[Path, DamagedCheckpoint], object],
+    suggestion: str,
+) -> T:
+    """What `load` returns for the newest of these checkpoints, or, where it is damaged, for the one before, and so on.
+
+    Each damaged one is passed to `on_damage`. RunFailed, with the suggestion, where none is good. Any other error of
+    `load`, such as the UsageError of a newer format, is no damage and passes through.
+    """
+    for folder in reversed(folders):
+        try:
+            return load(folder)
+        except DamagedCheckpoint as error:
+            on_damage(folder, error)
+    raise RunFailed(f"{place}: none of {', '.join(folder.name for folder in folders)} is good; {suggestion}")
 
 
 class CheckpointReader:

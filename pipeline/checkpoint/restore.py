@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.attempts import trusted_checkpoints
-from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint
+from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint, newest_good
 from pipeline.distributed.collectives import all_gather, from_rank_zero
-from pipeline.errors import RunFailed, UsageError
+from pipeline.errors import UsageError
 from pipeline.run.events import Events
 from pipeline.training import zero
 from pipeline.training.ema import Statistics, load, of_kind, statistics
@@ -40,45 +40,50 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
     owned, shapes = zero.owned_slices(engine, average is not None), zero.shapes(engine)
     buffers = {f"weight:{name}": tuple(values.shape) for name, values in statistics(engine.module).items()}
     buffers |= {f"ema:{name}": tuple(values.shape) for name, values in (average or {}).items()}
-    for folder in reversed(folders):
-        found, problem = _examined(folder, owned, shapes, buffers, train_fingerprint)
+
+    def verified_by_all(folder: Path) -> CheckpointReader:
+        try:
+            reader, problem = _verified(folder, owned, {**shapes, **buffers}, train_fingerprint), None
+        except (UsageError, DamagedCheckpoint) as error:
+            reader, problem = None, error
         problems = all_gather([problem] if problem else [])
-        for refusal in problems:
-            if isinstance(refusal, UsageError):
-                raise refusal
-        if found is not None and not problems:
-            return _apply(engine, owned, average, found)
-        events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(problems[0]))
-    raise RunFailed(
-        f"{run}/checkpoints: none of {', '.join(f.name for f in folders)} is good (see events.jsonl);"
-        " restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one, or begin again"
+        problems.sort(key=lambda each: not isinstance(each, UsageError))  # first what must not be skipped
+        if reader is None or problems:
+            raise problems[0]
+        return reader
+
+    reader = newest_good(
+        f"{run}/checkpoints",
+        folders,
+        verified_by_all,
+        lambda folder, error: events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error)),
+        "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
+        " or begin again",
     )
+    return _apply(engine, owned, average, reader)
 
 
-def _examined(
-    folder: Path, owned: list[ParamSlice], shapes: Shapes, buffers: Shapes, train_fingerprint: str
-) -> tuple[CheckpointReader | None, UsageError | DamagedCheckpoint | None]:
-    """A checkpoint of which everything is verified that this rank needs, or what is wrong with it."""
-    try:
-        reader = CheckpointReader(folder)
-        kinds = owned[0].values.keys() if owned else ()
-        there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
-        _refuse_another_network(folder, there, {**shapes, **buffers})
-        for kind in kinds:
-            if not reader.has(kind):
-                raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
-        if reader.state()["train_fingerprint"] != train_fingerprint:
-            raise UsageError(
-                f"data.train holds another training set than the one {folder} was trained on;"
-                " put it back, or begin another run with run.dir=..."
-            )
-        reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
-        return reader, None
-    except (UsageError, DamagedCheckpoint) as error:
-        return None, error
+def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_fingerprint: str) -> CheckpointReader:
+    """A checkpoint of which everything that this rank needs is verified.
+
+    DamagedCheckpoint where a byte of it is wrong, UsageError where it is of another network or training set.
+    """
+    reader = CheckpointReader(folder)
+    there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
+    _check_same_network(folder, there, shapes)
+    for kind in owned[0].values if owned else ():
+        if not reader.has(kind):
+            raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
+    if reader.state()["train_fingerprint"] != train_fingerprint:
+        raise UsageError(
+            f"data.train holds another training set than the one {folder} was trained on;"
+            " put it back, or begin another run with run.dir=..."
+        )
+    reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
+    return reader
 
 
-def _refuse_another_network(folder: Path, there: Shapes, here: Shapes) -> None:
+def _check_same_network(folder: Path, there: Shapes, here: Shapes) -> None:
     """UsageError naming the first parameter or statistic that differs; a moving average that nobody wants does not."""
     for name in [*here, *(name for name in there if not name.startswith("ema:"))]:
         old, new = (list(shapes[name]) if name in shapes else "absent" for shapes in (there, here))

@@ -18,9 +18,9 @@ import numpy as np
 import safetensors.numpy
 
 from pipeline.checkpoint.attempts import trusted_checkpoints
-from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint
+from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, newest_good
 from pipeline.distributed.environment import is_first_process
-from pipeline.errors import RunFailed, UsageError
+from pipeline.errors import UsageError
 
 FORMAT = 1
 KEY = "coatnet"
@@ -90,16 +90,17 @@ def latest_checkpoint(source: Path) -> CheckpointReader:
         _refuse_timm(source)
         what = "has no checkpoint yet" if (source / "config.yaml").exists() else "is no run"
         raise UsageError(f"{source} {what}; give a run's folder, one of its checkpoints/step-..., or an exported file")
-    for folder in reversed(folders):
-        try:
-            reader = CheckpointReader(folder)
-            reader.verify_network()
-        except DamagedCheckpoint as error:
-            if is_first_process():
-                print(f"warning: {error}; looking at the checkpoint before", file=sys.stderr)
-        else:
-            return reader
-    raise RunFailed(f"{source}: none of its {len(folders)} checkpoints is good; restore one from a copy")
+
+    def verified(folder: Path) -> CheckpointReader:
+        reader = CheckpointReader(folder)
+        reader.verify_network()
+        return reader
+
+    def warn(_: Path, error: DamagedCheckpoint) -> None:
+        if is_first_process():
+            print(f"warning: {error}; trying the checkpoint before", file=sys.stderr)
+
+    return newest_good(source, folders, verified, warn, "restore one from a copy")
 
 
 def open_weights(source: Path) -> Weights:

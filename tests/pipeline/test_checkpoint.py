@@ -479,7 +479,7 @@ def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_read(tmp_
     assert latest_checkpoint(tmp_path).folder == older
     assert "step-00000010/state.json: 2 bytes, " in capsys.readouterr().err
     (older / "manifest.json").write_text("{}")
-    with pytest.raises(RunFailed, match="none of its 2 checkpoints is good"):
+    with pytest.raises(RunFailed, match="none of step-00000009, step-00000010 is good"):
         latest_checkpoint(tmp_path)
     assert "step-00000009/manifest.json is damaged, or no checkpoint's" in capsys.readouterr().err
 
