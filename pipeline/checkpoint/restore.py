@@ -72,7 +72,7 @@ def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_finge
     there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
     _check_same_network(folder, there, shapes)
     for kind in owned[0].values if owned else ():
-        if not reader.has(kind):
+        if not reader.has_kind(kind):
             raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
     if reader.state()["train_fingerprint"] != train_fingerprint:
         raise UsageError(

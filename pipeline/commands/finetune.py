@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.mirror import restore_from_mirror
-from pipeline.checkpoint.pretrained import check_compatible_network, classifier_in_words, convert_weights, map_classes
+from pipeline.checkpoint.pretrained import check_compatible_network, convert_weights, describe_classifier, map_classes
 from pipeline.checkpoint.weights import Weights, open_weights, select_weights
 from pipeline.commands.pretrain import check_config, run
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_rank, rank_and_world_size
 from pipeline.errors import UsageError
-from pipeline.lineage import check_new_augmentations, lineage_entry, unknown_lineage, unknown_lineage_warning
+from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
 from pipeline.run.jsonl import write_whole
 
@@ -136,7 +136,7 @@ def check_compatible_config(config: Config, theirs: Config, source: str, ancesto
 def check_ancestry(config: Config, ancestors: list[dict[str, Any]]) -> None:
     """UsageError where an augmentation is on that no ancestor saw; warns once of what is not refused."""
     check_new_augmentations(config, ancestors)
-    if not is_rank() and (warning := unknown_lineage_warning(config, ancestors)):
+    if not is_rank() and (warning := lineage_warning(config, ancestors)):
         print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -149,7 +149,7 @@ def describe_start(config: Config, plan: Plan, source: Source) -> str:
     kind = "moving average" if select_weights(reader, source.weights) == "ema" else "weights"
     sides = [f"{each.model.resolution} x {each.model.resolution}" for each in (there, config)]
     tables = f"bias tables resized from {sides[0]} to {sides[1]}" if sides[0] != sides[1] else f"{sides[1]} as before"
-    return f"from {source.run} at step {reader.step}: its {kind}, {tables}; {classifier_in_words(rows, theirs)}"
+    return f"from {source.run} at step {reader.step}: its {kind}, {tables}; {describe_classifier(rows, theirs)}"
 
 
 def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:

@@ -13,8 +13,8 @@ from pipeline.lineage import (
     active_augmentations,
     check_new_augmentations,
     lineage_entry,
+    lineage_warning,
     new_augmentations,
-    stochastic_depth_warning,
 )
 
 NAMES = ("random crop", "flip", "RandAugment", "mixup")
@@ -100,6 +100,6 @@ def test_stochastic_depth_that_no_ancestor_had_is_warned_about_and_never_refused
     without, having = lineage_entry(config(set()), 1, []), lineage_entry(config(set(), stochastic_depth=0.1), 1, [])
     here = config(set(), stochastic_depth=0.3)
     assert check_new_augmentations(here, [without]) == []
-    assert "train.stochastic_depth=0.3" in (stochastic_depth_warning(here, [without]) or "")
-    assert stochastic_depth_warning(here, [having, without]) is None
-    assert stochastic_depth_warning(config(set()), [without]) is None
+    assert "train.stochastic_depth=0.3" in (lineage_warning(here, [without]) or "")
+    assert lineage_warning(here, [having, without]) is None
+    assert lineage_warning(config(set()), [without]) is None

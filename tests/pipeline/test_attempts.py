@@ -112,7 +112,7 @@ def test_an_older_attempt_is_told_which_one_has_begun(tmp_path):
     first = allocate(tmp_path)
     raise_if_superseded(tmp_path, first)
     allocate(tmp_path)
-    with pytest.raises(RunFailed, match="attempt 1 of this run has begun while this one, attempt 0, was still there"):
+    with pytest.raises(RunFailed, match="attempt 1 of this run has begun while this one, attempt 0, was still running"):
         raise_if_superseded(tmp_path, first)
 
 

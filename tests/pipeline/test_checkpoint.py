@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.memory import available_bytes, of_group
-from pipeline.checkpoint import writer
+from pipeline.checkpoint import snapshot, writer
 from pipeline.checkpoint.reader import (
     FORMAT,
     CheckpointReader,
@@ -135,13 +135,13 @@ def test_what_any_ranks_wrote_in_any_stretches_any_others_read_to_the_bit(
         start = data.draw(st.integers(0, int(np.prod(SHAPES[name]))))
         count = data.draw(st.integers(0, int(np.prod(SHAPES[name])) - start))
         expected = values_of(name, kind)[start : start + count]
-        assert reader.stretch(name, kind, start, count).tobytes() == expected.tobytes()
+        assert reader.read(name, kind, start, count).tobytes() == expected.tobytes()
     shutil.rmtree(root)
 
 
 def test_a_reader_knows_which_kinds_there_are(checkpoint):
     reader = CheckpointReader(checkpoint)
-    assert [reader.has(kind) for kind in (*KINDS, "exp_avg_sq")] == [True, True, True, False]
+    assert [reader.has_kind(kind) for kind in (*KINDS, "exp_avg_sq")] == [True, True, True, False]
 
 
 def test_the_safetensors_library_opens_each_file_and_finds_the_stretches_under_their_names(checkpoint):
@@ -222,7 +222,7 @@ def test_a_file_that_is_missing_cut_or_too_long_is_damage_that_names_it(checkpoi
     path.unlink()
     if damage != "gone":
         path.write_bytes({"empty": b"", "cut": contents[:-1], "longer": contents + b"}"}[damage])
-    in_words = rf": {path.stat().st_size} bytes, {len(contents)} were written" if damage in ("cut", "longer") else ""
+    in_words = rf": {path.stat().st_size} bytes instead of {len(contents)}" if damage in ("cut", "longer") else ""
     with pytest.raises(DamagedCheckpoint, match=f"{path}{in_words if file != 'manifest.json' else ''}"):
         read_everything(checkpoint)
 
@@ -240,7 +240,7 @@ def test_a_newer_format_is_no_damage_but_a_request_for_a_newer_program(checkpoin
     manifest["format"] = FORMAT + 1
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
-    with pytest.raises(UsageError, match=f"is of format {FORMAT + 1}, made by a newer coatnet than this one"):
+    with pytest.raises(UsageError, match=f"has format {FORMAT + 1}, written by a newer coatnet than this one"):
         CheckpointReader(checkpoint)
 
 
@@ -248,9 +248,9 @@ def test_a_part_that_was_never_written_is_damage_that_names_the_parameter(tmp_pa
     (rank,) = elements_of({"head.weight": [100]}, [0], 1)
     del rank["head.weight", "ema", 100]
     reader = CheckpointReader(written(tmp_path, [rank]))
-    assert reader.stretch("head.weight", "ema", 0, 100).tobytes() == values_of("head.weight", "ema")[:100].tobytes()
+    assert reader.read("head.weight", "ema", 0, 100).tobytes() == values_of("head.weight", "ema")[:100].tobytes()
     with pytest.raises(DamagedCheckpoint, match=r"head\.weight, ema: 100 of 140 elements from 0 on"):
-        reader.stretch("head.weight", "ema", 0, 140)
+        reader.read("head.weight", "ema", 0, 140)
 
 
 def test_a_partial_read_checks_its_own_blocks_and_no_others(checkpoint):
@@ -267,11 +267,11 @@ def test_a_partial_read_checks_its_own_blocks_and_no_others(checkpoint):
     for element in range(stretch["count"]):
         reader, offset = CheckpointReader(checkpoint), stretch["offset"] + 4 * element
         if {offset, offset + 3} & set(block):
-            with pytest.raises(DamagedCheckpoint, match=f"bytes {block.start} ff. are not those that were written"):
-                reader.stretch(name, kind, first + element, 1)
+            with pytest.raises(DamagedCheckpoint, match=f"wrong checksum of the block at byte {block.start}"):
+                reader.read(name, kind, first + element, 1)
         else:
             expected = values_of(name, kind)[first + element]
-            assert reader.stretch(name, kind, first + element, 1).tobytes() == expected.tobytes()
+            assert reader.read(name, kind, first + element, 1).tobytes() == expected.tobytes()
 
 
 def test_verifying_all_of_it_finds_every_changed_byte_wherever_it_is(checkpoint):
@@ -292,10 +292,10 @@ def test_verifying_all_of_it_finds_every_changed_byte_wherever_it_is(checkpoint)
 @pytest.mark.parametrize("chunk_bytes", [64, 192, 1 << 20])
 def test_a_file_is_the_same_from_a_copy_and_in_chunks_from_the_live_state(tmp_path, monkeypatch, chunk_bytes):
     in_small_blocks(monkeypatch)
-    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(snapshot, "CHUNK_BYTES", chunk_bytes)
     (live,) = parts_of(elements_of({"head.weight": [100]}, [0], 1), 1)
     (copied,) = parts_of(elements_of({"head.weight": [100]}, [0], 1), 1)
-    copied.image.copy_to(torch.empty(copied.image.bytes, dtype=torch.uint8))
+    copied.snapshot.copy_to(torch.empty(copied.snapshot.bytes, dtype=torch.uint8))
     for name, part in (("live", live), ("copied", copied)):
         write_checkpoint(tmp_path / name, 0, 0, 1, part)
         read_everything(tmp_path / name / step_name(1))
@@ -303,13 +303,13 @@ def test_a_file_is_the_same_from_a_copy_and_in_chunks_from_the_live_state(tmp_pa
         assert (tmp_path / "live" / step_name(1) / file).read_bytes() == (
             tmp_path / "copied" / step_name(1) / file
         ).read_bytes()
-    assert sum(chunk.nbytes for chunk in live.image.chunks()) == live.image.bytes
+    assert sum(chunk.nbytes for chunk in live.snapshot.chunks()) == live.snapshot.bytes
 
 
 def test_a_copy_is_of_its_moment_whatever_happens_to_the_state_later(tmp_path):
     (elements,) = elements_of({}, [0], 1)
     (part,) = parts_of([elements], 1)
-    part.image.copy_to(torch.empty(part.image.bytes, dtype=torch.uint8))
+    part.snapshot.copy_to(torch.empty(part.snapshot.bytes, dtype=torch.uint8))
     for values in elements.values():
         values.zero_()
     write_checkpoint(tmp_path, 0, 0, 1, part)
@@ -365,7 +365,7 @@ def test_a_full_disk_is_said_in_one_line_nothing_is_left_half_written_and_with_r
     written(small_disk / "checkpoints", two_ranks(), 1)
     large = [{("head.weight", "weight", 0): torch.zeros(1 << 18)} for _ in range(2)]
     for said in failures(small_disk / "checkpoints", large):
-        if "was given up by rank 0" not in said:
+        if "was aborted by rank 0" not in said:
             assert "step-00000002 cannot be written: No space left on device; it needs 0.0021 GB and" in said
             assert said.endswith("are free; make room, then the same command resumes from step 1")
     left = {path.relative_to(small_disk).parts[1] for path in small_disk.rglob("*") if path.is_file()}
@@ -465,7 +465,7 @@ def test_a_path_names_a_checkpoint_itself_or_a_runs_newest(tmp_path):
     assert latest_checkpoint(older).step == 9
     assert latest_checkpoint(tmp_path).folder == newer
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="is no run; give a run's folder"):
+    with pytest.raises(UsageError, match="is not a run; pass a run's folder"):
         latest_checkpoint(tmp_path / "empty")
     (tmp_path / "empty" / "config.yaml").touch()
     with pytest.raises(UsageError, match="has no checkpoint yet"):
@@ -481,7 +481,7 @@ def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_read(tmp_
     (older / "manifest.json").write_text("{}")
     with pytest.raises(RunFailed, match="none of step-00000009, step-00000010 is good"):
         latest_checkpoint(tmp_path)
-    assert "step-00000009/manifest.json is damaged, or no checkpoint's" in capsys.readouterr().err
+    assert "step-00000009/manifest.json is damaged, or not a checkpoint's" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills

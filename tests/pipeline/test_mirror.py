@@ -194,7 +194,7 @@ def test_where_no_copy_is_good_it_stops_rather_than_begin_again_and_a_newer_form
     del manifest["sha256"]
     manifest["format"] = FORMAT + 1
     write_file(fs, path, json.dumps({**manifest, "sha256": digest_of(manifest)}).encode())
-    with pytest.raises(UsageError, match="made by a newer coatnet"):
+    with pytest.raises(UsageError, match="written by a newer coatnet"):
         restore_from_mirror(config_of(run))
     assert checkpoints(run / "checkpoints") == []
 
@@ -209,7 +209,7 @@ def test_a_mirror_that_cannot_be_read_stops_a_run_without_checkpoints_and_no_oth
     s3.plan = forever("403")
     restore_from_mirror(config_of(run))
     shutil.rmtree(run)
-    with pytest.raises(DataError, match=r"try again, or begin without it by checkpoint\.mirror=null"):
+    with pytest.raises(DataError, match=r"try again, or begin without it with checkpoint\.mirror=null"):
         restore_from_mirror(config_of(run))
     assert not run.exists()
 
@@ -250,7 +250,7 @@ def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
 
 
 def test_a_password_in_the_url_is_refused_without_repeating_it():
-    with pytest.raises(UsageError, match=r"checkpoint\.mirror holds a password") as error:
+    with pytest.raises(UsageError, match=r"checkpoint\.mirror contains a password") as error:
         restore_from_mirror(config_of(Path("run"), "ftp://user:secret@host/place"))
     assert "secret" not in str(error.value)
 

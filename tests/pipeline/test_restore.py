@@ -87,7 +87,9 @@ def test_another_networks_checkpoint_and_a_newer_programs_are_refused_and_never_
         rewritten(newest, parameters={**shapes, "stem.first.weight": [8, 3, 5, 5]})
     refused = coatnet(*request_of(copy))
     said = (
-        "stem.first.weight is [8, 3, 5, 5] there and" if wrong != "newer" else "made by a newer coatnet than this one"
+        "stem.first.weight is [8, 3, 5, 5] there and"
+        if wrong != "newer"
+        else "written by a newer coatnet than this one"
     )
     assert refused.returncode == 2 and said in refused.stderr, refused.stderr
     assert len([line for line in refused.stderr.splitlines() if line.startswith("coatnet: ")]) == 1
@@ -101,14 +103,14 @@ def test_where_a_copy_does_not_fit_in_memory_the_live_state_is_written_and_that_
     """As a single rank of a launcher's, whose copies may take nothing of the memory."""
     run, alone = tmp_path / "run", tmp_path / "alone"
     assert coatnet(*request_of(alone, procs=1)).returncode == 0
-    program = "from pipeline import cli; from pipeline.checkpoint import writer\n"
-    program += "writer.COPY_SHARE = 0; writer.CHUNK_BYTES = 1 << 20; cli.main()"
+    program = "from pipeline import cli; from pipeline.checkpoint import snapshot, writer\n"
+    program += "writer.COPY_SHARE = 0; snapshot.CHUNK_BYTES = 1 << 20; cli.main()"
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command = [sys.executable, "-c", program, *map(str, request_of(run))]
     environment = {**os.environ, **rank}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("memory has no room for a copy of the state") == 1
+    assert done.stderr.count("host memory has no room for a copy of the state") == 1
     assert [row["blocking"] for row in events(run, "checkpoint")] == [True, True, True]
     assert [row["blocking"] for row in events(alone, "checkpoint")] == [False, False, False]
     assert last_state(run) == last_state(alone)

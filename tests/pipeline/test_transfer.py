@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pipeline.checkpoint.pretrained import classifier_in_words, convert_weights, map_classes
+from pipeline.checkpoint.pretrained import convert_weights, describe_classifier, map_classes
 from pipeline.checkpoint.weights import WeightsFile
 from pipeline.commands.finetune import describe_start, finetune, pin_source, source_of
 from pipeline.config.parsing import read_config
@@ -40,7 +40,7 @@ def test_a_class_takes_the_row_of_its_own_name_or_none(here: list[str], there: l
         name if taken and name in common else None for name in here
     ]
     kept = sum(row is not None for row in rows)
-    assert ("a new classifier" in classifier_in_words(rows, there)) == (kept == 0)
+    assert ("a new classifier" in describe_classifier(rows, there)) == (kept == 0)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_first_line_says_what_becomes_of_the_weights(source: Path, digits: P
     assert "the classifier of its 10 classes is kept" in begin(turned, digits, tmp_path / "run")
     others = written(tmp_path / "others.safetensors", *tiny(11), eleven).folder
     assert "a new classifier for 10 classes (the source has 11)" in begin(others, digits, tmp_path / "run")
-    for how, said in {"keep": "10 here and 11 there, '0' only here", "map": "none of the 10 classes"}.items():
+    for how, said in {"keep": "10 here, 11 there, '0' only here", "map": "none of the 10 classes"}.items():
         with pytest.raises(UsageError, match=rf"model.classifier={how}, .*{said}.* ?model.classifier=") as refused:
             begin(others, digits, tmp_path / "run", f"model.classifier={how}")
         assert "\n" not in str(refused.value)
@@ -139,7 +139,7 @@ def test_timm_s_weights_are_known_for_what_they_are(tmp_path: Path) -> None:
             UsageError, match=r"coatnet_0_rw_224 is another network than the paper's: MBConv four times"
         ):
             finetune(TINY, [], str(path), None, 1, check=True)
-    with pytest.raises(UsageError, match=f"coatnet import {ours} coatnet_0_224.safetensors makes a file of it"):
+    with pytest.raises(UsageError, match=f"coatnet import {ours} coatnet_0_224.safetensors, and pass that file"):
         finetune(TINY, [], str(ours), None, 1, check=True)
 
 
