@@ -477,7 +477,7 @@ def test_of_a_run_whose_newest_checkpoint_is_damaged_the_one_before_is_read(tmp_
     older, newer = (written(root, two_ranks(), step) for step in (9, 10))
     (newer / "state.json").write_bytes(b"[]")
     assert latest_checkpoint(tmp_path).folder == older
-    assert "step-00000010/state.json: 2 bytes, " in capsys.readouterr().err
+    assert "step-00000010/state.json: 2 bytes instead of " in capsys.readouterr().err
     (older / "manifest.json").write_text("{}")
     with pytest.raises(RunFailed, match="none of step-00000009, step-00000010 is good"):
         latest_checkpoint(tmp_path)

@@ -54,7 +54,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "tiny.safetensors"
     done = coatnet("export", run, out)
     assert done.returncode == 0, done.stderr
-    assert "a spelled-out CoAtNet, moving average of step 2, 0.2" in done.stdout
+    assert "a custom CoAtNet, moving average of step 2, 0.2" in done.stdout
     return out
 
 
@@ -163,13 +163,13 @@ def test_what_stands_at_out_is_replaced_only_on_request_and_only_an_export(
 ) -> None:
     out = tmp_path / "out.safetensors"
     out.write_bytes(exported.read_bytes())
-    with pytest.raises(UsageError, match=r"out.safetensors is there already; choose another name, or --overwrite"):
+    with pytest.raises(UsageError, match=r"out.safetensors exists; choose another name, or pass --overwrite"):
         export(str(run), str(out), None, None, overwrite=False)
     assert export(str(run), str(out), None, "model", overwrite=True) == 0
     assert WeightsFile(out).has_kind("weight") and [path.name for path in tmp_path.iterdir()] == [out.name]
     before = contents(run)
     for layout, place in ((None, out.with_suffix("")), ("timm", run)):
-        with pytest.raises(UsageError, match=r"ends in .safetensors|is nothing that this command wrote"):
+        with pytest.raises(UsageError, match=r"ends in .safetensors|is not from this command"):
             export(str(run), str(place), layout, None, overwrite=True)
     assert contents(run) == before
 
@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_a_wrong_request_that_names_it(
 ) -> None:
     (tmp_path / "a file").touch()
     out = tmp_path / folder / "out.safetensors"
-    with pytest.raises(UsageError, match=f"{out} cannot be written: .*; choose a folder that can be"):
+    with pytest.raises(UsageError, match=f"{out} cannot be written: .*; choose a writable folder"):
         export(str(exported), str(out), None, None, overwrite=False)
 
 
@@ -291,9 +291,9 @@ def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
     [
         ({"architecture": "coatnet_0_rw_224"}, "coatnet_0_rw_224 is another network than the paper's"),
         ({"num_classes": 3}, "config.json: 'architecture'"),
-        ({"architecture": "coatnet_0_224"}, "is absent in the weights; .* save the folder again by timm"),
+        ({"architecture": "coatnet_0_224"}, "is absent in the weights; .* save the folder again with timm"),
         ({"architecture": "coatnet_0_224", "model_args": {"img_size": [32, 64]}}, "is absent in the weights"),
-        ([], "is no folder of timm's: .*save_for_hf.* writes one"),
+        ([], "is not a timm folder: .*save_for_hf.* writes one"),
     ],
 )
 def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(config: Any, said: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predicted(capsys: pytest.CaptureFixture[str], source: Path, *images: Path, status: int = 0, **how: Any) -> Any:
-    asked: dict[str, Any] = {"weights": None, "resolution": None, "crop": None, "most": 5, **how}
+    asked: dict[str, Any] = {"weights": None, "resolution": None, "crop": None, "top": 5, **how}
     assert predict(str(source), [str(image) for image in images], as_json=True, **asked) == status
     return json.loads(capsys.readouterr().out)
 
@@ -40,7 +40,7 @@ def test_what_is_predicted_of_the_files_is_what_is_evaluated_of_the_packed_set(
     options = [f"--{name}={value}" for name, value in how.items()]
     figures = json.loads(coatnet("evaluate", exported, "--data", digits / "val", "--json", *options).stdout)
     files = sorted((digits / "digits" / "val").glob("*/*"))
-    found = predicted(capsys, exported, digits / "digits" / "val", most=10, **how)
+    found = predicted(capsys, exported, digits / "digits" / "val", top=10, **how)
     assert [row["file"] for row in found] == [str(file) for file in files] and len(files) == figures["samples"] == 360
     ranks, losses = [], []
     for row in found:
@@ -62,7 +62,7 @@ def test_what_does_not_decode_is_left_out_in_its_place_and_named(
         (tmp_path / name).write_bytes(content)
     (tmp_path / "caf\udce9.png").write_bytes(b"not UTF-8, its name")
     (tmp_path / "d.png").touch()
-    found = predicted(capsys, exported, tmp_path, good, status=1, most=2)
+    found = predicted(capsys, exported, tmp_path, good, status=1, top=2)
     names = " ".join(Path(row["file"]).name for row in found)
     assert names == rf"a.png b.png c.jpg caf\udce9.png d.png e.PNG {good.name}"
     assert [len(row["predictions"]) for row in found] == [2, 0, 0, 0, 0, 2, 2]
@@ -82,7 +82,7 @@ def test_of_a_sigmoid_head_each_class_has_a_probability_of_its_own(
     said["config"]["train"]["loss"] = "sigmoid"
     weights.write(tmp_path / "sigmoid.safetensors", load_file(exported), said)
     sources = exported, tmp_path / "sigmoid.safetensors"
-    (softmax,), (sigmoid,) = (predicted(capsys, source, image, most=99) for source in sources)
+    (softmax,), (sigmoid,) = (predicted(capsys, source, image, top=99) for source in sources)
     odds = {each["class"]: each["probability"] / (1 - each["probability"]) for each in sigmoid["predictions"]}
     assert len(odds) == len(read_manifest(str(digits / "val")).classes) == 10
     assert {each["class"]: each["probability"] for each in softmax["predictions"]} == {
@@ -107,7 +107,7 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("nowhere.jpg", "is no file and no folder"), (".", "has no images"), ("n" * 300, "read: File name too long")],
+    [("nowhere.jpg", "does not exist"), (".", "has no files with"), ("n" * 300, "read: File name too long")],
 )
 def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

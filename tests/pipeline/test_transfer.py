@@ -125,7 +125,7 @@ def test_what_cannot_begin_is_refused_in_one_line_without_data(
 
 
 @pytest.mark.parametrize(
-    ("begins_from", "said"), [(None, "needs --from RUN; "), (TINY, f"pretrain with {TINY} first; ")]
+    ("begins_from", "said"), [(None, "needs --from RUN; only --check"), (TINY, f"pretrain with {TINY} first; ")]
 )
 def test_without_weights_nothing_begins(tmp_path: Path, begins_from: str | None, said: str) -> None:
     with pytest.raises(UsageError, match=said):
