@@ -19,7 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import DataError, RunFailed, UsageError
 from tests.data.servers import Server, forever, s3_server
 from tests.forked import ROOT, forkserver
-from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, written
+from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, write_ranks
 
 URL = "s3://data/runs/tiny"
 
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     """A run's folder with its small files and the checkpoints of steps 1 to 4."""
     folder = tmp_path / "run"
     for step in range(1, 5):
-        written(folder / "checkpoints", two_ranks(), step)
+        write_ranks(folder / "checkpoints", two_ranks(), step)
     for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
         (folder / name).write_text(f"{name} of the run\n")
     return folder
@@ -101,7 +101,7 @@ def test_a_checkpoint_written_again_takes_the_place_of_its_copy(run, s3, tmp_pat
     mirrored(run, URL, [4])
     shutil.rmtree(run / "checkpoints" / step_name(4))
     (rank,) = [{**two_ranks()[0], **two_ranks()[1]}]
-    written(run / "checkpoints", [rank], 4)
+    write_ranks(run / "checkpoints", [rank], 4)
     mirrored(run, URL, [4])
     assert "rank-00001.safetensors" not in list_copies(URL)[4]
     restore_from_mirror(config_of(tmp_path / "other"))
