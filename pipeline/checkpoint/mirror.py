@@ -227,7 +227,7 @@ def _fetch_newest(run: Path, url: str, found: Copies) -> None:
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
         sync_folder(folder.parent)
-        print(f"{run} had no checkpoint: {folder.name} was brought back from {place}")
+        print(f"{run} had no checkpoint: {folder.name} was restored from {place}")
 
     def warn(folder: Path, error: DamagedCheckpoint) -> None:
         print(f"the mirror's {folder.name} is damaged ({error}); trying the one before", file=sys.stderr)
