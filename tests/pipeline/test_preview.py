@@ -1,4 +1,4 @@
-"""Laws of the contact sheet: it shows the pixels that training delivers, says what was drawn, and stays readable."""
+"""Laws of the contact sheet: it has the pixels of training and the draws, and stays readable."""
 
 import io
 from pathlib import Path
@@ -64,7 +64,7 @@ def trained_on(preset: str, overrides: list[str], positions: range) -> np.ndarra
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("mixup", [0.0, 0.7])
-def test_the_pictures_are_what_training_delivers_to_the_pixel(preset, epoch, mixup):
+def test_the_pictures_are_those_of_training_to_the_pixel(preset, epoch, mixup):
     overrides, first = [f"augment.mixup={mixup}"], -(-epoch * SAMPLES // 4) * 4
     shown = sheet_items(read_config(preset, overrides), 10, epoch)
     expected = trained_on(preset, overrides, range(first, first + 10))
@@ -88,7 +88,7 @@ def occurs(picture: np.ndarray, pixels: np.ndarray) -> bool:
     )
 
 
-def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
+def test_below_each_picture_are_its_class_and_its_draws(preset):
     config = read_config(preset, [])
     manifest, order = training_set(config)
     numbers = order.samples_at(np.arange(12))
@@ -105,7 +105,7 @@ def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
         assert operations == [in_words(Operation(operation), 8, sign) for operation, sign in pairs]
 
 
-def test_who_is_mixed_in_is_named_and_a_sample_that_is_no_more_has_its_stand_in(preset, tmp_path):
+def test_mixup_partners_and_replaced_samples_are_named(preset, tmp_path):
     config = read_config(preset, ["augment.mixup=0.7"])
     lines = [line for shown in sheet_items(config, 40, 0) for line in shown.lines]
     assert sum(line.startswith("mixed with ") and " % of kind " in line for line in lines) > 20
@@ -120,8 +120,8 @@ def test_who_is_mixed_in_is_named_and_a_sample_that_is_no_more_has_its_stand_in(
 
 
 @pytest.mark.parametrize("count", [1, 5, 23])
-def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count):
-    """Between two samples, and around them all, nothing is drawn; and no picture is drawn over."""
+def test_long_text_stays_below_its_pictures(count):
+    """Nothing is drawn between samples, around them, or over a picture."""
     black = np.zeros((SIDE, SIDE, 3), np.uint8)
     long = "a class $with^a_very % {long} \\name " * 5
     shown = [SheetItem(black, black, [long, "crop 5 %", long, long]) for _ in range(count)]
@@ -148,7 +148,7 @@ def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count
         ("sheet.png", "data.train_samples=44", "has 45"),
     ],
 )
-def test_a_wrong_request_is_refused_in_one_line_and_leaves_no_file(preset, tmp_path, out, override, message):
+def test_a_wrong_request_is_refused_in_one_line_without_a_file(preset, tmp_path, out, override, message):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError) as refused:
         preview(preset, str(tmp_path / out), [override], 8, 0)
