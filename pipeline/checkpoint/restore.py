@@ -1,8 +1,8 @@
-"""Resuming: the newest checkpoint that all ranks find good is loaded, each rank reading just what it owns.
+"""Resuming from the newest checkpoint that all ranks find good; each rank reads only its own slices.
 
-Whether a checkpoint is good is one verdict of all ranks, given before any state is touched. A damaged one is named in
-events.jsonl and the one before is taken; where none is good the run stops rather than begin again in silence. What is
-no damage but another network's, another training set's or a newer program's is refused, and never skipped.
+All ranks agree on whether a checkpoint is good before any state changes. A damaged one is an event, and the one before
+is used; if none is good the run stops, since it must not begin again silently. A checkpoint of another network, another
+training set or a newer format is refused, and never skipped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ANOTHER_RUN = "put back the configuration and the program that wrote it, or beg
 def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events) -> State | None:
     """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
 
-    Collective. RunFailed where checkpoints exist and none is good; UsageError where the training set or the network is
-    another one, or the checkpoint a newer program's.
+    Collective. RunFailed where checkpoints exist and none is good; UsageError where the newest is of another training
+    set, network or format.
     """
     folders = from_rank_zero(lambda: trusted_checkpoints(run))
     if not folders:
@@ -84,7 +84,7 @@ def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_finge
 
 
 def _check_same_network(folder: Path, there: Shapes, here: Shapes) -> None:
-    """UsageError naming the first parameter or statistic that differs; a moving average that nobody wants does not."""
+    """UsageError naming the first parameter or statistic that differs, except for an average that is no longer used."""
     for name in [*here, *(name for name in there if not name.startswith("ema:"))]:
         old, new = (list(shapes[name]) if name in shapes else "absent" for shapes in (there, here))
         if old != new:
@@ -93,13 +93,13 @@ def _check_same_network(folder: Path, there: Shapes, here: Shapes) -> None:
 
 
 def _apply(engine: Any, owned: list[ParamSlice], average: Statistics | None, reader: CheckpointReader) -> State:
-    """Reads what is verified stretch by stretch into the live state, which so needs no second place in memory."""
+    """Reads verified slices one by one into the live state, so that memory never holds a second copy of it."""
     state, buffers = reader.state(), reader.buffers()
 
-    def read(stretch: ParamSlice) -> None:
-        for kind, own in stretch.values.items():
+    def read(piece: ParamSlice) -> None:
+        for kind, own in piece.values.items():
             on_host = own if own.device.type == "cpu" else torch.empty_like(own, device="cpu")
-            reader.read_into(on_host.numpy(), stretch.name, kind, stretch.start)
+            reader.read_into(on_host.numpy(), piece.name, kind, piece.start)
             if on_host is not own:
                 own.copy_(on_host)
 

@@ -37,11 +37,9 @@ class WeightsFile:
                 metadata = json.loads((file.metadata() or {}).get(KEY, "null"))
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            _check_not_timm(path)
             raise UsageError(f"{path} is not a complete safetensors file ({error}); export it again") from None
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            _check_not_timm(path)
-            raise UsageError(f"{path} is not from this version of coatnet export or coatnet import; make it again")
+            raise UsageError(f"{path} is not from this version of coatnet export or coatnet import; make it with one")
         self._metadata = metadata
         self.step: int = metadata["step"]
         self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith(STATISTICS)}
@@ -86,9 +84,11 @@ def latest_checkpoint(source: Path) -> CheckpointReader:
         return CheckpointReader(source)
     folders = trusted_checkpoints(source)
     if not folders:
-        _check_not_timm(source)
         problem = "has no checkpoint yet" if (source / "config.yaml").exists() else "is not a run"
-        raise UsageError(f"{source} {problem}; pass a run's folder, one of its checkpoints, or an exported file")
+        raise UsageError(
+            f"{source} {problem}; pass a run's folder, one of its checkpoints, or a file that coatnet export wrote,"
+            " or coatnet import from a timm folder"
+        )
 
     def verified(folder: Path) -> CheckpointReader:
         reader = CheckpointReader(folder)
@@ -105,24 +105,6 @@ def latest_checkpoint(source: Path) -> CheckpointReader:
 def open_weights(source: Path) -> Weights:
     """A path's weights: an exported file, a checkpoint, or a run's newest one; UsageError where there are none."""
     return WeightsFile(source) if source.is_file() else latest_checkpoint(source)
-
-
-def _check_not_timm(path: Path) -> None:
-    """UsageError where this is a timm folder or a file in one: how to import it, or why that is not possible."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        name = json.loads((folder / "config.json").read_text())["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    from models.convert import check_known
-
-    try:
-        check_known(name)
-    except ValueError as error:
-        raise UsageError(f"{folder} is a timm folder: {error}") from None
-    raise UsageError(
-        f"{folder} is a timm folder: run coatnet import {folder} {name}.safetensors, and pass that file instead"
-    )
 
 
 def select_weights(weights: Weights, choice: str | None) -> str:

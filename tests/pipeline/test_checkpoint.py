@@ -238,16 +238,16 @@ def test_a_missing_slice_is_damage_that_names_the_parameter(tmp_path):
 def test_a_partial_read_verifies_its_own_blocks_and_no_others(checkpoint):
     """So that a rank reads only what it needs of a large file."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    stretch = next(s for s in manifest["stretches"] if s["parameter"] == "head.weight" and s["count"] >= 100)
-    name, kind, first = stretch["parameter"], stretch["kind"], stretch["start"]
-    path = checkpoint / stretch["file"]
+    piece = next(s for s in manifest["stretches"] if s["parameter"] == "head.weight" and s["count"] >= 100)
+    name, kind, first = piece["parameter"], piece["kind"], piece["start"]
+    path = checkpoint / piece["file"]
     contents = bytearray(path.read_bytes())
-    bad = stretch["offset"] + 4 * 50
+    bad = piece["offset"] + 4 * 50
     contents[bad] ^= 1
     path.write_bytes(contents)
     block = range(bad - bad % 64, bad - bad % 64 + 64)
-    for element in range(stretch["count"]):
-        reader, offset = CheckpointReader(checkpoint), stretch["offset"] + 4 * element
+    for element in range(piece["count"]):
+        reader, offset = CheckpointReader(checkpoint), piece["offset"] + 4 * element
         if {offset, offset + 3} & set(block):
             with pytest.raises(DamagedCheckpoint, match=f"wrong checksum of the block at byte {block.start}"):
                 reader.read(name, kind, first + element, 1)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 from pipeline.checkpoint.pretrained import convert_weights, describe_classifier, map_classes
 from pipeline.checkpoint.weights import WeightsFile
@@ -97,13 +94,6 @@ def test_the_first_line_describes_how_the_weights_are_converted(source: Path, di
         assert "\n" not in str(refused.value)
 
 
-def timm_folder(folder: Path, architecture: str) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architecture": architecture}))
-    save_file({"head.fc.weight": np.zeros((10, 8), np.float32)}, folder / "model.safetensors")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -130,15 +120,6 @@ def test_an_impossible_start_is_refused_in_one_line_without_data(
 def test_without_weights_nothing_begins(tmp_path: Path, begins_from: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         finetune(TINY, [f"run.dir={tmp_path}/run"], begins_from, None, 1, check=False)
-
-
-def test_a_timm_folder_is_recognized_and_refused_with_what_to_do(tmp_path: Path) -> None:
-    rw, ours = timm_folder(tmp_path / "rw", "coatnet_0_rw_224"), timm_folder(tmp_path / "ours", "coatnet_0_224")
-    for path in (rw, rw / "model.safetensors"):
-        with pytest.raises(UsageError, match="coatnet_0_rw_224 is another network than the paper's"):
-            finetune(TINY, [], str(path), None, 1, check=True)
-    with pytest.raises(UsageError, match=f"coatnet import {ours} coatnet_0_224.safetensors, and pass that file"):
-        finetune(TINY, [], str(ours), None, 1, check=True)
 
 
 def test_a_run_keeps_its_source_and_which_of_its_weights(source: Path, tmp_path: Path) -> None:
