@@ -7,6 +7,9 @@ first, and fine-tuning is refused one that no ancestor saw, unless `augment.allo
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
@@ -14,36 +17,38 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
-
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+WITH_STRENGTH = ("RandAugment", "mixup")
 
 
 def lineage_entry(config: Config, steps: int, ancestors: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it."""
+    """What a checkpoint records of the run that made it."""
+    allowed = check_new_augmentations(config, ancestors) if ancestors else []
+    return _entry(config.model_dump(mode="json"), steps, allowed)
+
+
+def _entry(config: Mapping[str, Any], steps: int | None, new_augmentations: list[str]) -> dict[str, Any]:
     return {
-        "run": config.run.dir,
-        "train": config.data.train,
+        "run": config["run"]["dir"],
+        "train": config["data"]["train"],
         "steps": steps,
-        "resolution": config.model.resolution,
-        "augment": config.augment.model_dump(mode="json"),
-        "stochastic_depth": config.train.stochastic_depth,
-        "new_augmentations": check_new_augmentations(config, ancestors) if ancestors else [],
+        "resolution": config["model"]["resolution"],
+        "augment": config["augment"],
+        "stochastic_depth": config["train"]["stochastic_depth"],
+        "new_augmentations": new_augmentations,
     }
 
 
 def unknown_lineage(source: str) -> dict[str, Any]:
-    """The entry of weights of which nobody knows how they were made."""
+    """The entry of weights whose training is unknown."""
     return {"run": source, "augment": None, "stochastic_depth": None}
 
 
-def ancestors_with_unknown_augmentation(ancestors: list[dict[str, Any]]) -> list[str]:
+def _unknown_runs(ancestors: list[dict[str, Any]]) -> list[str]:
     return [ancestor["run"] for ancestor in ancestors if ancestor["augment"] is None]
 
 
 def active_augmentations(augment: dict[str, Any]) -> dict[str, str]:
-    """The augmentations that are on, and the setting that has each on, as a person would write it."""
+    """The augmentations that are on, each with the override that switches it on."""
     randaugment = augment["randaugment"]
     settings = {
         "random crop": (augment["crop"] == "random_resized", f"augment.crop={augment['crop']}"),
@@ -52,17 +57,14 @@ def active_augmentations(augment: dict[str, Any]) -> dict[str, str]:
             randaugment["layers"] > 0,  # at magnitude 0 too: three operations have no strength
             f"augment.randaugment={{layers: {randaugment['layers']}, magnitude: {randaugment['magnitude']}}}",
         ),
-        "mixup": (augment.get("mixup", 0) > 0, f"augment.mixup={augment.get('mixup', 0)}"),  # younger than some runs
+        "mixup": (augment.get("mixup", 0) > 0, f"augment.mixup={augment.get('mixup', 0)}"),  # newer than some runs
     }
     return {name: setting for name, (is_on, setting) in settings.items() if is_on}
 
 
 def new_augmentations(augment: dict[str, Any], ancestors: list[dict[str, Any]]) -> dict[str, str]:
-    """The augmentations that are on here and were off in every ancestor; on in any of them counts as seen.
-
-    None where one of them is unknown: it may have seen anything.
-    """
-    if ancestors_with_unknown_augmentation(ancestors):
+    """The augmentations that are on here and were off in every ancestor; none where an ancestor is unknown."""
+    if _unknown_runs(ancestors):
         return {}
     seen = {name for ancestor in ancestors for name in active_augmentations(ancestor["augment"])}
     return {name: setting for name, setting in active_augmentations(augment).items() if name not in seen}
@@ -80,61 +82,41 @@ def check_new_augmentations(config: Config, ancestors: list[dict[str, Any]]) -> 
     return list(new)
 
 
-def unknown_lineage_warning(config: Config, ancestors: list[dict[str, Any]]) -> str | None:
-    """A line about what is not refused: an ancestry that cannot be checked, or stochastic depth that is new."""
-    if unknown := ancestors_with_unknown_augmentation(ancestors):
+def lineage_warning(config: Config, ancestors: list[dict[str, Any]]) -> str | None:
+    """What is worth a warning and not refused: an unknown ancestor, or stochastic depth that no ancestor had."""
+    if unknown := _unknown_runs(ancestors):
         return (
             f"how {' and '.join(unknown)} was trained is unknown, so it cannot be checked whether an augmentation that"
             " is on here was off there, which would hurt"
         )
-    return stochastic_depth_warning(config, ancestors)
-
-
-def stochastic_depth_warning(config: Config, ancestors: list[dict[str, Any]]) -> str | None:
-    """A line about stochastic depth that no ancestor had; it is not refused."""
     if config.train.stochastic_depth and not any(ancestor["stochastic_depth"] for ancestor in ancestors):
         return f"train.stochastic_depth={config.train.stochastic_depth} here, and 0 in every ancestor"
     return None
 
 
-WITH_STRENGTH = ("RandAugment", "mixup")
-
-
 def noted_ancestors(run: Path) -> list[Any] | None:
-    """What a fine-tuning has noted of its source (finetune.py); [] of a run that has no source."""
+    """The ancestors in RUN/source.json; [] of a run without a source, None where the file is damaged."""
     try:
         return json.loads((run / "source.json").read_bytes())["ancestry"]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, LookupError, TypeError):  # damaged
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def lineage_of_run(
     ancestors: Sequence[dict[str, Any]], config: Mapping[str, Any], steps: int | None, new_augmentations: list[str]
 ) -> list[dict[str, Any]]:
-    """The entries of the ancestors and of the run, as lineage_entry makes them; [] where one can't be read."""
+    """The entries of the ancestors and of the run; [] where one can't be read: half-written, or another version's."""
     try:
         entries = [*ancestors, _entry(config, steps, new_augmentations)]
-        lineage_in_words(entries)
-    except (LookupError, TypeError, ValueError):  # half-written, or another version's
+        format_lineage(entries)
+    except (LookupError, TypeError, ValueError):
         return []
     return entries
 
 
-def _entry(config: Mapping[str, Any], steps: int | None, new_augmentations: list[str]) -> dict[str, Any]:
-    return {
-        "run": config["run"]["dir"],
-        "train": config["data"]["train"],
-        "steps": steps,
-        "resolution": config["model"]["resolution"],
-        "augment": config["augment"],
-        "stochastic_depth": config["train"]["stochastic_depth"],
-        "new_augmentations": new_augmentations,
-    }
-
-
-def lineage_in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
+def format_lineage(entries: Sequence[dict[str, Any]]) -> list[str]:
     """What a run's weights were trained under: a line for each ancestor and for the run, or one without ancestors."""
     if not entries:
         return []
@@ -142,10 +124,10 @@ def lineage_in_words(entries: Sequence[dict[str, Any]]) -> list[str]:
     if not ancestors:
         return [f"  augmentation: {_trained_under(own)}"]
     newest = f"{own['run']} ({_square(own)}): {_trained_under(own)}"
-    return ["  ancestry, oldest first:", *(f"    {each}" for each in [*map(_ancestor, ancestors), newest])]
+    return ["  ancestry, oldest first:", *(f"    {each}" for each in [*map(_format_ancestor, ancestors), newest])]
 
 
-def _ancestor(entry: Mapping[str, Any]) -> str:
+def _format_ancestor(entry: Mapping[str, Any]) -> str:
     if entry["augment"] is None:
         return f"{entry['run']}: unknown how it was trained"
     return f"{entry['run']} ({_square(entry)}, {entry['steps']:,} steps): {_trained_under(entry)}"
@@ -153,11 +135,11 @@ def _ancestor(entry: Mapping[str, Any]) -> str:
 
 def _trained_under(entry: Mapping[str, Any]) -> str:
     """The augmentations that were on, with their strength where they have one, and stochastic depth."""
-    on = {name: setting.partition("=")[2] for name, setting in active_augmentations(entry["augment"]).items()}
-    said = [f"{name} {value}" if name in WITH_STRENGTH else name for name, value in on.items()]
+    values = {name: setting.partition("=")[2] for name, setting in active_augmentations(entry["augment"]).items()}
+    names = [f"{name} {value}" if name in WITH_STRENGTH else name for name, value in values.items()]
     depth, new = entry["stochastic_depth"], " and ".join(entry.get("new_augmentations", []))
     facts = [f"stochastic depth {depth}" if depth else "", f"{new} allowed though new" if new else ""]
-    return "; ".join([", ".join(said) or "no augmentation", *filter(None, facts)])
+    return "; ".join([", ".join(names) or "no augmentation", *filter(None, facts)])
 
 
 def _square(entry: Mapping[str, Any]) -> str:

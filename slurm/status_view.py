@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pipeline.errors import UsageError
 from pipeline.formatting import format_duration, format_number, format_percent
-from pipeline.lineage import lineage_in_words
+from pipeline.lineage import format_lineage
 from slurm import scheduler
 from slurm.status import SECONDS_BETWEEN_LOOKS, Status, read_runs, runs_of
 
@@ -78,7 +78,7 @@ def as_lines(status: Status) -> list[str]:
         where = f" on {', '.join(job['nodes'])}" if job["nodes"] else ""
         why = f" ({job['reason']})" if job["reason"] else ""
         said.append(f"  job {job['job']}: {job['state'] or 'gone'}{where}{why}")
-    return said + lineage_in_words(status.ancestry)
+    return said + format_lineage(status.ancestry)
 
 
 def _watch(runs: Sequence[Path], single: bool) -> int:

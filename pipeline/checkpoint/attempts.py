@@ -1,9 +1,9 @@
-"""Attempts: each start of a run takes the next number, and what an older one finishes after that is not used.
+"""Attempts: each start of a run has the next number, and what an older one finishes after that is not used.
 
-A process that was thought dead (its node unreachable, its memory frozen) can wake up and write; nothing can prevent
-that. So a start notes which checkpoints it found, in RUN/attempts/N.json. A checkpoint is trusted if the start after
-the one that wrote it had found it, or if there was none: the writer was the newest. A run that rolls back
-(rollback.py) takes the next number too, and has not found what it abandons.
+A process that seemed dead (its node unreachable, its memory frozen) can wake up and write, and nothing can prevent
+that. So each attempt records in RUN/attempts/N.json which checkpoints it found. A checkpoint is trusted if the attempt
+after its writer's found it, or if there is none. A rollback (rollback.py) is a new attempt too, whose record lacks the
+checkpoints that it abandons.
 """
 
 from __future__ import annotations
@@ -18,46 +18,44 @@ from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, chec
 from pipeline.errors import RunFailed
 from pipeline.run.jsonl import read_lines
 
-SECONDS_BETWEEN_LOOKS = 3.0
+POLL_SECONDS = 3.0
 
 
 def allocate(run: Path) -> int:
-    """The next attempt's number, taken so that no two starts get the same, on any file system that has links."""
-    begun = sum(
-        row["event"] == "attempt_started" for row in read_lines(run / "events.jsonl")
-    )  # of a run without records, too
-    number = max(latest_attempt(run) + 1, begun)
-    while not _take(run, number, [folder.name for folder in trusted_checkpoints(run)], recorded_rollbacks(run)):
+    """The next attempt's number; no two starts get the same, on any file system with hard links."""
+    started = sum(row["event"] == "attempt_started" for row in read_lines(run / "events.jsonl"))
+    number = max(latest_attempt(run) + 1, started)  # events count where records are missing
+    while not _record(run, number, [folder.name for folder in trusted_checkpoints(run)], recorded_rollbacks(run)):
         number += 1
     return number
 
 
 def allocate_next(run: Path, attempt: int, to: int, rollbacks: list[dict[str, int]]) -> int:
-    """The number after this attempt's, for the same processes, who have found what is not later than step `to`.
+    """The number after this attempt's, for the same processes; its record has the checkpoints up to step `to`.
 
-    RunFailed where somebody else has it.
+    RunFailed where another start has that number.
     """
     found = [folder.name for folder in trusted_checkpoints(run) if step_of(folder) <= to]
-    if not _take(run, attempt + 1, found, rollbacks):
+    if not _record(run, attempt + 1, found, rollbacks):
         raise_if_superseded(run, attempt)
     return attempt + 1
 
 
 def recorded_rollbacks(run: Path) -> list[dict[str, int]]:
-    """What the newest attempt knows of rollbacks: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
+    """The rollbacks up to the newest attempt: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
     newest = latest_attempt(run)
-    return _record(run, newest).get("rollbacks", []) if newest >= 0 else []
+    return _read(run, newest).get("rollbacks", []) if newest >= 0 else []
 
 
-def _take(run: Path, number: int, found: list[str], rollbacks: list[dict[str, int]]) -> bool:
-    """Writes an attempt's record; False where that number is taken."""
+def _record(run: Path, number: int, found: list[str], rollbacks: list[dict[str, int]]) -> bool:
+    """Writes an attempt's record; False where the number is taken."""
     records = run / "attempts"
     records.mkdir(parents=True, exist_ok=True)
     facts = {"process": os.getpid(), "host": os.uname().nodename, "found": found, "rollbacks": rollbacks}
     hidden = records / f".{facts['host']}-{facts['process']}"
     hidden.write_text(json.dumps(facts) + "\n")
     try:
-        os.link(hidden, records / f"{number}.json")  # whole, or not there
+        os.link(hidden, records / f"{number}.json")  # atomic, and fails where the name exists
     except FileExistsError:
         return False
     finally:
@@ -66,14 +64,14 @@ def _take(run: Path, number: int, found: list[str], rollbacks: list[dict[str, in
 
 
 def latest_attempt(run: Path) -> int:
-    """The number of the newest attempt; -1 where none has begun."""
+    """The number of the newest attempt; -1 where there is none."""
     return max(_numbers(run), default=-1)
 
 
 def latest_of_this_process(run: Path) -> int | None:
-    """The newest attempt's number, if this process, as its rank 0, began it; None of one that was overtaken."""
+    """The newest attempt's number, if this process, as its rank 0, began it; else None."""
     newest = latest_attempt(run)
-    facts = _record(run, newest) if newest >= 0 else {}
+    facts = _read(run, newest) if newest >= 0 else {}
     return newest if (facts.get("process"), facts.get("host")) == (os.getpid(), os.uname().nodename) else None
 
 
@@ -81,8 +79,8 @@ def raise_if_superseded(run: Path, attempt: int) -> None:
     """RunFailed where a newer attempt than this one has begun."""
     if (newest := latest_attempt(run)) > attempt:
         raise RunFailed(
-            f"{run}: attempt {newest} of this run has begun while this one, attempt {attempt}, was still there;"
-            " this one ends, and nothing that it has done since then is used"
+            f"{run}: attempt {newest} of this run has begun while this one, attempt {attempt}, was still running;"
+            " this one ends, and nothing that it has written since then is used"
         )
 
 
@@ -95,38 +93,38 @@ class SupersededCheck:
     def is_superseded(self, attempt: int) -> bool:
         if time.monotonic() >= self._next:
             self._latest = latest_attempt(self._run)
-            self._next = time.monotonic() + SECONDS_BETWEEN_LOOKS
+            self._next = time.monotonic() + POLL_SECONDS
         return self._latest > attempt
 
 
 def trusted_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints by rising step, but for those that an attempt finished after the next one had begun."""
+    """The complete checkpoints, oldest first, without those that an attempt finished after the next had begun."""
     found = checkpoints(run / "checkpoints")
     if not (numbers := sorted(_numbers(run))):
         return found
-    known = set(_record(run, numbers[-1])["found"])
-    return [folder for folder in found if folder.name in known or not is_stale(run, folder, numbers)]
+    known = set(_read(run, numbers[-1])["found"])
+    return [folder for folder in found if folder.name in known or not _is_stale(run, folder, numbers)]
 
 
-def is_stale(run: Path, folder: Path, numbers: list[int]) -> bool:
+def _is_stale(run: Path, folder: Path, numbers: list[int]) -> bool:
     """Whether an attempt finished this checkpoint after the next of `numbers` had begun."""
     try:
-        wrote = CheckpointReader(folder).attempt
+        attempt = CheckpointReader(folder).attempt
     except DamagedCheckpoint:
-        return False  # whoever takes it will see what is wrong with it
-    later = [number for number in numbers if number > wrote]
-    return bool(later) and folder.name not in _record(run, later[0])["found"]
+        return False  # its reader will report the damage
+    later = [number for number in numbers if number > attempt]
+    return bool(later) and folder.name not in _read(run, later[0])["found"]
 
 
 def _numbers(run: Path) -> list[int]:
     return [int(file.stem) for file in (run / "attempts").glob("*.json") if file.stem.isdigit()]
 
 
-def _record(run: Path, number: int) -> dict[str, Any]:
+def _read(run: Path, number: int) -> dict[str, Any]:
     return json.loads((run / "attempts" / f"{number}.json").read_text())
 
 
-def latest_step(path: Path) -> int | None:
-    """The step of the newest checkpoint in a run's folder."""
-    folders = trusted_checkpoints(path)
+def latest_step(run: Path) -> int | None:
+    """The step of a run's newest trusted checkpoint; None where there is none."""
+    folders = trusted_checkpoints(run)
     return step_of(folders[-1]) if folders else None

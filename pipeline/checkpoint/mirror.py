@@ -1,8 +1,8 @@
-"""A run's second home: checkpoints copied in the background to checkpoint.mirror, and brought back when RUN is gone.
+"""Copies checkpoints to checkpoint.mirror in the background, and restores a run from there when its folder is gone.
 
-URL/checkpoints/step-N/ has the files of the checkpoint, manifest.json last: without it a copy is none. URL itself has
-the small files that resuming needs. Copies come one at a time; the newest checkpoint is next, whatever was complete in
-between. A copy that fails is said, in events.jsonl and on standard error, and stops nothing.
+URL/checkpoints/step-N/ has the files of a checkpoint, manifest.json last: a copy without it is incomplete. URL itself
+has the small files that resuming needs. One checkpoint is copied at a time, and the newest is next. A copy that fails
+is an event and a warning, and training continues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from data.storage.durable import publish, sync_folder, write_atomically
 from data.storage.prefetch import ordered_map
 from data.storage.remote import DEFAULT, NotFound, open_fs, send_file, write_file
 from pipeline.checkpoint.attempts import latest_step
-from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, prunable, step_name, step_of
+from pipeline.checkpoint.reader import (
+    CheckpointReader,
+    DamagedCheckpoint,
+    newest_good,
+    prunable,
+    step_name,
+    step_of,
+)
 from pipeline.config.schema import Config
 from pipeline.errors import DataError, RunFailed, UsageError, first_line
 from pipeline.run.lock import acquire_lock
@@ -36,33 +43,35 @@ PIECE_BYTES, PIECES_AT_ONCE = 16 << 20, 8
 _MANIFEST = "manifest.json"
 
 Copies = dict[int, dict[str, int]]
-"""What a mirror has of each step: file -> bytes."""
+"""The files at a mirror by step: name -> bytes."""
 
 
 class Mirror:
-    """Copies checkpoints of a run to a URL; `tell` writes an event."""
+    """Copies checkpoints of a run to a URL; `emit` writes an event."""
 
-    def __init__(self, url: str, run: Path, keep_last: int, keep_every: int | None, tell: Callable[..., None]) -> None:
-        self._url, self._run, self._tell = url, run, tell
+    def __init__(self, url: str, run: Path, keep_last: int, keep_every: int | None, emit: Callable[..., None]) -> None:
+        self._url, self._run, self._emit = url, run, emit
         self._keep_last, self._keep_every = keep_last, keep_every
         self._waiting: list[Path] = []
         self._current: Path | None = None
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def copy(self, folder: Path) -> None:
-        """Has a checkpoint copied next; of those that wait already only the ones that are kept forever still are."""
-        with self._changing:
-            self._waiting = [each for each in self._waiting if self._is_kept(each)] + [folder]
+        """Makes a checkpoint the next one to copy; of those that wait only those of `keep_every` are still copied."""
+        every = self._keep_every
+        with self._lock:
+            kept = [each for each in self._waiting if every is not None and step_of(each) % every == 0]
+            self._waiting = [*kept, folder]
             if self._current is None:
                 self._current = self._waiting.pop(0)
-                # A daemon: where the run fails, it does not wait for a copy.
+                # A daemon, so that a run that fails does not wait for a copy.
                 self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
                 self._thread.start()
 
     def in_use(self) -> set[Path]:
         """The checkpoints that are being copied, or will be."""
-        with self._changing:
+        with self._lock:
             return {*self._waiting, *filter(None, [self._current])}
 
     def wait(self) -> None:
@@ -70,48 +79,53 @@ class Mirror:
         if self._thread is not None:
             self._thread.join()
 
-    def forget(self, after: int) -> None:
-        """Removes the copies of later steps, which the run has rolled back on."""
-        with self._changing:
+    def delete_after(self, after: int) -> None:
+        """Deletes the copies of later steps, which a rollback has abandoned."""
+        with self._lock:
             self._waiting = [each for each in self._waiting if step_of(each) <= after]
         self.wait()
         try:
             for step in list_copies(self._url):
                 if step > after:
-                    _remove(self._url, step)
-        except Exception as error:  # the back ends' exceptions share no base class, and training must continue
-            self._warn(after, "copies of later steps, which were rolled back on, are still at the mirror", error)
-
-    def _is_kept(self, folder: Path) -> bool:
-        return self._keep_every is not None and step_of(folder) % self._keep_every == 0
+                    _delete(self._url, step)
+        except Exception as error:  # back ends' exceptions have no common base class, and training must continue
+            self._warn(after, "copies of later steps, which a rollback has abandoned, are still at the mirror", error)
 
     def _work(self) -> None:
         while self._current is not None:
             self._copy(self._current)
-            with self._changing:
+            with self._lock:
                 self._current = self._waiting.pop(0) if self._waiting else None
 
     def _copy(self, folder: Path) -> None:
         step, began = step_of(folder), time.monotonic()
         try:
             size = upload(folder, self._run, self._url)
-            self._tell("mirrored", step=step, seconds=round(time.monotonic() - began, 3), bytes=size)
-            remove_superseded(self._url, step, self._keep_last, self._keep_every)
-        except Exception as error:  # as in forget
+            self._emit("mirrored", step=step, seconds=round(time.monotonic() - began, 3), bytes=size)
+            self._prune(step)
+        except Exception as error:  # as in delete_after
             self._warn(step, f"{folder.name} has no good copy at the mirror", error)
+
+    def _prune(self, step: int) -> None:
+        """Deletes the copies that the one of this step supersedes, as for local ones, and incomplete older ones."""
+        found = list_copies(self._url)
+        whole = complete(found)
+        incomplete = [each for each in found if each not in whole and each < step]
+        for old in (*prunable(whole, step, self._keep_last, self._keep_every), *incomplete):
+            _delete(self._url, old)
 
     def _warn(self, step: int, problem: str, error: Exception) -> None:
         reason = _without_credentials(first_line(error))
-        self._tell("mirror_failed", step=step, reason=reason)
+        self._emit("mirror_failed", step=step, reason=reason)
         print(f"warning: {problem}: {reason}; training continues", file=sys.stderr)
 
 
 def upload(folder: Path, run: Path, url: str) -> int:
-    """Copies a checkpoint, its manifest last, and the run's small files; returns the checkpoint's bytes."""
+    """Copies a checkpoint, its manifest last, and the run's small files; returns its bytes without the manifest."""
     fs, top = open_fs(url)
     place = f"{top}/checkpoints/{folder.name}"
     if step_of(folder) in list_copies(url):
-        _remove(url, step_of(folder))  # of the same step, but not the same bytes
+        _delete(url, step_of(folder))  # of the same step, with other bytes
     DEFAULT.with_retries("made", place, lambda: fs.makedirs(place, exist_ok=True))
     files = sorted(file for file in folder.iterdir() if file.name != _MANIFEST)
     for file in files:
@@ -124,7 +138,7 @@ def upload(folder: Path, run: Path, url: str) -> int:
 
 
 def list_copies(url: str) -> Copies:
-    """All copies at a mirror, complete or not."""
+    """All copies at a mirror, complete or not; DataError where it cannot be read."""
     fs, top = open_fs(url)
     try:
         fs.invalidate_cache()
@@ -134,51 +148,43 @@ def list_copies(url: str) -> Copies:
         if isinstance(error.__cause__, FileNotFoundError):
             return {}
         raise
-    of_step: Copies = {}
-    for name, facts in found.items():
+    copies: Copies = {}
+    for name, entry in found.items():
         if match := re.search(r"/step-(\d{8,})/([^/]+)$", name):
-            of_step.setdefault(int(match[1]), {})[match[2]] = facts["size"]
-    return of_step
+            copies.setdefault(int(match[1]), {})[match[2]] = entry["size"]
+    return copies
 
 
 def complete(found: Copies) -> Copies:
     return {step: files for step, files in found.items() if _MANIFEST in files}
 
 
-def remove_superseded(url: str, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Removes the copies that the one of this step supersedes, by the rule for local ones, and earlier halves."""
-    found = list_copies(url)
-    whole = complete(found)
-    halves = [each for each in found if each not in whole and each < step]
-    for old in (*prunable(whole, step, keep_last, keep_every), *halves):
-        _remove(url, old)
-
-
-def _remove(url: str, step: int) -> None:
+def _delete(url: str, step: int) -> None:
     fs, top = open_fs(url)
     place = f"{top}/checkpoints/{step_name(step)}"
 
-    def remove() -> None:
+    def delete() -> None:
         if fs.exists(f"{place}/{_MANIFEST}"):
-            fs.rm_file(f"{place}/{_MANIFEST}")  # first, so that half of it does not look whole
+            fs.rm_file(f"{place}/{_MANIFEST}")  # first, so that what is left does not look complete
         if fs.exists(place):
             fs.rm(place, recursive=True)
 
-    DEFAULT.with_retries("removed", place, remove)
+    DEFAULT.with_retries("removed", place, delete)
 
 
 def restore_from_mirror(config: Config) -> None:
-    """Where a run's folder has no checkpoint and its mirror has one: the newest good one, and the run's small files.
+    """Copies the newest good checkpoint and the run's small files from the mirror, if the folder has no checkpoint.
 
-    Ranks that start at once do it once. UsageError where the mirror can't be one, DataError where it can't be read.
+    Of ranks that start at once, one does it. UsageError where the URL cannot be a mirror, DataError where it cannot be
+    read, RunFailed where none of its checkpoints is good, or the folder cannot be written.
     """
     run, url = Path(config.run.dir), config.checkpoint.mirror
     if url is None:
         return
-    if urlsplit(url).password:  # it would be written into config.yaml and into every checkpoint and export
+    if urlsplit(url).password:  # config.yaml and every checkpoint and export would have it
         raise UsageError(
-            "checkpoint.mirror holds a password, which others would read in config.yaml and in checkpoints; leave it"
-            " out and give it by the environment, as FSSPEC_FTP_PASSWORD=... for ftp://"
+            "checkpoint.mirror contains a password, which others could read in config.yaml and in checkpoints; pass it"
+            " in the environment, such as FSSPEC_FTP_PASSWORD=... for ftp://"
         )
     fs, top = open_fs(url)
     if isinstance(fs, LocalFileSystem) and Path(top).resolve() == run.resolve():
@@ -189,57 +195,60 @@ def restore_from_mirror(config: Config) -> None:
         found = complete(list_copies(url))
     except DataError as error:
         raise DataError(
-            f"checkpoint.mirror: {_without_credentials(str(error))}; {run} has no checkpoint, so nobody knows whether"
-            " the mirror has one: try again, or begin without it by checkpoint.mirror=null"
+            f"checkpoint.mirror: {_without_credentials(str(error))}; {run} has no checkpoint, and the mirror may have"
+            " one: try again, or begin without it with checkpoint.mirror=null"
         ) from None
     if not found:
         return
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with (run / ".mirror.lock").open("a") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+        with (run / ".mirror.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if latest_step(run) is None:
                 with acquire_lock(run):
-                    _bring(run, url.rstrip("/"), found)
+                    _fetch_newest(run, url.rstrip("/"), found)
     except OSError as error:
         raise RunFailed(
-            f"run.dir={run}: the checkpoint at the mirror cannot be brought back: {error.strerror or error};"
-            " fix that, and the same command resumes from there"
+            f"run.dir={run}: the checkpoint at the mirror cannot be copied back: {error.strerror or error};"
+            " fix that, then the same command resumes from there"
         ) from None
 
 
-def _bring(run: Path, url: str, found: Copies) -> None:
-    for step in sorted(found, reverse=True):
-        hidden = run / "checkpoints" / f".{step_name(step)}.mirrored"
+def _fetch_newest(run: Path, url: str, found: Copies) -> None:
+    place = _without_credentials(url)
+
+    def fetch(folder: Path) -> None:
+        hidden = folder.with_name(f".{folder.name}.mirrored")
         try:
-            _fetch(f"{url}/checkpoints/{step_name(step)}", hidden, found[step])
-        except DamagedCheckpoint as error:
-            print(f"the mirror's {step_name(step)} is damaged ({error}); trying the one before", file=sys.stderr)
-            continue
-        else:
+            _fetch(f"{url}/checkpoints/{folder.name}", hidden, found[step_of(folder)])
             _fetch_small_files(run, url)
-            publish(hidden, hidden.with_name(step_name(step)))
-            print(f"{run} had no checkpoint: {step_name(step)} was brought back from {_without_credentials(url)}")
-            return
+            publish(hidden, folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
-    names = ", ".join(map(step_name, sorted(found)))
-    raise RunFailed(
-        f"{_without_credentials(url)}: none of {names} is good; bring another copy to {run}/checkpoints, or begin again"
-        " without this mirror by checkpoint.mirror=null"
+        print(f"{run} had no checkpoint: {folder.name} was restored from {place}")
+
+    def warn(folder: Path, error: DamagedCheckpoint) -> None:
+        print(f"the mirror's {folder.name} is damaged ({error}); trying the one before", file=sys.stderr)
+
+    newest_good(
+        place,
+        [run / "checkpoints" / step_name(step) for step in sorted(found)],
+        fetch,
+        warn,
+        f"copy another one to {run}/checkpoints, or begin again without this mirror with checkpoint.mirror=null",
     )
 
 
 def _fetch(place: str, folder: Path, listed: dict[str, int]) -> None:
-    """Brings a copy into a folder and verifies all of it; DamagedCheckpoint where it is not what was written."""
+    """Downloads a copy into a folder and verifies all of it; DamagedCheckpoint where it is not what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / _MANIFEST, DEFAULT.read(f"{place}/{_MANIFEST}"))
     reader = CheckpointReader(folder)
-    for file, size in reader.sizes().items():
+    for file, size in reader.file_sizes().items():
         if listed.get(file) != size:
-            raise DamagedCheckpoint(f"{file}: {listed.get(file, 'no')} bytes, {size} were written")
+            raise DamagedCheckpoint(f"{file}: {listed.get(file, 'no')} bytes instead of {size}")
     with ThreadPoolExecutor(PIECES_AT_ONCE) as pool:
-        for file, size in reader.sizes().items():
+        for file, size in reader.file_sizes().items():
             pieces = [(begin, min(begin + PIECE_BYTES, size)) for begin in range(0, size, PIECE_BYTES)]
             read = partial(_read_piece, f"{place}/{file}")
             write_atomically(folder / file, ordered_map(pool, read, pieces, PIECES_AT_ONCE))
@@ -252,7 +261,7 @@ def _read_piece(url: str, piece: tuple[int, int]) -> bytes:
 
 
 def _fetch_small_files(run: Path, url: str) -> None:
-    """Those that the mirror has and the folder has not."""
+    """Downloads those that the folder lacks."""
     for name in SMALL_FILES:
         if not (run / name).exists():
             with suppress(NotFound):

@@ -1,69 +1,60 @@
-"""One network's weights as another one takes them: bias tables for another grid, a classifier for other classes.
+"""Loading pretrained weights into a network, with bias tables for another grid and a classifier for other classes.
 
-Everything else must be the same network: what would compute another function with these weights is refused.
+Everything else must be the same: a network that would compute another function with these weights is refused.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.checkpoint.weights import Weights
+from pipeline.checkpoint.weights import Weights, open_weights, select_weights
+from pipeline.config.parsing import validate
 from pipeline.config.schema import Config
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from models.coatnet import CoAtNet
     from pipeline.training.ema import Statistics
     from pipeline.training.model import WeightSource
 
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pipeline.checkpoint.weights import open_weights, select_weights
-from pipeline.config.parsing import validate
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.coatnet import CoAtNet
-
-
 CLASSIFIER = "head.classifier."
 Rows = Sequence[int | None]
-"""For each class of the new network the source's class whose row of the classifier it takes; None: a new one."""
+"""For each class of the new network, the row of the source's classifier that it keeps; None: a new row."""
 
 
 def map_classes(
     how: Literal["auto", "keep", "new", "map"], here: Sequence[str], there: Sequence[str], source: str
 ) -> Rows:
-    """Where the rows of the classifier for the classes `here` come from; UsageError where `how` cannot be done.
+    """Which rows of the source's classifier the classes `here` keep; UsageError where `how` is not possible.
 
-    Classes are known by their names, in whatever order. Fine-tuning with `auto` keeps the classifier where the classes
-    are the same, and begins with a new one where they are not (google-research/maxvit always does, the paper is
-    silent).
+    Classes are matched by name. `auto` keeps the classifier where both have the same classes, and else begins with a
+    new one (google-research/maxvit always does; the paper does not say).
     """
-    number = {name: place for place, name in enumerate(there)}
+    number = {name: row for row, name in enumerate(there)}
     by_name = [number.get(name) for name in here]
     same = set(here) == set(there)
     if how == "keep" and not same:
+        example = min(set(here) ^ set(there))
+        side = "here" if example in here else "there"
         raise UsageError(
-            f"model.classifier=keep, and the classes are not those of {source}: {_difference(here, there)};"
-            " model.classifier=map takes those that are known by name, new none of them"
+            f"model.classifier=keep, and the classes are not those of {source}: {len(here)} here, {len(there)} there,"
+            f" {example!r} only {side}; model.classifier=map keeps those with the same name, new none"
         )
     if how == "map" and all(row is None for row in by_name):
         raise UsageError(
-            f"model.classifier=map, and none of the {len(here)} classes ({here[0]}, ...) has a name that {source}"
-            f" knows ({there[0]}, ...); pack them under its names, or set model.classifier=new"
+            f"model.classifier=map, and none of the {len(here)} classes ({here[0]}, ...) is one of {source}"
+            f" ({there[0]}, ...); pack them under its names, or set model.classifier=new"
         )
     return by_name if how in ("keep", "map") or (how == "auto" and same) else [None] * len(here)
 
 
-def classifier_in_words(rows: Rows, there: Sequence[str]) -> str:
-    """What becomes of the classifier, for a person."""
+def describe_classifier(rows: Rows, there: Sequence[str]) -> str:
+    """Which rows of the classifier are kept, as a phrase."""
     kept = sum(row is not None for row in rows)
     if kept == len(rows) == len(there):
         return f"the classifier of its {kept} classes is kept"
@@ -73,9 +64,9 @@ def classifier_in_words(rows: Rows, there: Sequence[str]) -> str:
 
 
 def convert_weights(reader: Weights, kind: str, rows: Rows, new: WeightSource) -> tuple[WeightSource, Statistics]:
-    """A checkpoint's weights, kind `ema` or `weight`, as a new network takes them, and its batch-norm statistics.
+    """The weights of a kind (`ema` or `weight`) for a new network, and its batch-norm statistics.
 
-    Bias tables are resized to the network's grid; rows of the classifier that come from nowhere are `new`'s. UsageError
+    Bias tables are resized to the network's grid; `new` draws the rows of the classifier that are not kept. UsageError
     where a weight is absent or of another shape.
     """
     import torch
@@ -88,7 +79,9 @@ def convert_weights(reader: Weights, kind: str, rows: Rows, new: WeightSource) -
             raise UsageError(f"{reader.folder} has no {name}, which its own configuration needs; export it again")
         found = torch.from_numpy(reader.tensor(name, kind))
         if name.startswith(CLASSIFIER):
-            found = _of_rows(found, rows, new(name, shape))
+            kept = [place for place, row in enumerate(rows) if row is not None]
+            old, found = found, new(name, shape)
+            found[kept] = old[[row for row in rows if row is not None]]
         elif name.endswith("bias_table") and found.shape != shape:
             found = resize_bias_table(found, grid_of(torch.empty(shape, device="meta")))
         if found.shape != shape:
@@ -102,61 +95,47 @@ def convert_weights(reader: Weights, kind: str, rows: Rows, new: WeightSource) -
 
 
 def check_compatible_network(here: Config, there: Config, source: str) -> None:
-    """UsageError where the weights of a network `there` would compute another function in the one `here`."""
+    """UsageError where the weights of the network `there` would compute another function in the one `here`."""
     from models.convert import settings
     from pipeline.training.model import meta_model
 
-    of_source, own = (meta_model(each.model, each.train, classes=1) for each in (there, here))
-    if _shapes(of_source) != _shapes(own):
+    theirs, ours = (meta_model(each.model, each.train, classes=1) for each in (there, here))
+    if _shapes(theirs) != _shapes(ours):
         layout = there.model.model_dump(mode="json", include={"name", "stem", "stages"}, exclude_none=True)
         keys = " ".join(f"'model.{name}={json.dumps(value)}'" for name, value in layout.items())
         raise UsageError(f"{source} has the weights of another network than this configuration's; set {keys}")
-    theirs, ours = settings(of_source), settings(own)
-    for name in theirs.keys() & ours.keys():
-        if theirs[name] != ours[name]:
+    old, new = settings(theirs), settings(ours)
+    for name in old.keys() & new.keys():
+        if old[name] != new[name]:
             raise UsageError(
-                f"model.{name} is {ours[name]} here and {theirs[name]} in {source}, whose weights are then"
-                f" another network's; set model.{name}={theirs[name]}"
+                f"model.{name} is {new[name]} here and {old[name]} in {source}, which would make it another network;"
+                f" set model.{name}={old[name]}"
             )
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
-    """Of all parameters whose shape the resolution does not change."""
+    """The shapes of all parameters that do not depend on the resolution."""
     return {name: p.shape for name, p in network.named_parameters() if not name.endswith("bias_table")}
-
-
-def _of_rows(found: torch.Tensor, rows: Rows, made: torch.Tensor) -> torch.Tensor:
-    """`made`, whose first axis is the new classes, with the rows that come from the source's."""
-    places = [place for place, row in enumerate(rows) if row is not None]
-    made[places] = found[[row for row in rows if row is not None]]
-    return made
-
-
-def _difference(here: Sequence[str], there: Sequence[str]) -> str:
-    """How many classes each side has, and one that only one of them has."""
-    only_here, only_there = sorted(set(here) - set(there)), sorted(set(there) - set(here))
-    one, where = (only_here[0], "here") if only_here else (only_there[0], "there")
-    return f"{len(here)} here and {len(there)} there, {one!r} only {where}"
 
 
 def load_weights(
     source: str, weights: str | None, resolution: int | None, crop: str | None
 ) -> tuple[Weights, str, Config]:
-    """What a path names, the kind of its weights, and its configuration with what is asked for otherwise.
+    """A path's weights, their kind, and their configuration.
 
-    `resolution` and `crop` (a share of the short side, or `none`) stand in for the trained ones where they are given.
+    `resolution` and `crop` (a fraction of the short side, or `none`) replace the trained ones where they are given.
     """
     reader = open_weights(Path(source))
     tree = reader.state()["config"]
     if resolution is not None:
         tree = {**tree, "model": {**tree["model"], "resolution": resolution}}
     if crop is not None:
-        tree = {**tree, "evaluate": {**tree.get("evaluate", {}), "crop_fraction": _fraction(crop)}}
+        tree = {**tree, "evaluate": {**tree.get("evaluate", {}), "crop_fraction": _parse_crop(crop)}}
     return reader, select_weights(reader, weights), validate(tree, str(reader.folder))
 
 
 def load_model(reader: Weights, kind: str, config: Config, device: torch.device) -> CoAtNet:
-    """The network with these weights and statistics, for evaluation; UsageError where no grid fits its resolution."""
+    """The network with these weights and statistics, in eval mode; UsageError where no grid fits its resolution."""
     from pipeline.training.ema import load
     from pipeline.training.model import build_model, empty_weights
 
@@ -167,12 +146,11 @@ def load_model(reader: Weights, kind: str, config: Config, device: torch.device)
     return model
 
 
-def _fraction(crop: str) -> float | None:
-    """A share as it was typed; None of `none`."""
+def _parse_crop(crop: str) -> float | None:
     try:
         fraction = None if crop == "none" else float(crop)
     except ValueError:
         fraction = 0.0
     if fraction is not None and not 0 < fraction <= 1:
-        raise UsageError(f"--crop is {crop}; it must be a share of the short side, above 0 and at most 1, or none")
+        raise UsageError(f"--crop is {crop}; it must be a fraction of the short side, above 0 and at most 1, or none")
     return fraction

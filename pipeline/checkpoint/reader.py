@@ -1,8 +1,8 @@
-"""Checkpoints: whole or absent, no pickle, readable in parts (the format is in docs/checkpoints.md). Names and reading.
+"""Finding, reading and verifying checkpoints (the format is in docs/checkpoints.md).
 
-A checkpoint is a folder `step-00001000` of safetensors files, one by each rank that wrote it, and manifest.json, which
-says where each stretch of each parameter lies, with checksums by block. A reader of any world size reads and verifies
-just the stretches that it needs. Without torch, so that a look at a run costs nothing.
+A checkpoint is a folder `step-00001000` with a safetensors file from each rank that wrote it, and manifest.json, which
+has the place of each slice of each parameter, and checksums by block. Any number of ranks can read it, each only the
+slices that it needs. This module does not import torch, so that `coatnet status` starts fast.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -26,15 +27,16 @@ import xxhash
 
 from pipeline.errors import RunFailed, UsageError
 
+T = TypeVar("T")
 FORMAT = 4
 READING_THREADS = 8
-"""More than processors: most wait for the disk."""
+"""More than CPUs: most wait for the disk."""
 BLOCKS_AT_ONCE = 16
-"""Blocks that a thread reads one after the other, so that a disk sees long reads."""
+"""Blocks that a thread reads in sequence."""
 
 
 class DamagedCheckpoint(RunFailed):
-    """A checkpoint's bytes are not those that were written; the message names the file and the place."""
+    """A checkpoint's bytes are not those that were written; the message has the file and the place."""
 
 
 def step_name(step: int) -> str:
@@ -42,7 +44,7 @@ def step_name(step: int) -> str:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The folders of complete checkpoints, by rising step."""
+    """The folders of complete checkpoints, oldest first."""
     return sorted((p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
 
 
@@ -51,16 +53,39 @@ def step_of(folder: Path) -> int:
 
 
 def prunable(steps: Collection[int], newest: int, keep_last: int, keep_every: int | None) -> list[int]:
-    """The steps whose checkpoints may go once that of `newest` is complete.
+    """The steps whose checkpoints may be removed once that of `newest` is complete.
 
-    Later ones are left alone: they are damaged, or of a stretch that was rolled back on.
+    Later ones are kept: they are damaged, or abandoned by a rollback.
     """
     older = sorted(step for step in steps if step <= newest)[:-keep_last]
     return [step for step in older if keep_every is None or step % keep_every]
 
 
+def newest_good(
+    place: object,
+    folders: Sequence[Path],
+    load: Callable[[Path], T],
+    on_damage: Callable[[Path, DamagedCheckpoint], object],
+    suggestion: str,
+) -> T:
+    """What `load` returns for the newest of these checkpoints, or, where it is damaged, for the one before, and so on.
+
+    Each damaged one is passed to `on_damage`. RunFailed, with the suggestion, where none is good. Any other error of
+    `load`, such as the UsageError of a newer format, is no damage and passes through.
+    """
+    for folder in reversed(folders):
+        try:
+            return load(folder)
+        except DamagedCheckpoint as error:
+            on_damage(folder, error)
+    raise RunFailed(f"{place}: none of {', '.join(folder.name for folder in folders)} is good; {suggestion}")
+
+
 class CheckpointReader:
-    """Reads parts of one checkpoint; every byte that it hands out has been verified."""
+    """Reads parts of one checkpoint; every byte that it returns has been verified.
+
+    DamagedCheckpoint where a file is missing or not as it was written; UsageError where the format is another one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,88 +95,84 @@ class CheckpointReader:
         except OSError as error:
             raise DamagedCheckpoint(f"{folder}/manifest.json: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedCheckpoint(f"{folder}/manifest.json is damaged, or no checkpoint's") from None
+            raise DamagedCheckpoint(f"{folder}/manifest.json is damaged, or not a checkpoint's") from None
         if digest != digest_of(manifest):
-            raise DamagedCheckpoint(f"{folder}/manifest.json: its checksum does not agree")
-        if manifest["format"] != FORMAT:  # every format has this key and this checksum, so this is no damage
+            raise DamagedCheckpoint(f"{folder}/manifest.json: wrong checksum")
+        if manifest["format"] != FORMAT:  # not damage: every format has this key and this checksum
             age = "a newer" if manifest["format"] > FORMAT else "an older"
             raise UsageError(
-                f"{folder} is of format {manifest['format']}, made by {age} coatnet than this one, which reads format"
-                f" {FORMAT}: take that one, and the same command resumes; nothing was changed"
+                f"{folder} has format {manifest['format']}, written by {age} coatnet than this one, which reads format"
+                f" {FORMAT}: resume with that one; nothing was changed"
             )
         self.step: int = manifest["step"]
         self.attempt: int = manifest["attempt"]
         self.shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
         self._files, self._block_bytes = manifest["files"], manifest["block_bytes"]
         self._verified: set[tuple[str, int]] = set()
-        self._stretches: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for stretch in manifest["stretches"]:
-            self._stretches.setdefault((stretch["parameter"], stretch["kind"]), []).append(stretch)
+        self._slices: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for entry in manifest["stretches"]:
+            self._slices.setdefault((entry["parameter"], entry["kind"]), []).append(entry)
 
     def state(self) -> dict[str, Any]:
-        """What state.json holds: step, configuration, classes, ancestry, ..."""
-        return json.loads(self._whole("state.json"))
+        """The contents of state.json: step, configuration, classes, ancestry, ..."""
+        return json.loads(self._read_file("state.json"))
 
     def buffers(self) -> dict[str, np.ndarray]:
-        """All buffers by name."""
-        return safetensors.numpy.load(self._whole("buffers.safetensors"))
+        """All buffers, by kind and name."""
+        return safetensors.numpy.load(self._read_file("buffers.safetensors"))
 
-    def has(self, kind: str) -> bool:
-        return any(found == kind for _, found in self._stretches)
+    def has_kind(self, kind: str) -> bool:
+        return any(kind == other for _, other in self._slices)
 
-    def sizes(self) -> dict[str, int]:
-        """The bytes of every file but the manifest, by name."""
+    def file_sizes(self) -> dict[str, int]:
+        """The size of every file except the manifest, by name."""
         return {name: entry["bytes"] for name, entry in self._files.items()}
 
-    def stretch(self, name: str, kind: str, start: int, count: int) -> np.ndarray:
-        """Elements [start, start + count) of a flattened parameter as float32, whoever wrote them."""
+    def read(self, name: str, kind: str, start: int, count: int) -> np.ndarray:
+        """Elements [start, start + count) of a flattened parameter, float32."""
         result = np.empty(count, np.float32)
         self.read_into(result, name, kind, start)
         return result
 
     def read_into(self, result: np.ndarray, name: str, kind: str, start: int) -> None:
         """Fills a flat float32 array with a parameter's elements from `start` on."""
-        content = result.view(np.uint8)
-        for piece, begin, end in self._pieces(name, kind, start, len(result)):
-            offset = piece["offset"] + 4 * (begin - piece["start"])
-            self._read_into(content[4 * (begin - start) : 4 * (end - start)], piece["file"], offset)
+        content, filled = result.view(np.uint8), 0
+        for file, offset, size in self._ranges(name, kind, start, len(result)):
+            self._read_into(content[filled : filled + size], file, offset)
+            filled += size
 
-    def verify(self, stretches: Iterable[tuple[str, str, int, int]]) -> None:
-        """Checks all blocks that stretches (name, kind, start, count) lie in, by several threads, keeping nothing."""
-        blocks: set[tuple[str, int]] = set()
-        for name, kind, start, count in stretches:
-            for piece, begin, end in self._pieces(name, kind, start, count):
-                blocks |= self._blocks(piece["file"], piece["offset"] + 4 * (begin - piece["start"]), 4 * (end - begin))
-        self._verify(blocks)
+    def verify(self, slices: Iterable[tuple[str, str, int, int]]) -> None:
+        """Verifies all blocks of slices (name, kind, start, count), with several threads, keeping no bytes."""
+        ranges = [each for piece in slices for each in self._ranges(*piece)]
+        self._verify(set().union(*(self._blocks(*each) for each in ranges)))
 
-    def verify_network(self) -> None:
-        """Checks what a network is made of: weights, their average, and what stands beside the ranks' files."""
-        beside = {file: size for file, size in self.sizes().items() if not file.startswith("rank-")}
-        self._verify({block for file, size in beside.items() for block in self._blocks(file, 0, size)})
-        kinds = [kind for kind in ("weight", "ema") if self.has(kind)]
+    def verify_weights(self) -> None:
+        """Verifies weights, moving average, buffers and state.json, but not the optimizer's moments."""
+        self._verify_files(file for file in self._files if not file.startswith("rank-"))
+        kinds = [kind for kind in ("weight", "ema") if self.has_kind(kind)]
         self.verify((name, kind, 0, math.prod(shape)) for kind in kinds for name, shape in self.shapes.items())
 
     def verify_all(self) -> None:
-        """Checks every byte of the checkpoint."""
-        self._verify({block for file, size in self.sizes().items() for block in self._blocks(file, 0, size)})
+        """Verifies every byte of the checkpoint."""
+        self._verify_files(self._files)
 
     def tensors(self, kind: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Every parameter whole, of one kind: `weight`, `ema`, `exp_avg` or `exp_avg_sq`."""
+        """Every whole parameter of one kind: `weight`, `ema`, `exp_avg` or `exp_avg_sq`."""
         return ((name, self.tensor(name, kind)) for name in self.shapes)
 
     def tensor(self, name: str, kind: str) -> np.ndarray:
-        """One parameter whole, of one kind."""
+        """One whole parameter of one kind."""
         shape = self.shapes[name]
-        return self.stretch(name, kind, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        return self.read(name, kind, 0, math.prod(shape)).reshape(shape)
 
-    def _pieces(self, name: str, kind: str, start: int, count: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-        """The stretches that hold a part of what is asked for, each with the elements [begin, end) that it is for."""
+    def _ranges(self, name: str, kind: str, start: int, count: int) -> Iterator[tuple[str, int, int]]:
+        """Where elements [start, start + count) of a parameter lie, in order: file, offset and size in bytes."""
         found = 0
-        for piece in self._stretches.get((name, kind), ()):
+        for piece in sorted(self._slices.get((name, kind), ()), key=itemgetter("start")):
             begin, end = max(start, piece["start"]), min(start + count, piece["start"] + piece["count"])
             if begin < end:
                 found += end - begin
-                yield piece, begin, end
+                yield piece["file"], piece["offset"] + 4 * (begin - piece["start"]), 4 * (end - begin)
         if found != count:
             raise DamagedCheckpoint(f"{self.folder}: {name}, {kind}: {found} of {count} elements from {start} on")
 
@@ -159,16 +180,19 @@ class CheckpointReader:
         last = -(-(offset + size) // self._block_bytes)
         return {(file, block) for block in range(offset // self._block_bytes, last)}
 
-    def _whole(self, file: str) -> bytes:
+    def _read_file(self, file: str) -> bytes:
         content = np.empty(self._files[file]["bytes"], np.uint8)
         self._read_into(content, file, 0)
         return content.tobytes()
 
     def _read_into(self, content: np.ndarray, file: str, offset: int) -> None:
         self._verify(self._blocks(file, offset, len(content)))
-        with self._opened(file) as opened:
+        with self._open(file) as opened:
             opened.seek(offset)
             opened.readinto(content)
+
+    def _verify_files(self, files: Iterable[str]) -> None:
+        self._verify(set().union(*(self._blocks(file, 0, self._files[file]["bytes"]) for file in files)))
 
     def _verify(self, blocks: set[tuple[str, int]]) -> None:
         missing = sorted(blocks - self._verified)
@@ -183,30 +207,29 @@ class CheckpointReader:
 
     def _verify_run(self, blocks: list[tuple[str, int]]) -> None:
         content = memoryview(bytearray(self._block_bytes))
-        for file, of_file in groupby(blocks, key=lambda each: each[0]):
-            with self._opened(file) as opened:
+        for file, of_file in groupby(blocks, key=itemgetter(0)):
+            with self._open(file) as opened:
                 for _, block in of_file:
                     begin = opened.seek(block * self._block_bytes)
                     found = content[: opened.readinto(content)]
                     if checksum(found) != self._files[file]["xxh3"][block]:
-                        where = f"{self.folder / file}: bytes {begin} ff."
-                        raise DamagedCheckpoint(f"{where} are not those that were written")
+                        raise DamagedCheckpoint(f"{self.folder / file}: wrong checksum of the block at byte {begin}")
 
     @contextmanager
-    def _opened(self, file: str) -> Iterator[BufferedReader]:
+    def _open(self, file: str) -> Iterator[BufferedReader]:
         path, written = self.folder / file, self._files[file]["bytes"]
         try:
             with path.open("rb") as opened:
                 size = os.fstat(opened.fileno()).st_size
                 if size != written:
-                    raise DamagedCheckpoint(f"{path}: {size} bytes, {written} were written")
+                    raise DamagedCheckpoint(f"{path}: {size} bytes instead of {written}")
                 yield opened
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
 
 
 def checksum(block: np.ndarray | memoryview) -> str:
-    """XXH3, 128 bits: against faults, not forgers, it sees every change that SHA-256 would, at 15 times the speed."""
+    """XXH3, 128 bits: finds accidental changes as surely as SHA-256, 15 times as fast; no protection from forgery."""
     return xxhash.xxh3_128_hexdigest(block)
 
 

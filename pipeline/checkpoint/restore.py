@@ -1,8 +1,8 @@
-"""Resuming: the newest checkpoint that all ranks find good is loaded, each rank reading just what it owns.
+"""Resuming from the newest checkpoint that all ranks find good; each rank reads only its own slices.
 
-Whether a checkpoint is good is one verdict of all ranks, given before any state is touched. A damaged one is named in
-events.jsonl and the one before is taken; where none is good the run stops rather than begin again in silence. What is
-no damage but another network's, another training set's or a newer program's is refused, and never skipped.
+All ranks agree on whether a checkpoint is good before any state changes. A damaged one is an event, and the one before
+is used; if none is good the run stops, since it must not begin again silently. A checkpoint of another network, another
+training set or a newer format is refused, and never skipped.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.attempts import trusted_checkpoints
-from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint
+from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint, newest_good
 from pipeline.distributed.collectives import all_gather, from_rank_zero
-from pipeline.errors import RunFailed, UsageError
+from pipeline.errors import UsageError
 from pipeline.run.events import Events
 from pipeline.training import zero
 from pipeline.training.ema import Statistics, load, of_kind, statistics
@@ -31,8 +31,8 @@ _ANOTHER_RUN = "put back the configuration and the program that wrote it, or beg
 def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events) -> State | None:
     """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
 
-    Collective. RunFailed where checkpoints exist and none is good; UsageError where the training set or the network is
-    another one, or the checkpoint a newer program's.
+    Collective. RunFailed where checkpoints exist and none is good; UsageError where the newest is of another training
+    set, network or format.
     """
     folders = from_rank_zero(lambda: trusted_checkpoints(run))
     if not folders:
@@ -40,46 +40,51 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
     owned, shapes = zero.owned_slices(engine, average is not None), zero.shapes(engine)
     buffers = {f"weight:{name}": tuple(values.shape) for name, values in statistics(engine.module).items()}
     buffers |= {f"ema:{name}": tuple(values.shape) for name, values in (average or {}).items()}
-    for folder in reversed(folders):
-        found, problem = _examined(folder, owned, shapes, buffers, train_fingerprint)
+
+    def verified_by_all(folder: Path) -> CheckpointReader:
+        try:
+            reader, problem = _verified(folder, owned, {**shapes, **buffers}, train_fingerprint), None
+        except (UsageError, DamagedCheckpoint) as error:
+            reader, problem = None, error
         problems = all_gather([problem] if problem else [])
-        for refusal in problems:
-            if isinstance(refusal, UsageError):
-                raise refusal
-        if found is not None and not problems:
-            return _apply(engine, owned, average, found)
-        events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(problems[0]))
-    raise RunFailed(
-        f"{run}/checkpoints: none of {', '.join(f.name for f in folders)} is good (see events.jsonl);"
-        " restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one, or begin again"
+        problems.sort(key=lambda each: not isinstance(each, UsageError))  # first what must not be skipped
+        if reader is None or problems:
+            raise problems[0]
+        return reader
+
+    reader = newest_good(
+        f"{run}/checkpoints",
+        folders,
+        verified_by_all,
+        lambda folder, error: events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error)),
+        "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
+        " or begin again",
     )
+    return _apply(engine, owned, average, reader)
 
 
-def _examined(
-    folder: Path, owned: list[ParamSlice], shapes: Shapes, buffers: Shapes, train_fingerprint: str
-) -> tuple[CheckpointReader | None, UsageError | DamagedCheckpoint | None]:
-    """A checkpoint of which everything is verified that this rank needs, or what is wrong with it."""
-    try:
-        reader = CheckpointReader(folder)
-        kinds = owned[0].values.keys() if owned else ()
-        there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
-        _refuse_another_network(folder, there, {**shapes, **buffers})
-        for kind in kinds:
-            if not reader.has(kind):
-                raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
-        if reader.state()["train_fingerprint"] != train_fingerprint:
-            raise UsageError(
-                f"data.train holds another training set than the one {folder} was trained on;"
-                " put it back, or begin another run with run.dir=..."
-            )
-        reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
-        return reader, None
-    except (UsageError, DamagedCheckpoint) as error:
-        return None, error
+def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_fingerprint: str) -> CheckpointReader:
+    """A checkpoint of which everything that this rank needs is verified.
+
+    DamagedCheckpoint where a byte of it is wrong, UsageError where it is of another network or training set.
+    """
+    reader = CheckpointReader(folder)
+    there = reader.shapes | {name: values.shape for name, values in reader.buffers().items()}
+    _check_same_network(folder, there, shapes)
+    for kind in owned[0].values if owned else ():
+        if not reader.has_kind(kind):
+            raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
+    if reader.state()["train_fingerprint"] != train_fingerprint:
+        raise UsageError(
+            f"data.train holds another training set than the one {folder} was trained on;"
+            " put it back, or begin another run with run.dir=..."
+        )
+    reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
+    return reader
 
 
-def _refuse_another_network(folder: Path, there: Shapes, here: Shapes) -> None:
-    """UsageError naming the first parameter or statistic that differs; a moving average that nobody wants does not."""
+def _check_same_network(folder: Path, there: Shapes, here: Shapes) -> None:
+    """UsageError naming the first parameter or statistic that differs, except for an average that is no longer used."""
     for name in [*here, *(name for name in there if not name.startswith("ema:"))]:
         old, new = (list(shapes[name]) if name in shapes else "absent" for shapes in (there, here))
         if old != new:
@@ -88,13 +93,13 @@ def _refuse_another_network(folder: Path, there: Shapes, here: Shapes) -> None:
 
 
 def _apply(engine: Any, owned: list[ParamSlice], average: Statistics | None, reader: CheckpointReader) -> State:
-    """Reads what is verified stretch by stretch into the live state, which so needs no second place in memory."""
+    """Reads verified slices one by one into the live state, so that memory never holds a second copy of it."""
     state, buffers = reader.state(), reader.buffers()
 
-    def read(stretch: ParamSlice) -> None:
-        for kind, own in stretch.values.items():
+    def read(piece: ParamSlice) -> None:
+        for kind, own in piece.values.items():
             on_host = own if own.device.type == "cpu" else torch.empty_like(own, device="cpu")
-            reader.read_into(on_host.numpy(), stretch.name, kind, stretch.start)
+            reader.read_into(on_host.numpy(), piece.name, kind, piece.start)
             if on_host is not own:
                 own.copy_(on_host)
 

@@ -1,7 +1,4 @@
-"""`coatnet bench`: lists the programs of benchmarks/, or runs one as `python -m` would.
-
-That one is found by its name, not imported: nothing here depends on a benchmark.
-"""
+"""`coatnet bench`: lists the programs of benchmarks/, or runs one by name as `python -m` would."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ def benchmarks() -> dict[str, str]:
 
 
 def bench(name: str | None, arguments: list[str]) -> None:
-    """Runs a benchmark in this process with these arguments; without a name prints what there is."""
+    """Runs a benchmark in this process with these arguments; without a name, lists all."""
     if name is None:
         for each, line in benchmarks().items():
             print(f"{each:10} {line}")
@@ -31,6 +28,6 @@ def bench(name: str | None, arguments: list[str]) -> None:
     if name not in benchmarks():
         raise UsageError(f"benchmark {name!r} does not exist; there are {', '.join(benchmarks())}")
     sys.argv[1:] = arguments
-    sys.path.insert(0, str(FOLDER.parent))  # some use what the tests have, which is not installed
-    # As __main__ in every respect: the processes that a benchmark starts look there for its functions.
+    sys.path.insert(0, str(FOLDER.parent))  # some use tests/, which is not installed
+    # As __main__, since the processes that a benchmark starts look there for its functions.
     runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""`coatnet data`: what was packed, indexed or verified, with a bar meanwhile, as a report or as JSON."""
+"""`coatnet data`: packs, indexes or verifies with a progress bar, and prints a report or JSON."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from data.shards.manifest import BadSample
 
 
-MOST_LISTED = 20
+MAX_LISTED = 20
 
 
-def pack_and_report(source: str, destination: str, workers: int | None, as_json: bool, **request: Any) -> int:
-    """Packs with a progress bar, prints the report; returns the exit status. `request` is what else it takes."""
+def pack_and_report(source: str, destination: str, workers: int | None, as_json: bool, **options: Any) -> int:
+    """Packs with a progress bar, prints the report; returns the exit status. `options` are those of `pack`."""
     from data.packing.pack import pack
 
     with _bar("packing") as progress:
-        report = pack(source, destination, workers=workers or _processors(), progress=progress, **request)
+        report = pack(source, destination, workers=workers or _cpus(), progress=progress, **options)
     if as_json:
         print(json.dumps(asdict(report)))
         return 0
@@ -51,28 +51,28 @@ def index_and_report(
     """Indexes with a progress bar, prints the report; returns the exit status."""
     from data.packing.index import index
 
-    request: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
+    options: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
     with _bar("indexing") as progress:
-        report = index(url, out, **request, workers=workers or (_processors() if decode else 16), progress=progress)
+        report = index(url, out, **options, workers=workers or (_cpus() if decode else 16), progress=progress)
     if as_json:
         print(json.dumps(asdict(report)))
         return 0
     _list_broken("cannot be used", report.broken)
-    print(f"{out or url}: {_counted(report)}, {len(report.broken)} that cannot be used")
+    print(f"{out or url}: {_format_counts(report)}, {len(report.broken)} that cannot be used")
     return 0
 
 
 def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
-    """Checks with a progress bar, prints the report; returns the exit status, 1 if anything is broken."""
+    """Verifies with a progress bar, prints the report; returns the exit status, 1 if anything is broken."""
     from data.packing.verify import verify
 
     with _bar("checking") as progress:
-        report = verify(url, workers=workers or _processors(), progress=progress)
+        report = verify(url, workers=workers or _cpus(), progress=progress)
     if as_json:
         print(json.dumps(asdict(report)))
     else:
         _list_broken("broken", report.broken)
-        print(f"{url}: {_counted(report)}, {len(report.broken) or 'nothing'} broken")
+        print(f"{url}: {_format_counts(report)}, {len(report.broken) or 'nothing'} broken")
         if report.unchecked:
             print(
                 f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
@@ -81,28 +81,28 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
     return 1 if report.broken else 0
 
 
-def _counted(report: Report) -> str:
+def _format_counts(report: Report) -> str:
     size = f"{report.bytes / 1e6:.1f} MB"
     return f"{report.samples} samples of {report.classes} classes in {report.shards} shards, {size}"
 
 
-def _list_broken(what: str, broken: tuple[BadSample, ...]) -> None:
-    for each in broken[:MOST_LISTED]:
+def _list_broken(label: str, broken: tuple[BadSample, ...]) -> None:
+    for each in broken[:MAX_LISTED]:
         place = " ".join(name for name in (each.shard, each.key) if name)
-        print(f"{what}: {place}: {each.reason}", file=sys.stderr)
-    if len(broken) > MOST_LISTED:
-        print(f"and {len(broken) - MOST_LISTED} more; --json lists all", file=sys.stderr)
+        print(f"{label}: {place}: {each.reason}", file=sys.stderr)
+    if len(broken) > MAX_LISTED:
+        print(f"and {len(broken) - MAX_LISTED} more; --json lists all", file=sys.stderr)
 
 
 @contextmanager
-def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; what it gives takes how much is done, and of how much."""
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, only on a terminal; yields a function of what is done, and of how much."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _processors() -> int:
+def _cpus() -> int:
     return len(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
-"""`coatnet evaluate`: the figures of a run's newest checkpoint, or of an exported file, on any packed set.
+"""`coatnet evaluate`: top-1, top-5 and loss of a run's newest checkpoint, or of an exported file, on any packed set.
 
-At the resolution and crop that it was trained with, or at others.
+At the resolution and crop of its training, or at others.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def evaluate_command(
     if list(manifest.classes) != state["classes"]:
         raise UsageError(
             f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {source} was trained"
-            f" on {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set of the same classes"
+            f" on {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set with the same classes"
         )
     if not is_rank():
         return _launch(reader, procs)
     manifest = with_cache(manifest, DEFAULT, config.data.cache.dir, config.data.cache.max_bytes)
-    figures = _figures(reader, kind, config, manifest)
+    metrics = _evaluate(reader, kind, config, manifest)
     if rank_and_world_size()[0] == 0:
-        row = {**asdict(figures), "broken": len(figures.broken), "weights": "ema" if kind == "ema" else "model"}
-        for sample in figures.broken:
+        row = {**asdict(metrics), "broken": len(metrics.broken), "weights": "ema" if kind == "ema" else "model"}
+        for sample in metrics.broken:
             print(f"left out: {sample['key']} in {sample['shard']}: {sample['reason']}", file=sys.stderr)
-        print(json.dumps(row) if as_json else _sentence(source, reader.step, config, row))
+        print(json.dumps(row) if as_json else _format_metrics(source, reader.step, config, row))
     return 0
 
 
 def _launch(reader: Weights, procs: int) -> int:
-    """Runs the ranks, whose logs are a run's, or, for a file, are kept only where something failed."""
+    """Launches the ranks; logs go to the run's folder, or, of an exported file, to one that is kept on failure."""
     if not isinstance(reader, WeightsFile):
         return launch(sys.argv[1:], procs, reader.folder.parent.parent / "logs", import_training)
     logs = Path(tempfile.mkdtemp(prefix="coatnet-"))
@@ -61,7 +61,7 @@ def _launch(reader: Weights, procs: int) -> int:
     return status
 
 
-def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> EvalMetrics:
+def _evaluate(reader: Weights, kind: str, config: Config, manifest: Manifest) -> EvalMetrics:
     import torch
 
     from pipeline.checkpoint.pretrained import load_model
@@ -76,8 +76,8 @@ def _figures(reader: Weights, kind: str, config: Config, manifest: Manifest) -> 
         return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, spec)
 
 
-def _sentence(source: str, step: int, config: Config, row: dict) -> str:
-    """The figures in a line; what the paper calls precision@1 is top-1 of a loss that asks of each class alone."""
+def _format_metrics(source: str, step: int, config: Config, row: dict) -> str:
+    """The metrics in a line; with the sigmoid loss, top-1 is what the paper calls precision@1."""
     top1, side = "precision@1" if config.train.loss == "sigmoid" else "top-1", config.model.resolution
     return (
         f"{source} at step {step} ({row['weights']}, {side} x {side}): {top1} {100 * row['top1']:.2f} %,"

@@ -1,8 +1,8 @@
-"""`coatnet finetune`: another run's weights, at another resolution or for other classes, with a fresh optimizer.
+"""`coatnet finetune`: trains another run's weights, at another resolution or for other classes, or resumes.
 
-The source is pinned at the first start (RUN/source.json): a run that resumes never begins from a newer checkpoint.
-Weights are the source's moving average if it has one. What becomes of them is in ../checkpoint/pretrained.py. The
-augmentation of the source's whole ancestry is compared first (../lineage.py).
+The source is pinned at the first start (RUN/source.json), so that a restart never begins from a newer checkpoint. Its
+weights are the moving average if it has one; how they are converted is in ../checkpoint/pretrained.py. Augmentation is
+compared with that of the source's whole ancestry first (../lineage.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from data.storage.durable import write_atomically
 from pipeline.checkpoint.mirror import restore_from_mirror
-from pipeline.checkpoint.pretrained import check_compatible_network, classifier_in_words, convert_weights, map_classes
+from pipeline.checkpoint.pretrained import check_compatible_network, convert_weights, describe_classifier, map_classes
 from pipeline.checkpoint.weights import Weights, open_weights, select_weights
 from pipeline.commands.pretrain import check_config, run
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_rank, rank_and_world_size
 from pipeline.errors import UsageError
-from pipeline.lineage import check_new_augmentations, lineage_entry, unknown_lineage, unknown_lineage_warning
+from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a fine-tuning begins: a run, one checkpoint of it, and the augmentation of its whole ancestry.
+    """What a fine-tuning begins from: a run, one checkpoint of it, and its lineage (lineage.lineage_entry).
 
-    Of an exported file `run` and `checkpoint` are the file. `weights` is `ema` or `model`, or, in runs that are older
-    than the choice, None: the average where there is one.
+    Of an exported file `run` and `checkpoint` are the file. `weights` is `ema` or `model`; None, in older runs, means
+    the average where there is one.
     """
 
     run: str
@@ -57,8 +57,8 @@ def finetune(
     if check:
         return check_request(config, source, weights, procs)
     if source is None or _is_preset(source):
-        what = "needs --from RUN" if source is None else f"takes a run: pretrain with {source} first"
-        raise UsageError(f"finetune {what}; --check does without, or takes a preset")
+        problem = "needs --from RUN" if source is None else f"needs a run: pretrain with {source} first"
+        raise UsageError(f"finetune {problem}; only --check works without one, or with a preset")
     run_folder, path = Path(config.run.dir), Path(source)
     restore_from_mirror(config)
     ancestors = source_of(run_folder, path, weights).ancestry
@@ -81,32 +81,29 @@ def finetune(
             from_rank_zero(lambda: pin_source(run_folder, found))
             return network
 
-        if plan.is_new_run:  # before it claims a folder with another network than it can have
-            said = describe_start(config, plan, source_of(run_folder, path, weights))
+        if plan.is_new_run:  # an impossible start is refused before the run has a folder
+            description = describe_start(config, plan, source_of(run_folder, path, weights))
             if rank_and_world_size()[0] == 0:
-                print(said)
+                print(description)
         train(config, plan, ancestors, first_weights)
 
     return run(config, "finetune", procs, work)
 
 
 def check_request(config: Config, source: str | None, weights: str | None, procs: int) -> int:
-    """Checks what can be checked without data, and says what would be trained; returns the exit status.
-
-    Without a source it is left unchecked what depends on it.
-    """
+    """Checks what can be checked without data, and prints what would be trained; returns the exit status."""
     classes = None
     if source is not None:
         classes = check_source(config, source, weights)
     elif not is_rank():
-        print("without --from it is not checked what the weights are, and which augmentation they saw", file=sys.stderr)
+        print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
     return check_config(config, procs, likely_classes=classes)
 
 
 def check_source(config: Config, source: str, weights: str | None) -> int | None:
-    """How many classes a source has, where it is known: a run or file, or a preset of a run still to be made.
+    """The number of classes of a source (a run, a file, or the preset of a run to come), or None where unknown.
 
-    UsageError where this could not begin from it. A run that has begun does not need its source any more.
+    UsageError where this could not begin from it. A run that has begun no longer needs its source.
     """
     if _is_preset(source):
         theirs = read_config(source, [])
@@ -121,27 +118,27 @@ def check_source(config: Config, source: str, weights: str | None) -> int | None
         if config.model.classifier == "keep" and config.model.classes not in (None, classes):
             raise UsageError(
                 f"model.classifier=keep, and model.classes is {config.model.classes} where {found.run} has {classes};"
-                " model.classifier=map takes the classes that are known by name, new none of them"
+                " model.classifier=map keeps those with the same name, new none"
             )
     check_ancestry(config, found.ancestry)
     return classes
 
 
 def check_compatible_config(config: Config, theirs: Config, source: str, ancestors: list[dict[str, Any]]) -> None:
-    """UsageError where this could not begin from a run that is still to be made, with `theirs` and these ancestors."""
+    """UsageError where this could not begin from a future run with the configuration `theirs` and these ancestors."""
     check_compatible_network(config, theirs, source)
     check_ancestry(config, [*ancestors, lineage_entry(theirs, theirs.train.steps or 0, ancestors)])
 
 
 def check_ancestry(config: Config, ancestors: list[dict[str, Any]]) -> None:
-    """UsageError where an augmentation is on that no ancestor saw; warns once of what is not refused."""
+    """UsageError where an augmentation is on that no ancestor had; prints the lineage's warning once."""
     check_new_augmentations(config, ancestors)
-    if not is_rank() and (warning := unknown_lineage_warning(config, ancestors)):
+    if not is_rank() and (warning := lineage_warning(config, ancestors)):
         print(f"warning: {warning}", file=sys.stderr)
 
 
 def describe_start(config: Config, plan: Plan, source: Source) -> str:
-    """What the run begins from, in a line; UsageError where it cannot."""
+    """What the run begins from, in one line; UsageError where it cannot."""
     reader = source.reader()
     there, theirs = _config_of(reader), reader.state()["classes"]
     check_compatible_network(config, there, source.run)
@@ -149,25 +146,26 @@ def describe_start(config: Config, plan: Plan, source: Source) -> str:
     kind = "moving average" if select_weights(reader, source.weights) == "ema" else "weights"
     sides = [f"{each.model.resolution} x {each.model.resolution}" for each in (there, config)]
     tables = f"bias tables resized from {sides[0]} to {sides[1]}" if sides[0] != sides[1] else f"{sides[1]} as before"
-    return f"from {source.run} at step {reader.step}: its {kind}, {tables}; {classifier_in_words(rows, theirs)}"
+    return f"from {source.run} at step {reader.step}: its {kind}, {tables}; {describe_classifier(rows, theirs)}"
 
 
 def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
-    """The source that a run is pinned to, or the newest checkpoint of `source`; UsageError where they are two."""
-    note = run_folder / "source.json"
-    if not note.exists():
+    """The source that a run is pinned to, or else the newest checkpoint of `source`; UsageError where they differ."""
+    pinned = run_folder / "source.json"
+    if not pinned.exists():
         reader = open_weights(source)
-        known = reader.state()["ancestry"]
-        ancestors = [unknown_lineage(str(source))] if known is None else known
+        ancestors = reader.state()["ancestry"]
+        if ancestors is None:
+            ancestors = [unknown_lineage(str(source))]
         kind = "ema" if select_weights(reader, weights) == "ema" else "model"
         return Source(str(source.resolve()), str(reader.folder.resolve()), ancestors, kind)
-    found = Source(**json.loads(note.read_text()))
+    found = Source(**json.loads(pinned.read_text()))
     begun = f"run.dir={run_folder} was started from {found.run}"
-    way_out = "resume with the first, or fine-tune into another folder with run.dir=..."
+    suggestion = "resume with the first, or fine-tune into another folder with run.dir=..."
     if found.run != str(source.resolve()):
-        raise UsageError(f"{begun}, and --from is {source.resolve()}; {way_out}")
+        raise UsageError(f"{begun}, and --from is {source.resolve()}; {suggestion}")
     if weights and found.weights and weights != found.weights:
-        raise UsageError(f"{begun} with --weights {found.weights}, and now it is {weights}; {way_out}")
+        raise UsageError(f"{begun} with --weights {found.weights}, and now it is {weights}; {suggestion}")
     return found
 
 

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    pass
+from pipeline.config.schema import documented_keys
 
 
 def keys_table() -> str:
-    """Every key with its default and meaning, and what a run that resumes may do with it."""
-    from pipeline.config.schema import documented_keys
-
-    going_on = {"fixed": "no", "recorded": "recorded", "free": "yes"}
-    rows = [
-        (name, _default(facts["default"]), facts["meaning"], going_on[facts["change"]])
-        for name, facts in documented_keys().items()
-    ]
+    """Every key with its default and meaning, and whether a run that resumes may change it."""
+    may_change = {"fixed": "no", "recorded": "recorded", "free": "yes"}
     table = Table("key", "default", "meaning", "may change on resuming", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
+    for name, facts in documented_keys().items():
+        required = facts["default"] is PydanticUndefined
+        default = "(required)" if required else json.dumps(facts["default"])
+        table.add_row(name, default, facts["meaning"], may_change[facts["change"]])
     console = Console(width=160, no_color=True)
     with console.capture() as captured:
         console.print(table, markup=False)
     return captured.get().rstrip()
-
-
-def _default(value: object) -> str:
-    return "(required)" if value is PydanticUndefined else json.dumps(value)

@@ -17,14 +17,14 @@ NOTES = """\
 
 M parameters     with the bias tables of 224 x 224
 G multiply-adds  of one image: convolutions and matrix products, exactly
-with overhead    and pointwise work, by a model fitted to the paper's FLOPs of CoAtNet-0 to -4 (models/count.py):
-                 a guess at how the authors counted, and what the second `paper` and `off` compare
-stride           the MBConv convolution that has it; depthwise is the paper's dagger, which CoAtNet-6 and -7 have not in
-                 print: these figures fit them better with it
-coatnet_6        has an S4 of 3072 channels; with the printed 2048 it is coatnet_6_printed, whose {printed:,.0f}M
+with overhead    plus pointwise operations, by a model fitted to the paper's FLOPs of CoAtNet-0 to -4 (models/count.py):
+                 a guess at how the authors counted; the second `paper` and `off` compare with this
+stride           the MBConv convolution that has it; depthwise is the paper's dagger, which it does not print at
+                 CoAtNet-6 and -7, though their figures fit better with it
+coatnet_6        has 3072 channels in S4; with the printed 2048 it is coatnet_6_printed, whose {printed:,.0f}M
                  parameters are {low:.1f} % below the published {published:,.0f}M
 coatnet_N_vM     the layouts of Table 7
-c_c_t_t, ...     the five of Figure 1, whose layouts the paper does not print: ours are of about equal size and cost
+c_c_t_t, ...     the five of Figure 1; the paper does not print their layouts, ours have about equal size and cost
 """
 
 
@@ -46,10 +46,9 @@ def models(as_json: bool) -> int:
 def rows() -> list[dict[str, Any]]:
     """One row for each row of the paper's Tables 4, 5 and 9, each size at 224, and each variant; published or None."""
     published = {(cost.model, cost.resolution, cost.stride): cost for cost in COSTS}
-    wanted = [(name, PRETRAINED_AT, layout_of(name).stride) for name in (*FAMILY, *VARIANTS)]
     order = [*FAMILY, *VARIANTS]
-    wanted = sorted({*published, *wanted}, key=lambda row: (order.index(row[0]), *row[1:]))
-    return [_row(*row, published.get(row)) for row in wanted]
+    keys = {*published, *((name, PRETRAINED_AT, layout_of(name).stride) for name in order)}
+    return [_row(*key, published.get(key)) for key in sorted(keys, key=lambda key: (order.index(key[0]), *key[1:]))]
 
 
 def _row(model: str, resolution: int, stride: StridePlace, cost: Cost | None) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def _table(found: list[dict[str, Any]]) -> Table:
 
 
 def _compared(counted: float, published: float | None, unit: float) -> tuple[str, str]:
-    """A published figure in units, and by how much what was counted differs."""
+    """A published figure in units, and the relative difference of ours."""
     if published is None:
         return "", ""
     return f"{published / unit:,.5g}", f"{100 * (counted / published - 1):+.1f} %"

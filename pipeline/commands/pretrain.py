@@ -1,4 +1,4 @@
-"""`coatnet pretrain`: train a network from its initial weights, or resume."""
+"""`coatnet pretrain`: trains from initial weights, or resumes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pretrain(preset: str, overrides: list[str], procs: int, check: bool) -> int:
 
 
 def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
-    """Does `work` with the plan as every rank of a training run; returns the exit status."""
+    """Calls `work` with the plan on every rank of a training run; returns the exit status."""
     restore_from_mirror(config)
     world_size = rank_and_world_size()[1] if is_rank() else procs
     plan = make_plan(config, command, world_size, local_world_size(procs))
@@ -58,7 +58,7 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
 
 
 def import_training() -> None:
-    """Imports torch, DALI, the training and, where there is no GPU, DeepSpeed, whose import else asks the driver."""
+    """Imports torch, DALI, the training loop and, without a GPU, DeepSpeed, whose import else initializes CUDA."""
     import torch
 
     import pipeline.train  # noqa: F401
@@ -69,9 +69,9 @@ def import_training() -> None:
 
 
 def check_config(config: Config, procs: int, quiet: bool = False, likely_classes: int | None = None) -> int:
-    """Checks what can be checked without data, and says what would be trained.
+    """Checks what can be checked without data, and, unless `quiet`, prints what would be trained; returns 0.
 
-    How many classes the data have is not known where model.classes does not say.
+    `likely_classes` is assumed where model.classes is null.
     """
     from pipeline.monitoring.summary import training_summary
     from pipeline.training.model import count_model
@@ -86,14 +86,14 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
     lines = training_summary(config.model, config.train, config.zero, classes, counts, procs, samples)
     print("good:", "\n".join(lines))
     if config.model.classes is None:
-        print(f"model.classes is null: {classes:,} classes are assumed, and the data will tell")
+        print(f"model.classes is null: {classes:,} classes are assumed until the data is read")
     if wasted := padding_share(config.train, procs):
         print(f"warning: {wasted}", file=sys.stderr)
     return 0
 
 
 def _check_attention(config: Config) -> None:
-    """UsageError where this machine cannot train the attention; only for the one kind in doubt is torch imported."""
+    """UsageError where this machine cannot train with model.attention=flex; torch is imported only for that."""
     if config.model.attention != "flex":
         return
     import torch
@@ -111,6 +111,6 @@ def _check_compiler(config: Config) -> None:
     compiler = os.environ.get("CXX", "g++")
     if config.train.compile and shutil.which(compiler) is None:
         raise UsageError(
-            f"train.compile is true, and there is no compiler {compiler} on this machine; install it, name another one"
-            " in the environment's CXX, or set train.compile=false"
+            f"train.compile is true, and there is no compiler {compiler} on this machine; install it, set another one"
+            " in the environment variable CXX, or set train.compile=false"
         )

@@ -16,17 +16,18 @@ from pipeline.training.model import build_model, init_weights
 from tests.pipeline.runs import ROOT
 
 
-def written(file: Path, network: torch.nn.Module, config: Config, classes: Sequence[str]) -> WeightsFile:
-    """Writes a network as an exported file, pretrained under its configuration."""
-    said = {
+def export_network(file: Path, network: torch.nn.Module, config: Config, classes: Sequence[str]) -> WeightsFile:
+    """Writes a network as an exported file, as if pretrained with its configuration."""
+    metadata = {
         "format": weights.FORMAT,
         "weights": "ema",
         "step": 9,
         "classes": list(classes),
         "train_fingerprint": "f00",
+        "config": config.model_dump(mode="json"),
+        "ancestry": [lineage_entry(config, 9, [])],
     }
-    said |= {"config": config.model_dump(mode="json"), "ancestry": [lineage_entry(config, 9, [])]}
-    weights.write(file, {name: values.numpy() for name, values in network.state_dict().items()}, said)
+    weights.write(file, {name: values.numpy() for name, values in network.state_dict().items()}, metadata)
     return WeightsFile(file)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the mirror: what is there is whole, what fails is said and stops nothing, and a lost run comes back."""
+"""Laws of the mirror: its copies are complete, a failure is reported and stops nothing, a lost run is restored."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import DataError, RunFailed, UsageError
 from tests.data.servers import Server, forever, s3_server
 from tests.forked import ROOT, forkserver
-from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, written
+from tests.pipeline.test_checkpoint import FILES, read_everything, two_ranks, write_ranks
 
 URL = "s3://data/runs/tiny"
 
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     """A run's folder with its small files and the checkpoints of steps 1 to 4."""
     folder = tmp_path / "run"
     for step in range(1, 5):
-        written(folder / "checkpoints", two_ranks(), step)
+        write_ranks(folder / "checkpoints", two_ranks(), step)
     for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
         (folder / name).write_text(f"{name} of the run\n")
     return folder
@@ -46,7 +46,7 @@ def config_of(run: Path, mirror: str | None = URL) -> Config:
     return read_config(str(ROOT / "configs" / "tiny.yaml"), more)
 
 
-class Told(list[dict[str, Any]]):
+class Emitted(list[dict[str, Any]]):
     """The events that were written."""
 
     def __call__(self, event: str, **facts: Any) -> None:
@@ -56,14 +56,14 @@ class Told(list[dict[str, Any]]):
         return [row["step"] for row in self if row["event"] == event]
 
 
-def mirrored(run: Path, url: str, steps: list[int], keep_last: int = 9, keep_every: int | None = None) -> Told:
-    """Copies these checkpoints, each after the one before is done."""
-    told = Told()
-    mirror = Mirror(url, run, keep_last, keep_every, told)
+def mirrored(run: Path, url: str, steps: list[int], keep_last: int = 9, keep_every: int | None = None) -> Emitted:
+    """Copies these checkpoints one after the other."""
+    emitted = Emitted()
+    mirror = Mirror(url, run, keep_last, keep_every, emitted)
     for step in steps:
         mirror.copy(run / "checkpoints" / step_name(step))
         mirror.wait()
-    return told
+    return emitted
 
 
 def damage(url: str) -> None:
@@ -76,9 +76,9 @@ def damage(url: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- copying
 
 
-def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_resuming_needs(run, s3):
-    told = mirrored(run, URL, [4])
-    assert told.steps("mirrored") == [4] and len(told) == 1
+def test_a_copy_has_all_files_the_manifest_last_and_the_small_files(run, s3):
+    emitted = mirrored(run, URL, [4])
+    assert emitted.steps("mirrored") == [4] and len(emitted) == 1
     assert sorted(list_copies(URL)[4]) == FILES
     put = [request.path.removeprefix("/data/runs/tiny/") for request in s3.requests if request.method == "PUT"]
     assert set(put) == {f"checkpoints/{step_name(4)}/{file}" for file in FILES} | {
@@ -88,7 +88,7 @@ def test_a_copy_has_all_files_with_the_manifest_last_and_the_small_files_that_re
 
 
 @pytest.mark.parametrize("place", ["s3", "folder"])
-def test_old_copies_go_by_the_rule_for_local_ones_and_so_do_halves(run, s3, tmp_path, place):
+def test_superseded_and_incomplete_copies_are_deleted(run, s3, tmp_path, place):
     url = URL if place == "s3" else str(tmp_path / "mirror")
     fs, top = open_fs(url)
     fs.makedirs(f"{top}/checkpoints/{step_name(3)}", exist_ok=True)
@@ -97,53 +97,52 @@ def test_old_copies_go_by_the_rule_for_local_ones_and_so_do_halves(run, s3, tmp_
     assert sorted(list_copies(url)) == sorted(complete(list_copies(url))) == [2, 4]
 
 
-def test_a_checkpoint_written_again_takes_the_place_of_its_copy(run, s3, tmp_path):
+def test_a_checkpoint_that_is_written_again_replaces_its_copy(run, s3, tmp_path):
     mirrored(run, URL, [4])
     shutil.rmtree(run / "checkpoints" / step_name(4))
     (rank,) = [{**two_ranks()[0], **two_ranks()[1]}]
-    written(run / "checkpoints", [rank], 4)
+    write_ranks(run / "checkpoints", [rank], 4)
     mirrored(run, URL, [4])
     assert "rank-00001.safetensors" not in list_copies(URL)[4]
     restore_from_mirror(config_of(tmp_path / "other"))
     read_everything(tmp_path / "other" / "checkpoints" / step_name(4))
 
 
-def test_a_copy_that_fails_is_said_without_credentials_and_the_next_is_tried(run, s3, capsys):
+def test_a_failed_copy_is_reported_without_credentials_and_the_next_is_tried(run, s3, capsys):
     s3.plan = forever("403", step_name(3))
-    told = mirrored(run, URL, [3, 4])
-    assert [(row["event"], row["step"]) for row in told] == [("mirror_failed", 3), ("mirrored", 4)]
-    assert "cannot be written" in told[0]["reason"] and "\n" not in told[0]["reason"]
+    emitted = mirrored(run, URL, [3, 4])
+    assert [(row["event"], row["step"]) for row in emitted] == [("mirror_failed", 3), ("mirrored", 4)]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith(f"warning: {step_name(3)} has no good copy at the mirror: ")
+    assert warning.startswith("warning: ") and step_name(3) in warning and emitted[0]["reason"] in warning
     assert sorted(complete(list_copies(URL))) == [4]
-    told = mirrored(run, "no-such-protocol://user:secret@host/place", [4])
-    assert told.steps("mirror_failed") == [4] and "secret" not in str(told) + capsys.readouterr().err
+    emitted = mirrored(run, "no-such-protocol://user:secret@host/place", [4])
+    assert emitted.steps("mirror_failed") == [4] and "secret" not in str(emitted) + capsys.readouterr().err
 
 
-def test_the_newest_is_copied_next_and_what_was_complete_in_between_is_left_out_unless_it_is_kept_forever(run, s3):
-    told, asked, go_on = Told(), threading.Event(), threading.Event()
+def test_the_newest_is_next_and_of_those_between_only_keep_every_is_copied(run, s3):
+    emitted, asked, proceed = Emitted(), threading.Event(), threading.Event()
 
     def hold(path: str, _range: str | None, _before: int) -> None:
         asked.set()
-        assert go_on.wait(60)
+        assert proceed.wait(60)
 
     s3.plan = hold
-    mirror = Mirror(URL, run, 9, 2, told)
+    mirror = Mirror(URL, run, 9, 2, emitted)
     folders = checkpoints(run / "checkpoints")
     mirror.copy(folders[0])
     assert asked.wait(60)
     for folder in folders[1:]:
         mirror.copy(folder)
     assert mirror.in_use() == {folders[0], folders[1], folders[3]}
-    go_on.set()
+    proceed.set()
     mirror.wait()
-    assert told.steps("mirrored") == [1, 2, 4] and mirror.in_use() == set()
+    assert emitted.steps("mirrored") == [1, 2, 4] and mirror.in_use() == set()
 
 
-# ---------------------------------------------------------------------------------------------------------- coming back
+# ------------------------------------------------------------------------------------------------------------ restoring
 
 
-def test_a_run_that_is_gone_comes_back_with_its_newest_checkpoint_and_small_files_said_in_one_line(run, s3, capsys):
+def test_a_lost_run_is_restored_with_its_newest_checkpoint_and_small_files(run, s3, capsys):
     mirrored(run, URL + "/", [3, 4])
     small = {name: (run / name).read_text() for name in ("config.yaml", "metrics.jsonl", "events.jsonl")}
     shutil.rmtree(run)
@@ -151,10 +150,10 @@ def test_a_run_that_is_gone_comes_back_with_its_newest_checkpoint_and_small_file
     assert [folder.name for folder in checkpoints(run / "checkpoints")] == [step_name(4)]
     read_everything(run / "checkpoints" / step_name(4))
     assert {name: (run / name).read_text() for name in small} == small
-    assert capsys.readouterr().out == f"{run} had no checkpoint: {step_name(4)} was brought back from {URL}\n"
+    assert capsys.readouterr().out == f"{run} had no checkpoint: {step_name(4)} was restored from {URL}\n"
 
 
-def test_what_the_folder_still_has_is_left_as_it_is(run, s3):
+def test_what_the_folder_still_has_is_not_replaced(run, s3):
     mirrored(run, URL, [4])
     shutil.rmtree(run / "checkpoints")
     (run / "events.jsonl").write_text("longer than the mirror's\n")
@@ -162,11 +161,11 @@ def test_what_the_folder_still_has_is_left_as_it_is(run, s3):
     assert (run / "events.jsonl").read_text() == "longer than the mirror's\n"
     asked = len(s3.requests)
     restore_from_mirror(config_of(run))
-    assert len(s3.requests) == asked  # there is a checkpoint now: nobody is asked
+    assert len(s3.requests) == asked  # there is a checkpoint now
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing", "no manifest"])
-def test_a_copy_that_is_not_whole_is_skipped_for_the_one_before(run, s3, capsys, harm):
+def test_a_damaged_or_incomplete_copy_is_skipped_for_the_one_before(run, s3, capsys, harm):
     mirrored(run, URL, [3, 4])
     file = "manifest.json" if harm == "no manifest" else "rank-00001.safetensors"
     place = f"{URL}/checkpoints/{step_name(4)}/{file}"
@@ -178,10 +177,10 @@ def test_a_copy_that_is_not_whole_is_skipped_for_the_one_before(run, s3, capsys,
     shutil.rmtree(run)
     restore_from_mirror(config_of(run))
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [step_name(3)]
-    assert (f"the mirror's {step_name(4)} is damaged" in capsys.readouterr().err) == (harm != "no manifest")
+    assert (step_name(4) in capsys.readouterr().err) == (harm != "no manifest")
 
 
-def test_where_no_copy_is_good_it_stops_rather_than_begin_again_and_a_newer_format_is_no_damage(run, s3):
+def test_without_a_good_copy_or_with_a_newer_format_nothing_begins_again(run, s3):
     mirrored(run, URL, [3, 4])
     for step in (3, 4):
         damage(f"{URL}/checkpoints/{step_name(step)}/state.json")
@@ -194,7 +193,7 @@ def test_where_no_copy_is_good_it_stops_rather_than_begin_again_and_a_newer_form
     del manifest["sha256"]
     manifest["format"] = FORMAT + 1
     write_file(fs, path, json.dumps({**manifest, "sha256": digest_of(manifest)}).encode())
-    with pytest.raises(UsageError, match="made by a newer coatnet"):
+    with pytest.raises(UsageError, match="written by a newer coatnet"):
         restore_from_mirror(config_of(run))
     assert checkpoints(run / "checkpoints") == []
 
@@ -205,11 +204,11 @@ def test_a_mirror_without_checkpoints_means_a_first_start(tmp_path, s3):
         assert not (tmp_path / "run").exists()
 
 
-def test_a_mirror_that_cannot_be_read_stops_a_run_without_checkpoints_and_no_other(run, s3):
+def test_an_unreadable_mirror_stops_only_a_run_without_checkpoints(run, s3):
     s3.plan = forever("403")
     restore_from_mirror(config_of(run))
     shutil.rmtree(run)
-    with pytest.raises(DataError, match=r"try again, or begin without it by checkpoint\.mirror=null"):
+    with pytest.raises(DataError, match=r"checkpoint\.mirror=null"):
         restore_from_mirror(config_of(run))
     assert not run.exists()
 
@@ -230,7 +229,7 @@ def start(config: Config, together: Any, environment: dict[str, str]) -> None:
     read_everything(checkpoints(Path(config.run.dir) / "checkpoints")[-1])
 
 
-def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
+def test_ranks_that_start_at_once_restore_it_once(run, s3):
     upload(run / "checkpoints" / step_name(4), run, URL)
     shutil.rmtree(run)
     s3.forget()
@@ -246,16 +245,16 @@ def test_ranks_that_start_at_once_bring_it_back_once(run, s3):
     assert CheckpointReader(checkpoints(run / "checkpoints")[-1]).step == 4
 
 
-# --------------------------------------------------------------------------------------------------- what cannot be one
+# -------------------------------------------------------------------------------------------------------- wrong mirrors
 
 
 def test_a_password_in_the_url_is_refused_without_repeating_it():
-    with pytest.raises(UsageError, match=r"checkpoint\.mirror holds a password") as error:
+    with pytest.raises(UsageError, match=r"checkpoint\.mirror contains a password") as error:
         restore_from_mirror(config_of(Path("run"), "ftp://user:secret@host/place"))
     assert "secret" not in str(error.value)
 
 
-def test_the_runs_own_folder_is_refused_and_so_is_what_nothing_reads(run):
+def test_the_runs_own_folder_and_an_unknown_protocol_are_refused(run):
     with pytest.raises(UsageError, match=r"is run\.dir itself"):
         restore_from_mirror(config_of(run, f"file://{run}"))
     with pytest.raises(UsageError, match="cannot be opened"):

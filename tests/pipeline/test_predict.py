@@ -1,4 +1,4 @@
-"""`coatnet predict` sees what `coatnet evaluate` sees, and what does not decode is left out and told."""
+"""`coatnet predict` sees what `coatnet evaluate` sees, and reports what does not decode."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from pipeline.checkpoint import weights
 from pipeline.checkpoint.weights import WeightsFile
 from pipeline.commands.predict import image_files, predict, read
 from pipeline.errors import UsageError
-from tests.pipeline.networks import tiny, written
+from tests.pipeline.networks import export_network, tiny
 from tests.pipeline.runs import coatnet
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny network for the digits, as a file."""
-    return written(tmp_path_factory.mktemp("predicting") / "tiny.safetensors", *tiny(10), "0123456789").folder
+    return export_network(tmp_path_factory.mktemp("predicting") / "tiny.safetensors", *tiny(10), "0123456789").folder
 
 
 def predicted(capsys: pytest.CaptureFixture[str], source: Path, *images: Path, status: int = 0, **how: Any) -> Any:
-    asked: dict[str, Any] = {"weights": None, "resolution": None, "crop": None, "most": 5, **how}
+    asked: dict[str, Any] = {"weights": None, "resolution": None, "crop": None, "top": 5, **how}
     assert predict(str(source), [str(image) for image in images], as_json=True, **asked) == status
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("how", [{}, {"resolution": 48, "crop": "0.8"}])
-def test_what_is_predicted_of_the_files_is_what_is_evaluated_of_the_packed_set(
+def test_predictions_of_files_are_the_metrics_of_the_packed_set(
     exported: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any]
 ) -> None:
     options = [f"--{name}={value}" for name, value in how.items()]
-    figures = json.loads(coatnet("evaluate", exported, "--data", digits / "val", "--json", *options).stdout)
+    metrics = json.loads(coatnet("evaluate", exported, "--data", digits / "val", "--json", *options).stdout)
     files = sorted((digits / "digits" / "val").glob("*/*"))
-    found = predicted(capsys, exported, digits / "digits" / "val", most=10, **how)
-    assert [row["file"] for row in found] == [str(file) for file in files] and len(files) == figures["samples"] == 360
+    found = predicted(capsys, exported, digits / "digits" / "val", top=10, **how)
+    assert [row["file"] for row in found] == [str(file) for file in files] and len(files) == metrics["samples"] == 360
     ranks, losses = [], []
     for row in found:
         probabilities = {each["class"]: each["probability"] for each in row["predictions"]}
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True) and len(probabilities) == 10
         ranks.append(list(probabilities).index(Path(row["file"]).parent.name))
         losses.append(-math.log([*probabilities.values()][ranks[-1]]))
-    assert (ranks.count(0) / 360, sum(rank < 5 for rank in ranks) / 360) == (figures["top1"], figures["top5"])
-    assert math.fsum(losses) / 360 == pytest.approx(figures["loss"], rel=1e-6)
+    assert (ranks.count(0) / 360, sum(rank < 5 for rank in ranks) / 360) == (metrics["top1"], metrics["top5"])
+    assert math.fsum(losses) / 360 == pytest.approx(metrics["loss"], rel=1e-6)
 
 
-def test_what_does_not_decode_is_left_out_in_its_place_and_named(
+def test_what_does_not_decode_is_in_its_place_with_an_error(
     exported: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = sorted((digits / "digits" / "val" / "7").iterdir())[0]
@@ -62,7 +62,7 @@ def test_what_does_not_decode_is_left_out_in_its_place_and_named(
         (tmp_path / name).write_bytes(content)
     (tmp_path / "caf\udce9.png").write_bytes(b"not UTF-8, its name")
     (tmp_path / "d.png").touch()
-    found = predicted(capsys, exported, tmp_path, good, status=1, most=2)
+    found = predicted(capsys, exported, tmp_path, good, status=1, top=2)
     names = " ".join(Path(row["file"]).name for row in found)
     assert names == rf"a.png b.png c.jpg caf\udce9.png d.png e.PNG {good.name}"
     assert [len(row["predictions"]) for row in found] == [2, 0, 0, 0, 0, 2, 2]
@@ -70,19 +70,18 @@ def test_what_does_not_decode_is_left_out_in_its_place_and_named(
     assert found[0]["predictions"] == found[5]["predictions"] == found[6]["predictions"]
     done = coatnet("predict", exported, tmp_path / "a.png", tmp_path / "c.jpg")
     assert done.returncode == 1 and done.stdout.count("\n") == 1 and done.stdout.count(" %") == 5
-    assert [line for line in done.stderr.splitlines() if line.startswith("left out")] == [
-        f"left out: {tmp_path}/c.jpg: its header is not that of an image (jpg png webp bmp tif ppm jp2)"
-    ]
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("left out")]
+    assert f"{tmp_path}/c.jpg" in warning
 
 
-def test_of_a_sigmoid_head_each_class_has_a_probability_of_its_own(
+def test_with_the_sigmoid_loss_each_class_has_an_independent_probability(
     exported: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said, image = WeightsFile(exported).state(), sorted((digits / "digits" / "val" / "3").iterdir())[0]
-    said["config"]["train"]["loss"] = "sigmoid"
-    weights.write(tmp_path / "sigmoid.safetensors", load_file(exported), said)
+    metadata, image = WeightsFile(exported).state(), sorted((digits / "digits" / "val" / "3").iterdir())[0]
+    metadata["config"]["train"]["loss"] = "sigmoid"
+    weights.write(tmp_path / "sigmoid.safetensors", load_file(exported), metadata)
     sources = exported, tmp_path / "sigmoid.safetensors"
-    (softmax,), (sigmoid,) = (predicted(capsys, source, image, most=99) for source in sources)
+    (softmax,), (sigmoid,) = (predicted(capsys, source, image, top=99) for source in sources)
     odds = {each["class"]: each["probability"] / (1 - each["probability"]) for each in sigmoid["predictions"]}
     assert len(odds) == len(read_manifest(str(digits / "val")).classes) == 10
     assert {each["class"]: each["probability"] for each in softmax["predictions"]} == {
@@ -106,9 +105,9 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
-    [("nowhere.jpg", "is no file and no folder"), (".", "has no images"), ("n" * 300, "read: File name too long")],
+    ("path", "message"),
+    [("nowhere.jpg", "does not exist"), (".", "has no files with"), ("n" * 300, "read: File name too long")],
 )
-def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         image_files([tmp_path / path])

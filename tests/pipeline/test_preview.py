@@ -1,4 +1,4 @@
-"""Laws of the contact sheet: it shows the pixels that training delivers, says what was drawn, and stays readable."""
+"""Laws of the contact sheet: it has the pixels of training and the draws, and stays readable."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ from data.loader import LoaderSpec, training_batches
 from data.packing.pack import pack
 from data.randaugment import Operation, describe
 from data.shards.tar_index import index_tar
-from pipeline.commands.preview import BETWEEN, GAP, LINE, SheetItem, preview, samples_shown, sheet
+from pipeline.commands.preview import BETWEEN, GAP, LINE, SheetItem, preview, sheet, sheet_items
 from pipeline.config.parsing import read_config
 from pipeline.errors import UsageError
 from pipeline.plan import augmentation, training_set
@@ -64,17 +64,17 @@ def trained_on(preset: str, overrides: list[str], positions: range) -> np.ndarra
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("mixup", [0.0, 0.7])
-def test_the_pictures_are_what_training_delivers_to_the_pixel(preset, epoch, mixup):
+def test_the_pictures_are_those_of_training_to_the_pixel(preset, epoch, mixup):
     overrides, first = [f"augment.mixup={mixup}"], -(-epoch * SAMPLES // 4) * 4
-    shown = samples_shown(read_config(preset, overrides), 10, epoch)
+    shown = sheet_items(read_config(preset, overrides), 10, epoch)
     expected = trained_on(preset, overrides, range(first, first + 10))
-    np.testing.assert_array_equal([each.seen for each in shown], expected)
+    np.testing.assert_array_equal([each.augmented for each in shown], expected)
     again = trained_on(
         preset, ["augment.crop=center", "augment.flip=false", "augment.randaugment.layers=0"], range(first, first + 10)
     )
-    np.testing.assert_array_equal([each.plain for each in shown], again)
+    np.testing.assert_array_equal([each.original for each in shown], again)
     pixels = np.array(Image.open(io.BytesIO(sheet(shown, "a title"))).convert("RGB"))
-    for picture in [each.seen for each in shown] + [each.plain for each in shown]:
+    for picture in [each.augmented for each in shown] + [each.original for each in shown]:
         assert occurs(picture.repeat(TIMES, 0).repeat(TIMES, 1), pixels)
 
 
@@ -88,14 +88,14 @@ def occurs(picture: np.ndarray, pixels: np.ndarray) -> bool:
     )
 
 
-def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
+def test_below_each_picture_are_its_class_and_its_draws(preset):
     config = read_config(preset, [])
     manifest, order = training_set(config)
     numbers = order.samples_at(np.arange(12))
     keys = [s.key for i in range(3) for s in index_tar(Path(manifest.url_of(i)).read_bytes())]
     rows = np.concatenate([np.load(manifest.url_of(i, ".npy")) for i in range(3)])[numbers]
     params = augment.sample_params(augmentation(config.augment), 5, 0, numbers, rows["height"], rows["width"])
-    for i, shown in enumerate(samples_shown(config, 12, 0)):
+    for i, shown in enumerate(sheet_items(config, 12, 0)):
         name, crop, *operations = shown.lines
         assert name == keys[numbers[i]].split("/")[0].replace("_", " ")
         share = params.crop_shape[i].prod() / (int(rows["height"][i]) * int(rows["width"][i]))
@@ -105,9 +105,9 @@ def test_below_each_stands_its_class_and_what_was_drawn_for_it(preset):
         assert operations == [describe(Operation(operation), 8, sign) for operation, sign in pairs]
 
 
-def test_who_is_mixed_in_is_named_and_a_sample_that_is_no_more_has_its_stand_in(preset, tmp_path):
+def test_mixup_partners_and_replaced_samples_are_named(preset, tmp_path):
     config = read_config(preset, ["augment.mixup=0.7"])
-    lines = [line for shown in samples_shown(config, 40, 0) for line in shown.lines]
+    lines = [line for shown in sheet_items(config, 40, 0) for line in shown.lines]
     assert sum(line.startswith("mixed with ") and " % of kind " in line for line in lines) > 20
     for file in Path(config.data.train).iterdir():
         contents = bytearray(file.read_bytes())
@@ -115,13 +115,13 @@ def test_who_is_mixed_in_is_named_and_a_sample_that_is_no_more_has_its_stand_in(
             place = index_tar(bytes(contents))[4].parts["png"][0]
             contents[place + 20] ^= 1
         (tmp_path / file.name).write_bytes(contents)
-    shown = samples_shown(read_config(preset, [f"data.train={tmp_path}"]), 1000, 0)
-    assert len(shown) == SAMPLES and sum("stands in for" in line for each in shown for line in each.lines) == 1
+    shown = sheet_items(read_config(preset, [f"data.train={tmp_path}"]), 1000, 0)
+    assert len(shown) == SAMPLES and sum("replaces " in line for each in shown for line in each.lines) == 1
 
 
 @pytest.mark.parametrize("count", [1, 5, 23])
-def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count):
-    """Between two samples, and around them all, nothing is drawn; and no picture is drawn over."""
+def test_long_text_stays_below_its_pictures(count):
+    """Nothing is drawn between samples, around them, or over a picture."""
     black = np.zeros((SIDE, SIDE, 3), np.uint8)
     long = "a class $with^a_very % {long} \\name " * 5
     shown = [SheetItem(black, black, [long, "crop 5 %", long, long]) for _ in range(count)]
@@ -139,7 +139,7 @@ def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count
 @pytest.mark.parametrize(
     ("out", "override", "message"),
     [
-        ("sheet.jpg", "run.seed=0", "it must be a .png"),
+        ("sheet.jpg", "run.seed=0", "must be a .png"),
         ("nowhere/sheet.png", "run.seed=0", "cannot be written"),
         ("folder.png", "run.seed=0", "cannot be written"),
         ("sheet.png", "augment.flop=true", "augment.flop: unknown; did you mean augment.flip?"),
@@ -148,7 +148,7 @@ def test_no_text_leaves_its_place_however_long_it_is_and_whatever_is_in_it(count
         ("sheet.png", "data.train_samples=44", "has 45"),
     ],
 )
-def test_a_wrong_request_is_refused_in_one_line_and_leaves_no_file(preset, tmp_path, out, override, message):
+def test_a_wrong_request_is_refused_in_one_line_without_a_file(preset, tmp_path, out, override, message):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError) as refused:
         preview(preset, str(tmp_path / out), [override], 8, 0)

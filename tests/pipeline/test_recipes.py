@@ -16,7 +16,7 @@ from pipeline.commands.finetune import finetune
 from pipeline.commands.pretrain import pretrain
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
-from pipeline.lineage import check_new_augmentations, lineage_entry, unknown_lineage_warning
+from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = ("imagenet1k", "imagenet21k", "jft300m", "jft3b")
@@ -129,7 +129,7 @@ def test_where_a_preset_differs_from_the_table_it_is_weak_and_not_off(preset: st
 def test_fine_tuning_finds_every_augmentation_and_stochastic_depth_in_its_pretraining(preset: str) -> None:
     here, before = config_of(preset), config_of(source_of(preset))
     ancestors = [lineage_entry(before, 1, [])]
-    assert check_new_augmentations(here, ancestors) == [] and unknown_lineage_warning(here, ancestors) is None
+    assert check_new_augmentations(here, ancestors) == [] and lineage_warning(here, ancestors) is None
     same = {"resolution": 0, "classes": None}
     assert here.model.model_copy(update=same) == before.model.model_copy(update=same)
     assert f"{here.model.resolution}.yaml" == preset.rpartition("_")[2] and before.model.resolution == 224

@@ -1,4 +1,4 @@
-"""Laws of a run's folder: one holder at a time, gone with its process; what may change; lines that survive kills."""
+"""Laws of a run's folder: one holder at a time, until its process ends; what may change; lines that survive kills."""
 
 import itertools
 import json
@@ -61,13 +61,11 @@ def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
 # -------------------------------------------------------------------------------------------------------------- claims
 
 
-def test_a_run_that_another_process_holds_is_refused_with_the_holder_and_free_at_once_when_it_is_killed(
-    tmp_path, monkeypatch
-):
+def test_a_run_is_refused_while_another_process_holds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.3)
     acquire_lock(tmp_path).close()  # an earlier holder is not named
     with holder(tmp_path) as process:
-        for _ in range(2):  # being refused does not spoil the note
+        for _ in range(2):  # a refused claim does not change the holder
             with pytest.raises(UsageError, match=rf"this run is alive \(process {process.pid} on \S+\); end it first"):
                 claim(tmp_path)
         process.send_signal(signal.SIGKILL)
@@ -75,8 +73,7 @@ def test_a_run_that_another_process_holds_is_refused_with_the_holder_and_free_at
         claim(tmp_path).lock.close()
 
 
-def test_a_killed_holder_may_take_a_moment_to_disappear(tmp_path):
-    """The claim waits for it rather than refuse."""
+def test_a_claim_waits_for_a_killed_holder_to_disappear(tmp_path):
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         claim(tmp_path).lock.close()
@@ -89,7 +86,7 @@ def test_a_killed_holder_may_take_a_moment_to_disappear(tmp_path):
 def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
     tmp_path, monkeypatch, holders: str | None, ours: str | None, is_refused: bool
 ):
-    """Slurm has given it up, but it lives on, and ends when it sees that there is a newer attempt."""
+    """Slurm has abandoned it; it is still alive, and ends when it sees the newer attempt."""
     monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv(START, holders) if holders else monkeypatch.delenv(START, raising=False)
     with holder(tmp_path):
@@ -123,7 +120,7 @@ def test_an_attempt_counts_the_starts_before_it(tmp_path):
         claimed.lock.close()
 
 
-def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UsageError, match=rf"run\.dir={path}: .*; choose a folder that can be written"):
@@ -163,7 +160,7 @@ def test_the_same_request_differs_in_nothing(tmp_path, preset):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_what_does_not_define_the_run_may_change_and_is_told_with_both_values(tmp_path, preset):
+def test_what_does_not_define_the_run_may_change_and_is_listed_with_both_values(tmp_path, preset):
     write_config(tmp_path, changed(preset))
     now = changed(preset, "train.epochs=2", "optim.learning_rate=0.5", "checkpoint.every=7", "train.precision=fp32")
     assert config_changes(tmp_path, now, "pretrain") == {
@@ -175,19 +172,15 @@ def test_what_does_not_define_the_run_may_change_and_is_told_with_both_values(tm
     }
 
 
-def test_what_defines_the_run_may_not_change_and_every_such_key_is_named_with_the_way_out(tmp_path, preset):
+def test_what_defines_the_run_may_not_change_and_every_such_key_is_named(tmp_path, preset):
     write_config(tmp_path, changed(preset))
     now = changed(preset, "run.seed=3", "train.global_batch=32", "model.name=coatnet_1", "log.every=1")
     with pytest.raises(UsageError) as refused:
         config_changes(tmp_path, now, "finetune")
     message = str(refused.value)
     assert "\n" not in message and "log.every" not in message
-    for said in (
-        "run.seed was 0, now 3",
-        "train.global_batch was 16, now 32",
-        "model.name was 'coatnet_0', now 'coatnet_1'",
-    ):
-        assert said in message
+    for change in ("run.seed was 0, now 3", "train.global_batch was 16, now 32", "model.name was 'coatnet_0', now"):
+        assert change in message
     assert "or finetune into another folder with run.dir=..." in message
     assert read_resolved(tmp_path / "config.yaml") == changed(preset)
 
@@ -200,9 +193,7 @@ rows = st.lists(
 
 
 @given(rows, st.data())
-def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones_are_read(
-    tmp_path_factory, written, data
-):
+def test_after_a_kill_in_a_line_all_complete_and_later_ones_are_read(tmp_path_factory, written, data):
     path = tmp_path_factory.mktemp("lines") / "deep" / "events.jsonl"
     lines = JsonLines(path)
     for row in written:
@@ -212,7 +203,7 @@ def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones
     kept = data.draw(st.integers(0, len(contents)))
     path.write_bytes(contents[:kept])
     ends = itertools.accumulate(len(line) for line in contents.splitlines(keepends=True))
-    whole = sum(end - 1 <= kept for end in ends)  # a line that lacks just its end is whole
+    whole = sum(end - 1 <= kept for end in ends)  # a line that lacks only its newline is complete
     again = JsonLines(path)
     again.write({"later": 1})
     again.close()
@@ -221,14 +212,16 @@ def test_after_a_kill_in_the_middle_of_a_line_all_whole_lines_and_all_later_ones
     assert list(read_lines(path)) == [*itertools.islice(read_lines(path_of_all), whole), {"later": 1}]
 
 
-def test_lines_of_anything_else_are_skipped(tmp_path):
+def test_anything_but_objects_is_skipped_and_a_missing_file_is_empty(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"a": 1}\n\n[1]\n3\n"x"\n{"b"\n\0\0\0\n{"a": 2}')
     assert list(read_lines(path)) == [{"a": 1}, {"a": 2}]
     assert list(read_lines(tmp_path / "nothing.jsonl")) == []
+    cut_back(tmp_path / "nothing.jsonl", 3)
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_line_stands_in_the_file_as_soon_as_it_is_written_and_is_json_whatever_the_numbers(tmp_path):
+def test_a_line_is_flushed_at_once_and_valid_json_with_any_numbers(tmp_path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.write({"loss": math.nan, "rate": math.inf, "fine": 1e-5, "name": "straße"})
     (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -239,7 +232,7 @@ def test_a_line_stands_in_the_file_as_soon_as_it_is_written_and_is_json_whatever
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.floats(allow_nan=False)), max_size=10), st.integers(0, 20), st.booleans()
 )
-def test_cutting_back_keeps_the_lines_up_to_the_step_as_they_were(tmp_path_factory, written, step, killed):
+def test_cutting_back_keeps_the_lines_up_to_the_step_unchanged(tmp_path_factory, written, step, killed):
     path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
     lines = JsonLines(path)
     for number, loss in written:
@@ -254,12 +247,7 @@ def test_cutting_back_keeps_the_lines_up_to_the_step_as_they_were(tmp_path_facto
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_cutting_back_what_is_not_there_does_nothing(tmp_path):
-    cut_back(tmp_path / "metrics.jsonl", 3)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_kill_while_lines_are_written_leaves_whole_lines_and_at_most_half_a_last_one(tmp_path):
+def test_a_kill_leaves_complete_lines_and_at_most_half_a_last_one(tmp_path):
     program = """
         import itertools, sys
         from pathlib import Path
