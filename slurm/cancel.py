@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import RunFailed, UsageError
+from pipeline.run.lock import lock_holder
 from slurm import history, scheduler
 
 
@@ -22,16 +23,12 @@ def cancel(run: Path) -> int:
         history.cancel(run)
         raise RunFailed(f"{error}; noted that {run} is not to be started again: cancel again to end it now") from None
     if not jobs:
-        raise UsageError(f"{run}: there is no job to cancel{_holder(run)}")
+        holder = lock_holder(run)
+        alive = f"; it is alive without one ({holder}): SIGTERM makes it save and stop" if holder else ""
+        raise UsageError(f"{run}: there is no job to cancel{alive}")
     history.cancel(run)  # before anything ends, so that no batch script requeues its job
     for job, facts in jobs.items():
         scheduler.cancel_job(job)
         print(f"{run}: cancelled job {job}, which was {facts['JobState'].lower()}")
     print(f"{run}: resumes from its newest checkpoint when it is submitted again")
     return 0
-
-
-def _holder(run: Path) -> str:
-    if not scheduler.is_locked(run):
-        return ""
-    return f"; it is alive without one ({(run / '.lock').read_text().strip()}): SIGTERM makes it save and stop"

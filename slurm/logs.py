@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.run.lock import lock_holder
 from slurm import history, scheduler
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -121,7 +122,7 @@ def _write(text: bytes) -> None:
 def _is_over(run: Path) -> bool:
     """Whether nothing of the run is alive, as far as Slurm answers."""
     try:
-        return not scheduler.is_locked(run) and not scheduler.active_jobs(run)
+        return lock_holder(run) is None and not scheduler.active_jobs(run)
     except scheduler.ERRORS as error:
         print(f"coatnet: {error}", file=sys.stderr)
         return False

@@ -1,4 +1,4 @@
-"""What is alive of a run: its jobs, as Slurm's client programs (or /proc) tell, and whoever holds its lock.
+"""A run's jobs as Slurm's client programs report them, or /proc where a job runs on this machine.
 
 A job `local-PID` was submitted with `--cluster local`: it is that process of the host that submitted it. Without
 accounting Slurm forgets a job minutes after its end; what is known then stands in the run's folder (history.py).
@@ -6,7 +6,6 @@ accounting Slurm forgets a job minutes after its end; what is known then stands 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -83,18 +82,6 @@ def active_jobs(run: Path) -> dict[str, dict[str, str]]:
     asked = {row["job"]: row.get("host") for row in history.submissions(run)}
     shown = {job: show_job(job) for job, host in asked.items() if can_ask(job, host)}
     return {job: facts for job, facts in shown.items() if facts and facts["JobState"] in WAITING | BUSY}
-
-
-def is_locked(run: Path) -> bool:
-    """Whether a process is training it now: holds RUN/.lock. A start that comes at this very moment tries again."""
-    try:
-        with (run / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is none, or the file system has no locks, and a start refuses nobody either
-        return False
-    return False
 
 
 def check_run(run: Path) -> None:

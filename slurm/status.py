@@ -20,6 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
 from pipeline.run.jsonl import read_lines
+from pipeline.run.lock import LockHolder, lock_holder
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.logs import last_words
@@ -59,7 +60,7 @@ class RunSnapshot:
     """Of metrics.jsonl, without evaluations."""
     rollbacks: list[dict[str, int]]
     checkpoints: list[int]
-    held: bool
+    holder: LockHolder | None
     cancelled_at: float | None
     last_sign: float
     """When the run last wrote metrics or events."""
@@ -140,7 +141,7 @@ def read_run(run: Path) -> RunSnapshot:
         [row for row in read_lines(run / "metrics.jsonl") if "loss" in row and "step" in row],
         recorded_rollbacks(run),
         _checkpoints(run),
-        scheduler.is_locked(run),
+        lock_holder(run),
         cancelled.stat().st_mtime if history.is_cancelled(run) else None,
         history.last_update(run),
         last_words(run) if submissions and not failures else None,
@@ -202,7 +203,7 @@ def state_of(seen: RunSnapshot, jobs: Queue) -> tuple[str, str | None]:
     alive = [(job, facts) for job, facts in jobs.items() if facts and facts["JobState"] in BUSY | WAITING]
     if alive:
         return _of_living(seen, *max(alive, key=lambda each: each[1]["JobState"] in BUSY))
-    if seen.held:
+    if seen.holder is not None:
         return "running", _being_cancelled(seen)
     newest = seen.submissions[-1] if seen.submissions else None
     last = seen.last(*DECIDING)
@@ -326,7 +327,7 @@ def _goodput(seen: RunSnapshot, jobs: Queue, now: float) -> float | None:
     spans = []
     for start in seen.starts:
         facts = jobs.get(start.job)
-        lives = start is seen.starts[-1] and (seen.held or bool(facts and facts["JobState"] in BUSY))
+        lives = start is seen.starts[-1] and (seen.holder is not None or bool(facts and facts["JobState"] in BUSY))
         ended = start.ended or (now if lives else max(start.began, seen.last_sign))
         spans.append((start.began, ended))
     began = [row["time"] for row in seen.events if row["event"] == "attempt_started"]

@@ -20,6 +20,7 @@ from pipeline.config.schema import Config, Slurm
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.jsonl import read_lines
+from pipeline.run.lock import RunLocked, lock_holder
 from slurm import history, scheduler
 from slurm.job import Request
 from slurm.sbatch import batch_command, parameters, script, snapshot, tasks_per_node
@@ -107,9 +108,8 @@ def jobs_that_end(run: Path) -> list[str]:
             f"{run}: its job {job} is {facts['JobState'].lower()} and starts again by itself;"
             f" `coatnet cancel {run}` ends it, if another is to take its place"
         )
-    if scheduler.is_locked(run):
-        holder = (run / ".lock").read_text().strip()
-        raise UsageError(f"{run}: this run is alive ({holder}); end it first, or choose another run.dir")
+    if holder := lock_holder(run):
+        raise RunLocked(run, holder)
     return []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from slurm import scheduler
+from pipeline.run.lock import lock_holder
 from slurm.logs import last_words, logs, newest_log, tail
 from tests.pipeline.runs import ROOT, wait_until
 
@@ -96,7 +96,7 @@ def test_following_continues_through_restarts_and_into_the_next_job_until_the_ru
         [sys.executable, "-c", holding, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdin is not None and holder.stdout is not None and holder.stdout.readline()
-    assert scheduler.is_locked(run)
+    assert lock_holder(run) is not None
     said = run / "said"
     following = "import sys; from pathlib import Path; from slurm import logs; logs.SECONDS_BETWEEN_QUESTIONS = 0.1\n"
     following += "sys.exit(logs.logs(Path(sys.argv[1]), 1, True, 1))"

@@ -23,6 +23,7 @@ from pipeline.config.parsing import validate
 from pipeline.config.schema import Config
 from pipeline.errors import RunFailed, UsageError
 from pipeline.lineage import lineage_entry, unknown_lineage
+from pipeline.run.lock import lock_holder
 from slurm import history, scheduler
 from slurm.cancel import cancel
 from slurm.requeue import Cause
@@ -161,9 +162,9 @@ def test_a_run_without_any_job_is_told_from_its_lock_and_its_events(run: Run) ->
 
 def test_looking_whether_a_run_is_alive_changes_nothing_and_never_keeps_a_start_from_its_lock(run: Run) -> None:
     run.begun(1)
-    assert not scheduler.is_locked(run.path) and not (run.path / ".lock").exists()
+    assert lock_holder(run.path) is None and not (run.path / ".lock").exists()
     (run.path / ".lock").write_text("process 1 on here\n")
-    assert not scheduler.is_locked(run.path)
+    assert lock_holder(run.path) is None
     with (run.path / ".lock").open() as mine:
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert (run.path / ".lock").read_text() == "process 1 on here\n"
