@@ -1,4 +1,4 @@
-"""A night's worth of preemptions, kills and dead nodes leaves a training as it would have been without."""
+"""Preemptions, kills and dead nodes leave a training as it would have been without."""
 
 from __future__ import annotations
 
