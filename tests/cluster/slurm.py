@@ -217,10 +217,6 @@ class Cluster:
 
         self._until(lambda: states().split().count("idle") >= count, f"fewer than {count} idle nodes", seconds, states)
 
-    def node_state(self, node: str) -> str:
-        """In lower case, with a star while the node does not answer."""
-        return self.run("sinfo", "--noheader", "--Node", "--partition=main", f"--nodes={node}", "--format=%T")
-
     def start_node(self, node: str) -> None:
         """After kill_slurmd or power_off."""
         machine = self._machines.get(node)
