@@ -11,7 +11,7 @@ from slurm import history, scheduler
 
 def cancel(run: Path) -> int:
     """Cancels the run's jobs and prints them; returns the exit status. UsageError where there is none."""
-    scheduler.check_run(run)
+    history.check_run(run)
     for row in history.submissions(run)[-1:]:
         if not scheduler.can_ask(row["job"], row.get("host")):
             raise UsageError(f"{run}: job {row['job']} was submitted on {row.get('host')}: cancel it there")

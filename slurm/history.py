@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UsageError
 from pipeline.run.jsonl import JsonLines, read_lines
 
 START_MARKER = "begins: start"
@@ -52,6 +53,16 @@ class JobStart:
 
 def folder(run: Path) -> Path:
     return run / "slurm"
+
+
+def check_run(run: Path) -> None:
+    """UsageError where a folder is not a run."""
+    if not is_run(run):
+        raise UsageError(f"{run} is not a run: it has neither events.jsonl nor slurm/jobs.jsonl; name a run's folder")
+
+
+def is_run(path: Path) -> bool:
+    return (path / "events.jsonl").exists() or (folder(path) / "jobs.jsonl").exists()
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ class Allocation:
 
 
 def get_allocation(restart: int = 0) -> Allocation:
-    """This process's own; `restart` counts where Slurm does not."""
+    """Of this process; `restart` counts where Slurm does not."""
     environment = os.environ
     if "SLURM_JOB_ID" not in environment:
         return Allocation(f"local-{os.getpid()}", restart, ())

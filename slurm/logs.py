@@ -19,7 +19,7 @@ _BLOCK = 1 << 16
 
 def logs(run: Path, rank: int | None, follow: bool, lines: int) -> int:
     """Prints the last lines of a log, and with `follow` what is added until the run is over; returns the status."""
-    scheduler.check_run(run)
+    history.check_run(run)
     path = newest_log(run, rank)
     if path is None and (not follow or _is_over(run)):
         whose = "any rank or job" if rank is None else f"rank {rank}"
@@ -41,11 +41,11 @@ def newest_log(run: Path, rank: int | None) -> Path | None:
 
     With `--procs` and with `--cluster local` rank 0 prints to its launcher, so the latter's batch log is its log.
     """
-    wanted, rank_logs = rank or 0, run / "logs"
-    under_slurm = [file for file in rank_logs.glob(f"*-{wanted}.log") if not file.name.startswith("rank-")]
-    under_slurm += [file for file in [history.folder(run) / "local.log"] if wanted == 0 and file.exists()]
+    number, rank_logs = rank or 0, run / "logs"
+    under_slurm = [file for file in rank_logs.glob(f"*-{number}.log") if not file.name.startswith("rank-")]
+    under_slurm += [file for file in [history.folder(run) / "local.log"] if number == 0 and file.exists()]
     newest = max(under_slurm, key=_changed, default=None)
-    plain = rank_logs / f"rank-{wanted}.log"
+    plain = rank_logs / f"rank-{number}.log"
     if not plain.exists():
         return newest or (batch_log(run) if rank is None else None)
     if newest is not None and _changed(plain) < _changed(newest) + SAME_TIME_SECONDS:
@@ -104,7 +104,7 @@ def _follow(run: Path, rank: int | None, path: Path | None, offsets: dict[Path, 
 
 
 def _write_from(path: Path, offset: int) -> int:
-    """Prints a file from an offset, and returns the new one. A file that is shorter was written anew."""
+    """Prints a file from an offset, and returns the new one. A file that is shorter has been rewritten."""
     with path.open("rb") as file:
         file.seek(offset if offset <= file.seek(0, 2) else 0)
         _write(file.read())

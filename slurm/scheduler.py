@@ -89,16 +89,6 @@ def active_jobs(run: Path) -> dict[str, dict[str, str]]:
     return {job: record for job, record in job_records(run).items() if record and record["JobState"] in ACTIVE}
 
 
-def check_run(run: Path) -> None:
-    """UsageError where a folder is not a run."""
-    if not is_run(run):
-        raise UsageError(f"{run} is no run: it has neither events.jsonl nor slurm/jobs.jsonl; name a run's folder")
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "events.jsonl").exists() or (folder / "slurm" / "jobs.jsonl").exists()
-
-
 def _is_batch_process(process: int) -> bool:
     """Whether it lives, leads its process group, and is the script or the program of a local submission."""
     folder = Path(f"/proc/{process}")

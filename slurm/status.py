@@ -99,9 +99,9 @@ def runs_of(paths: Sequence[Path]) -> list[Path]:
     """Each path that is a run, and the runs directly in each that is not. UsageError where there is none."""
     found: list[Path] = []
     for path in paths:
-        inside = [path] if scheduler.is_run(path) else sorted(each for each in path.glob("*") if scheduler.is_run(each))
+        inside = [path] if history.is_run(path) else sorted(each for each in path.glob("*") if history.is_run(each))
         if not inside:
-            scheduler.check_run(path)
+            history.check_run(path)
         found += inside
     return list(dict.fromkeys(found))
 

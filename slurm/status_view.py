@@ -17,7 +17,7 @@ from rich.text import Text
 from pipeline.errors import UsageError
 from pipeline.formatting import format_duration, format_number, format_percent, pluralize
 from pipeline.lineage import lineage_in_words
-from slurm import scheduler
+from slurm import history
 from slurm.status import Status, read_runs, runs_of
 
 POLL_SECONDS = 5.0
@@ -27,7 +27,7 @@ def status(paths: list[Path], as_json: bool, watch: bool) -> int:
     """Prints the state of runs, or of a folder's runs; returns the exit status, 1 where Slurm did not answer."""
     if as_json and watch:
         raise UsageError("--json prints one document and --watch many lines: leave out one of them")
-    runs, single = runs_of(paths), len(paths) == 1 and scheduler.is_run(paths[0])
+    runs, single = runs_of(paths), len(paths) == 1 and history.is_run(paths[0])
     if watch:
         return _watch(runs, single)
     found, problem = read_runs(runs)

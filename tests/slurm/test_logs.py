@@ -76,7 +76,7 @@ def test_the_last_lines_are_printed_and_a_missing_log_is_an_error(
         logs(run, None, False, 9)
     with pytest.raises(UsageError, match="no log of any rank"):
         logs(run, None, True, 9)
-    with pytest.raises(UsageError, match="is no run"):
+    with pytest.raises(UsageError, match="is not a run"):
         logs(run / "logs", None, False, 9)
     (run / "logs" / "rank-0.log").write_bytes(b"a\nb \xff\nc\n")
     assert logs(run, 0, True, 2) == 0, "the run is over, so there is nothing to wait for"

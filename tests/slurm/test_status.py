@@ -488,7 +488,7 @@ def test_several_runs_are_a_table_or_a_list_and_one_is_lines_or_an_object(
     assert keys < json.loads(capsys.readouterr().out).keys()
     assert status([tmp_path / "a"], False, False) == 0
     assert f"{tmp_path}/a: done, step 9/9" in capsys.readouterr().out.replace("\n", " ")
-    with pytest.raises(UsageError, match="is no run"):
+    with pytest.raises(UsageError, match="is not a run"):
         status([tmp_path / "neither"], False, False)
 
 
