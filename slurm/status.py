@@ -97,18 +97,18 @@ class Status:
 
 def runs_of(paths: Sequence[Path]) -> list[Path]:
     """Each path that is a run, and the runs directly in each that is not. UsageError where there is none."""
-    found: list[Path] = []
+    selected: list[Path] = []
     for path in paths:
         inside = [path] if history.is_run(path) else sorted(each for each in path.glob("*") if history.is_run(each))
         if not inside:
             history.check_run(path)
-        found += inside
-    return list(dict.fromkeys(found))
+        selected += inside
+    return list(dict.fromkeys(selected))
 
 
 def read_runs(runs: Sequence[Path]) -> tuple[list[Status], str | None]:
     """The runs' states, and why Slurm could not be asked; after that it is not asked again."""
-    found, problem = [], None
+    statuses, problem = [], None
     for run in runs:
         snapshot, jobs = read_run(run), {}
         if problem is None:
@@ -116,8 +116,8 @@ def read_runs(runs: Sequence[Path]) -> tuple[list[Status], str | None]:
                 jobs = scheduler.job_records(run)
             except scheduler.ERRORS as error:
                 problem = str(error)
-        found.append(status_of(snapshot, jobs, time.time()))
-    return found, problem
+        statuses.append(status_of(snapshot, jobs, time.time()))
+    return statuses, problem
 
 
 def read_run(run: Path) -> RunSnapshot:

@@ -30,12 +30,12 @@ def status(paths: list[Path], as_json: bool, watch: bool) -> int:
     runs, single = runs_of(paths), len(paths) == 1 and history.is_run(paths[0])
     if watch:
         return _watch(runs, single)
-    found, problem = read_runs(runs)
+    statuses, problem = read_runs(runs)
     if as_json:
-        documents = [asdict(each) for each in found]
+        documents = [asdict(each) for each in statuses]
         print(json.dumps(documents[0] if single else documents))
     else:
-        _console().print(_render(found, single))
+        _console().print(_render(statuses, single))
     if problem:
         print(f"coatnet: {problem}; shown is what the runs' folders say", file=sys.stderr)
     return 1 if problem else 0
@@ -81,10 +81,10 @@ def _facts(status: Status) -> dict[str, str]:
     }
 
 
-def _render(found: Sequence[Status], single: bool) -> Group | Table:
+def _render(statuses: Sequence[Status], single: bool) -> Group | Table:
     if single:
-        return Group(*map(Text, as_lines(found[0])))
-    rows = [_facts(each) for each in found]
+        return Group(*map(Text, as_lines(statuses[0])))
+    rows = [_facts(each) for each in statuses]
     table = Table(*rows[0], box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(Text, row.values()))
@@ -96,8 +96,8 @@ def _watch(runs: Sequence[Path], single: bool) -> int:
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                found, problem = read_runs(runs)
-                view = Group(_render(found, single), Text(problem or ""))
+                statuses, problem = read_runs(runs)
+                view = Group(_render(statuses, single), Text(problem or ""))
                 if console.is_terminal:
                     live.update(view, refresh=True)
                 else:

@@ -168,13 +168,13 @@ def grace_seconds(partition: str | None) -> float:
 def warnings(needed: float, signal: float, grace: float) -> list[str]:
     """What a stop that needs so many seconds loses `signal` seconds before a time limit, or killed after `grace`."""
     takes = f"a step and a save took up to {needed:.0f} s"
-    found = [f"{takes}, and slurm.signal_seconds leaves {signal:.0f} s"] if needed > signal else []
+    lines = [f"{takes}, and slurm.signal_seconds leaves {signal:.0f} s"] if needed > signal else []
     if needed > grace:
-        found.append(
+        lines.append(
             f"{takes}, and this cluster kills {grace:.0f} s after a preemption's SIGTERM: steps since the last"
             " checkpoint would be lost; checkpoint more often"
         )
-    return found
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------- submission

@@ -85,8 +85,8 @@ def acquire_lock(run: Path) -> TextIO:
 
 
 def _read_holder(run: Path) -> LockHolder:
-    found = re.fullmatch(r"process (\d+) on (\S+?)(?:, start (\S+))?", (run / ".lock").read_text().strip())
-    return LockHolder(int(found[1]), found[2], found[3] or "") if found else LockHolder(0, "an unknown host", "")
+    match = re.fullmatch(r"process (\d+) on (\S+?)(?:, start (\S+))?", (run / ".lock").read_text().strip())
+    return LockHolder(int(match[1]), match[2], match[3] or "") if match else LockHolder(0, "an unknown host", "")
 
 
 def _try_lock(lock: TextIO) -> bool:
