@@ -54,7 +54,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of every backend alike."""
+    """The work that is timed on every backend."""
 
     shape: Shape
     dtype: torch.dtype

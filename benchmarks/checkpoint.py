@@ -116,11 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("--folder", help="where files are written; default: the temporary folder")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         seconds, size, cold = measure(Path(folder))
     ratios = {name: seconds[name] / seconds[plain] for name, (plain, _) in LIMITS.items()}
-    if asked.json:
+    if options.json:
         facts = {"machine": machine(), "load": os.getloadavg()[0], "bytes": size, "cold": cold}
         return print(json.dumps({**facts, "seconds": seconds, "ratios": ratios}))
     print(machine())

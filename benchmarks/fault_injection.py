@@ -1,14 +1,14 @@
-"""Trainings that meet one fault after another, beside trainings that meet none: what is lost, and whether they agree.
+"""Trainings with one fault after another, compared with trainings without: what is lost, and whether they agree.
 
     coatnet bench fault_injection                          # a hundred faults: half an hour on two cores
     coatnet bench fault_injection --faults 12 --out /tmp/x # a short campaign, whose runs are kept
 
-Ranks are killed at random moments, while they save, read, or wait for each other; frozen; told to stop; checkpoints are
-torn and bytes in them flipped; the disk is full; a shard is gone; all the time two samples of the training set are
-damaged. A *steady* run resumes each time as it was, and must end bit-equal to one that nothing happened to. A
-*changing* run resumes with another number of ranks at another ZeRO stage each time. It must take the same samples, each
-once; its ten steps after a change must be those of the old ranks resuming from there; and the whole curve must be that
-of the undisturbed run (see TOLERANCES). Ends with status 1 where anything is not so.
+Ranks are killed at random moments, while they save, read, or wait for each other; frozen; asked to stop; checkpoints
+are torn and bytes in them flipped; the disk is full; a shard is missing; throughout, two samples of the training set
+are damaged. A *steady* run resumes each time on as many ranks, and must end bit-equal to an undisturbed one. A
+*changing* run resumes on another number of ranks at another ZeRO stage each time. It must take the same samples, each
+once; its ten steps after a change must equal those of the old ranks resuming from there, and its curve that of the
+undisturbed run, within TOLERANCES. Ends with status 1 where any of this fails.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from tests.pipeline.runs import (
 )
 
 TOLERANCES = {"ten steps, loss": 1e-5, "ten steps, gradient norm": 1e-3, "whole curve, loss": 1e-3}
-"""Relative, in fp32. Training amplifies rounding: with a smaller optim.eps than 1e-3 by steps made of it, with max
-pooling by maxima that jump; so here eps is 1e-3 and pooling averages."""
+"""Relative, in fp32. Training amplifies rounding, through small gradients where optim.eps is below 1e-3, and through
+maxima that jump; so here eps is 1e-3 and pooling averages."""
 CHECKPOINT_EVERY, MICRO_BATCHES, DAMAGED_SAMPLES = 4, 4, 2
 STEPS_COMPARED, STEPS_WITH_AN_EPOCH = 10, 24
-MOST_STEPS_MORE = 12
-"""That a run does between two faults, beyond those asked for."""
+MAX_EXTRA_STEPS = 12
+"""Beyond those requested, between two faults."""
 FULL_BYTES = 200_000
-"""Largest file while the disk is full: less than a rank's part of a checkpoint, more than all else."""
+"""Largest file while the disk is full: less than a rank's shard of a checkpoint, more than any other."""
 
 
 class Place(NamedTuple):
@@ -74,7 +74,7 @@ class Setting(NamedTuple):
 
 @dataclass
 class Fault:
-    """What happened: the last step that was done, the one resumed from, seconds until another step was done."""
+    """The last step before it, the step resumed from, and the seconds until the next new step."""
 
     kind: str
     at: int
@@ -85,7 +85,7 @@ class Fault:
 
 @dataclass
 class Outcome:
-    """A run with its faults, and what is wrong with it in the end."""
+    """A run, its faults, and the differences found in the end."""
 
     run: Path
     faults: list[Fault] = field(default_factory=list)
@@ -99,21 +99,21 @@ class Outcome:
 
 
 def arguments(setting: Setting, run: Path, place: Place) -> list[str]:
-    """A command's: some micro batches a step, every step logged, a checkpoint every few steps."""
+    """Of a command: some micro batches a step, every step logged, a checkpoint every few steps."""
     data = [f"data.train={setting.folder}/train", "data.val=null", "data.max_bad_fraction=0.01", f"run.dir={run}"]
     batch = ["train.global_batch=64", f"train.micro_batch={64 // MICRO_BATCHES}", f"train.steps={setting.steps}"]
     exact = ["train.precision=fp32", "optim.eps=1e-3", "model.pool=average"]
     rate = ["optim.learning_rate=5e-4", "optim.decay=none", "evaluate.every=null"]
     kept = [f"checkpoint.every={CHECKPOINT_EVERY}", "checkpoint.keep_last=1000"]
-    told = ["log.every=1", "log.samples=pixels", "run.hang_timeout=15", f"zero.stage={place.stage}"]
-    return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *told]
+    logs = ["log.every=1", "log.samples=pixels", "run.hang_timeout=15", f"zero.stage={place.stage}"]
+    return ["configs/tiny.yaml", *data, *batch, *exact, *rate, *kept, *logs]
 
 
 def start(setting: Setting, run: Path, place: Place) -> Process:
     return started("pretrain", *arguments(setting, run, place), "--procs", place.ranks)
 
 
-def to_the_end(setting: Setting, run: Path, place: Place) -> None:
+def train_to_the_end(setting: Setting, run: Path, place: Place) -> None:
     done = coatnet("pretrain", *arguments(setting, run, place), "--procs", place.ranks)
     assert done.returncode == 0, done.stderr
 
@@ -163,8 +163,8 @@ def freeze(process: Process, run: Path, chance: random.Random) -> None:
     os.kill(frozen, signal.SIGSTOP)
     process.wait(PATIENCE_SECONDS)
     assert process.stderr is not None
-    said = process.stderr.read()
-    assert f"rank {rank} (process {frozen} on " in said and "frozen" in said, said
+    stderr = process.stderr.read()
+    assert f"rank {rank} (process {frozen} on " in stderr and "frozen" in stderr, stderr
     event = events(run, "heartbeat_lost")[-1]
     assert [each["process"] for each in event["ranks"]] == [frozen]
     assert f"rank {rank}: NO ANSWER" in Path(event["stacks"]).read_text()
@@ -176,13 +176,13 @@ def stop(process: Process, run: Path, chance: random.Random) -> None:
 
 
 def fill_the_disk(process: Process, run: Path, chance: random.Random) -> None:
-    """As the kernel tells it: no file may grow further."""
+    """By a resource limit: no file may grow beyond FULL_BYTES."""
     for pid in ranks_of(process):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
     process.wait(PATIENCE_SECONDS)
     assert process.stderr is not None
-    said = process.stderr.read()
-    assert "cannot be written: File too large" in said and "the same command resumes from step" in said, said
+    stderr = process.stderr.read()
+    assert "cannot be written: File too large" in stderr and "the same command resumes from step" in stderr, stderr
 
 
 def tear_the_checkpoint(process: Process, run: Path, chance: random.Random) -> None:
@@ -216,7 +216,7 @@ FAULTS: dict[str, Callable[[Process, Path, random.Random], None]] = {
 
 
 def some_file(run: Path, chance: random.Random) -> Path:
-    """One of the newest checkpoint."""
+    """A random one of the newest checkpoint."""
     return chance.choice(sorted(checkpoints(run / "checkpoints")[-1].iterdir()))
 
 
@@ -239,13 +239,15 @@ def gone(shard: Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- the campaign
 
 
-def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str], apart: int, seed: int) -> Outcome:
-    """A run that meets these faults, each some steps after it resumed, and resumes at the next of the places."""
+def disturbed(
+    setting: Setting, run: Path, places: list[Place], kinds: list[str], steps_apart: int, seed: int
+) -> Outcome:
+    """A run with these faults, each some steps after it resumed, which resumes at the next of the places."""
     chance, outcome = random.Random(seed), Outcome(run)
     for number, kind in enumerate([*kinds, None]):
         place, began, attempt = places[number % len(places)], time.monotonic(), len(events(run, "attempt_started"))
         process = start(setting, run, place)
-        first = step_begun_at(run, attempt, process)
+        first = first_step_of(run, attempt, process)
         if kind != "killed while reading":
             wait_until(lambda attempt=attempt: last_step_of(run, attempt) > 0, process)
         if outcome.faults:
@@ -254,36 +256,36 @@ def disturbed(setting: Setting, run: Path, places: list[Place], kinds: list[str]
             if place != before.place:
                 outcome.changes.append((first, before.place))
         if kind is None:
-            _, said = process.communicate(timeout=2 * PATIENCE_SECONDS)
-            assert process.returncode == 0, said
+            _, stderr = process.communicate(timeout=2 * PATIENCE_SECONDS)
+            assert process.returncode == 0, stderr
             return outcome
         if kind == "a rank frozen" and place.ranks == 1:
-            kind = "a rank killed"  # nobody would see that it is
+            kind = "a rank killed"  # no other rank would notice
         if kind != "killed while reading":
-            at = first + apart + chance.randrange(CHECKPOINT_EVERY + 1)
+            at = first + steps_apart + chance.randrange(CHECKPOINT_EVERY + 1)
             wait_until(lambda at=at, attempt=attempt: last_step_of(run, attempt) >= at, process)
             wait_until(lambda: bool(checkpoints(run / "checkpoints")[1:]), process)  # one to lose, one to roll back to
-        meet(kind, process, run, chance)
+        inject(kind, process, run, chance)
         outcome.faults.append(Fault(kind, max(first, last_step_of(run, attempt)), place))
         where = f"at step {outcome.faults[-1].at} on {place.ranks} ranks at ZeRO {place.stage}"
         print(f"{run.name}: {kind} {where}", file=sys.stderr, flush=True)
         if kind == "shard gone":
-            lose_a_shard(setting, run, place)
+            start_without_a_shard(setting, run, place)
     raise AssertionError("the last start has no fault")
 
 
-def meet(kind: str, process: Process, run: Path, chance: random.Random) -> None:
-    """Harms a run that trains, and returns once nothing of it is left."""
+def inject(kind: str, process: Process, run: Path, chance: random.Random) -> None:
+    """Injects a fault, and returns once all processes of the run have ended."""
     ranks = ranks_of(process)
     FAULTS[kind](process, run, chance)
-    assert process.wait(PATIENCE_SECONDS) != 0, f"{kind}: the run ended as if nothing had happened"
+    assert process.wait(PATIENCE_SECONDS) != 0, f"{kind}: the run ended without an error"
     assert process.stderr is not None
     process.stderr.close()
     wait_until(lambda: not any(map(alive, ranks)))
 
 
-def step_begun_at(run: Path, attempt: int, process: Process) -> int:
-    """The step that an attempt resumed from, once it has."""
+def first_step_of(run: Path, attempt: int, process: Process) -> int:
+    """Waits until an attempt has begun to train; the step it resumed from."""
 
     def begun() -> list[int]:
         found = [*events(run, "training_started"), *events(run, "training_resumed")]
@@ -294,12 +296,12 @@ def step_begun_at(run: Path, attempt: int, process: Process) -> int:
 
 
 def last_step_of(run: Path, attempt: int) -> int:
-    """The last step that rank 0 did in an attempt; metrics.jsonl may still have the one's before."""
+    """The last step of rank 0 in an attempt; metrics.jsonl may still have rows of the one before."""
     return max((row["step"] for row in rows(run / "samples" / "rank-0.jsonl") if row["attempt"] == attempt), default=0)
 
 
-def lose_a_shard(setting: Setting, run: Path, place: Place) -> None:
-    """A start without one of the shards: it must say which, and leave the run as it was."""
+def start_without_a_shard(setting: Setting, run: Path, place: Place) -> None:
+    """A start without one of the shards must name it, and leave the run unchanged."""
     shard = sorted((setting.folder / "train").glob("*.tar"))[-1]
     with gone(shard):
         failed = coatnet("pretrain", *arguments(setting, run, place), "--procs", place.ranks)
@@ -310,7 +312,7 @@ def lose_a_shard(setting: Setting, run: Path, place: Place) -> None:
 
 
 def check_steady(outcome: Outcome, whole: Path) -> None:
-    """Every logged figure, all weights and moments, all samples with their pixels: to the bit."""
+    """Every logged figure, all weights and moments, all samples with their pixels: bit-equal."""
     for what, of in (("curve", curve), ("last state", last_state), ("samples", consumed)):
         if of(outcome.run) != of(whole):
             outcome.wrong.append(f"{what} differs from the undisturbed run's")
@@ -318,23 +320,32 @@ def check_steady(outcome: Outcome, whole: Path) -> None:
 
 
 def check_changing(outcome: Outcome, whole: Path, setting: Setting) -> None:
-    """The same samples; after each change the old place's ten steps; the whole curve."""
+    """The same samples; after each change the ten steps of the old place; the whole curve."""
     if consumed(outcome.run) != consumed(whole):
         outcome.wrong.append("samples differ from the undisturbed run's")
     check_epochs(outcome)
     ours, theirs = losses_and_norms(outcome.run), losses_and_norms(whole)
-    note(outcome, "whole curve, loss", [apart(ours[step][0], theirs[step][0]) for step in theirs])
+    record_difference(
+        outcome, "whole curve, loss", [relative_difference(ours[step][0], theirs[step][0]) for step in theirs]
+    )
     for (step, _), (following, _), on in zip(
-        outcome.changes, [*outcome.changes[1:], (setting.steps, None)], going_on(outcome, setting), strict=True
+        outcome.changes,
+        [*outcome.changes[1:], (setting.steps, None)],
+        resume_at_old_places(outcome, setting),
+        strict=True,
     ):
         old = losses_and_norms(on)
         compared = [each for each in old if step < each <= min(step + STEPS_COMPARED, following)]
-        note(outcome, "ten steps, loss", [apart(ours[each][0], old[each][0]) for each in compared])
-        note(outcome, "ten steps, gradient norm", [apart(ours[each][1], old[each][1]) for each in compared])
+        record_difference(
+            outcome, "ten steps, loss", [relative_difference(ours[each][0], old[each][0]) for each in compared]
+        )
+        record_difference(
+            outcome, "ten steps, gradient norm", [relative_difference(ours[each][1], old[each][1]) for each in compared]
+        )
 
 
 def check_epochs(outcome: Outcome) -> None:
-    """The lines that epochs end with: each sample once, and those replaced that are damaged."""
+    """Of each complete epoch: each sample once, and the damaged ones replaced."""
     complete = events(outcome.run, "epoch_finished")
     if not complete:
         outcome.wrong.append("no epoch was completed")
@@ -343,13 +354,13 @@ def check_epochs(outcome: Outcome) -> None:
             outcome.wrong.append(f"epoch {event['epoch']}: {event}")
 
 
-def going_on(outcome: Outcome, setting: Setting) -> list[Path]:
+def resume_at_old_places(outcome: Outcome, setting: Setting) -> list[Path]:
     """For each change a run of ten steps at the old place, from the same checkpoint."""
     runs = [outcome.run.parent / f"{outcome.run.name}-change-{n}" for n in range(len(outcome.changes))]
     jobs: dict[int, list[dict[str, Any]]] = {}
     for run, (step, place) in zip(runs, outcome.changes, strict=True):
-        wanted = [*arguments(setting, run, place), f"train.steps={min(step + STEPS_COMPARED, setting.steps)}"]
-        jobs.setdefault(place.ranks, []).append({"arguments": wanted, "source": str(outcome.run), "step": step})
+        words = [*arguments(setting, run, place), f"train.steps={min(step + STEPS_COMPARED, setting.steps)}"]
+        jobs.setdefault(place.ranks, []).append({"arguments": words, "source": str(outcome.run), "step": step})
     for ranks, of_ranks in jobs.items():
         on_ranks(ranks, of_ranks, outcome.run.parent)
     return runs
@@ -359,19 +370,19 @@ def losses_and_norms(run: Path) -> dict[int, tuple[float, float]]:
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows(run / "metrics.jsonl")}
 
 
-def apart(one: float, other: float) -> float:
+def relative_difference(one: float, other: float) -> float:
     return abs(one - other) / abs(other)
 
 
-def note(outcome: Outcome, what: str, differences: list[float]) -> None:
-    """Keeps the worst difference, and what is beyond its tolerance."""
+def record_difference(outcome: Outcome, what: str, differences: list[float]) -> None:
+    """Records the worst difference, and an error where it is beyond its tolerance."""
     worst = max(differences, default=0.0)
     outcome.worst[what] = max(worst, outcome.worst.get(what, 0.0))
     if worst > TOLERANCES[what]:
         outcome.wrong.append(f"{what}: {worst:.1e} apart, {TOLERANCES[what]:.0e} is allowed")
 
 
-# ------------------------------------------------------------------------------------------------------------ its plan
+# ---------------------------------------------------------------------------------------------------------------- plan
 
 
 STEADY = [Place(2, 1), Place(1, 1), Place(3, 2), Place(2, 3), Place(4, 1)]
@@ -381,8 +392,8 @@ CHANGING = [
 ]
 
 
-def drawn(count: int, seed: int, kinds: Iterable[str] = FAULTS) -> list[str]:
-    """So many of these kinds, each as often as any other."""
+def draw_faults(count: int, seed: int, kinds: Iterable[str] = FAULTS) -> list[str]:
+    """`count` of these kinds, each as often as any other, in random order."""
     each = list(kinds)
     chance, rounds = random.Random(seed), -(-count // len(each))
     return [kind for _ in range(rounds) for kind in chance.sample(each, len(each))][:count]
@@ -396,10 +407,10 @@ def campaign(folder: Path, faults: list[str], seed: int) -> list[Outcome]:
     for number, (places, kinds) in enumerate(runs_of(faults)):
         steady = len(places) == 1
         few = 2 if steady else STEPS_COMPARED
-        setting = Setting(folder, max(STEPS_WITH_AN_EPOCH, len(kinds) * (few + MOST_STEPS_MORE)))
+        setting = Setting(folder, max(STEPS_WITH_AN_EPOCH, len(kinds) * (few + MAX_EXTRA_STEPS)))
         whole = folder / f"whole-{places[0].ranks}-{places[0].stage}-{setting.steps}"
         if not whole.exists():
-            to_the_end(setting, whole, places[0])
+            train_to_the_end(setting, whole, places[0])
         outcome = disturbed(setting, folder / f"disturbed-{number}", places, kinds, few, seed + number)
         if steady:
             check_steady(outcome, whole)
@@ -439,13 +450,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="an empty folder that the runs are left in; default: none")
-    wanted = parser.parse_args()
-    folder = wanted.out or Path(tempfile.mkdtemp(prefix="coatnet-faults-"))
+    parser.add_argument("--out", type=Path, help="an empty folder in which the runs are kept; default: none")
+    options = parser.parse_args()
+    folder = options.out or Path(tempfile.mkdtemp(prefix="coatnet-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = campaign(folder, drawn(wanted.faults, wanted.seed), wanted.seed)
+    outcomes = campaign(folder, draw_faults(options.faults, options.seed), options.seed)
     print(machine(), *table(outcomes), sep="\n")
-    if wanted.out is None:
+    if options.out is None:
         shutil.rmtree(folder)
     return 1 if any(outcome.wrong for outcome in outcomes) else 0
 

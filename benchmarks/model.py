@@ -43,7 +43,7 @@ peak MiB               of weights, gradients and activations
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked of every contestant alike."""
+    """The work that is timed for every contestant."""
 
     size: str
     batch: int
@@ -186,24 +186,25 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=224, help="side of an image; default: 224")
     parser.add_argument("--rounds", type=int, default=7, help="default: 7")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        count(asked.size, asked.resolution)
+        count(options.size, options.resolution)
     except ValueError as error:
         parser.error(str(error))
-    if min(asked.batch, asked.rounds) < 1:
+    if min(options.batch, options.rounds) < 1:
         parser.error("--batch and --rounds must be 1 or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for mode, precision in product(("forward", "training"), ("fp32", "bf16")):
         print(f"{mode}, {precision} ...", file=sys.stderr)
-        rows += measure(Case(asked.size, asked.batch, asked.resolution, mode, precision, device), asked.rounds)
-    facts = {name: getattr(asked, name) for name in ("size", "batch", "resolution", "rounds")}
-    if asked.json:
+        rows += measure(Case(options.size, options.batch, options.resolution, mode, precision, device), options.rounds)
+    facts = {name: getattr(options, name) for name in ("size", "batch", "resolution", "rounds")}
+    if options.json:
         print(document(rows, device=device, **facts))
     else:
-        what = f"{asked.size}, batches of {asked.batch} at {asked.resolution}; median and best of {asked.rounds} rounds"
-        print(f"{machine()}\n{what}\n\n{LEGEND}\n{table_of(rows)}")
+        batches = f"batches of {options.batch} at {options.resolution}"
+        print(f"{machine()}\n{options.size}, {batches}; median and best of {options.rounds} rounds\n")
+        print(f"{LEGEND}\n{table_of(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the order costs, and has every rank read, at 3e9 samples in 300,000 shards: `coatnet bench order` prints it.
+"""The cost of the order, and what it makes ranks read, at 3e9 samples in 300,000 shards.
 
 Times are the median of 21 runs in one process; an epoch is opened afresh each time. The simulation asks the order for
-every window of some of 4,096 ranks, over an epoch and the steps behind it; a window counts as read, whole, in the
+every window of some of 4,096 ranks, over an epoch and the steps after it; a window counts as read, whole, in the
 step that needs its first sample, and as held until its last one is used.
 """
 
@@ -39,7 +39,7 @@ def median_milliseconds(work: Callable[[], object]) -> float:
 
 
 def measure(order: Order) -> dict[str, float]:
-    """Milliseconds of each thing that a reader asks of the order."""
+    """Milliseconds of each query of a reader."""
     epoch, batch = order.epoch(1), order.global_batch
     step = positions_of_step(order.samples // batch // 2, batch)
     position = order.samples + int(step[0])

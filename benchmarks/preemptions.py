@@ -1,12 +1,12 @@
-"""A night on a cluster, in short: one training that is preempted, killed, frozen and loses nodes again and again.
+"""A night on a cluster in half an hour: a training that is preempted, killed, frozen and loses nodes again and again.
 
     coatnet bench preemptions                               # twenty disturbances: half an hour on two cores
-    coatnet bench preemptions --disturbances 6 --out /tmp/x # a short night, whose run is kept
+    coatnet bench preemptions --disturbances 6 --out /tmp/x # a few, and the run is kept
 
 On a throw-away Slurm of two virtual nodes (Debian's packages slurm-wlm and munge, root) with two ranks each. The run
-must end bit-equal to one without Slurm that nothing happened to. Told are the steps that each disturbance cost, and
-what a restart took beyond those: from the disturbance to the end of the start, and from the next start to its first
-step; between the two Slurm waits, some ten seconds here. Ends with status 1 where anything is not so.
+must end bit-equal to an undisturbed one without Slurm. Reported are the steps that each disturbance cost, and what a
+restart took beyond those: from the disturbance to the end of the start, and from the next start to its first step;
+between the two Slurm waits, some ten seconds here. Ends with status 1 where the runs differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.fault_injection import drawn, last_step_of
+from benchmarks.fault_injection import draw_faults, last_step_of
 from benchmarks.machine import machine
 from slurm.history import starts, submissions
 from tests.cluster.slurm import Cluster, missing, running_cluster
@@ -32,17 +32,17 @@ from tests.pipeline.runs import coatnet, curve, events, last_state, last_step, p
 from tests.slurm.jobs import JOB, command, keys, ranks, status
 
 STEPS_APART = 20, 60
-"""Least and most steps from a start's first to the next disturbance."""
+"""Least and most steps from the first of a start to the next disturbance."""
 CHECKPOINT_EVERY = 20
-STEPS_MORE, STEPS_UNNOTICED = 12, 150
-"""That are done between two disturbances beyond those; and before Slurm misses a daemon."""
+EXTRA_STEPS, STEPS_UNTIL_NOTICED = 12, 150
+"""Done beyond those between two disturbances; and before Slurm notices that a daemon is dead."""
 BOOT_SECONDS = 10
 WHOLE_CLUSTER = ("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--exclusive")
 
 
 @dataclass
 class Disturbance:
-    """What happened, at which step and time, the steps that had to be done again, and how long it took."""
+    """Its step and time, its cause as recorded, the steps that had to be done again, and how long it took."""
 
     kind: str
     step: int
@@ -55,13 +55,13 @@ class Disturbance:
 
 
 @dataclass
-class Night:
+class Campaign:
     disturbances: list[Disturbance]
     goodput: float
     steps: int
     step_seconds: float
-    more_restarts: int
-    """As when a signal meant for one start reaches the next: Slurm knows both by the same job."""
+    extra_restarts: int
+    """As when a signal meant for one start reaches the next, which is the same job to Slurm."""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ def requeue(cluster: Cluster, job: str, run: Path, chance: random.Random) -> Non
 
 
 def preempt(cluster: Cluster, job: str, run: Path, chance: random.Random) -> None:
-    """A job that comes first takes all nodes for a moment."""
+    """A job of a higher priority takes all nodes for a moment."""
     other = cluster.run("sbatch", "--parsable", "--mem=100", *WHOLE_CLUSTER, "--output=/dev/null", "--wrap=sleep 1")
     cluster.wait(other, "COMPLETED")
 
@@ -90,17 +90,17 @@ def freeze_a_rank(cluster: Cluster, job: str, run: Path, chance: random.Random) 
 def kill_a_daemon(cluster: Cluster, job: str, run: Path, chance: random.Random) -> None:
     node = chance.choice(cluster.nodes)
     cluster.kill_slurmd(node)
-    come_back(cluster, job, node)
+    boot_again(cluster, job, node)
 
 
 def power_off(cluster: Cluster, job: str, run: Path, chance: random.Random) -> None:
     node = chance.choice(cluster.nodes)
     cluster.power_off(node)
-    come_back(cluster, job, node)
+    boot_again(cluster, job, node)
 
 
-def come_back(cluster: Cluster, job: str, node: str) -> None:
-    """Once Slurm has given the node up, so that the job waits, and it had the time to boot."""
+def boot_again(cluster: Cluster, job: str, node: str) -> None:
+    """Once Slurm has requeued the job, and after the time of a boot."""
     cluster.wait(job, "PENDING")
     time.sleep(BOOT_SECONDS)
     cluster.start_node(node)
@@ -116,22 +116,22 @@ KINDS: dict[str, Callable[[Cluster, str, Path, random.Random], None]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the night
+# --------------------------------------------------------------------------------------------------------- the campaign
 
 
-def night(folder: Path, kinds: list[str], seed: int) -> Night:
-    """A training that meets these disturbances, compared with one that does not."""
+def campaign(folder: Path, kinds: list[str], seed: int) -> Campaign:
+    """A training with these disturbances, compared with one without."""
     chance = random.Random(seed)
     apart = [chance.randint(*STEPS_APART) for _ in kinds]
-    steps = sum(apart) + STEPS_MORE * len(kinds) + STEPS_UNNOTICED * kinds.count("slurmd killed")
-    packed, run, whole = pack_digits(folder), folder / "run", folder / "whole"
+    steps = sum(apart) + EXTRA_STEPS * len(kinds) + STEPS_UNTIL_NOTICED * kinds.count("slurmd killed")
+    packed, run, undisturbed = pack_digits(folder), folder / "run", folder / "whole"
     length = [f"train.steps={steps}", f"checkpoint.every={CHECKPOINT_EVERY}", "train.precision=fp32"]
-    done = coatnet("pretrain", "configs/tiny.yaml", "--procs", 4, *keys(packed, whole, *length), patience=steps)
+    done = coatnet("pretrain", "configs/tiny.yaml", "--procs", 4, *keys(packed, undisturbed, *length), patience=steps)
     assert done.returncode == 0, done.stderr
     (folder / "slurm").mkdir()
     with running_cluster(folder / "slurm", nodes=2, cpus=4) as cluster:
-        said = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(packed, run, *length), *JOB)
-        assert said.returncode == 0, said.stderr
+        done = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(packed, run, *length), *JOB)
+        assert done.returncode == 0, done.stderr
         job = submissions(run)[0]["job"]
         met = []
         for kind, few in zip(kinds, apart, strict=True):
@@ -145,29 +145,29 @@ def night(folder: Path, kinds: list[str], seed: int) -> Night:
         wait_until(lambda: bool(events(run, "finished")))
         ended = cluster.wait(job, "COMPLETED", "FAILED")
         goodput = status(cluster, run)["goodput"]
-    seconds = sorted(row["step_seconds"] for row in rows(whole / "metrics.jsonl") if "step_seconds" in row)
-    told = Night(met, goodput, steps, seconds[len(seconds) // 2], len(starts(run)) - 1 - len(met))
+    seconds = sorted(row["step_seconds"] for row in rows(undisturbed / "metrics.jsonl") if "step_seconds" in row)
+    result = Campaign(met, goodput, steps, seconds[len(seconds) // 2], len(starts(run)) - 1 - len(met))
     if ended["JobState"] != "COMPLETED":
-        told.wrong.append(f"the job ended as {ended['JobState']}")
+        result.wrong.append(f"the job ended as {ended['JobState']}")
     if len(events(run, "requeued")) != len(starts(run)) - 1:
-        told.wrong.append(f"{len(starts(run))} starts, but {len(events(run, 'restart'))} restarts are recorded")
-    if curve(run) != curve(whole):
-        told.wrong.append("the curve differs from the undisturbed run's")
-    if last_state(run) != last_state(whole):
-        told.wrong.append("weights, moments or buffers differ from the undisturbed run's")
-    return told
+        result.wrong.append(f"{len(starts(run))} starts, but {len(events(run, 'requeued'))} requeues are recorded")
+    if curve(run) != curve(undisturbed):
+        result.wrong.append("the curve differs from the undisturbed run's")
+    if last_state(run) != last_state(undisturbed):
+        result.wrong.append("weights, moments or buffers differ from the undisturbed run's")
+    return result
 
 
 def steps_of_this_start(run: Path) -> int:
-    """That the start that runs now has done; 0 where none does."""
-    now, went_on = starts(run)[-1:], [*events(run, "training_started"), *events(run, "training_resumed")][-1:]
-    if not now or now[0].ended is not None or not went_on or went_on[0]["time"] < now[0].began:
+    """Steps done by the running start; 0 where none runs."""
+    now, begun = starts(run)[-1:], [*events(run, "training_started"), *events(run, "training_resumed")][-1:]
+    if not now or now[0].ended is not None or not begun or begun[0]["time"] < now[0].began:
         return 0
-    return last_step_of(run, went_on[0]["attempt"]) - went_on[0]["step"]
+    return last_step_of(run, begun[0]["attempt"]) - begun[0]["step"]
 
 
 def measure(run: Path, met: Disturbance, number: int) -> None:
-    """What the run's own records say of a disturbance that it has got over."""
+    """Fills in a disturbance that is over from the run's records."""
     before, after = starts(run)[number : number + 2]
     resumed = next(row for row in events(run, "training_resumed") if row["time"] > after.began)
     first = next(row for row in rows(run / "metrics.jsonl") if row["step"] > resumed["step"] and "loss" in row)
@@ -178,12 +178,12 @@ def measure(run: Path, met: Disturbance, number: int) -> None:
     met.to_the_first_step = resumed["time"] + first["step_seconds"] - after.began
 
 
-def table(told: Night) -> Iterator[str]:
+def table(result: Campaign) -> Iterator[str]:
     """What a person reads."""
-    met = told.disturbances
-    came_back = 0 if told.wrong else len(met)
-    yield f"{came_back} of {len(met)} disturbances got over; {'; '.join(told.wrong) or 'equal to the bit'} to the run"
-    yield f"without any; {told.steps} steps of {told.step_seconds:.2f} s, a checkpoint every {CHECKPOINT_EVERY}"
+    met = result.disturbances
+    survived = 0 if result.wrong else len(met)
+    yield f"{survived} of {len(met)} disturbances survived; {'; '.join(result.wrong) or 'equal to the bit'} to the run"
+    yield f"without any; {result.steps} steps of {result.step_seconds:.2f} s, a checkpoint every {CHECKPOINT_EVERY}"
     titles = f"{'steps lost':>12}{'to the end':>12}{'Slurm waits':>13}{'to the first step':>19}{'a restart':>11}"
     yield f"\n{'disturbance':18}{'count':>6}{titles}"
     for kind in [*KINDS, "all"]:
@@ -194,8 +194,8 @@ def table(told: Night) -> Iterator[str]:
             begins = fmean([each.to_the_first_step for each in of_kind])
             figures = f"{lost:12.1f}{ends:10.1f} s{waits:11.1f} s{begins:17.1f} s{ends + begins:9.1f} s"
             yield f"{kind:18}{len(of_kind):6}{figures}"
-    yield f"\ngoodput {100 * told.goodput:.0f} %: the share of the allocated time that went into steps that count"
-    yield f"restarts beyond those: {told.more_restarts}"
+    yield f"\ngoodput {100 * result.goodput:.0f} %: the share of the allocated time that went into steps that count"
+    yield f"restarts beyond those: {result.extra_restarts}"
     yield f"causes, as recorded: {', '.join(each.cause for each in met)}"
 
 
@@ -203,17 +203,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--disturbances", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="an empty folder with a short path, for the run; default: none")
-    wanted = parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, help="an empty folder with a short path, in which the run is kept; default: none"
+    )
+    options = parser.parse_args()
     if reason := missing():
         sys.exit(f"no Slurm can run here: {reason}")
-    folder = wanted.out or Path(tempfile.mkdtemp(prefix="coatnet-night-"))
+    folder = options.out or Path(tempfile.mkdtemp(prefix="coatnet-night-"))
     folder.mkdir(parents=True, exist_ok=True)
-    told = night(folder, drawn(wanted.disturbances, wanted.seed, KINDS), wanted.seed)
-    print(machine(), *table(told), sep="\n")
-    if wanted.out is None:
+    result = campaign(folder, draw_faults(options.disturbances, options.seed, KINDS), options.seed)
+    print(machine(), *table(result), sep="\n")
+    if options.out is None:
         shutil.rmtree(folder)
-    return 1 if told.wrong else 0
+    return 1 if result.wrong else 0
 
 
 if __name__ == "__main__":

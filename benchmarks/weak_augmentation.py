@@ -115,9 +115,9 @@ def _accuracies(recipe: Recipe, out: Path, run: Run, start: Start) -> Accuracies
         record = out / "figures" / f"{run.name}-{weights}-{side}.json"
         if not record.exists():
             command = ["evaluate", str(out / "runs" / run.name), "--data", f"{recipe.data}/val", "--weights", weights]
-            said = _coatnet([*command, "--resolution", str(side), "--json"], log, start)
+            output = _coatnet([*command, "--resolution", str(side), "--json"], log, start)
             record.parent.mkdir(exist_ok=True)
-            record.write_text(said)
+            record.write_text(output)
         found[run.name, weights, side] = json.loads(record.read_text())["top1"]
     return found
 
@@ -131,8 +131,8 @@ def _new_process(*command: str) -> subprocess.CompletedProcess[str]:
 def _coatnet(command: list[str], log: Path, start: Start) -> str:
     """A command's standard output; RuntimeError if it fails."""
     done = start(*command)
-    with log.open("a") as said:
-        said.write(done.stderr + done.stdout)
+    with log.open("a") as output:
+        output.write(done.stderr + done.stdout)
     if done.returncode:
         raise RuntimeError(f"coatnet {' '.join(command)} ended with status {done.returncode}; {log} says why")
     return done.stdout
@@ -160,7 +160,7 @@ def table(recipe: Recipe, found: Accuracies) -> Iterator[str]:
 
 
 def verdicts(recipe: Recipe, found: Accuracies) -> Iterator[str]:
-    """What the accuracies say, computed; where it is not said, those of the moving average."""
+    """Computed from the accuracies, by default those of the moving average."""
 
     def of(name: str, weights: str = "ema") -> list[float]:
         side = recipe.side if name.startswith("pretrain") else recipe.tuned_side
@@ -188,7 +188,7 @@ def verdicts(recipe: Recipe, found: Accuracies) -> Iterator[str]:
 
 
 def agreement(differences: Sequence[float], sign: int) -> str:
-    """Whether the differences all have the sign that the paper's observation gives them, in words."""
+    """Whether the differences all have the sign that the paper's observation gives them."""
     if all(sign * each > 0 for each in differences):
         return "agrees with the paper's observation in every seed"
     if all(sign * each < 0 for each in differences):
@@ -267,9 +267,9 @@ def main() -> int:
     parser.add_argument("--tenth", action="store_true", help="a tenth of the images")
     parser.add_argument("--control", action="store_true", help="tuned as pretrained, too")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
-    wanted = parser.parse_args()
-    recipe = cifar10(wanted.train, wanted.val, wanted.out, wanted.tenth, wanted.control)
-    print(*table(recipe, measure(recipe, wanted.out, wanted.workers)), sep="\n")
+    options = parser.parse_args()
+    recipe = cifar10(options.train, options.val, options.out, options.tenth, options.control)
+    print(*table(recipe, measure(recipe, options.out, options.workers)), sep="\n")
     print(f"\n{machine()}")
     return 0
 

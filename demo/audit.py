@@ -19,7 +19,7 @@ def packed_keys(packed: Path) -> list[str]:
 
 
 def consumed_keys(run: Path) -> dict[int, Counter[str]]:
-    """For each epoch, how often each key was used."""
+    """How often each key was used, by epoch."""
     rows = [
         json.loads(line) for file in (run / "samples").glob("*.jsonl") for line in file.open() if line.endswith("}\n")
     ]
@@ -45,8 +45,8 @@ def main(run: Path, packed: Path) -> int:
         line = f"{len(keys & set(used)):,} of {len(keys):,} samples, {repeated} repeated, {skipped} skipped"
         if epoch == complete[0] or repeated or skipped:
             print(f"epoch {epoch}: {line}")
-    likewise = "all like the first" if not faults else "NOT all as they should be"
-    print(f"{len(complete)} complete epochs were counted, {likewise}")
+    summary = "all like the first" if not faults else "NOT all as they should be"
+    print(f"{len(complete)} complete epochs were counted, {summary}")
     return 1 if faults or not complete else 0
 
 

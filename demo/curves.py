@@ -3,7 +3,7 @@
     python demo/curves.py UNINTERRUPTED INTERRUPTED PICTURE.png
 
 Ends with status 1 if a step took other samples, if a loss differs in one bit while the number of ranks was the same,
-or one of the ten after that by a hundredth.
+or by 1 % within the ten steps after that.
 """
 
 import json
@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run: on how many ranks, from which step, and the last step that it did."""
+    """One start of a run: its ranks, the step it began from and its last one."""
 
     ranks: int
     first: int
@@ -31,7 +31,7 @@ class Start:
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """A killed process may have left half a line."""
+    """Skips the half line that a killed process may leave."""
     return (json.loads(line) for line in file.open() if line.endswith("}\n"))
 
 
@@ -40,7 +40,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, str]]]:
-    """For each step the key in every slot of the global batch; of a step done twice, the last time's."""
+    """The keys of each step's samples by slot of the global batch; of a step done twice, the later ones."""
     found = [row for file in (run / "samples").glob("*.jsonl") for row in rows(file)]
     newest: dict[int, int] = {}
     for row in found:
@@ -67,38 +67,38 @@ def starts(run: Path) -> list[Start]:
     return found
 
 
-def draw(whole: dict[int, float], broken: dict[int, float], found: list[Start], picture: Path) -> None:
+def draw(whole: dict[int, float], broken: dict[int, float], begun: list[Start], picture: Path) -> None:
     layout = {"height_ratios": [4, 1], "hspace": 0.05}
     figure, (above, below) = plt.subplots(
         2, sharex=True, figsize=(8, 5), dpi=150, layout="constrained", gridspec_kw=layout
     )
     above.plot(list(whole), list(whole.values()), color="#9ecae1", linewidth=5, label="never interrupted")
     above.plot(list(broken), list(broken.values()), color="#08306b", linewidth=1, label="interrupted, and resumed")
-    for number, (before, after) in enumerate(itertools.pairwise(found)):
+    for number, (before, after) in enumerate(itertools.pairwise(begun)):
         above.axvline(before.last, color="#cb181d", linewidth=0.8, label=None if number else "interrupted")
         above.axvline(after.first, color="#238b45", ls="--", linewidth=0.8, label=None if number else "resumed from")
-    ends = [*(start.first for start in found[1:]), found[-1].last]
-    below.stairs([start.ranks for start in found], [found[0].first, *ends], fill=True, color="#6baed6")
-    times = len(found) - 1
+    ends = [*(start.first for start in begun[1:]), begun[-1].last]
+    below.stairs([start.ranks for start in begun], [begun[0].first, *ends], fill=True, color="#6baed6")
+    times = len(begun) - 1
     above.set(
         ylabel="training loss", title=f"One run interrupted {f'{times} times' if times > 1 else 'once'}, one never"
     )
-    below.set(xlabel="step", ylabel="ranks", yticks=sorted({0, *(start.ranks for start in found)}))
+    below.set(xlabel="step", ylabel="ranks", yticks=sorted({0, *(start.ranks for start in begun)}))
     above.legend(frameon=False)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)
 
 
-def compare(uninterrupted: Path, interrupted: Path, found: list[Start]) -> Iterator[tuple[bool, str]]:
-    """Whether the runs agree, and in words how."""
+def compare(uninterrupted: Path, interrupted: Path, begun: list[Start]) -> Iterator[tuple[bool, str]]:
+    """For each comparison whether the runs agree, and a line that says how."""
     whole, broken = losses(uninterrupted), losses(interrupted)
     same = samples(uninterrupted) == samples(interrupted)
     yield same, f"all {len(whole)} steps took {'the same' if same else 'NOT the same'} samples"
-    alike = next((start.first for start in found if start.ranks != found[0].ranks), len(whole))
+    alike = next((start.first for start in begun if start.ranks != begun[0].ranks), len(whole))
     differing = [step for step in whole if step <= alike and whole[step] != broken.get(step)]
     exact = "equal, bit for bit" if not differing else f"NOT equal, first at step {differing[0]}"
-    yield not differing, f"the losses up to step {alike}, on {found[0].ranks} ranks, are {exact}"
+    yield not differing, f"the losses up to step {alike}, on {begun[0].ranks} ranks, are {exact}"
     apart = {step: abs(broken[step] / whole[step] - 1) for step in whole if step > alike}
     if apart:
         next_ten = max(value for step, value in apart.items() if step <= alike + 10)
@@ -110,16 +110,16 @@ def compare(uninterrupted: Path, interrupted: Path, found: list[Start]) -> Itera
 
 
 def main(uninterrupted: Path, interrupted: Path, picture: Path) -> int:
-    found = starts(interrupted)
-    for before, after in itertools.pairwise(found):
+    begun = starts(interrupted)
+    for before, after in itertools.pairwise(begun):
         print(
             f"interrupted at step {before.last} on {before.ranks} ranks, resumed from the checkpoint of step"
             f" {after.first} on {after.ranks}: {before.last - after.first} steps done twice"
         )
-    verdicts = list(compare(uninterrupted, interrupted, found))
-    for _, said in verdicts:
-        print(said)
-    draw(losses(uninterrupted), losses(interrupted), found, picture)
+    verdicts = list(compare(uninterrupted, interrupted, begun))
+    for _, line in verdicts:
+        print(line)
+    draw(losses(uninterrupted), losses(interrupted), begun, picture)
     print(f"{picture} shows both")
     return 0 if all(good for good, _ in verdicts) else 1
 

@@ -1,4 +1,4 @@
-"""Top-1 of a 1-nearest-neighbour classifier on the pixels, the measure that a network must not fall behind.
+"""Top-1 of a 1-nearest-neighbour classifier on the pixels, which a network must at least reach.
 
 python demo/neighbour.py TRAIN VAL        (folders of class folders, images of one size)
 """
@@ -18,8 +18,8 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(train: Path, val: Path) -> int:
-    (known, labels), (asked, truth) = read(train), read(val)
-    distances = (asked**2).sum(1)[:, None] - 2 * asked @ known.T + (known**2).sum(1)[None]
+    (known, labels), (queries, truth) = read(train), read(val)
+    distances = (queries**2).sum(1)[:, None] - 2 * queries @ known.T + (known**2).sum(1)[None]
     right = labels[distances.argmin(1)] == truth
     print(f"nearest neighbour: top-1 {100 * right.mean():.2f} % ({right.sum()} of {len(right)})")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pipeline.config.parsing import to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import signals
 from pipeline.distributed.collectives import all_gather, from_rank_zero
-from pipeline.distributed.environment import FILE, START, rank_and_world_size
+from pipeline.distributed.environment import FILE, rank_and_world_size
 from pipeline.errors import DataError, RunFailed, first_line
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
@@ -121,8 +120,8 @@ def claim(path: Path) -> Claim:
     """The run's folder, held until this process ends, for a new attempt; RunLocked where another process holds it."""
     try:
         lock = acquire_lock(path)
-    except RunLocked:
-        if not _is_of_our_job(path):
+    except RunLocked as error:
+        if not error.holder.is_superseded():
             raise
     else:
         return Claim(path, allocate(path), lock)
@@ -137,10 +136,3 @@ def claim(path: Path) -> Claim:
 def write_config(path: Path, config: Config) -> None:
     """Writes RUN/config.yaml so that it is always whole."""
     write_atomically(path / "config.yaml", to_yaml(config))
-
-
-def _is_of_our_job(path: Path) -> bool:
-    """Whether the holder of the lock is an earlier start, as 4711.0, of the Slurm job whose start this process is."""
-    job, _, restart = os.environ.get(START, "").rpartition(".")
-    found = re.search(r", start (.+)\.(\d+)$", (path / ".lock").read_text().strip())
-    return found is not None and found[1] == job and int(found[2]) < int(restart)

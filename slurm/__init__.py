@@ -1,1 +1,1 @@
-"""Where submitting to Slurm, requeueing and watching go: imports pipeline/ only."""
+"""Submitting runs to Slurm, requeueing and watching them: imports pipeline/ only."""

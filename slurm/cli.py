@@ -9,13 +9,15 @@ import typer
 
 from pipeline.cli import AsJson, ConfigFile, Overrides, Weights, app, main
 
-submit_app = typer.Typer(help="Hand a run to Slurm, through preemption to its end.", no_args_is_help=True)
+submit_app = typer.Typer(
+    help="Submit a run to Slurm; its job requeues itself until the run ends.", no_args_is_help=True
+)
 app.add_typer(submit_app, name="submit")
 
 Then = Annotated[
-    str | None, typer.Option(metavar="'CONFIG [KEY=VALUE]...'", help="fine-tune and evaluate when this has succeeded")
+    str | None, typer.Option(metavar="'CONFIG [KEY=VALUE]...'", help="fine-tune and evaluate after this succeeds")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch script and stop")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch script and exit")]
 Cluster = Annotated[str, typer.Option(metavar="slurm|local", help="local: this machine, detached")]
 Source = Annotated[str, typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
@@ -53,7 +55,7 @@ def submit_finetune(
 
 @submit_app.command("doctor", epilog="Example: coatnet submit doctor tiny.yaml run.dir=runs/a slurm.nodes=2")
 def submit_doctor(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Examine all nodes of an allocation as a run would get it, and wait for the report."""
+    """Examine all nodes of an allocation as a run would get it, and print the report."""
     from slurm.doctor import submit_doctor
 
     raise typer.Exit(submit_doctor(config, overrides or [], dry_run))
@@ -63,9 +65,9 @@ def submit_doctor(config: ConfigFile, overrides: Overrides = None, dry_run: DryR
 def status(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, or a folder of runs")],
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="again every few seconds, until Ctrl-C")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="repeat every few seconds, until Ctrl-C")] = False,
 ) -> None:
-    """What runs are doing: job, step, loss, speed, time left, restarts."""
+    """The state of runs: job, step, loss, speed, time left, restarts."""
     from slurm.status_view import status
 
     raise typer.Exit(status(runs, as_json, watch))
@@ -74,11 +76,11 @@ def status(
 @app.command(epilog="Example: coatnet logs runs/a --rank 3 --follow")
 def logs(
     run: Run,
-    rank: Annotated[int | None, typer.Option(min=0, help="whose log; default: rank 0's")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing as lines come")] = False,
-    lines: Annotated[int, typer.Option(min=1, help="how many of the last lines")] = 40,
+    rank: Annotated[int | None, typer.Option(min=0, help="default: rank 0")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="print new lines as they come")] = False,
+    lines: Annotated[int, typer.Option(min=1, help="number of lines")] = 40,
 ) -> None:
-    """The end of a run's log."""
+    """The last lines of a run's log."""
     from slurm.logs import logs
 
     raise typer.Exit(logs(run, rank, follow, lines))

@@ -1,4 +1,4 @@
-"""`coatnet submit doctor`: the doctor as every rank of the allocation that a run would get, and its report here.
+"""`coatnet submit doctor`: the doctor on every rank of the allocation that a run would get, and its report here.
 
 As a module it is what that job's batch script runs: python -m slurm.doctor RUN REQUEST.json.
 """
@@ -16,56 +16,53 @@ from slurm import history, job, scheduler
 from slurm.submit import JobSpec, check_cluster, prepare, submit_to_slurm
 
 MINUTES = 15
-SECONDS_BETWEEN_LOOKS = 2.0
+POLL_SECONDS = 2.0
 
 
 def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
     """Submits, waits for the report and prints it; returns the exit status, 1 where something is missing or broken."""
     config = read_config(preset, overrides)
     config = config.model_copy(update={"slurm": config.slurm.model_copy(update={"time": MINUTES, "min_nodes": None})})
-    work = JobSpec("doctor", config, None)
+    spec = JobSpec("doctor", config)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            print(prepare(work, Path(folder), None)[1])
+            print(prepare(spec, Path(folder), None)[1])
         return 0
-    check_cluster(config)
-    folder = history.folder(work.run) / "doctor"
-    wanted, text, command = prepare(work, folder, None)
-    number = submit_to_slurm(folder, wanted, text, command)
+    check_cluster(config.slurm)
+    folder = history.folder(spec.run) / "doctor"
+    number = submit_to_slurm(folder, *prepare(spec, folder, None))
     log, report = folder / f"{number}_0_log.out", folder / f"{number}.txt"
     print(f"job {number} examines {config.slurm.nodes} nodes; the report comes here, and into {report}", flush=True)
     try:
         facts = wait_for(number)
     except KeyboardInterrupt:
-        raise RunFailed(
-            f"job {number} keeps running: {report} will say what it found; scancel {number} ends it"
-        ) from None
+        raise RunFailed(f"job {number} keeps running and writes {report}; scancel {number} ends it") from None
     if not report.exists() or not report.read_text().strip():
-        said = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
+        lines = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
         state = facts.get("JobState", "gone")
-        raise RunFailed("\n".join([f"job {number} ended without a report ({state}); {log} says:", *said]))
+        raise RunFailed("\n".join([f"job {number} ended without a report ({state}); the end of {log}:", *lines]))
     print(report.read_text(), end="")
     return int(facts.get("ExitCode", "0:0").partition(":")[0])
 
 
 def wait_for(number: str) -> dict[str, str]:
-    """What Slurm says of a job that has ended; says itself why one waits."""
+    """Slurm's record of a job that has ended; meanwhile prints what it waits for."""
     shown: str | None = None
-    while (facts := scheduler.show_job(number)) and facts["JobState"] in scheduler.WAITING | scheduler.BUSY:
+    while (facts := scheduler.show_job(number)) and facts["JobState"] in scheduler.ACTIVE:
         why = "" if facts["Reason"] == "None" else f": {facts['Reason']}"
-        waits = f"waits{why}" if facts["JobState"] in scheduler.WAITING else "runs"
-        if waits != shown:
-            print(f"job {number} {waits}", file=sys.stderr, flush=True)
-            shown = waits
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        state = f"waits{why}" if facts["JobState"] in scheduler.WAITING else "runs"
+        if state != shown:
+            print(f"job {number} {state}", file=sys.stderr, flush=True)
+            shown = state
+        time.sleep(POLL_SECONDS)
     return facts or {}
 
 
 def main(run: Path, request: job.Request) -> int:
     """In the allocation: one report of all ranks."""
-    where = job.allocation()
-    report = history.folder(run) / "doctor" / f"{where.job}.txt"
-    return job.run_ranks(run, request, where, request.command, report)[0]
+    allocation = job.get_allocation()
+    report = history.folder(run) / "doctor" / f"{allocation.job}.txt"
+    return job.run_ranks(run, request, allocation, request.command, report)[0]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What a run's folder says of its Slurm jobs, for the job itself, for `coatnet status` and for a person.
+"""What a run's folder records of its Slurm jobs.
 
     RUN/slurm/jobs.jsonl      a line for each submission: job, command, time, nodes ...
     RUN/slurm/starts.jsonl    two lines for each start of a job: `start` with its nodes, `end` with cause and decision
     RUN/slurm/failures.jsonl  a line by each rank that ended with an error, see ../pipeline/run/failures.py
-    RUN/slurm/cancelled       is there from `coatnet cancel` until the next submission
-    RUN/slurm/JOB_0_log.out   what the batch script said; ranks: RUN/logs/JOB-RANK.log
-    RUN/slurm/code-HASH/      the program as it was submitted, and request-N.json, what is to be done with it
+    RUN/slurm/cancelled       exists from `coatnet cancel` until the next submission
+    RUN/slurm/JOB_0_log.out   the batch script's log; ranks: RUN/logs/JOB-RANK.log
+    RUN/slurm/code-HASH/      the program as it was submitted, and request-N.json, what to do with it
 
 A start is named JOB.RESTART, as 4711.0. A start without an `end` line is running, or its batch script was killed: by
-Slurm, which requeues the job itself then, or with its node.
+Slurm, which then requeues the job itself, or with its node.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UsageError
 from pipeline.run.jsonl import JsonLines, read_lines
 
-BEGINS = "begins: start"
-"""What the batch script says before it starts the ranks, and the start's name."""
+START_MARKER = "begins: start"
+"""What the batch script logs before it starts the ranks, followed by the start's name."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class JobStart:
     name: str
     nodes: tuple[str, ...]
     began: float
-    first_step: int
     ended: float | None = None
     cause: str | None = None
     last_step: int | None = None
@@ -55,9 +55,26 @@ def folder(run: Path) -> Path:
     return run / "slurm"
 
 
+def check_run(run: Path) -> None:
+    """UsageError where a folder is not a run."""
+    if not is_run(run):
+        raise UsageError(f"{run} is not a run: it has neither events.jsonl nor slurm/jobs.jsonl; name a run's folder")
+
+
+def is_run(path: Path) -> bool:
+    return (path / "events.jsonl").exists() or (folder(path) / "jobs.jsonl").exists()
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line with the present time, unless the row has one."""
+    lines = JsonLines(path)
+    lines.write({"time": round(time.time(), 3), **row})
+    lines.close()
+
+
 def record_submission(run: Path, **facts: Any) -> None:
-    """A line in jobs.jsonl; a cancelled run is not cancelled any more."""
-    _add(folder(run) / "jobs.jsonl", {"time": round(time.time(), 3), **facts})
+    """A line in jobs.jsonl; the run is no longer cancelled."""
+    append(folder(run) / "jobs.jsonl", facts)
     (folder(run) / "cancelled").unlink(missing_ok=True)
 
 
@@ -65,52 +82,42 @@ def submissions(run: Path) -> list[dict[str, Any]]:
     return list(read_lines(folder(run) / "jobs.jsonl"))
 
 
-def record_start(run: Path, name: str, nodes: tuple[str, ...], first_step: int) -> None:
-    facts = {"start": name, "event": "start", "nodes": nodes, "step": first_step}
-    _add(folder(run) / "starts.jsonl", {"time": round(time.time(), 3), **facts})
+def record_start(run: Path, name: str, nodes: tuple[str, ...]) -> None:
+    append(folder(run) / "starts.jsonl", {"start": name, "event": "start", "nodes": nodes})
 
 
-def record_end(
-    run: Path,
-    name: str,
-    cause: str,
-    last_step: int,
-    failed_nodes: tuple[str, ...] = (),
-    decision: str = "",
-    again: bool = False,
-    at: float | None = None,
-) -> None:
-    """`at` is when it ended, by seconds since 1970; None: now."""
-    facts = {"start": name, "event": "end", "cause": cause, "step": last_step, "failed_nodes": failed_nodes}
-    facts |= {"decision": decision, "again": again}
-    _add(folder(run) / "starts.jsonl", {"time": round(at or time.time(), 3), **facts})
+def record_end(run: Path, ended: JobStart) -> None:
+    row = {"time": round(ended.ended or time.time(), 3), "start": ended.name, "event": "end", "cause": ended.cause}
+    row |= {"step": ended.last_step, "failed_nodes": ended.failed_nodes}
+    append(folder(run) / "starts.jsonl", row | {"decision": ended.decision, "again": ended.again})
 
 
 def starts(run: Path) -> list[JobStart]:
     """All starts of all jobs of a run, in order."""
-    found: dict[str, JobStart] = {}
+    by_name: dict[str, JobStart] = {}
     for row in read_lines(folder(run) / "starts.jsonl"):
+        name = row["start"]
         if row["event"] == "start":
-            found[row["start"]] = JobStart(row["start"], tuple(row["nodes"]), row["time"], row["step"])
-        elif (begun := found.get(row["start"])) is not None:
-            found[row["start"]] = replace(
-                begun, ended=row["time"], cause=row["cause"], last_step=row["step"],
+            by_name[name] = JobStart(name, tuple(row["nodes"]), row["time"])
+        elif name in by_name:
+            by_name[name] = replace(
+                by_name[name], ended=row["time"], cause=row["cause"], last_step=row["step"],
                 failed_nodes=tuple(row["failed_nodes"]), decision=row["decision"], again=row["again"],
             )  # fmt: skip
-    return list(found.values())
+    return list(by_name.values())
 
 
 def failures(run: Path, start: str) -> Iterator[dict[str, Any]]:
-    """What ranks of a start said as they ended: `start`, `time`, `rank`, `host`, `status`, `message`."""
+    """What failing ranks of a start recorded: `start`, `time`, `rank`, `host`, `status`, `message`."""
     return (row for row in read_lines(folder(run) / "failures.jsonl") if row["start"] == start)
 
 
 def batch_log(run: Path, start: JobStart) -> list[str]:
-    """What the batch script of a start said; no lines where its log is not there."""
+    """The batch script's log of a start; no lines where there is none."""
     for file in folder(run).glob("*_log.out"):  # an array has one for each of its elements
-        _, begins, after = file.read_text(errors="replace").partition(f"{BEGINS} {start.name} ")
-        if begins:
-            return after.partition(f"{BEGINS} ")[0].splitlines()
+        _, marker, after = file.read_text(errors="replace").partition(f"{START_MARKER} {start.name} ")
+        if marker:
+            return after.partition(f"{START_MARKER} ")[0].splitlines()
     return []
 
 
@@ -121,16 +128,10 @@ def last_update(run: Path) -> float:
 
 
 def cancel(run: Path) -> None:
-    """Notes that a person wants no more of it; a job that sees this is not requeued."""
+    """Records that a person has cancelled the run: its jobs do not requeue themselves any more."""
     folder(run).mkdir(parents=True, exist_ok=True)
     (folder(run) / "cancelled").write_text(f"{os.uname().nodename} {time.time():.0f}\n")
 
 
 def is_cancelled(run: Path) -> bool:
     return (folder(run) / "cancelled").exists()
-
-
-def _add(path: Path, row: dict[str, Any]) -> None:
-    lines = JsonLines(path)
-    lines.write(row)
-    lines.close()

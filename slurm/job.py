@@ -1,15 +1,14 @@
-"""What a batch script runs: starts the ranks, sees how they ended, and starts its own job again where that helps.
+"""What a batch script runs: starts the ranks, classifies how they ended, and requeues its own job where that helps.
 
     python -m slurm.job RUN REQUEST.json
 
-There is no daemon: the job requeues itself. It does not catch SIGTERM, so that a job that is cancelled ends here.
-Where the batch script is killed (Slurm requeues the job itself, or its node is gone), the next start finds a start
-without an end, and says what it was.
+There is no daemon: the job requeues itself. It does not catch SIGTERM, so a job that is cancelled ends here. Where the
+batch script is killed (Slurm requeues the job itself, or its node is gone), the next start finds a start without an
+end, and records what happened to it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -18,58 +17,49 @@ import sys
 import time
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from pipeline.checkpoint.attempts import latest_step
+from pipeline.config.schema import Slurm
 from pipeline.distributed.environment import FILE, START, slurm_port
-from pipeline.run.jsonl import JsonLines, read_lines
+from pipeline.run.jsonl import read_lines
 from slurm import history, scheduler
+from slurm.history import JobStart
 from slurm.requeue import (
     FAILURES,
-    STANDSTILLS,
+    HANG_EVENTS,
     Cause,
     Decision,
     Ending,
     classify_exit,
     classify_missing_exit,
-    killed_on,
-    named_as_failed,
+    nodes_of_killed_tasks,
+    nodes_reported_failed,
     requeue_decision,
 )
+from slurm.sbatch import tasks_per_node
 
-MOST_WORDS = 1000
+MAX_OUTPUT_LINES = 1000
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED", "POWERING", "UNKNOWN")
-"""How states begin of nodes that jobs die on; one that drains ends what it has begun."""
+"""Prefixes of the states of nodes that jobs die on; a draining node finishes its jobs."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a submission wants: the ranks' command and how they are started and started again."""
+class Request(BaseModel):
+    """What is submitted: the ranks' command, the program, and how the job is started and requeued."""
 
     command: list[str]
     python: str
     code: str
-    nodes: int
-    min_nodes: int
-    tasks_per_node: int
-    cpus_per_task: int | None
-    command_prefix: str | None
-    srun_args: list[str]
-    lead: int
-    max_restarts: int
-    backoff: float
-    requeue: str
-    exclude: str | None
-    evaluate: str | None
-    """Of a chain's last run: the set that it is evaluated on in the end."""
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+    slurm: Slurm
+    evaluate: str | None = None
+    """Of a chain's last run: the set to evaluate on in the end."""
 
 
 def read_request(path: Path) -> Request:
-    return Request(**json.loads(path.read_text()))
+    return Request.model_validate_json(path.read_text())
 
 
 @dataclass(frozen=True)
@@ -85,8 +75,8 @@ class Allocation:
         return f"{self.job}.{self.restart}"
 
 
-def allocation(restart: int = 0) -> Allocation:
-    """This process's own."""
+def get_allocation(restart: int = 0) -> Allocation:
+    """Of this process; `restart` counts where Slurm does not."""
     environment = os.environ
     if "SLURM_JOB_ID" not in environment:
         return Allocation(f"local-{os.getpid()}", restart, ())
@@ -100,27 +90,26 @@ def main(run: Path, request: Request) -> int:
     """One start, or without Slurm as many as it takes; returns the exit status of the batch script."""
     restart = 0
     while True:
-        where = allocation(restart)
-        say(run, f"{history.BEGINS} {where.start} on {', '.join(where.nodes) or 'this machine'}")
-        close_stale_starts(run, where)
+        allocation = get_allocation(restart)
+        log(run, f"{history.START_MARKER} {allocation.start} on {', '.join(allocation.nodes) or 'this machine'}")
+        close_stale_starts(run, allocation)
         if history.is_cancelled(run):
             return 1
-        history.record_start(run, where.start, where.nodes, latest_step(run) or 0)
-        status, said = run_ranks(run, request, where, request.command)
-        ending = ending_of(run, request, where, status, said)
+        history.record_start(run, allocation.start, allocation.nodes)
+        status, output = run_ranks(run, request, allocation, request.command)
+        ending = read_ending(run, request, allocation, status, output)
         cause = classify_exit(ending)
-        decision = record_and_decide(run, request, where, cause, ending.lost or first_failed(run, where, said))
-        say(run, f"end of {where.start}: {decision.why}")
+        failed = ending.lost or first_failed_node(run, allocation, output)
+        decision = record_and_decide(run, request, allocation, cause, failed)
+        log(run, f"end of {allocation.start}: {decision.why}")
         if not decision.again:
-            if request.requeue == "array":
-                scheduler.ask_with_retries(
-                    "scancel", "--state=PENDING", where.job
-                )  # the elements that nobody needs any more
+            if request.slurm.requeue == "array":  # its other elements have nothing to do
+                scheduler.ask_with_retries("scancel", "--state=PENDING", allocation.job)
             if cause is Cause.DONE and request.evaluate is not None:
-                return evaluate(run, request, where)
+                return evaluate(run, request, allocation)
             return 0 if cause is Cause.DONE else max(1, min(status, 125))
-        if where.nodes:
-            return requeue_job(run, request, where, decision)
+        if allocation.nodes:
+            return requeue_job(run, request.slurm, allocation, decision)
         time.sleep(decision.after)
         restart += 1
 
@@ -129,117 +118,113 @@ def main(run: Path, request: Request) -> int:
 
 
 def run_ranks(
-    run: Path, request: Request, where: Allocation, command: list[str], output: Path | None = None
+    run: Path, request: Request, allocation: Allocation, command: list[str], stdout: Path | None = None
 ) -> tuple[int, list[str]]:
-    """Runs a command as the ranks of a start, to its end; returns the exit status, and srun's own last words.
+    """Runs a command as the ranks of a start, to its end; returns srun's exit status and last lines.
 
-    With `output` all that the ranks print on standard output goes there, else it is logged by rank.
+    With `stdout` all that the ranks print on standard output goes there, else it is logged by rank.
     """
-    program = [*shlex.split(request.command_prefix or ""), request.python, "-P", "-m", "pipeline.cli", *command]
+    slurm = request.slurm
+    program = [*shlex.split(slurm.command_prefix or ""), request.python, "-P", "-m", "pipeline.cli", *command]
     environment = dict(os.environ) | {
         "PYTHONPATH": request.code,
-        START: where.start,
+        START: allocation.start,
         FILE: str(history.folder(run).resolve() / "failures.jsonl"),
     }
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    if where.nodes:
-        tasks = len(where.nodes) * request.tasks_per_node
-        sizes = [f"--nodes={len(where.nodes)}", f"--ntasks={tasks}", f"--ntasks-per-node={request.tasks_per_node}"]
-        sizes += [f"--cpus-per-task={request.cpus_per_task}"] if request.cpus_per_task else []
-        ends = ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--open-mode=append"]
-        ends += [f"--output={run}/logs/{where.job}-%t.log"] if output is None else []
-        program = ["srun", *sizes, *ends, *request.srun_args, *program]
+    if allocation.nodes:
+        nodes, per_node = len(allocation.nodes), tasks_per_node(slurm)
+        options = [f"--nodes={nodes}", f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}"]
+        options += [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
+        options += ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--open-mode=append"]
+        options += [f"--output={run}/logs/{allocation.job}-%t.log"] if stdout is None else []
+        program = ["srun", *options, *slurm.srun_args, *program]
         for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE"):  # of the job as it was submitted
             environment.pop(name, None)
-        environment |= {"MASTER_ADDR": where.nodes[0], "MASTER_PORT": str(slurm_port(os.environ))}
+        environment |= {"MASTER_ADDR": allocation.nodes[0], "MASTER_PORT": str(slurm_port(os.environ))}
     else:
-        program += ["--procs", str(request.tasks_per_node)]
-    said: deque[str] = deque(maxlen=MOST_WORDS)
-    with output.open("wb") if output else nullcontext() as file:
+        program += ["--procs", str(tasks_per_node(slurm))]
+    output: deque[str] = deque(maxlen=MAX_OUTPUT_LINES)
+    with stdout.open("wb") if stdout else nullcontext() as file:
         process = subprocess.Popen(
             program, env=environment, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace"
         )
         assert process.stderr is not None
         for line in process.stderr:
             print(line, end="", file=sys.stderr, flush=True)
-            said.append(line)
-    return process.wait(), list(said)
+            output.append(line)
+    return process.wait(), list(output)
 
 
-def evaluate(run: Path, request: Request, where: Allocation) -> int:
+def evaluate(run: Path, request: Request, allocation: Allocation) -> int:
     """Writes RUN/evaluation.json; returns the exit status."""
-    hidden = run / ".evaluation.json"
-    wanted = ["evaluate", str(run), "--data", str(request.evaluate), "--json"]
-    status, _ = run_ranks(run, request, where, wanted, hidden)
+    partial = run / ".evaluation.json"
+    command = ["evaluate", str(run), "--data", str(request.evaluate), "--json"]
+    status, _ = run_ranks(run, request, allocation, command, partial)
     if status == 0:
-        hidden.rename(run / "evaluation.json")
-    say(run, f"evaluated: {run}/evaluation.json" if status == 0 else f"evaluation failed with status {status}")
+        partial.rename(run / "evaluation.json")
+    log(run, f"evaluated: {run}/evaluation.json" if status == 0 else f"evaluation failed with status {status}")
     return status
 
 
-# ---------------------------------------------------------------------------------------------------------- conclusions
+# ------------------------------------------------------------------------------------------------------------- endings
 
 
-def ending_of(run: Path, request: Request, where: Allocation, status: int, said: list[str]) -> Ending:
-    """What can be known of a start that just ended, from its records, Slurm and srun's last words."""
+def read_ending(run: Path, request: Request, allocation: Allocation, status: int, output: list[str]) -> Ending:
+    """What the run's files, Slurm and srun's output know of a start that has just ended."""
     began = history.starts(run)[-1].began
-    rows = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
-    ends = [row for row in rows if row["event"] in ("finished", "interrupted", *STANDSTILLS)]
-    last = ends[-1] if ends else {}
-    noted = tuple(row["status"] for row in history.failures(run, where.start))
-    finished = status == 0 and not ends  # there was nothing left to do
+    events = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
+    last = next((row for row in reversed(events) if row["event"] in ("finished", "interrupted", *HANG_EVENTS)), {})
+    had_nothing_to_do = status == 0 and not last
     return Ending(
         status,
-        "finished" if finished else last.get("event"),
+        "finished" if had_nothing_to_do else last.get("event"),
         last.get("reason"),
-        noted,
+        tuple(row["status"] for row in history.failures(run, allocation.start)),
         history.is_cancelled(run),
-        tuple(sorted({*lost_nodes(where.nodes), *named_as_failed(said)})),
-        seconds_left(where),
-        request.lead,
+        tuple(sorted({*lost_nodes(allocation.nodes), *nodes_reported_failed(output)})),
+        seconds_left() if allocation.nodes else None,
+        request.slurm.signal_seconds,
     )
 
 
-def record_and_decide(run: Path, request: Request, where: Allocation, cause: Cause, nodes: tuple[str, ...]) -> Decision:
-    """Writes down why a start ended, on which nodes if that was their fault, and what follows; returns that."""
-    own = [start for start in history.starts(run) if start.job == where.job]
-    last_step = last_step_done(run)
+def record_and_decide(
+    run: Path, request: Request, allocation: Allocation, cause: Cause, nodes: tuple[str, ...]
+) -> Decision:
+    """Records why a start ended, on which nodes if those are to blame, and what follows; returns that."""
+    *before, start = [start for start in history.starts(run) if start.job == allocation.job]
     failed = nodes if cause in {Cause.NODE_LOST, *FAILURES} else ()
-    ended = [*own[:-1], replace(own[-1], cause=cause, last_step=last_step, failed_nodes=failed)]
-    decision = requeue_decision(cause, ended, request.max_restarts, request.backoff)
-    history.record_end(run, where.start, cause, last_step, failed, decision.why, decision.again)
-    if decision.again:
-        record_requeue(run, where.start, cause, last_step)
+    ended = replace(start, ended=time.time(), cause=cause, last_step=last_step_done(run), failed_nodes=failed)
+    decision = requeue_decision(cause, [*before, ended], request.slurm.max_restarts, request.slurm.backoff)
+    record_end(run, replace(ended, decision=decision.why, again=decision.again))
     return decision
 
 
-def close_stale_starts(run: Path, where: Allocation) -> None:
-    """Says how starts ended whose batch script was killed before it could."""
+def close_stale_starts(run: Path, allocation: Allocation) -> None:
+    """Records the ends of starts whose batch script was killed before it could."""
     for start in history.starts(run):
-        if start.ended is None and start.name != where.start:
+        if start.ended is None and start.name != allocation.start:
             cause, nodes = classify_missing_exit(history.batch_log(run, start), start.nodes, lost_nodes(start.nodes))
-            again, last_step = start.job == where.job, last_step_done(run)
+            again = start.job == allocation.job
             why = f"{cause}: Slurm started it again" if again else f"{cause}: its job ended"
             at = max(start.began, history.last_update(run))
-            history.record_end(run, start.name, cause, last_step, nodes, why, again, at)
-            if again:
-                record_requeue(run, start.name, cause, last_step)
+            ended = replace(start, ended=at, cause=cause, last_step=last_step_done(run), failed_nodes=nodes)
+            record_end(run, replace(ended, decision=why, again=again))
 
 
-def first_failed(run: Path, where: Allocation, said: list[str]) -> tuple[str, ...]:
+def record_end(run: Path, ended: JobStart) -> None:
+    """In starts.jsonl, and in events.jsonl where the job starts again, with the steps that have to be done again."""
+    history.record_end(run, ended)
+    if ended.again:
+        lost = max(0, (ended.last_step or 0) - (latest_step(run) or 0))
+        row = {"event": "requeued", "start": ended.name, "cause": ended.cause, "steps_lost": lost}
+        history.append(run / "events.jsonl", row)
+
+
+def first_failed_node(run: Path, allocation: Allocation, output: list[str]) -> tuple[str, ...]:
     """The node of the rank that failed first; others fail because of it."""
-    noted = sorted(history.failures(run, where.start), key=lambda row: row["time"])
-    return tuple([*killed_on(said), *(row["host"] for row in noted)][:1])
-
-
-def record_requeue(run: Path, start: str, cause: Cause, last_step: int) -> None:
-    """In events.jsonl, with the steps that have to be done again."""
-    lost = max(0, last_step - (latest_step(run) or 0))
-    lines = JsonLines(run / "events.jsonl")
-    lines.write(
-        {"time": round(time.time(), 3), "event": "requeued", "start": start, "cause": cause, "steps_lost": lost}
-    )
-    lines.close()
+    failures = sorted(history.failures(run, allocation.start), key=lambda row: row["time"])
+    return tuple([*nodes_of_killed_tasks(output), *(row["host"] for row in failures)][:1])
 
 
 def last_step_done(run: Path) -> int:
@@ -249,68 +234,64 @@ def last_step_done(run: Path) -> int:
 # --------------------------------------------------------------------------------------------------------------- Slurm
 
 
-def requeue_job(run: Path, request: Request, where: Allocation, decision: Decision) -> int:
+def requeue_job(run: Path, slurm: Slurm, allocation: Allocation, decision: Decision) -> int:
     """Requeues this job; with an array the next of its elements follows by itself."""
-    if request.requeue == "array":
+    if slurm.requeue == "array":
         time.sleep(decision.after)
         return 1
-    facts = scheduler.parsed(scheduler.ask_with_retries("scontrol", "-o", "show", "job", where.job))
-    if (facts["JobState"], facts["Restarts"]) != ("RUNNING", str(where.restart)):
-        say(run, "cancelled, or started again, meanwhile: this start does nothing more")
+    facts = scheduler.parse_record(scheduler.ask_with_retries("scontrol", "-o", "show", "job", allocation.job))
+    if (facts["JobState"], facts["Restarts"]) != ("RUNNING", str(allocation.restart)):
+        log(run, "cancelled, or started again, meanwhile: this start does nothing more")
         return 1
-    exclude = decision.exclude if len(usable_nodes() - set(decision.exclude)) >= request.min_nodes else ()
+    min_nodes = slurm.min_nodes or slurm.nodes
+    exclude = decision.exclude if len(usable_nodes() - set(decision.exclude)) >= min_nodes else ()
     if exclude != decision.exclude:
-        say(run, f"{', '.join(decision.exclude)} failed repeatedly, but there are too few other nodes")
-    change = ("scontrol", "update", f"jobid={where.job}")  # of a job that is to start, not of one that runs
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too; live until all is changed
-    scheduler.ask_with_retries("scontrol", "requeue", where.job)
+        log(run, f"{', '.join(decision.exclude)} failed repeatedly, but there are too few other nodes")
+    update = ("scontrol", "update", f"jobid={allocation.job}")  # works on a pending job, not on a running one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too: survive until all is updated
+    scheduler.ask_with_retries("scontrol", "requeue", allocation.job)
     if exclude:
-        scheduler.ask_with_retries(
-            *change, f"ExcNodeList={','.join([*([request.exclude] if request.exclude else []), *exclude])}"
-        )
-    if request.min_nodes < request.nodes:  # Slurm would wait for as many as this start had
-        fewest = request.min_nodes * request.tasks_per_node
-        scheduler.ask_with_retries(*change, f"NumTasks={fewest}", f"NumNodes={request.min_nodes}-{request.nodes}")
+        scheduler.ask_with_retries(*update, f"ExcNodeList={','.join([*filter(None, [slurm.exclude]), *exclude])}")
+    if min_nodes < slurm.nodes:  # Slurm would wait for as many as this start had
+        tasks = min_nodes * tasks_per_node(slurm)
+        scheduler.ask_with_retries(*update, f"NumTasks={tasks}", f"NumNodes={min_nodes}-{slurm.nodes}")
     if decision.after > 0:
-        scheduler.ask_with_retries(*change, f"StartTime=now+{round(decision.after)}")
+        scheduler.ask_with_retries(*update, f"StartTime=now+{round(decision.after)}")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(600)  # not reached
     return 1
 
 
 def lost_nodes(nodes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the nodes that Slurm does not count on any more."""
+    """Those of the nodes that are down."""
     if not nodes:
         return ()
-    states = scheduler.ask_with_retries("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
-    return tuple(sorted(name for name, state in node_states(states) if is_down(state)))
+    return tuple(sorted(name for name, state in node_states("-n", ",".join(nodes)) if is_down(state)))
 
 
 def usable_nodes() -> set[str]:
-    """Of this job's partition those that it may start on, now or later."""
-    states = scheduler.ask_with_retries("sinfo", "-h", "-N", "-p", os.environ["SLURM_JOB_PARTITION"], "-o", "%N %T")
-    return {name for name, state in node_states(states) if not is_down(state) and not state.startswith("drain")}
+    """The nodes of this job's partition that it may start on, now or later."""
+    states = node_states("-p", os.environ["SLURM_JOB_PARTITION"])
+    return {name for name, state in states if not is_down(state) and not state.startswith("drain")}
 
 
-def node_states(text: str) -> set[tuple[str, str]]:
-    """Name and state of each node, from sinfo's lines, which repeat a node for each partition."""
-    return {(name, state) for name, state in (line.split() for line in text.splitlines())}
+def node_states(*selection: str) -> set[tuple[str, str]]:
+    """Name and state of each node; sinfo repeats a node for each of its partitions."""
+    lines = scheduler.ask_with_retries("sinfo", "-h", "-N", *selection, "-o", "%N %T").splitlines()
+    return {(name, state) for name, state in map(str.split, lines)}
 
 
 def is_down(state: str) -> bool:
     return state.endswith("*") or state.upper().startswith(DOWN)
 
 
-def seconds_left(where: Allocation) -> float | None:
-    """Of the job's time limit; None without one."""
-    if not where.nodes:
-        return None
-    return scheduler.seconds_of(
-        scheduler.ask_with_retries("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L")
-    )
+def seconds_left() -> float | None:
+    """Of this job's time limit; None without one."""
+    job = os.environ["SLURM_JOB_ID"]
+    return scheduler.parse_duration(scheduler.ask_with_retries("squeue", "-h", "-j", job, "-o", "%L"))
 
 
-def say(run: Path, line: str) -> None:
+def log(run: Path, line: str) -> None:
     print(f"{time.strftime('%F %T')} {run.name}: {line}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""`coatnet logs`: the end of what a rank, or the batch script, said, and what it reports next."""
+"""`coatnet logs`: the last lines of a rank's or the batch script's log, and what is added to it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import time
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.run.lock import lock_holder
 from slurm import history, scheduler
 
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_QUESTIONS = 5.0
-"""To Slurm, whether the run is over."""
+POLL_SECONDS = 0.5
+SLURM_POLL_SECONDS = 5.0
 SAME_TIME_SECONDS = 10.0
 _BLOCK = 1 << 16
 
 
 def logs(run: Path, rank: int | None, follow: bool, lines: int) -> int:
-    """Prints the last lines of a log, and with `follow` all that comes until the run is over; returns the status."""
-    scheduler.check_run(run)
+    """Prints the last lines of a log, and with `follow` what is added until the run is over; returns the status."""
+    history.check_run(run)
     path = newest_log(run, rank)
     if path is None and (not follow or _is_over(run)):
         whose = "any rank or job" if rank is None else f"rank {rank}"
-        raise UsageError(f"{run}: there is no log of {whose} yet; coatnet status {run} says where the run stands")
+        raise UsageError(f"{run}: there is no log of {whose} yet; coatnet status {run} shows what it waits for")
     offsets = {file: file.stat().st_size for file in all_logs(run)}
     if path is not None:
         offsets[path], text = tail(path, lines)
@@ -37,33 +37,33 @@ def logs(run: Path, rank: int | None, follow: bool, lines: int) -> int:
 
 
 def newest_log(run: Path, rank: int | None) -> Path | None:
-    """Where a rank says most: under Slurm its JOB-RANK.log, elsewhere rank-N.log; by default rank 0, or the batch log.
+    """A rank's log: under Slurm JOB-RANK.log, elsewhere rank-N.log; None: rank 0's, or the batch script's.
 
-    With `--procs` and with `--cluster local` rank 0 talks to whoever started it, so the latter's batch log is its log.
+    With `--procs` and with `--cluster local` rank 0 prints to its launcher, so the latter's batch log is its log.
     """
-    wanted = rank or 0
-    own = [file for file in (run / "logs").glob(f"*-{wanted}.log") if not file.name.startswith("rank-")]
-    own += [file for file in [history.folder(run) / "local.log"] if wanted == 0 and file.exists()]
-    kept = [file for file in [run / "logs" / f"rank-{wanted}.log"] if file.exists()]
-    newest, plain = max(own, key=_changed, default=None), max(kept, key=_changed, default=None)
-    if newest is not None and (plain is None or _changed(plain) < _changed(newest) + SAME_TIME_SECONDS):
-        return newest  # has what rank-N.log has, and what a rank says as it ends
-    return plain or (batch_log(run) if rank is None else None)
+    number, rank_logs = rank or 0, run / "logs"
+    under_slurm = [file for file in rank_logs.glob(f"*-{number}.log") if not file.name.startswith("rank-")]
+    under_slurm += [file for file in [history.folder(run) / "local.log"] if number == 0 and file.exists()]
+    newest = max(under_slurm, key=_changed, default=None)
+    plain = rank_logs / f"rank-{number}.log"
+    if not plain.exists():
+        return newest or (batch_log(run) if rank is None else None)
+    if newest is not None and _changed(plain) < _changed(newest) + SAME_TIME_SECONDS:
+        return newest  # contains what rank-N.log contains, and how the rank ended
+    return plain
 
 
 def batch_log(run: Path) -> Path | None:
-    """What the newest batch script said."""
+    """The newest batch script's log."""
     return max((file for file in all_logs(run) if file.parent.name == "slurm"), key=_changed, default=None)
 
 
-def last_words(run: Path) -> str | None:
-    """The last line of rank 0 or the batch script that says why a command ended, else the batch script's last line."""
-    found = [tail(path, 200)[1].decode(errors="replace").splitlines() for path in (newest_log(run, 0),) if path]
+def exit_reason(run: Path) -> str | None:
+    """The last error in the batch script's log, else its last line."""
     batch = batch_log(run)
-    found += [tail(batch, 200)[1].decode(errors="replace").splitlines()] if batch else []
-    ours = [line for lines in found for line in lines if line.startswith("coatnet: ")]
-    last = [line for line in (found[-1] if batch else []) if line.strip()]
-    return (ours or last or [None])[-1]
+    lines = tail(batch, 200)[1].decode(errors="replace").splitlines() if batch else []
+    errors = [line for line in lines if line.startswith(("coatnet: ", "srun: error: ")) and "Terminated" not in line]
+    return (errors or [line for line in lines if line.strip()] or [None])[-1]
 
 
 def all_logs(run: Path) -> list[Path]:
@@ -82,30 +82,29 @@ def tail(path: Path, lines: int) -> tuple[int, bytes]:
                 break
             block *= 4
     parts = content.split(b"\n")
-    ended = parts[-1] == b""
-    return size, b"\n".join(parts[-lines - ended :])
+    ends_with_newline = parts[-1] == b""
+    return size, b"\n".join(parts[-lines - ends_with_newline :])
 
 
 def _follow(run: Path, rank: int | None, path: Path | None, offsets: dict[Path, int]) -> None:
-    """Writes what is added; a log that takes over (the run was submitted again) is written from where it stood."""
+    """Prints what is added; where the run is submitted again it goes over to the new log."""
     next_question, over = 0.0, False
     while True:
         if not over and time.monotonic() >= next_question:
             over = _is_over(run)
-            next_question = time.monotonic() + SECONDS_BETWEEN_QUESTIONS
-        newest = newest_log(run, rank)
-        for file in dict.fromkeys(each for each in (path, newest) if each is not None):
+            next_question = time.monotonic() + SLURM_POLL_SECONDS
+        for file in dict.fromkeys(filter(None, (path, newest_log(run, rank)))):
             if file != path:
                 print(f"==> {file} <==", flush=True)
                 path = file
             offsets[file] = _write_from(file, offsets.get(file, 0))
         if over:
             return
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
 
 
 def _write_from(path: Path, offset: int) -> int:
-    """Writes what stands behind an offset; returns the new one. A file that was begun anew is written whole."""
+    """Prints a file from an offset, and returns the new one. A file that is shorter has been rewritten."""
     with path.open("rb") as file:
         file.seek(offset if offset <= file.seek(0, 2) else 0)
         _write(file.read())
@@ -119,9 +118,9 @@ def _write(text: bytes) -> None:
 
 
 def _is_over(run: Path) -> bool:
-    """Whether nothing of the run is alive, as far as Slurm answers."""
+    """Whether neither a process nor a job of the run is alive; False where Slurm does not answer."""
     try:
-        return not scheduler.is_locked(run) and not scheduler.active_jobs(run)
+        return lock_holder(run) is None and not scheduler.active_jobs(run)
     except scheduler.ERRORS as error:
         print(f"coatnet: {error}", file=sys.stderr)
         return False

@@ -1,4 +1,4 @@
-"""Why a start of a job ended, and what follows from it: one table, without any I/O."""
+"""Why a start of a job ended, and whether it is requeued: one table, without I/O."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from enum import StrEnum
 
 from slurm.history import JobStart
 
-MOST_BACKOFF_SECONDS = 3600.0
-SAME_STEP = 3
-"""Failures at the same step after which a run is given up."""
-NODE_FAILURES = 2
-"""Failures on a node after which it is excluded."""
+MAX_BACKOFF_SECONDS = 3600.0
+FAILURES_AT_SAME_STEP = 3
+"""After which a run is given up."""
+MAX_NODE_FAILURES = 2
+"""After which a node is excluded."""
 
 
 class Cause(StrEnum):
@@ -30,61 +30,60 @@ class Cause(StrEnum):
     BAD_REQUEST = "bad request"
 
 
-STANDSTILLS = ("heartbeat_lost", "hang")
-"""Events of a run that ended since it hung."""
+HANG_EVENTS = ("heartbeat_lost", "hang")
 FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG}
 """Which count towards slurm.max_restarts."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What is known of a start's end."""
+    """What is known of the end of a start."""
 
     status: int
     """srun's exit status."""
     event: str | None = None
-    """The last of `finished`, `interrupted` and STANDSTILLS that the run's events say of this start."""
+    """The last of `finished`, `interrupted` and HANG_EVENTS in the run's events since this start began."""
     reason: str | None = None
-    """Of a stop: the signal that asked for it."""
+    """The signal that asked for the stop."""
     statuses: tuple[int, ...] = ()
-    """Exit statuses that ranks noted as they failed."""
+    """Exit statuses that failing ranks recorded."""
     cancelled: bool = False
     lost: tuple[str, ...] = ()
-    """Nodes of the job that Slurm does not count on any more."""
+    """The job's nodes that are down."""
     seconds_left: float | None = None
-    """Of the job's time when it was asked to stop."""
-    lead: float = 0.0
-    """How long before the time limit it is told."""
+    """Of the job's time limit."""
+    signal_seconds: float = 0.0
+    """How long before the time limit the job is signalled."""
 
 
 def classify_exit(ending: Ending) -> Cause:
-    """The cause; what a person did comes first, then what the run itself said, then what was seen from outside."""
+    """A person's decision comes first, then what the run recorded, then what was seen from outside."""
     if ending.event == "finished" and ending.status == 0:
         return Cause.DONE
     if ending.cancelled or (ending.event == "interrupted" and ending.reason == "SIGINT"):
         return Cause.CANCELLED
     if ending.event == "interrupted":
         left = ending.seconds_left
-        return Cause.TIME_LIMIT if left is not None and left <= ending.lead + 60 else Cause.PREEMPTED
+        return Cause.TIME_LIMIT if left is not None and left <= ending.signal_seconds + 60 else Cause.PREEMPTED
     if ending.lost:
         return Cause.NODE_LOST
     if 2 in (ending.status, *ending.statuses):
         return Cause.BAD_REQUEST
-    if ending.event in STANDSTILLS:
+    if ending.event in HANG_EVENTS:
         return Cause.HANG
     return Cause.CRASH if ending.statuses else Cause.KILLED_RANK
 
 
 def classify_missing_exit(
-    said: Sequence[str], nodes: tuple[str, ...], lost: Sequence[str]
+    log: Sequence[str], nodes: tuple[str, ...], lost: Sequence[str]
 ) -> tuple[Cause, tuple[str, ...]]:
-    """Why a batch script was killed before it could say, and the nodes whose fault that was.
+    """Why a batch script was killed before it recorded an end, and the nodes that failed.
 
-    `said` are the last lines of its log: Slurm's, as it killed it, or none, where the script's node, the first of
-    `nodes`, is gone. `lost` are those that Slurm does not count on now.
+    `log` are the last lines of its log: Slurm's as it killed the script, or none where the script's node (the first of
+    `nodes`) is gone. `lost` are the nodes that are down now.
     """
-    text = "".join(said)
-    failed = {*lost, *named_as_failed(said)}
+    text = "".join(log)
+    failed = {*lost, *nodes_reported_failed(log)}
     if "CANCELLED AT" not in text:
         failed.add(nodes[0])
     if failed or "DUE TO NODE FAILURE" in text:
@@ -94,24 +93,21 @@ def classify_missing_exit(
     return (Cause.PREEMPTED if " DUE TO " in text else Cause.CANCELLED), ()
 
 
-def named_as_failed(said: Sequence[str]) -> list[str]:
-    """The nodes that srun says are gone or cannot start ranks; they may be back since."""
-    found = [
-        re.match(r"srun: error: (?:Node failure on |Task launch for .* failed on node )([^\s:]+)", line)
-        for line in said
-    ]
-    return [match[1] for match in found if match]
+def nodes_reported_failed(log: Sequence[str]) -> list[str]:
+    """The nodes that srun reports as gone or unable to start ranks; they may be back by now."""
+    failed = r"srun: error: (?:Node failure on |Task launch for .* failed on node )([^\s:]+)"
+    return [match[1] for line in log if (match := re.match(failed, line))]
 
 
-def killed_on(said: Sequence[str]) -> list[str]:
-    """The nodes of tasks that srun saw killed, as `srun: error: n2: task 3: Killed`, the first one first."""
-    found = [re.match(r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited)\w+", line) for line in said]
-    return [match[1] for match in found if match]
+def nodes_of_killed_tasks(log: Sequence[str]) -> list[str]:
+    """The nodes of tasks that srun saw killed, as in `srun: error: n2: task 3: Killed`, in order."""
+    killed = r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited)\w+"
+    return [match[1] for line in log if (match := re.match(killed, line))]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the job is started again, after how many seconds, without which nodes, and why, in words."""
+    """Whether the job is requeued and why, after how many seconds, and without which nodes."""
 
     again: bool
     why: str
@@ -120,7 +116,7 @@ class Decision:
 
 
 def requeue_decision(cause: Cause, ended: Sequence[JobStart], max_restarts: int, backoff: float) -> Decision:
-    """What follows from a start that ended; `ended` are this submission's, the last is the one in question."""
+    """What follows from the last of a job's starts, all of which have ended."""
     if cause is Cause.DONE:
         return Decision(False, "done")
     if cause is Cause.CANCELLED:
@@ -133,16 +129,16 @@ def requeue_decision(cause: Cause, ended: Sequence[JobStart], max_restarts: int,
         return Decision(True, "a node was lost: it resumes on those that are left", exclude=bad_nodes(ended))
     failed = [start for start in ended if start.cause in FAILURES]
     steps = [start.last_step for start in failed]
-    if len(steps) >= SAME_STEP and len(set(steps[-SAME_STEP:])) == 1:
-        return Decision(False, f"no progress: step {steps[-1]} was reached {SAME_STEP} times, and failed each time")
+    if len(steps) >= FAILURES_AT_SAME_STEP and len(set(steps[-FAILURES_AT_SAME_STEP:])) == 1:
+        return Decision(False, f"no progress: it failed {FAILURES_AT_SAME_STEP} times at step {steps[-1]}")
     if len(failed) > max_restarts:
         return Decision(False, f"it failed {len(failed)} times, slurm.max_restarts={max_restarts}")
     without_progress = next((n for n, step in enumerate(reversed(steps)) if step != steps[-1]), len(steps))
-    after = min(MOST_BACKOFF_SECONDS, backoff * 2 ** (without_progress - 1))
+    after = min(MAX_BACKOFF_SECONDS, backoff * 2 ** (without_progress - 1))
     return Decision(True, f"{cause}: failure {len(failed)} of {max_restarts}", after, bad_nodes(ended))
 
 
 def bad_nodes(ended: Sequence[JobStart]) -> tuple[str, ...]:
-    """Nodes on which starts failed more than once."""
+    """Nodes on which MAX_NODE_FAILURES starts failed."""
     failed = [node for start in ended for node in start.failed_nodes]
-    return tuple(sorted({node for node in failed if failed.count(node) >= NODE_FAILURES}))
+    return tuple(sorted({node for node in failed if failed.count(node) >= MAX_NODE_FAILURES}))

@@ -1,6 +1,6 @@
-"""From the configuration's slurm section to what sbatch is asked for, and the batch script, which submitit writes.
+"""From the configuration's slurm section to sbatch's options and the batch script, which submitit writes.
 
-submitit writes and submits the script; it neither runs our function nor requeues (it could do that on rank 0 alone,
+submitit writes and submits the script; it neither runs our function nor requeues (it could only do that on rank 0,
 inside a signal handler). The script starts job.py, which starts the ranks.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import pipeline
 from pipeline.config.schema import Slurm
 
-MOST_RESTARTS_BY_ARRAY = 1000
+MAX_ARRAY_RESTARTS = 1000
 
 
 def tasks_per_node(slurm: Slurm) -> int:
@@ -26,17 +26,17 @@ def tasks_per_node(slurm: Slurm) -> int:
 
 def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[str, Any]:
     """submitit's parameters; `dependency` as sbatch has it, afterok:4711."""
-    options = (option.removeprefix("--").partition("=") for option in slurm.sbatch)
+    extra = (option.removeprefix("--").partition("=") for option in slurm.sbatch)
     more: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
-    more |= {name: value if equals else True for name, equals, value in options}
+    more |= {name: value if equals else True for name, equals, value in extra}
     if slurm.min_nodes is not None and slurm.min_nodes < slurm.nodes:
-        # Slurm counts tasks, so it may only count those of the fewest nodes; then each node is wanted whole. A job that
-        # lives on when a node is lost can ask for fewer itself (job.py): after its start Slurm would wait for as many.
-        fewest = slurm.min_nodes * tasks_per_node(slurm)
-        more |= {"nodes": f"{slurm.min_nodes}-{slurm.nodes}", "ntasks": fewest, "exclusive": True, "no-kill": True}
+        # ntasks must fit the fewest nodes; exclusive, since each node runs its full number of ranks all the same. A job
+        # that survives the loss of a node lowers its request itself (job.py): Slurm would wait for as many as before.
+        min_tasks = slurm.min_nodes * tasks_per_node(slurm)
+        more |= {"nodes": f"{slurm.min_nodes}-{slurm.nodes}", "ntasks": min_tasks, "exclusive": True, "no-kill": True}
     if slurm.requeue == "array":
-        more |= {"array": f"0-{MOST_RESTARTS_BY_ARRAY}%1", "requeue": None}
-    wanted = {
+        more |= {"array": f"0-{MAX_ARRAY_RESTARTS}%1", "requeue": None}
+    options = {
         "job_name": name,
         "nodes": slurm.nodes,
         "ntasks_per_node": tasks_per_node(slurm),
@@ -56,27 +56,27 @@ def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[s
         "use_srun": False,
         "additional_parameters": {key: value for key, value in more.items() if value is not None},
     }
-    return {key: value for key, value in wanted.items() if value is not None}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def batch_command(python: str, code: Path, module: str, run: Path, request: Path) -> str:
-    """The script's last line: the program that starts the ranks and decides what follows from how they ended."""
+    """The script's last line: the program that starts the ranks and requeues the job."""
     words = ["env", f"PYTHONPATH={code}", python, "-P", "-m", module, str(run), str(request)]
     return f"exec {shlex.join(words)}"
 
 
-def script(folder: Path, command: str, wanted: dict[str, Any]) -> str:
+def script(folder: Path, command: str, options: dict[str, Any]) -> str:
     """The batch script as it would be submitted."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    return _make_sbatch_string(command=command, folder=folder, **wanted)
+    return _make_sbatch_string(command=command, folder=folder, **options)
 
 
 PACKAGES = ("pipeline", "models", "data", "slurm")
 
 
 def snapshot(folder: Path) -> Path:
-    """FOLDER/code-HASH with all modules; one that is there already has the same bytes."""
+    """Copies all modules to FOLDER/code-HASH; a folder of that name already has the same bytes."""
     source = Path(pipeline.__file__).resolve().parent.parent
     files = sorted(file for package in PACKAGES for file in (source / package).rglob("*.py"))
     digest = hashlib.sha256()
@@ -84,9 +84,9 @@ def snapshot(folder: Path) -> Path:
         digest.update(f"{file.relative_to(source)}\n".encode() + file.read_bytes())
     code = folder / f"code-{digest.hexdigest()[:12]}"
     if not code.exists():
-        hidden = folder / f".{code.name}.{os.getpid()}"
+        partial = folder / f".{code.name}.{os.getpid()}"
         for file in files:
-            (hidden / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, hidden / file.relative_to(source))
-        os.replace(hidden, code)
+            (partial / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, partial / file.relative_to(source))
+        os.replace(partial, code)
     return code

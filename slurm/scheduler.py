@@ -1,12 +1,11 @@
-"""What is alive of a run: its jobs, as Slurm's client programs (or /proc) tell, and whoever holds its lock.
+"""A run's jobs as Slurm's client programs report them, or /proc where a job runs on this machine.
 
 A job `local-PID` was submitted with `--cluster local`: it is that process of the host that submitted it. Without
-accounting Slurm forgets a job minutes after its end; what is known then stands in the run's folder (history.py).
+accounting Slurm forgets a job minutes after its end; what is known then is in the run's folder (history.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,95 +15,78 @@ import time
 from pathlib import Path
 
 from pipeline.errors import RunFailed, UsageError
-from slurm import history, scheduler
+from slurm import history
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-"""States of a job that is to start, or to start again."""
+"""States of a job that will start, or start again."""
 BUSY = {"RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
 """States of a job that has nodes."""
+ACTIVE = WAITING | BUSY
 _LOCAL = "local-"
 _OVER = ("Invalid job id", "already completing or completed")
+TIMEOUT_SECONDS = 60
+RETRY_SECONDS = 10.0
+RETRY_TIMEOUT_SECONDS = 1800.0
+"""How long Slurm's controller may be away before a job that needs its answer gives up."""
+_SILENT = ("unable to contact", "socket timed out", "connection refused", "zero bytes were transmitted")
+
+
+class SlurmRefused(UsageError):
+    """Slurm answered no; the message is the last line of its answer."""
+
+
+class SlurmUnavailable(RunFailed):
+    """Slurm's controller does not answer, or its programs are not installed."""
+
+
+ERRORS = (SlurmRefused, SlurmUnavailable)
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
 
 
 def can_ask(job_id: str, host: str | None = None) -> bool:
-    """Whether this machine can say anything of a job; of a local one only its `host` can."""
-    return host in (None, os.uname().nodename) if job_id.startswith(_LOCAL) else scheduler.is_installed()
+    """Whether this machine can know of a job; of a local one only its `host` can."""
+    return host in (None, os.uname().nodename) if job_id.startswith(_LOCAL) else is_installed()
 
 
 def show_job(job_id: str) -> dict[str, str] | None:
-    """What Slurm knows of a job, by its own names (JobState, Reason, Restarts ...); None where it knows nothing.
+    """A job's record by Slurm's names (JobState, Reason, Restarts ...); None where Slurm knows nothing.
 
-    Of a job array the element that is most alive. Unanswered where Slurm does not answer.
+    Of a job array the element that is most alive. SlurmUnavailable where Slurm does not answer.
     """
     if job_id.startswith(_LOCAL):
         return {"JobId": job_id, "JobState": "RUNNING"} if _is_batch_process(int(job_id.removeprefix(_LOCAL))) else None
-    if not scheduler.is_installed():
+    if not is_installed():
         return None
-    said = _unless_forgotten("scontrol", "-o", "show", "job", job_id)
-    elements = [parsed(line) for line in said.splitlines() if line.strip()]
+    output = _unless_forgotten("scontrol", "-o", "show", "job", job_id)
+    elements = [parse_record(line) for line in output.splitlines() if line.strip()]
     return max(elements, key=lambda job: (job["JobState"] in BUSY, job["JobState"] in WAITING), default=None)
 
 
-def parsed(line: str) -> dict[str, str]:
-    """KEY=VALUE pairs; values may hold blanks (names, commands) and equal signs (TRES)."""
+def parse_record(line: str) -> dict[str, str]:
+    """KEY=VALUE pairs; values may contain blanks (names, commands) and equal signs (TRES)."""
     pairs = re.split(r"(?:^|\s)([A-Za-z][\w/:]*)=", line.strip())[1:]
     return {key: value.strip() for key, value in zip(pairs[::2], pairs[1::2], strict=True)}
 
 
-def estimated_start(job_id: str) -> str | None:
-    """When Slurm thinks that a pending job starts; None where it does not say. Unanswered where it does not answer."""
-    if job_id.startswith(_LOCAL) or not scheduler.is_installed():
-        return None
-    said = _unless_forgotten("squeue", "--start", "--noheader", f"--jobs={job_id}", "--format=%S")
-    times = [word for word in said.split() if word[:1].isdigit()]
-    return min(times, default=None)
-
-
 def cancel_job(job_id: str) -> None:
-    """Ends a job; one that is over already is left alone. Refused or Unanswered by Slurm."""
+    """Ends a job; nothing happens to one that is over."""
     if not job_id.startswith(_LOCAL):
         _unless_forgotten("scancel", job_id)
     elif _is_batch_process(process := int(job_id.removeprefix(_LOCAL))):
         os.killpg(process, signal.SIGTERM)
 
 
-def _unless_forgotten(*command: str) -> str:
-    """The answer, empty where Slurm does not know the job (any more)."""
-    try:
-        return scheduler.run_slurm(*command)
-    except scheduler.SlurmRefused as error:
-        if any(words in str(error) for words in _OVER):
-            return ""
-        raise
+def job_records(run: Path) -> dict[str, dict[str, str] | None]:
+    """What show_job returns of each of the run's jobs that can be asked for from here, newest last."""
+    hosts = {row["job"]: row.get("host") for row in history.submissions(run)}
+    return {job: show_job(job) for job, host in hosts.items() if can_ask(job, host)}
 
 
 def active_jobs(run: Path) -> dict[str, dict[str, str]]:
-    """The run's jobs that wait or run, newest last, each with what show_job says."""
-    asked = {row["job"]: row.get("host") for row in history.submissions(run)}
-    shown = {job: show_job(job) for job, host in asked.items() if can_ask(job, host)}
-    return {job: facts for job, facts in shown.items() if facts and facts["JobState"] in WAITING | BUSY}
-
-
-def is_locked(run: Path) -> bool:
-    """Whether a process is training it now: holds RUN/.lock. A start that comes at this very moment tries again."""
-    try:
-        with (run / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is none, or the file system has no locks, and a start refuses nobody either
-        return False
-    return False
-
-
-def check_run(run: Path) -> None:
-    """UsageError where a folder is no run."""
-    if not is_run(run):
-        raise UsageError(f"{run} is no run: it has neither events.jsonl nor slurm/jobs.jsonl; name a run's folder")
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "events.jsonl").exists() or (folder / "slurm" / "jobs.jsonl").exists()
+    """The records of those jobs that wait or run."""
+    return {job: record for job, record in job_records(run).items() if record and record["JobState"] in ACTIVE}
 
 
 def _is_batch_process(process: int) -> bool:
@@ -115,26 +97,11 @@ def _is_batch_process(process: int) -> bool:
         words = (folder / "cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    ours = b"slurm.job" in words or any(word.endswith(b"/slurm/local.sh") for word in words)
-    return state not in "ZX" and int(group) == process and ours
+    is_ours = b"slurm.job" in words or any(word.endswith(b"/slurm/local.sh") for word in words)
+    return state not in "ZX" and int(group) == process and is_ours
 
 
-PATIENCE_SECONDS = 60
-SECONDS_BETWEEN_QUESTIONS = 10.0
-RESTART_SECONDS = 1800.0
-"""How long Slurm's controller may be away before a job that needs its answer gives up."""
-_SILENT = ("unable to contact", "socket timed out", "connection refused", "zero bytes were transmitted")
-
-
-class SlurmRefused(UsageError):
-    """Slurm answered no; the message is the last line of what it said."""
-
-
-class SlurmUnavailable(RunFailed):
-    """Slurm's controller does not answer, or its programs are not here."""
-
-
-ERRORS = (SlurmRefused, SlurmUnavailable)
+# ----------------------------------------------------------------------------------------------------- client programs
 
 
 def is_installed() -> bool:
@@ -143,42 +110,30 @@ def is_installed() -> bool:
 
 
 def run_slurm(*command: str) -> str:
-    """What a client program prints. Refused where Slurm says no, Unanswered where it says nothing."""
+    """The output of a client program. SlurmRefused where Slurm says no, SlurmUnavailable where it does not answer."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_SECONDS, check=False,
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False,
             env=dict(os.environ) | {"SLURM_TIME_FORMAT": "standard"},
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmUnavailable(f"{command[0]} is not on this machine's PATH: ask from a login node") from None
     except subprocess.TimeoutExpired:
         raise SlurmUnavailable(
-            f"{command[0]} gave no answer in {PATIENCE_SECONDS} s: is Slurm's controller up?"
+            f"{command[0]} did not answer in {TIMEOUT_SECONDS} s: is Slurm's controller up?"
         ) from None
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = f"{command[0]}: {said[-1].removeprefix(f'{command[0]}: ') if said else f'exit status {done.returncode}'}"
-        silent = any(words in last.lower() for words in _SILENT)
-        raise SlurmUnavailable(f"Slurm does not answer: {last}") if silent else SlurmRefused(last)
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1].removeprefix(f"{command[0]}: ") if lines else f"exit status {done.returncode}"
+        if any(words in last.lower() for words in _SILENT):
+            raise SlurmUnavailable(f"Slurm does not answer: {command[0]}: {last}")
+        raise SlurmRefused(f"{command[0]}: {last}")
     return done.stdout
 
 
-def seconds_of(time: str) -> int | None:
-    """A time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
-
-    None where it is no number, as UNLIMITED.
-    """
-    days, dash, clock = time.strip().rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not dash):
-        return None
-    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
-
-
 def ask_with_retries(*command: str) -> str:
-    """As `ask`, but asks again while Slurm's controller is away, as during its restart."""
-    deadline = time.monotonic() + RESTART_SECONDS
+    """As run_slurm, but asks again while Slurm's controller is away, as during its restart."""
+    deadline = time.monotonic() + RETRY_TIMEOUT_SECONDS
     while True:
         try:
             return run_slurm(*command)
@@ -186,4 +141,27 @@ def ask_with_retries(*command: str) -> str:
             if time.monotonic() > deadline:
                 raise
             print(f"{error}; asking again", flush=True)
-            time.sleep(SECONDS_BETWEEN_QUESTIONS)
+            time.sleep(RETRY_SECONDS)
+
+
+def _unless_forgotten(*command: str) -> str:
+    """The output of a client program, empty where Slurm does not know the job (any more)."""
+    try:
+        return run_slurm(*command)
+    except SlurmRefused as error:
+        if any(words in str(error) for words in _OVER):
+            return ""
+        raise
+
+
+def parse_duration(time: str) -> int | None:
+    """Seconds of a time as minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]].
+
+    None where it is not a number, as UNLIMITED.
+    """
+    days, dash, clock = time.strip().rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not dash):
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))

@@ -1,4 +1,4 @@
-"""`coatnet status`: where runs stand, from what their folders say and what Slurm knows of their jobs.
+"""The state of runs, from their folders and from Slurm's records of their jobs.
 
 A run's folder is enough where Slurm has forgotten its jobs, is not installed, or was never asked. Nothing heavy is
 imported, and nothing of a run is changed.
@@ -20,31 +20,25 @@ from pipeline.errors import UsageError
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
 from pipeline.run.jsonl import read_lines
+from pipeline.run.lock import LockHolder, lock_holder
 from slurm import history, scheduler
 from slurm.history import JobStart
-from slurm.logs import last_words
-from slurm.requeue import FAILURES, STANDSTILLS, Cause
-from slurm.scheduler import BUSY, WAITING
+from slurm.logs import exit_reason
+from slurm.requeue import FAILURES, HANG_EVENTS, Cause
+from slurm.scheduler import ACTIVE, BUSY, WAITING
 
-SECONDS_BETWEEN_LOOKS = 5.0
-DECIDING = (
-    "attempt_started",
-    "training_started",
-    "training_resumed",
-    "interrupted",
-    "finished",
-    "failed",
-    "out_of_memory",
-    *STANDSTILLS,
-)
+BEGIN_EVENTS = ("training_started", "training_resumed")
+STATE_EVENTS = ("attempt_started", *BEGIN_EVENTS, "interrupted", "finished", "failed", "out_of_memory", *HANG_EVENTS)
+FINAL = {Cause.DONE, Cause.CANCELLED, Cause.BAD_REQUEST}
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
-Queue = Mapping[str, Mapping[str, str] | None]
-"""What show_job says by job; a job that is not there could not be asked for."""
+RESUBMIT = "submit it again to resume"
+JobRecords = Mapping[str, Mapping[str, str] | None]
+"""Slurm's record of each job, None where it has forgotten it; a job is missing where Slurm could not be asked."""
 
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     run: Path
     config: dict[str, Any]
@@ -53,29 +47,29 @@ class RunSnapshot:
     submissions: list[dict[str, Any]]
     starts: list[JobStart]
     failures: list[dict[str, Any]]
-    """Of the newest start."""
+    """Of the newest start, by time."""
     events: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     """Of metrics.jsonl, without evaluations."""
     rollbacks: list[dict[str, int]]
     checkpoints: list[int]
-    held: bool
+    holder: LockHolder | None
     cancelled_at: float | None
-    last_sign: float
+    last_update: float
     """When the run last wrote metrics or events."""
-    last_words: str | None
+    exit_reason: str | None
 
-    def of_job(self, job: str) -> list[JobStart]:
+    def starts_of(self, job: str) -> list[JobStart]:
         return [start for start in self.starts if start.job == job]
 
-    def last(self, *names: str) -> dict[str, Any]:
+    def last_event(self, *names: str) -> dict[str, Any]:
         """The newest event of these names, or {}."""
         return next((row for row in reversed(self.events) if row["event"] in names), {})
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands; what is unknown is None, seconds are of training, fractions 0 to 1."""
+    """The state of a run; what is unknown is None, seconds are of training, fractions 0 to 1."""
 
     run: str
     state: str
@@ -89,190 +83,190 @@ class Status:
     goodput: float | None
     """Share of the jobs' wall-clock time that went into steps that still count."""
     not_applied: list[int]
-    """Steps whose loss or gradient was bad, without those that were skipped afterwards."""
+    """Steps with a bad loss or gradient, without those that a rollback skipped."""
     rollbacks: list[dict[str, int]]
-    """To a checkpoint's step, `to`, and from there past the steps from `first` to `last`."""
+    """To a checkpoint's step, `to`, skipping the steps from `first` to `last`."""
     checkpoints: dict[str, int | None]
     jobs: list[dict[str, Any]]
     ancestry: list[dict[str, Any]]
-    """Oldest first, the run itself last; none before it has begun, or where it cannot be read."""
+    """Oldest first, the run itself last; empty before it has begun, or where it cannot be read."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def runs_of(paths: Sequence[Path]) -> list[Path]:
-    """Each path that is a run, and the runs right in each that is not. UsageError where there is none."""
-    found: list[Path] = []
+    """Each path that is a run, and the runs directly in each that is not. UsageError where there is none."""
+    selected: list[Path] = []
     for path in paths:
-        inside = [path] if scheduler.is_run(path) else sorted(each for each in path.glob("*") if scheduler.is_run(each))
+        inside = [path] if history.is_run(path) else sorted(each for each in path.glob("*") if history.is_run(each))
         if not inside:
-            scheduler.check_run(path)
-        found += inside
-    return list(dict.fromkeys(found))
+            history.check_run(path)
+        selected += inside
+    return list(dict.fromkeys(selected))
 
 
 def read_runs(runs: Sequence[Path]) -> tuple[list[Status], str | None]:
-    """Where runs stand, and why Slurm could not be asked, in which case it is not asked again."""
-    found, problem = [], None
+    """The runs' states, and why Slurm could not be asked; after that it is not asked again."""
+    statuses, problem = [], None
     for run in runs:
-        seen, jobs = read_run(run), {}
+        snapshot, jobs = read_run(run), {}
         if problem is None:
             try:
-                jobs = ask(seen)
+                jobs = scheduler.job_records(run)
             except scheduler.ERRORS as error:
                 problem = str(error)
-        found.append(status_of(seen, jobs, time.time()))
-    return found, problem
+        statuses.append(status_of(snapshot, jobs, time.time()))
+    return statuses, problem
 
 
 def read_run(run: Path) -> RunSnapshot:
-    """Reads a run's folder."""
-    events = [row for row in read_lines(run / "events.jsonl") if "event" in row and "time" in row]
     starts, submissions = history.starts(run), history.submissions(run)
     failures = sorted(history.failures(run, starts[-1].name), key=lambda row: row["time"]) if starts else []
     cancelled = history.folder(run) / "cancelled"
     return RunSnapshot(
-        run,
-        _config(run),
-        noted_ancestors(run),
-        submissions,
-        starts,
-        failures,
-        events,
-        [row for row in read_lines(run / "metrics.jsonl") if "loss" in row and "step" in row],
-        recorded_rollbacks(run),
-        _checkpoints(run),
-        scheduler.is_locked(run),
-        cancelled.stat().st_mtime if history.is_cancelled(run) else None,
-        history.last_update(run),
-        last_words(run) if submissions and not failures else None,
+        run=run,
+        config=_config(run),
+        ancestors=noted_ancestors(run),
+        submissions=submissions,
+        starts=starts,
+        failures=failures,
+        events=[row for row in read_lines(run / "events.jsonl") if "event" in row and "time" in row],
+        rows=[row for row in read_lines(run / "metrics.jsonl") if "loss" in row and "step" in row],
+        rollbacks=recorded_rollbacks(run),
+        checkpoints=_checkpoints(run),
+        holder=lock_holder(run),
+        cancelled_at=cancelled.stat().st_mtime if cancelled.exists() else None,
+        last_update=history.last_update(run),
+        exit_reason=exit_reason(run) if submissions and not failures else None,
     )
 
 
-def ask(seen: RunSnapshot) -> Queue:
-    """What Slurm knows of a run's jobs, but for older ones whose end is known. Raises client.ERRORS."""
-    final, jobs = {Cause.DONE, Cause.CANCELLED, Cause.BAD_REQUEST}, {}
-    for row in {row["job"]: row for row in seen.submissions}.values():
-        own, newest = seen.of_job(row["job"]), row["job"] == seen.submissions[-1]["job"]
-        if (newest or not own or own[-1].cause not in final) and scheduler.can_ask(row["job"], row.get("host")):
-            facts = scheduler.show_job(row["job"])
-            if facts is not None and facts["JobState"] in WAITING:
-                facts["EstimatedStart"] = scheduler.estimated_start(row["job"]) or ""
-            jobs[row["job"]] = facts
-    return jobs
+def _config(run: Path) -> dict[str, Any]:
+    """The newest resolved configuration: of the last start, or of a submission that has not started yet."""
+    files = [run / "config.yaml", *history.folder(run).glob("config-*.yaml")]
+    newest = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=None)
+    try:
+        tree = yaml.safe_load(newest.read_bytes()) if newest else None
+    except (yaml.YAMLError, ValueError):  # half-written, or with a date that does not exist
+        tree = None
+    sections = tree.items() if isinstance(tree, dict) else ()
+    return {name: section for name, section in sections if isinstance(section, dict)}
 
 
-# ------------------------------------------------------------------------------------------------------ what follows
+def _checkpoints(run: Path) -> list[int]:
+    try:
+        return [step_of(folder) for folder in trusted_checkpoints(run)]
+    except UsageError:  # written in a newer program's format
+        return [step_of(folder) for folder in checkpoints(run / "checkpoints")]
 
 
-def status_of(seen: RunSnapshot, jobs: Queue, now: float) -> Status:
-    """Where a run stands. Pure."""
-    state, reason = state_of(seen, jobs)
-    resumed = max(
-        (i for i, row in enumerate(seen.events) if row["event"] in ("training_started", "training_resumed")), default=0
-    )
-    last = seen.rows[-1] if seen.rows else {}
-    step = max(
-        [last.get("step", 0), *(row["step"] for row in seen.events[resumed:] if isinstance(row.get("step"), int))]
-    )
-    steps = _steps(seen, last)
-    speeds = [row["step_seconds"] for row in seen.rows]
-    left = eta_seconds(step, steps, speeds) if speeds and steps is not None else None
-    shown = [_job(seen, job, jobs.get(job)) for job in dict.fromkeys(row["job"] for row in seen.submissions)]
-    attempts = sum(row["event"] == "attempt_started" for row in seen.events)
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+def status_of(snapshot: RunSnapshot, jobs: JobRecords, now: float) -> Status:
+    """The state of a run. Pure."""
+    state, reason = state_of(snapshot, jobs)
+    begun = max((i for i, row in enumerate(snapshot.events) if row["event"] in BEGIN_EVENTS), default=0)
+    last = snapshot.rows[-1] if snapshot.rows else {}
+    event_steps = [row["step"] for row in snapshot.events[begun:] if isinstance(row.get("step"), int)]
+    step, steps = max([last.get("step", 0), *event_steps]), _steps(snapshot, last)
+    speeds = [row["step_seconds"] for row in snapshot.rows]
+    shown = [_job(snapshot, job, jobs.get(job)) for job in dict.fromkeys(row["job"] for row in snapshot.submissions)]
+    attempts = sum(row["event"] == "attempt_started" for row in snapshot.events)
     return Status(
-        str(seen.run),
-        state,
-        reason,
-        step,
-        steps,
-        last.get("loss"),
-        last.get("images_per_second"),
-        left,
-        sum(job["restarts"] for job in shown) if shown else max(0, attempts - 1),
-        _goodput(seen, jobs, now),
-        _not_applied(seen),
-        seen.rollbacks,
-        {"newest": max(seen.checkpoints, default=None), "count": len(seen.checkpoints)},
-        shown,
-        _ancestry(seen, steps),
+        run=str(snapshot.run),
+        state=state,
+        reason=reason,
+        step=step,
+        steps=steps,
+        loss=last.get("loss"),
+        images_per_second=last.get("images_per_second"),
+        seconds_left=eta_seconds(step, steps, speeds) if speeds and steps is not None else None,
+        restarts=sum(job["restarts"] for job in shown) if shown else max(0, attempts - 1),
+        goodput=_goodput(snapshot, jobs, now),
+        not_applied=_not_applied(snapshot),
+        rollbacks=snapshot.rollbacks,
+        checkpoints={"newest": max(snapshot.checkpoints, default=None), "count": len(snapshot.checkpoints)},
+        jobs=shown,
+        ancestry=_ancestry(snapshot, steps),
     )
 
 
-def state_of(seen: RunSnapshot, jobs: Queue) -> tuple[str, str | None]:
-    """The state and why: a living job comes first, then a living process, then what the last of them left."""
-    alive = [(job, facts) for job, facts in jobs.items() if facts and facts["JobState"] in BUSY | WAITING]
-    if alive:
-        return _of_living(seen, *max(alive, key=lambda each: each[1]["JobState"] in BUSY))
-    if seen.held:
-        return "running", _being_cancelled(seen)
-    newest = seen.submissions[-1] if seen.submissions else None
-    last = seen.last(*DECIDING)
-    if last.get("event") == "finished" and (newest is None or last["time"] >= newest["time"]):
+def state_of(snapshot: RunSnapshot, jobs: JobRecords) -> tuple[str, str | None]:
+    """The state and why: an active job decides first, then a living process, then what the last of them left."""
+    active = [(job, record) for job, record in jobs.items() if record and record["JobState"] in ACTIVE]
+    if active:
+        return _of_active_job(snapshot, *max(active, key=lambda each: each[1]["JobState"] in BUSY))
+    if snapshot.holder is not None:
+        return _running(snapshot)
+    last, submission = snapshot.last_event(*STATE_EVENTS), snapshot.submissions[-1] if snapshot.submissions else None
+    if last.get("event") == "finished" and (submission is None or last["time"] >= submission["time"]):
         return "done", None
-    if seen.cancelled_at is not None and seen.last("attempt_started").get("time", 0.0) <= seen.cancelled_at:
-        return "cancelled", "it resumes when it is submitted again"
-    if newest is not None:
-        own = seen.of_job(newest["job"])
-        until = own[-1].ended if own else newest["time"]
-        if until is None or last.get("time", 0.0) <= until:  # else somebody has started it by hand since then
-            return _of_ended(seen, newest["job"], jobs)
-    return _of_events(seen)
+    attempted = snapshot.last_event("attempt_started").get("time", 0.0)
+    if snapshot.cancelled_at is not None and attempted <= snapshot.cancelled_at:
+        return "cancelled", RESUBMIT
+    if submission is not None:
+        starts = snapshot.starts_of(submission["job"])
+        ended = starts[-1].ended if starts else submission["time"]
+        if ended is None or last.get("time", 0.0) <= ended:  # else it was started by hand since then
+            return _of_ended_job(snapshot, submission["job"], jobs)
+    return _without_job(snapshot)
 
 
-def _of_living(seen: RunSnapshot, job: str, facts: Mapping[str, str]) -> tuple[str, str | None]:
-    own, state, restarts = seen.of_job(job), facts["JobState"], int(facts.get("Restarts", 0))
-    last = own[-1] if own else None
-    if last is not None and last.cause is not None and last.restart >= restarts:
-        if last.cause == Cause.DONE:
-            return ("done", None) if state in WAITING or state == "COMPLETING" else ("running", "evaluating")
-        if last.cause == Cause.CANCELLED:
-            return "cancelled", last.decision
-        if last.cause == Cause.BAD_REQUEST:
-            return "failed", _failure(seen, last)
-    ended = last is not None and last.ended is not None
-    if state in WAITING or ended:
-        why = [last.decision if last is not None else None, _waiting_for(facts)]
-        again = last is not None or restarts > 0
-        return "requeued" if again else "pending", "; ".join(filter(None, why)) or None
-    return "running", _being_cancelled(seen)
+def _running(snapshot: RunSnapshot) -> tuple[str, str | None]:
+    return "running", "being cancelled" if snapshot.cancelled_at is not None else None
 
 
-def _of_ended(seen: RunSnapshot, job: str, jobs: Queue) -> tuple[str, str | None]:
-    """Of a run whose newest job is gone, or can't be asked for here."""
-    own, facts = seen.of_job(job), jobs.get(job) or {}
-    last, state, unknown = own[-1] if own else None, facts.get("JobState", ""), job not in jobs
-    here = "as its folder says: Slurm can't be asked about it here"
-    if last is not None and last.cause == Cause.DONE:
-        return "done", f"its evaluation ended as {state}" if state not in ("", "COMPLETED") else None
-    if last is not None and last.cause == Cause.BAD_REQUEST:
-        return "failed", _failure(seen, last)
-    if state == "CANCELLED" or (last is not None and last.cause == Cause.CANCELLED):
-        return "cancelled", _waiting_for(facts) or "it resumes when it is submitted again"
-    if last is None and unknown:
-        return "pending", here
-    if last is None and not state:
-        return "cancelled", f"job {job} is gone and has never started"
+def _of_active_job(snapshot: RunSnapshot, job: str, record: Mapping[str, str]) -> tuple[str, str | None]:
+    starts, state, restarts = snapshot.starts_of(job), record["JobState"], int(record.get("Restarts", 0))
+    last = starts[-1] if starts else None
+    if last is not None and last.cause in FINAL and last.restart >= restarts:
+        if last.cause == Cause.DONE and state in BUSY - {"COMPLETING"}:
+            return "running", "evaluating"
+        return _of_final_start(snapshot, last)
+    if state in WAITING or (last is not None and last.ended is not None):
+        reasons = [last.decision if last is not None else None, _reason(record)]
+        is_requeued = last is not None or restarts > 0
+        return "requeued" if is_requeued else "pending", "; ".join(filter(None, reasons)) or None
+    return _running(snapshot)
+
+
+def _of_final_start(snapshot: RunSnapshot, start: JobStart) -> tuple[str, str | None]:
+    if start.cause == Cause.DONE:
+        return "done", None
+    if start.cause == Cause.CANCELLED:
+        return "cancelled", RESUBMIT
+    return "failed", _failure(snapshot, start)
+
+
+def _of_ended_job(snapshot: RunSnapshot, job: str, jobs: JobRecords) -> tuple[str, str | None]:
+    """Of a run whose newest job is gone, or cannot be asked for from here."""
+    starts, record = snapshot.starts_of(job), jobs.get(job) or {}
+    last, state = starts[-1] if starts else None, record.get("JobState", "")
+    if last is not None and last.cause == Cause.DONE and state not in ("", "COMPLETED"):
+        return "done", f"its evaluation ended as {state}"
+    if last is not None and last.cause in FINAL:
+        return _of_final_start(snapshot, last)
+    if state == "CANCELLED":
+        return "cancelled", _reason(record) or RESUBMIT
+    if job not in jobs and (last is None or last.cause is None or last.again):
+        expected = "pending" if last is None else "running" if last.cause is None else "requeued"
+        return expected, "as its folder says: Slurm cannot be asked from here"
     if last is None:
-        return "failed", seen.last_words or f"job {job} ended as {state}"
-    if last.cause is None and unknown:
-        return "running", here
-    if last.again and unknown:
-        return "requeued", f"{last.decision}; {here}"
+        reason = snapshot.exit_reason or f"job {job} ended as {state}"
+        return ("failed", reason) if state else ("cancelled", f"job {job} is gone and has never started")
     if (last.again and last.cause not in FAILURES) or state in ENDED_BY_SLURM:
-        why = last.cause or ENDED_BY_SLURM.get(state)
-        return "stopped", f"{why}, and Slurm did not start it again: submit it again"
-    if (
-        last.cause is None
-        and (stop := seen.last(*DECIDING)).get("event") == "interrupted"
-        and stop["time"] >= last.began
-    ):
-        return "stopped", f"{stop.get('reason') or 'asked to'} after step {stop['step']}: submit it again"
-    return "failed", _failure(seen, last)
+        return "stopped", f"{last.cause or ENDED_BY_SLURM.get(state)}, and Slurm did not start it again: {RESUBMIT}"
+    if last.cause is None and snapshot.last_event(*STATE_EVENTS).get("event") == "interrupted":
+        return _without_job(snapshot)
+    return "failed", _failure(snapshot, last)
 
 
-def _of_events(seen: RunSnapshot) -> tuple[str, str | None]:
-    """Of a run that nothing is alive of, and that no job has touched since its last start."""
-    last = seen.last(*DECIDING)
-    newest = max(seen.checkpoints, default=None)
+def _without_job(snapshot: RunSnapshot) -> tuple[str, str | None]:
+    """By the last event of a run of which no process is alive."""
+    last = snapshot.last_event(*STATE_EVENTS)
+    newest = max(snapshot.checkpoints, default=None)
     again = "the same command " + ("begins again" if newest is None else f"resumes from step {newest}")
     if last.get("event") == "finished":
         return "done", None
@@ -280,78 +274,74 @@ def _of_events(seen: RunSnapshot) -> tuple[str, str | None]:
         return "stopped", f"{last.get('reason') or 'asked to'} after step {last['step']}; {again}"
     if last.get("event") in ("failed", "out_of_memory"):
         return "failed", last.get("message") or f"rank {last['rank']} ran out of memory: {last['error']}"
-    return "failed", f"{_standstill(last) or 'its process ended without a word'}; {again}"
+    return "failed", f"{_hang(last) or 'its process was killed'}; {again}"
 
 
-def _failure(seen: RunSnapshot, start: JobStart) -> str:
-    """The first error of the first failing rank, where a rank could say one, and what was decided."""
-    first = seen.failures[0] if seen.failures else None
-    said = f"rank {first['rank']} on {first['host']}: {' '.join(first['message'].split())}" if first else None
-    stood_still = _standstill(seen.last(*DECIDING)) if start.cause == Cause.HANG else None
-    why = start.decision or start.cause or "its job ended without a word"
-    return "; ".join(filter(None, [said or stood_still or seen.last_words, why]))
+def _failure(snapshot: RunSnapshot, start: JobStart) -> str:
+    """The error of the rank that failed first, as far as it is known, and what was decided."""
+    first = snapshot.failures[0] if snapshot.failures else None
+    error = f"rank {first['rank']} on {first['host']}: {' '.join(first['message'].split())}" if first else None
+    hang = _hang(snapshot.last_event(*STATE_EVENTS)) if start.cause == Cause.HANG else None
+    why = start.decision or start.cause or "its batch script was killed"
+    return "; ".join(filter(None, [error or hang or snapshot.exit_reason, why]))
 
 
-def _standstill(event: Mapping[str, Any]) -> str | None:
-    """What is said of a frozen rank, or of a run without progress."""
-    if event.get("event") not in STANDSTILLS:
+def _hang(event: Mapping[str, Any]) -> str | None:
+    if event.get("event") not in HANG_EVENTS:
         return None
     ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", []))
-    found = "no heartbeat of" if event["event"] == "heartbeat_lost" else "no progress, what stands out is"
-    return f"{found} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
+    what = "no heartbeat of" if event["event"] == "heartbeat_lost" else "no progress, suspect:"
+    return f"{what} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
 
-def _being_cancelled(seen: RunSnapshot) -> str | None:
-    return "it is being cancelled" if seen.cancelled_at is not None else None
+def _reason(record: Mapping[str, str]) -> str | None:
+    """Slurm's Reason for a job's state."""
+    return None if record.get("Reason") in (None, "None") else record["Reason"]
 
 
-def _waiting_for(facts: Mapping[str, str]) -> str | None:
-    """Slurm's reason for what a job does, and when it thinks that it starts."""
-    reason, start = facts.get("Reason", "None"), facts.get("EstimatedStart")
-    said = [reason if reason != "None" else None, f"expected to start {start.replace('T', ' ')}" if start else None]
-    return ", ".join(filter(None, said)) or None
+# ------------------------------------------------------------------------------------------------------------- figures
 
 
-def _job(seen: RunSnapshot, job: str, facts: Mapping[str, str] | None) -> dict[str, Any]:
-    """A job as Slurm calls its state; None where it does not know it (any more)."""
-    own, facts = seen.of_job(job), facts or {}
-    reason = _waiting_for(facts) or (own[-1].decision if own else None)
-    restarts = max(len(own) - 1, int(facts.get("Restarts", 0)))
-    nodes = list(own[-1].nodes) if own and facts.get("JobState") not in WAITING else []
-    return {"job": job, "state": facts.get("JobState"), "reason": reason, "restarts": restarts, "nodes": nodes}
+def _job(snapshot: RunSnapshot, job: str, record: Mapping[str, str] | None) -> dict[str, Any]:
+    """A job with Slurm's JobState; None where Slurm does not know it (any more)."""
+    starts, record = snapshot.starts_of(job), record or {}
+    reason = _reason(record) or (starts[-1].decision if starts else None)
+    restarts = max(len(starts) - 1, int(record.get("Restarts", 0)))
+    nodes = list(starts[-1].nodes) if starts and record.get("JobState") not in WAITING else []
+    return {"job": job, "state": record.get("JobState"), "reason": reason, "restarts": restarts, "nodes": nodes}
 
 
-def _goodput(seen: RunSnapshot, jobs: Queue, now: float) -> float | None:
-    """None where there were no jobs, or steps were done outside of them: metrics have no times to tell those apart."""
+def _goodput(snapshot: RunSnapshot, jobs: JobRecords, now: float) -> float | None:
+    """None where there were no jobs, or attempts outside of them, whose steps metrics do not tell apart."""
     spans = []
-    for start in seen.starts:
-        facts = jobs.get(start.job)
-        lives = start is seen.starts[-1] and (seen.held or bool(facts and facts["JobState"] in BUSY))
-        ended = start.ended or (now if lives else max(start.began, seen.last_sign))
-        spans.append((start.began, ended))
-    began = [row["time"] for row in seen.events if row["event"] == "attempt_started"]
-    inside = all(any(begin <= each <= end for begin, end in spans) for each in began)
+    for start in snapshot.starts:
+        record = jobs.get(start.job) or {}
+        is_alive = snapshot.holder is not None or record.get("JobState") in BUSY
+        ended = now if start is snapshot.starts[-1] and is_alive else max(start.began, snapshot.last_update)
+        spans.append((start.began, start.ended or ended))
+    attempts = [row["time"] for row in snapshot.events if row["event"] == "attempt_started"]
+    inside = all(any(begin <= attempt <= end for begin, end in spans) for attempt in attempts)
     allocated = sum(end - begin for begin, end in spans)
     if not inside or allocated <= 0:
         return None
-    before = [0, *(row["step"] for row in seen.rows)]
-    useful = sum((row["step"] - past) * row["step_seconds"] for row, past in zip(seen.rows, before, strict=False))
+    before = [0, *(row["step"] for row in snapshot.rows)]
+    useful = sum((row["step"] - past) * row["step_seconds"] for row, past in zip(snapshot.rows, before, strict=False))
     return max(0.0, min(1.0, useful / allocated))
 
 
-def _not_applied(seen: RunSnapshot) -> list[int]:
+def _not_applied(snapshot: RunSnapshot) -> list[int]:
     bad: set[int] = set()
-    for row in seen.events:
+    for row in snapshot.events:
         if row["event"] == "step_skipped":
             bad.add(row["step"])
-        elif row["event"] in ("training_started", "training_resumed"):  # what follows is done again
+        elif row["event"] in BEGIN_EVENTS:  # later steps are done again
             bad = {step for step in bad if step <= row["step"]}
-    return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in seen.rollbacks)))
+    return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in snapshot.rollbacks)))
 
 
-def _steps(seen: RunSnapshot, row: Mapping[str, Any]) -> int | None:
-    """The run's length; one in epochs can be told once the number of samples is stated or shows in the metrics."""
-    train, data = seen.config.get("train") or {}, seen.config.get("data") or {}
+def _steps(snapshot: RunSnapshot, row: Mapping[str, Any]) -> int | None:
+    """The run's length; in epochs it is known once the number of samples is stated or follows from the metrics."""
+    train, data = snapshot.config.get("train") or {}, snapshot.config.get("data") or {}
     if train.get("steps") is not None or train.get("epochs") is None:
         return train.get("steps")
     samples = data.get("train_samples") or (round(row["samples"] / row["epoch"]) if row.get("epoch") else None)
@@ -362,27 +352,8 @@ def _steps(seen: RunSnapshot, row: Mapping[str, Any]) -> int | None:
     return total_steps(train["epochs"], samples, train["global_batch"])
 
 
-def _config(run: Path) -> dict[str, Any]:
-    """The newest resolved configuration: of the last start, or of a submission that has not started yet."""
-    found = [run / "config.yaml", *history.folder(run).glob("config-*.yaml")]
-    newest = max((file for file in found if file.exists()), key=lambda file: file.stat().st_mtime, default=None)
-    try:
-        tree = yaml.safe_load(newest.read_bytes()) if newest else None
-    except (yaml.YAMLError, ValueError):  # half-written, or with a date that does not exist
-        tree = None
-    sections = tree.items() if isinstance(tree, dict) else ()
-    return {name: section for name, section in sections if isinstance(section, dict)}
-
-
-def _ancestry(seen: RunSnapshot, steps: int | None) -> list[dict[str, Any]]:
-    begun = seen.last("training_started", "training_resumed")
-    if not begun or seen.ancestors is None:  # what has not begun may have a source that it has not noted yet
+def _ancestry(snapshot: RunSnapshot, steps: int | None) -> list[dict[str, Any]]:
+    begun = snapshot.last_event(*BEGIN_EVENTS)
+    if not begun or snapshot.ancestors is None:  # a fine-tuning records its source as it begins
         return []
-    return lineage_of_run(seen.ancestors, seen.config, steps, begun.get("new_augmentations", []))
-
-
-def _checkpoints(run: Path) -> list[int]:
-    try:
-        return [step_of(folder) for folder in trusted_checkpoints(run)]
-    except UsageError:  # of another format than this program's: they are there nevertheless
-        return [step_of(folder) for folder in checkpoints(run / "checkpoints")]
+    return lineage_of_run(snapshot.ancestors, snapshot.config, steps, begun.get("new_augmentations", []))

@@ -1,4 +1,4 @@
-"""`coatnet submit`: checks, copies program and configuration into the run, and hands the job to Slurm."""
+"""`coatnet submit`: checks, copies program and configuration into the run, and submits the job to Slurm."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pipeline.config.schema import Config, Slurm
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.jsonl import read_lines
+from pipeline.run.lock import RunLocked, lock_holder
 from slurm import history, scheduler
 from slurm.job import Request
 from slurm.sbatch import batch_command, parameters, script, snapshot, tasks_per_node
@@ -31,10 +32,10 @@ class JobSpec:
 
     command: str
     config: Config
-    source: str | None
-    """Of a fine-tuning."""
+    source: str | None = None
+    """What a fine-tuning begins from."""
     weights: str | None = None
-    """Of its source that it begins from: `ema` or `model`; None: the average where there is one."""
+    """Of its source: `ema` or `model`; None: the average where there is one."""
     evaluate: bool = False
 
     @property
@@ -53,186 +54,101 @@ def submit(
     dry_run: bool,
 ) -> int:
     """Submits a run, and its fine-tuning after it; returns the exit status."""
-    works = [JobSpec(command, read_config(preset, overrides), source, weights)]
-    if then is not None:
-        after, *changes = shlex.split(then)
-        works.append(JobSpec("finetune", read_config(after, changes), str(works[0].run), evaluate=True))
     if cluster not in ("slurm", "local"):
         raise UsageError(f"--cluster is {cluster!r}; it is slurm or local")
-    if cluster == "local" and then is not None:
-        raise UsageError("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
-    for work, before in zip(works, [None, *works], strict=False):
-        check(work, before)
-    if then is not None and works[0].config.slurm.requeue == "array":
-        raise UsageError(
-            "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
-        )
+    chain = [JobSpec(command, read_config(preset, overrides), source, weights)]
+    if then is not None:
+        if cluster == "local":
+            raise UsageError("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
+        if chain[0].config.slurm.requeue == "array":
+            raise UsageError(
+                "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
+            )
+        preset, *changes = shlex.split(then)
+        chain.append(JobSpec("finetune", read_config(preset, changes), str(chain[0].run), evaluate=True))
+    for job, before in zip(chain, [None, *chain], strict=False):
+        check(job, before)
     dependency: str | None = None
     if not dry_run:
-        ending, *_ = [jobs_that_end(work.run) for work in works]
+        ending, *_ = [jobs_being_cancelled(job.run) for job in chain]
         if cluster == "slurm":
-            check_cluster(works[0].config)
+            check_cluster(chain[0].config.slurm)
             dependency = ":".join(["afterany", *ending]) if ending else None
-    for work in works:
-        job = submit_one(work, dependency, cluster, dry_run)
-        dependency = f"afterok:{job}"
+    for job in chain:
+        dependency = f"afterok:{submit_one(job, dependency, cluster, dry_run)}"
     return 0
 
 
-def check(work: JobSpec, before: JobSpec | None) -> None:
-    """UsageError where the run could not begin or resume with this request, after the one that is `before` it."""
-    slurm = work.config.slurm
-    if work.command == "finetune" and work.source is None:
+def check(job: JobSpec, before: JobSpec | None) -> None:
+    """UsageError where the run could not begin or resume with this request, after the job that is `before` it."""
+    slurm = job.config.slurm
+    if job.command == "finetune" and job.source is None:
         raise UsageError("submit finetune needs --from RUN")
-    if work.evaluate and work.config.data.val is None:
+    if job.evaluate and job.config.data.val is None:
         raise UsageError("--then evaluates in the end, so its data.val must be set")
-    ranks = slurm.nodes * tasks_per_node(slurm)
     for nodes in range(slurm.min_nodes or slurm.nodes, slurm.nodes + 1):
-        check_config(work.config, nodes * tasks_per_node(slurm), quiet=nodes * tasks_per_node(slurm) != ranks)
-    config_changes(work.run, work.config, work.command)
+        check_config(job.config, nodes * tasks_per_node(slurm), quiet=nodes != slurm.nodes)
+    config_changes(job.run, job.config, job.command)
     if before is not None:
         ancestors = source_of(before.run, Path(before.source), None).ancestry if before.source else []
-        check_compatible_config(work.config, before.config, str(before.run), ancestors)
-    elif work.source is not None:
-        check_source(work.config, work.source, work.weights)
+        check_compatible_config(job.config, before.config, str(before.run), ancestors)
+    elif job.source is not None:
+        check_source(job.config, job.source, job.weights)
 
 
-def jobs_that_end(run: Path) -> list[str]:
-    """A run's jobs that were cancelled a moment ago; UsageError where it is alive: a job or a process is to resume."""
-    living = scheduler.active_jobs(run)
-    if living and history.is_cancelled(run):
-        return list(living)
-    for job, facts in living.items():
+def jobs_being_cancelled(run: Path) -> list[str]:
+    """A run's active jobs where it is cancelled; UsageError where it is not, or a process trains it."""
+    active = scheduler.active_jobs(run)
+    if active and history.is_cancelled(run):
+        return list(active)
+    for job, facts in active.items():
         raise UsageError(
-            f"{run}: its job {job} is {facts['JobState'].lower()} and starts again by itself;"
-            f" `coatnet cancel {run}` ends it, if another is to take its place"
+            f"{run}: its job {job} is {facts['JobState'].lower()} and requeues itself;"
+            f" to submit another, end it first by `coatnet cancel {run}`"
         )
-    if scheduler.is_locked(run):
-        holder = (run / ".lock").read_text().strip()
-        raise UsageError(f"{run}: this run is alive ({holder}); end it first, or choose another run.dir")
+    if holder := lock_holder(run):
+        raise RunLocked(run, holder)
     return []
 
 
-def check_cluster(config: Config) -> None:
-    """UsageError where the cluster could never give what is asked for; Unanswered where it does not answer."""
+# ------------------------------------------------------------------------------------------------------------- cluster
+
+
+def check_cluster(slurm: Slurm) -> None:
+    """UsageError where the cluster can never provide what is requested; SlurmUnavailable where it does not answer."""
     if not scheduler.is_installed():
         raise UsageError("no Slurm on this machine's PATH: submit from a login node, or with --cluster local")
-    reasons = [unsatisfiable_reason(config.slurm, facts) for facts in partitions(config.slurm.partition)]
+    reasons = [unsatisfiable_reason(slurm, partition) for partition in partitions(slurm.partition)]
     if all(reasons):
         raise UsageError("; ".join(filter(None, reasons)))
 
 
 def unsatisfiable_reason(slurm: Slurm, partition: Mapping[str, str]) -> str | None:
-    """Why a partition will never run the job, which it would let wait all the same. Pure."""
+    """Why a job would stay pending in a partition forever. Pure."""
     name = partition["PartitionName"]
-    most = min(int(partition[limit]) for limit in ("TotalNodes", "MaxNodes") if partition[limit].isdigit())
-    longest, asked = scheduler.seconds_of(partition["MaxTime"]), scheduler.seconds_of(str(slurm.time))
+    max_nodes = min(int(partition[limit]) for limit in ("TotalNodes", "MaxNodes") if partition[limit].isdigit())
+    max_time, time = scheduler.parse_duration(partition["MaxTime"]), scheduler.parse_duration(str(slurm.time))
     if partition["State"] != "UP":
         return f"partition {name} is {partition['State']}"
-    if (slurm.min_nodes or slurm.nodes) > most:
-        return f"slurm.nodes={slurm.nodes} is more than partition {name} gives: {most}"
-    if longest is not None and (asked is None or asked > longest):
+    if (slurm.min_nodes or slurm.nodes) > max_nodes:
+        return f"slurm.nodes={slurm.nodes} is more than partition {name} gives: {max_nodes}"
+    if max_time is not None and (time is None or time > max_time):
         return f"slurm.time={slurm.time} is longer than partition {name} allows: {partition['MaxTime']}"
     return None
 
 
-def partitions(wanted: str | None) -> list[dict[str, str]]:
-    """What Slurm knows (State, TotalNodes, MaxTime, GraceTime ...) of the partitions a job may go to.
+def partitions(names: str | None) -> list[dict[str, str]]:
+    """Slurm's records (State, TotalNodes, MaxTime, GraceTime ...) of partitions, comma-separated.
 
-    `wanted` are names with commas between them; None: the default, or all where there is none. UsageError where one
-    does not exist.
+    None: the default partition, or all where there is none. UsageError where one does not exist.
     """
-    found = [scheduler.parsed(line) for line in scheduler.run_slurm("scontrol", "-o", "show", "partition").splitlines()]
-    there = {facts["PartitionName"]: facts for facts in found if facts}
-    default = [name for name, facts in there.items() if facts["Default"] == "YES"]
-    names = wanted.split(",") if wanted else default or list(there)
-    if missing := [name for name in names if name not in there]:
-        raise UsageError(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(there))}")
-    return [there[name] for name in names]
-
-
-def submit_one(work: JobSpec, dependency: str | None, cluster: str, dry_run: bool) -> str:
-    """Writes what the job needs into the run's folder and submits it; returns the job's id."""
-    if dry_run:
-        with tempfile.TemporaryDirectory() as folder:
-            print(prepare(work, Path(folder) / "slurm", dependency)[1])
-        return "JOB-BEFORE"
-    if cluster == "slurm":
-        slurm = work.config.slurm
-        for warning in warnings(stop_seconds(work.run), slurm.signal_seconds, grace_seconds(slurm.partition)):
-            print(f"warning: {warning}", file=sys.stderr)
-    folder = history.folder(work.run)
-    wanted, text, command = prepare(work, folder, dependency)
-    job = submit_locally(work.run, text) if cluster == "local" else submit_to_slurm(folder, wanted, text, command)
-    facts = {"command": work.command, "nodes": work.config.slurm.nodes, "dependency": dependency}
-    history.record_submission(work.run, job=job, **facts, host=os.uname().nodename)
-    waits = f", {dependency}" if dependency else ""
-    print(f"{work.run}: job {job}{waits}; coatnet status {work.run} says where it stands")
-    return job
-
-
-def prepare(work: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
-    """Copies program and configuration; returns submitit's parameters, the script, and the script's last line."""
-    slurm = work.config.slurm
-    folder.mkdir(parents=True, exist_ok=True)
-    code, number = snapshot(folder), len(list(folder.glob("request-*.json")))
-    resolved = folder / f"config-{number}.yaml"
-    resolved.write_text(to_yaml(work.config))
-    request = folder / f"request-{number}.json"
-    source = ["--from", work.source] if work.source else []
-    source += ["--weights", work.weights] if work.weights else []
-    Request(
-        [work.command, str(resolved), *source],
-        sys.executable,
-        str(code),
-        slurm.nodes,
-        slurm.min_nodes or slurm.nodes,
-        tasks_per_node(slurm),
-        slurm.cpus_per_task,
-        slurm.command_prefix,
-        list(slurm.srun_args),
-        slurm.signal_seconds,
-        slurm.max_restarts,
-        slurm.backoff,
-        slurm.requeue,
-        slurm.exclude,
-        work.config.data.val if work.evaluate else None,
-    ).write(request)
-    module = "slurm.doctor" if work.command == "doctor" else "slurm.job"
-    command = batch_command(sys.executable, code, module, work.run, request)
-    wanted = parameters(slurm, f"coatnet-{work.run.name}", dependency)
-    return wanted, script(folder, command, wanted), command
-
-
-def submit_to_slurm(folder: Path, wanted: dict[str, Any], text: str, command: str) -> str:
-    """The id that sbatch gives; Refused with its words where it refuses."""
-    checked = folder / ".check.sh"
-    checked.write_text(text)
-    scheduler.run_slurm("sbatch", "--test-only", str(checked))
-    checked.unlink()
-    from submitit.core.utils import FailedJobError
-    from submitit.slurm.slurm import SlurmExecutor
-
-    executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(**wanted)
-    try:
-        return executor._submit_command(command).job_id
-    except FailedJobError as error:
-        raise UsageError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
-
-
-def submit_locally(run: Path, text: str) -> str:
-    """Runs the script on this machine, in a session of its own, so that it outlives this terminal."""
-    folder = history.folder(run)
-    path = folder / "local.sh"
-    path.write_text(text)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    with (folder / "local.log").open("ab") as log:
-        process = subprocess.Popen(
-            ["bash", str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-    return f"local-{process.pid}"
+    lines = scheduler.run_slurm("scontrol", "-o", "show", "partition").splitlines()
+    records = {record["PartitionName"]: record for record in map(scheduler.parse_record, lines) if record}
+    default = [name for name, record in records.items() if record["Default"] == "YES"]
+    selected = names.split(",") if names else default or list(records)
+    if missing := [name for name in selected if name not in records]:
+        raise UsageError(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(records))}")
+    return [records[name] for name in selected]
 
 
 def stop_seconds(run: Path) -> float:
@@ -242,21 +158,90 @@ def stop_seconds(run: Path) -> float:
     return max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
 
 
-def warnings(needed: float, lead: float, grace: float) -> list[str]:
-    """What a stop that needs so many seconds loses, warned `lead` before a time limit, killed `grace` after SIGTERM."""
-    found = []
-    if needed > lead:
-        found.append(f"a step and a save took up to {needed:.0f} s, and slurm.signal_seconds leaves {lead:.0f} s")
-    if needed > grace:
-        found.append(
-            f"a step and a save took up to {needed:.0f} s, and this cluster kills {grace:.0f} s after a preemption's"
-            " SIGTERM: steps since the last checkpoint would be lost; checkpoint more often"
-        )
-    return found
-
-
 def grace_seconds(partition: str | None) -> float:
-    """Seconds from a preemption's SIGTERM to SIGKILL: the partition's grace and the cluster's wait."""
+    """Seconds from a preemption's SIGTERM to SIGKILL: the partition's GraceTime and the cluster's KillWait."""
     waits = re.findall(r"^KillWait\s*=\s*(\d+)", scheduler.run_slurm("scontrol", "show", "config"), re.MULTILINE)
-    graces = [float(facts["GraceTime"]) for facts in partitions(partition) if facts["GraceTime"].isdigit()]
+    graces = [float(record["GraceTime"]) for record in partitions(partition) if record["GraceTime"].isdigit()]
     return sum(map(float, waits)) + min(graces, default=0.0)
+
+
+def warnings(needed: float, signal: float, grace: float) -> list[str]:
+    """What a stop that needs so many seconds loses `signal` seconds before a time limit, or killed after `grace`."""
+    takes = f"a step and a save took up to {needed:.0f} s"
+    lines = [f"{takes}, and slurm.signal_seconds leaves {signal:.0f} s"] if needed > signal else []
+    if needed > grace:
+        lines.append(
+            f"{takes}, and this cluster kills {grace:.0f} s after a preemption's SIGTERM: steps since the last"
+            " checkpoint would be lost; checkpoint more often"
+        )
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------- submission
+
+
+def submit_one(job: JobSpec, dependency: str | None, cluster: str, dry_run: bool) -> str:
+    """Writes what the job needs into the run's folder and submits it; returns the job's id."""
+    slurm, folder = job.config.slurm, history.folder(job.run)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as temporary:
+            print(prepare(job, Path(temporary), dependency)[1])
+        return "JOB-BEFORE"
+    if cluster == "slurm":
+        for warning in warnings(stop_seconds(job.run), slurm.signal_seconds, grace_seconds(slurm.partition)):
+            print(f"warning: {warning}", file=sys.stderr)
+    options, text, command = prepare(job, folder, dependency)
+    number = submit_locally(folder, text) if cluster == "local" else submit_to_slurm(folder, options, text, command)
+    facts = {"command": job.command, "nodes": slurm.nodes, "dependency": dependency}
+    history.record_submission(job.run, job=number, **facts, host=os.uname().nodename)
+    waits = f", {dependency}" if dependency else ""
+    print(f"{job.run}: job {number}{waits}; coatnet status {job.run} shows its progress")
+    return number
+
+
+def prepare(job: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
+    """Copies program and configuration; returns submitit's parameters, the script, and the script's last line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code, number = snapshot(folder), len(list(folder.glob("request-*.json")))
+    resolved, request = folder / f"config-{number}.yaml", folder / f"request-{number}.json"
+    resolved.write_text(to_yaml(job.config))
+    command = [job.command, str(resolved)]
+    command += ["--from", job.source] if job.source else []
+    command += ["--weights", job.weights] if job.weights else []
+    evaluate = job.config.data.val if job.evaluate else None
+    written = Request(command=command, python=sys.executable, code=str(code), slurm=job.config.slurm, evaluate=evaluate)
+    request.write_text(written.model_dump_json(indent=1) + "\n")
+    module = "slurm.doctor" if job.command == "doctor" else "slurm.job"
+    last_line = batch_command(sys.executable, code, module, job.run, request)
+    options = parameters(job.config.slurm, f"coatnet-{job.run.name}", dependency)
+    return options, script(folder, last_line, options), last_line
+
+
+def submit_to_slurm(folder: Path, options: dict[str, Any], text: str, command: str) -> str:
+    """The job's id; UsageError with sbatch's words where it refuses."""
+    trial = folder / ".check.sh"
+    trial.write_text(text)
+    scheduler.run_slurm("sbatch", "--test-only", str(trial))
+    trial.unlink()
+    from submitit.core.utils import FailedJobError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    executor = SlurmExecutor(folder=folder)
+    executor.update_parameters(**options)
+    try:
+        return executor._submit_command(command).job_id
+    except FailedJobError as error:
+        raise UsageError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
+
+
+def submit_locally(folder: Path, text: str) -> str:
+    """Runs the script on this machine, in a session of its own, so that it outlives this terminal."""
+    path = folder / "local.sh"
+    path.write_text(text)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    with (folder / "local.log").open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    return f"local-{process.pid}"

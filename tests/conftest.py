@@ -1,7 +1,6 @@
-"""How long property tests look: HYPOTHESIS_PROFILE is quick (the default, the same examples every time) or long.
+"""HYPOTHESIS_PROFILE: quick (the default, the same examples every time) or long; the images that most tests train on.
 
-And the images that most runs of the tests train on, and what the marker gpu needs; `make gpu` refuses to run where all
-of these would skip.
+`make gpu` refuses to run where all tests with the marker gpu would skip.
 """
 
 import gc
@@ -23,7 +22,7 @@ LONGEST = [
     "test_cold_starts", "test_attempts", "test_rank_doctor", "test_mirror", "test_storage", "test_preview",
     "test_restore",
 ]  # fmt: skip
-"""The files that take longest, first: begun last, one of them would be waited for alone."""
+"""The files that take longest, run first: the last to begin would run alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,9 +40,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits of the demo, packed in shards of 200: FOLDER/train and FOLDER/val. To be read, not to be changed."""
+    """The digits of the demo, packed in shards of 200: FOLDER/train and FOLDER/val. Read-only."""
     return pack_digits(tmp_path_factory.mktemp("digits"))
 
 
 def pytest_unconfigure() -> None:
-    gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second or two
+    gc.freeze()  # else a collection at exit visits every object of torch: a second or two

@@ -1,8 +1,8 @@
-"""Commands as forks of one process of this worker that has imported what they need: Python's own forkserver.
+"""Commands as forks of a server process that has imported what they need: Python's own forkserver.
 
 They are real processes, with signals, exit codes, files, an environment and children of their own; only the imports,
-seconds of CPU, were done before. What is about starting itself starts a new interpreter in its test, and so does
-everything that may use a GPU.
+seconds of CPU, were done before. Tests of starting itself, and of everything that may use a GPU, start a new
+interpreter.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the console script does: the server may have one thread only
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the console script does: the server may have only one thread
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["tests.preloaded"])
 _lock = threading.Lock()
-"""multiprocessing looks at all children whenever it starts one, and two threads must not take one's status."""
+"""multiprocessing reaps all children whenever it starts one; two threads must not reap the same."""
 WITH_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 class Command:
-    """`MODULE ARGUMENT...` in a fork: what tests use of subprocess.Popen. What it says can be read at any time."""
+    """`MODULE ARGUMENT...` in a fork, with what tests use of subprocess.Popen. Its output can be read at any time."""
 
     def __init__(self, module: str, *arguments: str, env: Mapping[str, str]) -> None:
         self.args = [module, *arguments]
@@ -114,7 +114,7 @@ def _tell_parent(sender: Connection) -> None:
 
 
 def _become(command: Sequence[str], environment: Mapping[str, str], outputs: Sequence[str]) -> None:
-    """Does in this process what the command would do in one of its own."""
+    """Runs the command in this process."""
     from tests import preloaded
 
     for descriptor, path in enumerate(outputs, start=1):

@@ -1,4 +1,4 @@
-"""What the tests' fork server imports (forked.py). It does nothing else, so that a fork of it is a new process."""
+"""Imports for the tests' fork server (forked.py), which does nothing else: a fork of it is as good as a new process."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""That the rule for attention agrees with what is recorded, and that the benchmarks are found by name."""
+"""The choice of attention's backend agrees with the recorded results, and benchmarks are found by name."""
 
 import json
 from math import prod
@@ -16,21 +16,21 @@ ROWS = json.loads((ROOT / "benchmarks" / "results" / "attention.json").read_text
 
 
 def chosen(row: dict[str, Any]) -> float:
-    """Milliseconds of the backend that is taken for what a row measured, at best."""
+    """Milliseconds of the backend that is chosen for what a row measured, at best."""
     dtype = getattr(torch, row["dtype"])
     return row["best"][fastest(row["device"], dtype, prod(row["grid"]), row["with_gradient"])]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['heads']}-{row['grid'][0]}-{row['dtype']}")
-def test_the_backend_that_is_taken_is_within_a_quarter_of_the_fastest_one(row):
+def test_the_chosen_backend_is_within_a_quarter_of_the_fastest(row):
     assert chosen(row) <= 1.25 * min(row["best"].values())
 
 
-def test_over_all_shapes_the_backends_that_are_taken_are_within_a_twentieth_of_the_fastest_ones():
+def test_over_all_shapes_the_chosen_backends_are_within_a_twentieth_of_the_fastest():
     assert sum(map(chosen, ROWS)) <= 1.05 * sum(min(row["best"].values()) for row in ROWS)
 
 
-def test_bench_lists_the_benchmarks_and_refuses_what_is_none():
+def test_bench_lists_the_benchmarks_and_refuses_unknown_names():
     listed = [line.split()[0] for line in coatnet("bench").stdout.splitlines()]
     assert {"attention", "model", "order"} <= set(listed)
     refused = coatnet("bench", "peers")

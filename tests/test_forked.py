@@ -1,4 +1,4 @@
-"""A fork of the tests' fork server is a new process: the server has imported, and done nothing else."""
+"""A fork of the tests' fork server is as good as a new process: the server has only imported."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS, coatnet, wait_until
 
 OWN = ("pipe:", "socket:", "anon_inode:", os.devnull)
-"""What the server of multiprocessing has open itself."""
+"""Open files of multiprocessing's server itself."""
 
 
 def describe(file: str) -> None:
-    """Writes what a fork finds in itself and in the server, its parent."""
+    """Writes the state of a fork and of the server, its parent."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -44,10 +44,6 @@ def describe(file: str) -> None:
     Path(file).write_text(json.dumps(facts))
 
 
-OWN = ("pipe:", "socket:", "anon_inode:", os.devnull)
-"""What the server of multiprocessing has open itself."""
-
-
 def described(file: Path) -> dict[str, Any]:
     process = forked.forkserver.Process(target=describe, args=(str(file),))
     process.start()
@@ -56,9 +52,7 @@ def described(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(forked.WITH_GPU, reason="commands have interpreters of their own there")
-def test_the_fork_server_has_one_thread_no_file_no_process_group_and_no_state_and_commands_leave_none(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_the_fork_server_has_no_state_and_commands_leave_none_in_it(digits: Path, tmp_path: Path) -> None:
     before = described(tmp_path / "before")
     of_a_new_process = {
         "threads": 1, "files": [], "process group": False, "environment": [], "drawn": False, "mask": [], "missing": []
@@ -79,7 +73,7 @@ def main() -> None:
     sys.exit(3)
 
 
-def test_a_command_in_a_fork_has_its_arguments_and_environment_and_ends_with_its_status() -> None:
+def test_a_forked_command_has_its_arguments_environment_and_exit_status() -> None:
     environment = {"PATH": "/bin", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "of this test"}
     done = forked.run("tests.test_forked", "a b", 7, env=environment, timeout=PATIENCE_SECONDS)
     arguments, found, folder = json.loads(done.stdout)
@@ -89,7 +83,7 @@ def test_a_command_in_a_fork_has_its_arguments_and_environment_and_ends_with_its
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_command_in_a_fork_that_is_killed_ends_by_that_signal(number: int) -> None:
+def test_a_forked_command_that_is_killed_ends_by_that_signal(number: int) -> None:
     process = forked.start("tests.test_forked", "waits")
     assert process.stderr is not None
     words: list[str] = []

@@ -17,7 +17,7 @@ from tests.pipeline.runs import ROOT, coatnet, events
 CIFAR10 = ROOT.parent / "shared" / "data"
 
 
-def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digits: Path, tmp_path: Path) -> None:
+def test_the_short_form_is_measured_and_records_what_was_allowed(digits: Path, tmp_path: Path) -> None:
     steps = ("train.steps=1", "log.samples=false")
     recipe = Recipe(digits, "configs/tiny.yaml", "configs/tiny_finetune.yaml", 32, 40, steps, steps, ("off",), 1)
     found = measure(recipe, tmp_path, workers=2, start=coatnet)
@@ -30,7 +30,7 @@ def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digit
         on = [f"data.train={digits}/train", f"run.dir={tmp_path}/third", *more]
         return finetune(str(ROOT / "configs/tiny_finetune.yaml"), on, str(source), None, 1, check=True)
 
-    assert third() == 0  # RandAugment was allowed there, and is seen since
+    assert third() == 0  # RandAugment was allowed there, so it counts as seen
     both = rf"flip \(augment.flip=true\) is on here .* \({tmp_path}/runs/pretrain-off-0, {tuned}\)"
     with pytest.raises(UsageError, match=both):
         third("augment.flip=true")
@@ -39,7 +39,7 @@ def test_the_short_form_is_measured_whole_and_what_was_allowed_is_recorded(digit
     assert third("augment.allow_new=true", source=tmp_path / "runs" / "pretrain-off-0") == 0
 
 
-def test_what_is_compared_differs_in_nothing_else_and_only_off_to_on_is_new() -> None:
+def test_compared_runs_differ_in_one_thing_and_only_off_to_on_is_new() -> None:
     chains = {arm: chain(Recipe(Path("data"), control=True), Path("runs"), arm, 1) for arm in ("off", "weak", "strong")}
     configs = {
         run.name: read_config(str(ROOT / run.command[1]), [word for word in run.command[2:] if "=" in word])
@@ -56,16 +56,16 @@ def test_what_is_compared_differs_in_nothing_else_and_only_off_to_on_is_new() ->
             assert check_new_augmentations(config, [first]) == (["RandAugment"] if name == "finetune-off-on-1" else [])
 
 
-def test_a_verdict_is_one_only_where_all_seeds_say_so() -> None:
+def test_a_verdict_takes_agreement_of_all_seeds() -> None:
     assert agreement([-0.1, -2.0], -1).startswith("agrees") and agreement([0.1, 2.0], -1).startswith("disagrees")
     assert agreement([-0.1, 2.0], 1).startswith("undecided") and agreement([0.0], 1).startswith("undecided")
 
 
 @pytest.mark.torture
-def test_the_whole_experiment_runs_to_its_table_and_fine_tuning_improves_on_pretraining(tmp_path: Path) -> None:
+def test_in_the_whole_experiment_fine_tuning_improves_on_pretraining(tmp_path: Path) -> None:
     if not (CIFAR10 / "cifar10-train.tar").exists():
         pytest.skip(f"{CIFAR10} has no cifar10-train.tar")
-    out = Path(os.environ.get("COATNET_WEAK", tmp_path))  # a folder in which a night can be resumed after a break
+    out = Path(os.environ.get("COATNET_WEAK", tmp_path))  # a folder in which an interrupted night is resumed
     recipe = cifar10(CIFAR10 / "cifar10-train.tar", CIFAR10 / "cifar10-val.tar", out, tenth=False, control=True)
     found = measure(recipe, out, len(os.sched_getaffinity(0)))
     print(*table(recipe, found), sep="\n")

@@ -1,11 +1,7 @@
-"""Claiming a run's folder, and deciding what a start of it is: the first, resuming, done already, or refused.
+"""The lock of a run's folder: one process trains a run at a time.
 
-A run is alive while rank 0 of it holds an exclusive lock on RUN/.lock; the kernel lets go of it when the process
-ends, however it ends, so a killed run can be started again at once. Each start is an attempt with the next number
-(../checkpoint/attempts.py).
-
-Whoever wants to start a run that is alive is refused, but for the next start of the same Slurm job: Slurm has given the
-start before up, whose rank 0 may live on where nobody reaches it. That one ends when it sees the new attempt's number.
+Rank 0 holds an exclusive lock on RUN/.lock for as long as it lives, and the file's only line names it. The kernel
+releases the lock when the process ends, however it ends, so a killed run can be resumed at once.
 """
 
 from __future__ import annotations
@@ -13,8 +9,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -22,36 +20,76 @@ from pipeline.distributed.environment import START
 from pipeline.errors import UsageError
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-LOCK_PATIENCE_SECONDS = 10.0
+LOCK_TIMEOUT_SECONDS = 10.0
 """How long a killed process may take to disappear."""
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """The process that holds a run: `process 17 on n1, start 4711.0`."""
+
+    pid: int
+    host: str
+    start: str
+    """JOB.RESTART where a batch script started it, else empty."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f", start {self.start}" if self.start else "")
+
+    def is_superseded(self) -> bool:
+        """Whether it is an earlier start of the job whose start this process is: Slurm has given it up."""
+        job, _, restart = self.start.rpartition(".")
+        our_job, _, our_restart = os.environ.get(START, "").rpartition(".")
+        return job != "" and job == our_job and int(restart) < int(our_restart)
 
 
 class RunLocked(UsageError):
     """Another process holds the run."""
 
+    def __init__(self, run: Path, holder: LockHolder) -> None:
+        super().__init__(f"run.dir={run}: this run is alive ({holder}); end it first, or choose another run.dir")
+        self.holder = holder
 
-def acquire_lock(path: Path) -> TextIO:
+
+def lock_holder(run: Path) -> LockHolder | None:
+    """The living process that holds a run; None where there is none, or the file system has no locks.
+
+    It looks for a moment only, and acquire_lock tries again: it keeps no start from its lock.
+    """
+    try:
+        with (run / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_holder(run)
+    except OSError:
+        return None
+    return None
+
+
+def acquire_lock(run: Path) -> TextIO:
     """The run's lock, until it is closed; RunLocked where another process has it for longer than it takes to end."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+")
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a+")
     except OSError as error:
-        raise UsageError(f"run.dir={path}: {error.strerror}; choose a folder that can be written") from None
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    while not _locked(lock):
+        raise UsageError(f"run.dir={run}: {error.strerror}; choose a folder that can be written") from None
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    while not _try_lock(lock):
         if time.monotonic() > deadline:
-            lock.seek(0)
-            holder = lock.read().strip()
-            raise RunLocked(f"run.dir={path}: this run is alive ({holder}); end it first, or choose another run.dir")
+            raise RunLocked(run, _read_holder(run))
         time.sleep(0.1)
     lock.truncate(0)
-    start = f", start {os.environ[START]}" if START in os.environ else ""
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}{start}\n")
+    lock.write(f"{LockHolder(os.getpid(), os.uname().nodename, os.environ.get(START, ''))}\n")
     lock.flush()
     return lock
 
 
-def _locked(lock: TextIO) -> bool:
+def _read_holder(run: Path) -> LockHolder:
+    match = re.fullmatch(r"process (\d+) on (\S+?)(?:, start (\S+))?", (run / ".lock").read_text().strip())
+    return LockHolder(int(match[1]), match[2], match[3] or "") if match else LockHolder(0, "an unknown host", "")
+
+
+def _try_lock(lock: TextIO) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""A Slurm for each module of tests; nothing where there can be none, except in CI."""
+"""A Slurm for each module of tests; they are skipped where none can run, except in CI."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tests.cluster.slurm import Cluster, missing, running_cluster
 
 @pytest.fixture(scope="session")
 def slurm_here() -> None:
-    """Skips where no cluster can run, but fails in CI, where nobody would notice."""
+    """Skips where no cluster can run, but fails in CI, where a skip would go unnoticed."""
     if reason := missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm for tests: {reason}")
 

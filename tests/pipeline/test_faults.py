@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_injection import FAULTS, campaign, drawn, table
+from benchmarks.fault_injection import FAULTS, campaign, draw_faults, table
 
 SHORT = ["killed while saving", "a rank frozen"]
 """The first meets a run that stays on two ranks, the second one that changes from two to one."""
@@ -14,7 +14,7 @@ SHORT = ["killed while saving", "a rank frozen"]
 
 @pytest.mark.parametrize(
     "faults",
-    [SHORT, pytest.param(drawn(100, 0), marks=pytest.mark.torture)],
+    [SHORT, pytest.param(draw_faults(100, 0), marks=pytest.mark.torture)],
     ids=lambda faults: f"{len(faults)} faults",
 )
 def test_every_fault_is_survived(faults: list[str], tmp_path: Path) -> None:
@@ -26,5 +26,5 @@ def test_every_fault_is_survived(faults: list[str], tmp_path: Path) -> None:
 
 
 def test_each_kind_of_fault_is_drawn_as_often_as_any_other() -> None:
-    counts = {kind: drawn(10 * len(FAULTS), 1).count(kind) for kind in FAULTS}
+    counts = {kind: draw_faults(10 * len(FAULTS), 1).count(kind) for kind in FAULTS}
     assert set(counts.values()) == {10}

@@ -214,7 +214,7 @@ def test_an_unreadable_mirror_stops_only_a_run_without_checkpoints(run, s3):
 
 
 def test_a_run_that_is_alive_elsewhere_is_not_written_into(run, s3, monkeypatch):
-    monkeypatch.setattr("pipeline.run.lock.LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("pipeline.run.lock.LOCK_TIMEOUT_SECONDS", 0.2)
     mirrored(run, URL, [4])
     shutil.rmtree(run)
     with claim(run).lock, pytest.raises(UsageError, match="is alive"):

@@ -62,7 +62,7 @@ def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_run_is_refused_while_another_process_holds_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT_SECONDS", 0.3)
     acquire_lock(tmp_path).close()  # an earlier holder is not named
     with holder(tmp_path) as process:
         for _ in range(2):  # a refused claim does not change the holder
@@ -87,7 +87,7 @@ def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
     tmp_path, monkeypatch, holders: str | None, ours: str | None, is_refused: bool
 ):
     """Slurm has abandoned it; it is still alive, and ends when it sees the newer attempt."""
-    monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setenv(START, holders) if holders else monkeypatch.delenv(START, raising=False)
     with holder(tmp_path):
         monkeypatch.setenv(START, ours) if ours else monkeypatch.delenv(START, raising=False)
@@ -99,7 +99,7 @@ def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
 
 
 def test_a_claim_ends_with_its_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT_SECONDS", 0.1)
     first = claim(tmp_path / "new" / "run")
     with pytest.raises(UsageError, match="this run is alive"):
         claim(first.path)

@@ -1,4 +1,4 @@
-"""Submitting, watching and harming runs on the throw-away Slurm, for tests and `coatnet bench preemptions`."""
+"""Submitting and disturbing runs on the throw-away Slurm, for tests and `coatnet bench preemptions`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JOB = [
     "slurm.signal_seconds=60",
     "slurm.backoff=1",
 ]
-"""What is asked for: two nodes with two ranks each."""
+"""Two nodes with two ranks each."""
 
 
 def keys(packed: Path, run: Path, *more: str) -> list[str]:
@@ -46,7 +46,7 @@ def status(cluster: Cluster, run: Path) -> dict[str, Any]:
 
 
 def ranks(run: Path, node: str | None = None) -> list[int]:
-    """Processes of a run's ranks, on this node or on whichever."""
+    """Processes of a run's ranks, on this node; None: on any."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -58,7 +58,7 @@ def ranks(run: Path, node: str | None = None) -> list[int]:
 
 
 def read(path: Path) -> bytes:
-    """Nothing of a process that has ended."""
+    """Empty of a process that has ended."""
     try:
         return path.read_bytes()
     except OSError:
@@ -66,13 +66,13 @@ def read(path: Path) -> bytes:
 
 
 def trains(run: Path, starts_before: int = 0, steps: int = 3) -> Callable[[], bool]:
-    """Whether a start after so many others has done some steps."""
+    """Whether a start after `starts_before` others has done some steps."""
 
-    def does() -> bool:
-        went_on = [row["step"] for row in [*events(run, "training_started"), *events(run, "training_resumed")]]
-        return len(went_on) > starts_before and last_step(run) >= went_on[-1] + steps
+    def has_trained() -> bool:
+        begins = [row["step"] for row in [*events(run, "training_started"), *events(run, "training_resumed")]]
+        return len(begins) > starts_before and last_step(run) >= begins[-1] + steps
 
-    return does
+    return has_trained
 
 
 def causes(run: Path) -> list[str | None]:

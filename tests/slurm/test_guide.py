@@ -1,4 +1,4 @@
-"""The guide docs/slurm.md, from a login node to an evaluated model, as it is printed, on the throw-away Slurm."""
+"""The guide docs/slurm.md, from a login node to an evaluated model, run on the throw-away Slurm."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FENCED = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.torture
-def test_every_command_of_the_guide_does_what_it_says(cluster: Cluster, tmp_path: Path) -> None:
+def test_every_command_of_the_guide_succeeds(cluster: Cluster, tmp_path: Path) -> None:
     for shared in ("configs", "demo"):
         (tmp_path / shared).symlink_to(ROOT / shared)
     text = (ROOT / "docs" / "slurm.md").read_text()
     path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}"
-    said: list[str] = []
+    outputs: list[str] = []
     for language, block in FENCED.findall(text):
         if language == "yaml":
             (tmp_path / block.split()[1]).write_text(block)
@@ -35,9 +35,9 @@ def test_every_command_of_the_guide_does_what_it_says(cluster: Cluster, tmp_path
             )  # fmt: skip
             print(block, done.stdout, sep="\n")
             assert done.returncode == 0
-            said.append(done.stdout)
+            outputs.append(done.stdout)
     for run in ("first", "second"):
         assert [start.cause for start in starts(tmp_path / "runs" / run)] == ["done"]
     assert json.loads((tmp_path / "runs" / "second" / "evaluation.json").read_text())["samples"] == 360
     assert (tmp_path / "digits40.safetensors").stat().st_size > 0
-    assert "cancelled job" in said[-1] and len(said) == 5
+    assert "cancelled job" in outputs[-1] and len(outputs) == 5

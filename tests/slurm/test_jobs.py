@@ -30,13 +30,13 @@ def undisturbed(digits: Path) -> Path:
 
 @pytest.fixture
 def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Submit]:
-    """Submits a run, and returns it and its job; what is left is cancelled in the end."""
+    """Submits a run, and returns it and its job, which is cancelled in the end."""
     jobs: list[str] = []
 
     def submit(*more: str) -> tuple[Path, str]:
         run = tmp_path / "run"
-        said = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(digits, run), *JOB, *more)
-        assert said.returncode == 0, said.stderr
+        done = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(digits, run), *JOB, *more)
+        assert done.returncode == 0, done.stderr
         jobs.append(submissions(run)[-1]["job"])
         return run, jobs[-1]
 
@@ -62,7 +62,7 @@ def end(cluster: Cluster, job: str) -> str:
     return cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=240)["JobState"]
 
 
-def is_as_if_nothing_had_happened(run: Path, undisturbed: Path) -> bool:
+def equals_undisturbed(run: Path, undisturbed: Path) -> bool:
     return curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_is_requeued_resumes_where_it_stopped(cluster: Cluster, train
 
 
 @pytest.mark.torture
-def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
+def test_a_run_that_is_requeued_and_loses_a_rank_equals_an_undisturbed_one(
     cluster: Cluster, training: Submit, undisturbed: Path
 ) -> None:
     run, job = training()
@@ -87,11 +87,11 @@ def test_a_run_that_is_requeued_and_loses_a_rank_is_the_run_that_never_was(
     assert end(cluster, job) == "COMPLETED" and cluster.job(job)["Restarts"] == "2"
     assert causes(run) == ["preempted", "killed rank", "done"]
     assert [row["cause"] for row in events(run, "requeued")] == ["preempted", "killed rank"]
-    assert is_as_if_nothing_had_happened(run, undisturbed)
+    assert equals_undisturbed(run, undisturbed)
 
 
 @pytest.mark.torture
-def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkout_meanwhile(
+def test_one_command_leads_to_an_evaluated_model_though_the_checkout_changes(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:
     checkout = tmp_path / "checkout"
@@ -99,11 +99,11 @@ def test_one_command_leads_to_an_evaluated_model_whatever_happens_to_the_checkou
         shutil.copytree(ROOT / package, checkout / package)
     first, second = tmp_path / "first", tmp_path / "second"
     fine = ["configs/tiny_finetune.yaml", *keys(digits, second, "train.steps=10", "train.micro_batch=16"), *JOB]
-    said = command(
+    done = command(
         cluster, "submit", "pretrain", str(checkout / "configs" / "tiny.yaml"),
         *keys(digits, first, "train.steps=20"), *JOB, "--then", " ".join(fine), checkout=checkout,
     )  # fmt: skip
-    assert said.returncode == 0, said.stderr
+    assert done.returncode == 0, done.stderr
     for module in ("train.py", "cli.py"):
         (checkout / "pipeline" / module).write_text("raise SystemExit('edited')\n")
     jobs = [submissions(run)[0]["job"] for run in (first, second)]
@@ -147,7 +147,7 @@ def test_a_run_resumes_when_the_daemon_under_its_batch_script_dies(cluster: Clus
 
 
 @pytest.mark.torture
-def test_a_node_that_fails_twice_is_left_out(cluster: Cluster, training: Submit) -> None:
+def test_a_node_that_fails_twice_is_excluded(cluster: Cluster, training: Submit) -> None:
     run, job = training("slurm.min_nodes=1", "slurm.backoff=0")
     for before in (1, 2):
         os.kill(ranks(run, "n2")[0], signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_a_node_that_fails_twice_is_left_out(cluster: Cluster, training: Submit)
 def test_where_jobs_must_not_requeue_themselves_an_array_resumes(
     cluster: Cluster, training: Submit, undisturbed: Path
 ) -> None:
-    """Also what a site needs around each rank's command: modules, containers, NCCL's settings."""
+    """With what a site needs around each rank's command: modules, containers, NCCL's settings."""
     around = ["slurm.setup=[export NCCL_SOCKET_IFNAME=ib0]", "slurm.command_prefix=env CONTAINER=yes"]
     run, job = training("slurm.requeue=array", *around, "slurm.srun_args=[--cpu-bind=none]")
     settings = read(Path(f"/proc/{ranks(run)[-1]}/environ")).split(b"\0")
@@ -171,18 +171,18 @@ def test_where_jobs_must_not_requeue_themselves_an_array_resumes(
     assert causes(run) == ["killed rank", "done"] and [start.name for start in starts(run)] == [f"{job}.0", f"{job}.1"]
     wait_until(lambda: not cluster.run("squeue", "-h", "-j", job))
     assert status(cluster, run)["state"] == "done"
-    assert is_as_if_nothing_had_happened(run, undisturbed)
+    assert equals_undisturbed(run, undisturbed)
 
 
 @pytest.mark.torture
-def test_a_frozen_rank_is_a_hang_and_the_run_comes_back(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
+def test_a_frozen_rank_is_a_hang_and_the_run_resumes(cluster: Cluster, training: Submit, undisturbed: Path) -> None:
     """Rank 0, which writes the events otherwise."""
     run, job = training()
     (first,) = (pid for pid in ranks(run) if b"SLURM_PROCID=0" in read(Path(f"/proc/{pid}/environ")).split(b"\0"))
     os.kill(first, signal.SIGSTOP)
     assert end(cluster, job) == "COMPLETED"
     assert causes(run) == ["hang", "done"]
-    assert is_as_if_nothing_had_happened(run, undisturbed)
+    assert equals_undisturbed(run, undisturbed)
 
 
 @pytest.mark.torture
@@ -198,22 +198,22 @@ def test_a_run_longer_than_its_time_limit_resumes_in_the_next_start(cluster: Clu
 
 
 @pytest.mark.torture
-def test_a_cancelled_run_stays_cancelled_and_resumes_when_it_is_submitted_again(
+def test_a_cancelled_run_resumes_when_it_is_submitted_again(
     cluster: Cluster, training: Submit, submitted: Submit, undisturbed: Path
 ) -> None:
     run, job = training()
     twice = command(cluster, "submit", "pretrain", str(run / "config.yaml"), *JOB)
     assert twice.returncode == 2 and f"its job {job} is running" in twice.stderr
-    said = command(cluster, "cancel", str(run))
-    assert said.returncode == 0, said.stderr
+    done = command(cluster, "cancel", str(run))
+    assert done.returncode == 0, done.stderr
     assert end(cluster, job) == "CANCELLED"
     wait_until(lambda: not any(map(alive, ranks(run))))
     assert status(cluster, run)["state"] == "cancelled"
     assert end(cluster, submitted()[1]) == "COMPLETED"
-    assert is_as_if_nothing_had_happened(run, undisturbed)
+    assert equals_undisturbed(run, undisturbed)
 
 
-def test_a_request_that_is_wrong_fails_once_and_status_says_why(cluster: Cluster, submitted: Submit) -> None:
+def test_a_bad_request_fails_once_and_status_shows_why(cluster: Cluster, submitted: Submit) -> None:
     run, job = submitted("data.train=no/such/data")
     assert end(cluster, job) == "FAILED"
     assert causes(run) == ["bad request"]
@@ -221,35 +221,29 @@ def test_a_request_that_is_wrong_fails_once_and_status_says_why(cluster: Cluster
     assert facts["state"] == "failed" and "no/such/data" in facts["reason"]
 
 
-def test_a_stop_that_takes_longer_than_the_cluster_leaves_is_warned_of(
+def test_a_stop_that_takes_longer_than_the_grace_time_is_warned_about(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     grace = grace_seconds(None)
     assert grace == GRACE_SECONDS + KILL_SECONDS and grace_seconds("high") == KILL_SECONDS
-    assert warnings(grace, lead=60, grace=grace) == []
-    assert "kills 13 s after" in warnings(14, lead=60, grace=grace)[0]
+    assert warnings(grace, signal=60, grace=grace) == []
+    assert "kills 13 s after" in warnings(14, signal=60, grace=grace)[0]
     assert ["slurm.signal_seconds leaves 60 s" in warning for warning in warnings(61, 60, grace)] == [True, False]
 
 
-def test_what_the_cluster_could_never_give_is_refused_before_anything_is_submitted(
-    cluster: Cluster,
-    digits: Path,
-    tmp_path: Path,
+def test_what_the_cluster_can_never_provide_is_refused_at_submission(
+    cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:
-    for wanted, told in (
-        (
-            ["slurm.nodes=3", "train.global_batch=96"],
-            "slurm.nodes=3 is more than partition main gives: 2",
-        ),
+    for request, message in (
+        (["slurm.nodes=3", "train.global_batch=96"], "slurm.nodes=3 is more than partition main gives: 2"),
         (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here; there are high, main"),
         (["slurm.time=3-00:00:01"], "slurm.time=3-00:00:01 is longer than partition main allows: 3-00:00:00"),
         (["slurm.memory=900G"], "sbatch: "),
         (["slurm.nodes=9"], "too few for 18 ranks"),
     ):
-        said = command(
-            cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(digits, tmp_path / "run"), *JOB, *wanted
-        )
-        assert said.returncode == 2 and told in said.stderr, said.stderr
-        assert len(said.stderr.strip().splitlines()) == 1
+        words = [*keys(digits, tmp_path / "run"), *JOB, *request]
+        done = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *words)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
     assert cluster.run("squeue", "-h", "-n", "coatnet-run") == ""

@@ -1,18 +1,18 @@
-"""A night's worth of preemptions, kills and dead nodes leaves a training as it would have been without."""
+"""Preemptions, kills and dead nodes leave a training as it would have been without."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.fault_injection import drawn
-from benchmarks.preemptions import KINDS, night, table
+from benchmarks.fault_injection import draw_faults
+from benchmarks.preemptions import KINDS, campaign, table
 
 
 @pytest.mark.torture
 def test_twenty_disturbances_change_no_bit(slurm_here: None, tmp_path_factory: pytest.TempPathFactory) -> None:
-    told = night(tmp_path_factory.mktemp("night"), drawn(20, 0, KINDS), seed=0)
-    assert not told.wrong, "\n".join(table(told))
+    result = campaign(tmp_path_factory.mktemp("night"), draw_faults(20, 0, KINDS), seed=0)
+    assert not result.wrong, "\n".join(table(result))
 
 
 def test_each_kind_of_disturbance_is_drawn_as_often_as_any_other() -> None:
-    assert {drawn(10 * len(KINDS), 1, KINDS).count(kind) for kind in KINDS} == {10}
+    assert {draw_faults(10 * len(KINDS), 1, KINDS).count(kind) for kind in KINDS} == {10}

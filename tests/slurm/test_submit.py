@@ -13,7 +13,7 @@ OFF = "augment.randaugment={layers: 0, magnitude: 0}"
 ON = '"augment.randaugment={layers: 2, magnitude: 5}"'
 
 
-def test_a_chain_whose_fine_tuning_would_be_refused_after_its_pretraining_is_refused_at_once(
+def test_a_chain_whose_fine_tuning_would_be_refused_is_not_submitted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, tuned = tmp_path / "run", tmp_path / "tuned"
