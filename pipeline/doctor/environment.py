@@ -14,10 +14,10 @@ import importlib.metadata
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.distributed.launcher import free_port
 from pipeline.doctor.checks import Check
 from pipeline.doctor.install import driver_cuda
 from pipeline.doctor.subprocess_probe import REINSTALL, has_gpu, one_line, run_isolated
@@ -213,29 +213,15 @@ def decoding_problem(device: str) -> str | None:
 
 def check_gloo() -> list[Check]:
     """Two processes on this machine add up a tensor over gloo."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        group = {"GLOO_SOCKET_IFNAME": "lo", "RENDEZVOUS": f"file://{folder}/rendezvous"}
-        ranks = [group | {"RANK": str(rank)} for rank in range(2)]
-        found = pool.map(lambda rank: run_isolated("collectives", "environment.check_pair", environment=rank), ranks)
-        checks = [check for group in found for check in group]
-    return [next((check for check in checks if check.state != "ok"), checks[0])]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [group | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""} for rank in range(2)]
 
+    def rank(environment: dict[str, str]) -> list[Check]:
+        return run_isolated("collectives", "collectives.check_collectives", environment=environment)
 
-def check_pair() -> list[Check]:
-    """One of the two ranks of check_gloo."""
-    import datetime
-
-    import torch
-    import torch.distributed as dist
-
-    rank, limit = int(os.environ["RANK"]), datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=2, timeout=limit)
-    total = torch.tensor([rank + 1])
-    dist.all_reduce(total)
-    dist.destroy_process_group()
-    if total.item() != 3:
-        return [Check("collectives", "broken", f"gloo: an all-reduce of 1 and 2 gave {total.item()}")]
-    return [Check("collectives", "ok", "gloo: two processes on this machine")]
+    with ThreadPoolExecutor(2) as pool:
+        found = [check for checks in pool.map(rank, ranks) for check in checks if check.what == "collectives"]
+    return [next((check for check in found if check.state != "ok"), found[0])]
 
 
 def check_resources() -> list[Check]:
