@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 
 def keys_table() -> str:
     """Every key with its default and meaning, and what a run that resumes may do with it."""
     from pipeline.config.schema import documented_keys
 
-    going_on = {"fixed": "no", "recorded": "recorded", "free": "yes"}
+    on_resuming = {"immutable": "no", "tracked": "recorded", "mutable": "yes"}
     rows = [
-        (name, _default(facts["default"]), facts["meaning"], going_on[facts["change"]])
+        (name, _default(facts["default"]), facts["meaning"], on_resuming[facts["change"]])
         for name, facts in documented_keys().items()
     ]
     table = Table("key", "default", "meaning", "may change on resuming", box=None, pad_edge=False)
