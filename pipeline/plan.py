@@ -124,10 +124,10 @@ def config_changes(path: Path, config: Config, command: str) -> dict[str, Any]:
     if not resolved.exists():
         return {}
     differing = changes(read_resolved(resolved), config)
-    refused = [f"{name} was {old!r}, now {new!r}" for name, (kind, old, new) in differing.items() if kind == "fixed"]
-    if refused:
+    fixed = [f"{name} was {old!r}, now {new!r}" for name, (kind, old, new) in differing.items() if kind == "immutable"]
+    if fixed:
         raise UsageError(
-            f"run.dir={path}: this run was started with another configuration: {'; '.join(refused)}."
+            f"run.dir={path}: this run was started with another configuration: {'; '.join(fixed)}."
             f" These keys define a run: put them back, or {command} into another folder with run.dir=..."
         )
     return {name: [old, new] for name, (_, old, new) in differing.items()}

@@ -33,9 +33,9 @@ def ranks_of_group(train: Batches) -> int:
 
 
 def check_world_size(train: Batches, world_size: int) -> None:
-    """Raises ValueError where a step cannot be dealt to `world_size` ranks."""
-    micro_batches, together = micro_batches_of(train), ranks_of_group(train)
-    possible = suggest("ranks", list(range(together, micro_batches + 1, together)), world_size)
+    """Raises ValueError, with the nearest sizes that would do, where a step cannot be dealt to `world_size` ranks."""
+    micro_batches, group_ranks = micro_batches_of(train), ranks_of_group(train)
+    ranks = ("ranks", list(range(group_ranks, micro_batches + 1, group_ranks)), world_size)
     if world_size > micro_batches:
         group = train.batch_norm_group or 1
         enough = [
@@ -45,37 +45,33 @@ def check_world_size(train: Batches, world_size: int) -> None:
         ]
         raise ValueError(
             f"{micro_batches} micro batches a step (train.global_batch={train.global_batch} /"
-            f" train.micro_batch={train.micro_batch}) are too few for {world_size} ranks; "
-            + alternatives(possible, suggest("train.micro_batch", enough, train.micro_batch))
+            f" train.micro_batch={train.micro_batch}) are too few for {world_size} ranks;"
+            f" {suggest(ranks, ('train.micro_batch', enough, train.micro_batch))}"
         )
-    if world_size % together:
+    if world_size % group_ranks:
+        groups = ("train.batch_norm_group", divisors(train.micro_batch)[1:], train.micro_batch)
         raise ValueError(
-            f"train.batch_norm_group={train.batch_norm_group} lies on {together} ranks (a micro batch of"
-            f" {train.micro_batch} on each), and {world_size} ranks are no multiple of that; "
-            + alternatives(
-                possible,
-                suggest("train.batch_norm_group", divisors(train.micro_batch)[1:], train.micro_batch),
-            )
+            f"train.batch_norm_group={train.batch_norm_group} needs {group_ranks} ranks (a micro batch of"
+            f" {train.micro_batch} on each), and {world_size} ranks are no multiple of that; {suggest(ranks, groups)}"
         )
 
 
 def padding_share(train: Batches, world_size: int) -> str | None:
-    """What a number of ranks wastes that a step's micro batches cannot be dealt to evenly, in words."""
+    """A warning about a number of ranks to which a step's micro batches cannot be dealt evenly; None where they can."""
     micro_batches = micro_batches_of(train)
-    rounds = accumulation_steps(micro_batches, world_size)
-    empty = rounds * world_size - micro_batches
-    if not empty:
+    slots = accumulation_steps(micro_batches, world_size) * world_size
+    if slots == micro_batches:
         return None
     even = [ranks for ranks in divisors(micro_batches) if ranks % ranks_of_group(train) == 0]
     return (
-        f"{micro_batches} micro batches a step on {world_size} ranks take {rounds} passes of each, and in the last one"
-        f" {empty} have nothing to do: {100 * empty / (rounds * world_size):.0f} % of their time is wasted;"
-        f" {_nearest(even, world_size)} ranks would waste none"
+        f"{micro_batches} micro batches a step do not divide evenly among {world_size} ranks:"
+        f" {100 * (slots - micro_batches) / slots:.0f} % of their time is wasted; {_nearest(even, world_size)} ranks"
+        " would waste none"
     )
 
 
 def fitting_micro_batches(train: Batches, samples: int) -> list[int]:
-    """Micro batches that divide so many samples and hold whole batch-norm groups, or are equal parts of one."""
+    """Micro batches that divide this number of samples and hold whole batch-norm groups, or are equal parts of one."""
     group = train.batch_norm_group or 1
     if samples % group:
         return []
@@ -88,18 +84,14 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def suggest(name: str, values: list[int], wanted: int = 0) -> str:
-    """The up to four values nearest to what was wanted, in words; empty where there are none."""
-    return f"{name} would do with {_nearest(values, wanted)}" if values else ""
+def suggest(*options: tuple[str, list[int], int]) -> str:
+    """For each (key, possible values, present value) that has any the nearest value, as alternatives."""
+    nearest = [f"{key}={_nearest(values, present)}" for key, values, present in options if values]
+    return f"{' or '.join(nearest)} would do" if nearest else "change both, and train.batch_norm_group too"
 
 
-def _nearest(values: list[int], wanted: int) -> str:
-    return ", ".join(map(str, sorted(sorted(values, key=lambda value: abs(value - wanted))[:4])))
-
-
-def alternatives(*ways: str) -> str:
-    """The ways that are not empty, as alternatives."""
-    return ", or ".join(filter(None, ways)) or "change both, and train.batch_norm_group too"
+def _nearest(values: list[int], present: int) -> int:
+    return min(values, key=lambda value: abs(value - present))
 
 
 def total_steps(epochs: float, samples: int, global_batch: int) -> int:

@@ -1,8 +1,8 @@
 """From YAML files and `section.key=value` to one checked configuration, and what changed against a run's own.
 
 Order, later wins: documented defaults, the file named by `base:` (and its base), the preset, overrides from left to
-right. Setting one of train.epochs and train.steps in a later layer clears the other of the earlier ones, and so
-does naming a model against spelling it out.
+right. Setting one of train.epochs and train.steps in a later layer clears the other in the earlier ones; so do
+model.name and model.stages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.schema import Config, Section, allowed, documented_keys, item_of, section_of
+from pipeline.config.schema import Config, Section, describe_type, documented_keys, item_type, section_type
 from pipeline.errors import UsageError
 
 CLEARS = {
@@ -26,7 +26,7 @@ CLEARS = {
     ("model", "name"): ("stem", "stages", "head_size"),
     ("model", "stages"): ("name",),
 }
-"""What a key that is set in a later layer takes out of the earlier ones."""
+"""A key that is set in a later layer -> keys of its section that it removes from the earlier ones."""
 
 
 def read_config(path: str, overrides: list[str]) -> Config:
@@ -34,29 +34,31 @@ def read_config(path: str, overrides: list[str]) -> Config:
     layers = [*_file_layers(Path(path)), *(_parse_override(text) for text in overrides)]
     merged: dict[str, Any] = {}
     for layer, origin in layers:
-        _refuse_unknown_keys(layer, Config, "", origin)
+        _check_keys(layer, Config, "", origin)
         _clear(merged, layer)
         _merge(merged, layer)
     return validate(merged, path, overrides)
 
 
 def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    """The typed configuration of a plain tree; every fault of the tree in one UsageError, a line each.
+    """The typed configuration of a plain tree; all that is wrong with it in one UsageError, a line each.
 
     A line begins with the last of the overrides whose key it names, or else with the origin.
     """
-    tree = {**{name: {} for name in Config.model_fields}, **tree}  # so that keys are missed, not sections
+    tree = {**{name: {} for name in Config.model_fields}, **tree}  # so that keys are missing, not sections
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        # Of a value that may be of several types there is one fault for each.
-        faults = dict.fromkeys(_fault(fault, tree) for fault in error.errors())
-        raise UsageError("\n".join(f"{_to_blame(fault, overrides) or origin}: {fault}" for fault in faults)) from None
+        # A value that may be of several types has one error for each.
+        messages = dict.fromkeys(_message(each, tree) for each in error.errors())
+        lines = [f"{_override_with(message, overrides) or origin}: {message}" for message in messages]
+        raise UsageError("\n".join(lines)) from None
 
 
-def _to_blame(fault: str, overrides: Sequence[str]) -> str | None:
-    keys = {text: text.partition("=")[0] for text in overrides}
-    return next((text for text in reversed(overrides) if re.search(rf"\b{re.escape(keys[text])}\b", fault)), None)
+def _override_with(message: str, overrides: Sequence[str]) -> str | None:
+    """The last override whose key a message names."""
+    keys = {text: re.escape(text.partition("=")[0]) for text in overrides}
+    return next((text for text in reversed(overrides) if re.search(rf"\b{keys[text]}\b", message)), None)
 
 
 def to_yaml(config: Config) -> str:
@@ -115,18 +117,18 @@ def _parse_override(text: str) -> tuple[dict[str, Any], str]:
     return leaf, text
 
 
-def _refuse_unknown_keys(tree: dict[str, Any], section: type[Section], prefix: str, origin: str) -> None:
+def _check_keys(tree: dict[str, Any], section: type[Section], prefix: str, origin: str) -> None:
     for name, value in tree.items():
         full = f"{prefix}{name}"
         if name not in section.model_fields:
             raise UsageError(f"{origin}: {full}: unknown{_suggestion(full, section, prefix)}")
         annotation = section.model_fields[name].annotation
-        inner = section_of(annotation)
+        inner = section_type(annotation)
         if isinstance(value, dict) and inner is not None:
-            _refuse_unknown_keys(value, inner, full + ".", origin)
+            _check_keys(value, inner, full + ".", origin)
         elif inner is not None and (value is not None or type(None) not in get_args(annotation)):
             raise UsageError(
-                f"{origin}: {full} is {_shown(value)}; it is a section with {', '.join(inner.model_fields)}"
+                f"{origin}: {full} is {_as_json(value)}; it is a section with {', '.join(inner.model_fields)}"
             )
 
 
@@ -141,11 +143,11 @@ def _suggestion(full: str, section: type[Section], prefix: str) -> str:
 
 
 def _clear(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Takes out of the earlier layers what a key that this layer sets excludes."""
-    for (section, wins), losers in CLEARS.items():
-        if above.get(section, {}).get(wins) is not None:
-            for loser in set(losers) - set(above[section]):
-                below.get(section, {}).pop(loser, None)
+    """Removes from the earlier layers what a key that this layer sets excludes."""
+    for (section, name), excluded in CLEARS.items():
+        if above.get(section, {}).get(name) is not None:
+            for other in set(excluded) - set(above[section]):
+                below.get(section, {}).pop(other, None)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
@@ -156,11 +158,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
             below[name] = value
 
 
-def _fault(fault: Any, tree: dict[str, Any]) -> str:
-    """One fault in a line: the key's full name, its value, and what it may be."""
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    section, name, path, rest = Config, "", [], list(fault["loc"])
+def _message(error: Any, tree: dict[str, Any]) -> str:
+    """An error of pydantic in a line: the key's full name, its value, and what it may be."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    section, name, path, rest = Config, "", [], list(error["loc"])
     inner: type[Section] | None = Config
     while rest and inner is not None:
         section, name = inner, rest.pop(0)
@@ -169,19 +171,19 @@ def _fault(fault: Any, tree: dict[str, Any]) -> str:
             prefix = "".join(f"{part}." for part in path[:-1])
             return f"{prefix}{name}: unknown{_suggestion(prefix + name, section, prefix)}"
         annotation = section.model_fields[name].annotation
-        inner = section_of(annotation) or item_of(annotation)
-        if rest and item_of(annotation):
+        inner = section_type(annotation) or item_type(annotation)
+        if rest and item_type(annotation):
             path.append(rest.pop(0))
     full = ".".join(map(str, path))
-    if fault["type"] == "missing" and not rest:  # with a rest it is an item of a list that is too short
+    if error["type"] == "missing" and not rest:  # with a rest it is an item of a list that is too short
         return f"{full}: must be given" + ("" if any(isinstance(part, int) for part in path) else f" ({full}=...)")
     is_item = isinstance(path[-1], int) and inner is not None
-    what = f"a section with {', '.join(inner.model_fields)}" if is_item else allowed(section, name)
-    return f"{full} is {_shown(_get(tree, path))}; it must be {what}"
+    what = f"a section with {', '.join(inner.model_fields)}" if is_item else describe_type(section, name)
+    return f"{full} is {_as_json(_get(tree, path))}; it must be {what}"
 
 
-def _shown(value: Any) -> str:
-    """A value as it is written in YAML."""
+def _as_json(value: Any) -> str:
+    """A value as it could be written in YAML."""
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.batch_size import alternatives, divisors, fitting_micro_batches, ranks_of_group, suggest
+from pipeline.config.batch_size import divisors, fitting_micro_batches, ranks_of_group, suggest
 
-Change = Literal["fixed", "recorded", "free"]
-"""What resuming with another value does: refused (it defines the run), recorded in events.jsonl, or nothing."""
+Change = Literal["immutable", "tracked", "mutable"]
+"""What resuming with another value does: it is refused (the key defines the run), recorded in events.jsonl, or used."""
 
 
-def key(default: Any, meaning: str, change: Change = "fixed", **limits: Any) -> Any:
+def key(default: Any, meaning: str, change: Change = "immutable", **limits: Any) -> Any:
     """A documented key of a section; `limits` are pydantic's (ge, le, gt, lt, min_length, ...)."""
     return Field(default, description=meaning, json_schema_extra={"change": change}, validate_default=False, **limits)
 
@@ -29,34 +29,34 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str = key("runs/default", "folder of this run, on a POSIX file system", "free", min_length=1)
-    seed: int = key(0, "what every draw is a function of, 0 to 2**48 - 1", ge=0, lt=2**48)
+    dir: str = key("runs/default", "folder of this run, on a POSIX file system", "mutable", min_length=1)
+    seed: int = key(0, "seed of every random draw, 0 to 2**48 - 1", ge=0, lt=2**48)
     hang_timeout: float = key(
         1800,
-        "seconds without progress, or a rank's heartbeat, after which all say where they are and end",
-        "free",
+        "seconds without progress, or a rank's heartbeat, after which the ranks dump their stacks and end",
+        "mutable",
         ge=1,
     )
 
 
 class Cache(Section):
     dir: str | None = key(
-        None, "folder on each node's disk, $VARIABLES allowed, that keeps what was read from afar; null: none", "free"
+        None, "folder on each node's disk, $VARIABLES allowed, that caches remote data; null: none", "mutable"
     )
     max_bytes: int | None = key(
-        None, "bytes that the folder may take, oldest use goes first; null: until the disk is full", "free", ge=1
+        None, "bytes of the cache, oldest use goes first; null: until the disk is full", "mutable", ge=1
     )
 
 
 class Data(Section):
     train: str = key(..., "packed training set: a folder or any fsspec URL that holds manifest.json", min_length=1)
-    val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "free")
+    val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "mutable")
     shuffle_window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
     train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
     max_bad_fraction: float = key(
-        0.001, "share of an epoch that may be replaced before the run stops", "free", ge=0, le=1
+        0.001, "share of an epoch that may be replaced before the run stops", "mutable", ge=0, le=1
     )
-    cache: Cache = key(Cache(), "the node's cache of data that lie elsewhere")
+    cache: Cache = key(Cache(), "the node's cache of remote data")
 
 
 class Stem(Section):
@@ -75,12 +75,12 @@ class Stage(Section):
 
 class Model(Section):
     name: str | None = key(
-        None, "coatnet_0 to coatnet_7, or a variant (coatnet models); null: stem and stages are spelled out"
+        None, "coatnet_0 to coatnet_7, or a variant (coatnet models); null: stem and stages are given"
     )
     stem: Stem | None = key(None, "stem, where name is null")
     stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null")
     head_size: int | None = key(
-        None, "channels per attention head; null: the family's (32 where stages are spelled out)", ge=1
+        None, "channels per attention head; null: the family's (32 where stages are given)", ge=1
     )
     stride: Literal["expand", "depthwise"] | None = key(
         None, "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise; null: the layout's"
@@ -91,7 +91,7 @@ class Model(Section):
         "pre_softmax", "where the relative bias is added: pre_softmax (the paper's), post_softmax or none"
     )
     attention: Literal["auto", "reference", "sdpa", "flex"] = key(
-        "auto", "how attention is computed; auto: the fastest as measured (models/attention.py)", "free"
+        "auto", "how attention is computed; auto: the fastest as measured (models/attention.py)", "mutable"
     )
     batch_norm_momentum: float = key(0.01, "share of the new statistics in batch norm's running ones", gt=0, le=1)
     batch_norm_eps: float = key(1e-3, "batch norm's epsilon", gt=0)
@@ -105,9 +105,8 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _named_or_spelled_out(self) -> Model:
-        spelled_out = self.stem is not None and self.stages
-        if self.name is None and not spelled_out:
+    def _named_or_given_by_stages(self) -> Model:
+        if self.name is None and (self.stem is None or not self.stages):
             raise ValueError("model.name is null, so model.stem and model.stages must be given")
         if self.name is not None and (self.stem is not None or self.stages is not None):
             raise ValueError(
@@ -131,7 +130,7 @@ class Augment(Section):
     flip: bool = key(True, "mirror half of the images; off for digits and letters")
     randaugment: RandAugment = key(RandAugment(), "RandAugment")
     mixup: float = key(0.0, "alpha of mixup, whose strength is Beta(alpha, alpha); 0 switches mixup off", ge=0)
-    allow_new: bool = key(False, "fine-tune with an augmentation that no ancestor was trained under", "free")
+    allow_new: bool = key(False, "fine-tune with an augmentation that no ancestor was trained under", "mutable")
 
     @model_validator(mode="after")
     def _area_is_a_range(self) -> Augment:
@@ -142,25 +141,25 @@ class Augment(Section):
 
 
 class Train(Section):
-    epochs: float | None = key(None, "length in passes over the training set; this or train.steps", "recorded", gt=0)
-    steps: int | None = key(None, "length in optimizer steps; this or train.epochs", "recorded", ge=1)
+    epochs: float | None = key(None, "length in passes over the training set; this or train.steps", "tracked", gt=0)
+    steps: int | None = key(None, "length in optimizer steps; this or train.epochs", "tracked", ge=1)
     global_batch: int = key(4096, "samples per optimizer step on all ranks together", ge=1)
     micro_batch: int = key(64, "samples per forward pass on one rank", ge=1)
     batch_norm_group: int | None = key(
         None, "consecutive samples that share batch statistics, on one rank or on several; null: a micro batch", ge=2
     )
-    precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights and masters)", "free")
+    precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights)", "mutable")
     activation_checkpointing: Literal["none", "all"] | tuple[int, ...] = key(
-        "none", "stages that compute activations again in the backward: none, all, or a list like [1, 2]", "free"
+        "none", "stages whose activations are recomputed in the backward: none, all, or a list like [1, 2]", "mutable"
     )
     compile: bool = key(
         False,
-        "let torch.compile fuse the network's operations; ZeRO stages 1 and 2, takes minutes at each start",
-        "free",
+        "let torch.compile fuse the network's operations; at ZeRO stages 1 and 2; takes minutes at each start",
+        "mutable",
     )
-    loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: each class a yes or no, added up")
+    loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: a binary decision for each class")
     label_smoothing: float = key(
-        0.1, "share of the answer that is even over the classes (sigmoid: 1/2 for each; 0.0001 there)", ge=0, lt=1
+        0.1, "share of the target that is uniform over the classes (sigmoid: 1/2 for each; 0.0001 there)", ge=0, lt=1
     )
     stochastic_depth: float = key(0.1, "drop rate of the last residual branches; rises linearly from 0", ge=0, lt=1)
     ema: float | None = key(0.9999, "decay of the moving average of all weights, warmed up; null: none", gt=0, lt=1)
@@ -171,40 +170,36 @@ class Train(Section):
             both = "neither is" if self.epochs is None else "both are"
             raise ValueError(f"exactly one of train.epochs and train.steps must be set; {both}")
         group = self.batch_norm_group or self.micro_batch
+        micro_batches = ("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch)
         if self.global_batch % self.micro_batch:
             unit = math.lcm(self.micro_batch, group)
             below = self.global_batch // unit * unit
             splits = self.micro_batch % group == 0 or group % self.micro_batch == 0
+            batches = [batch for batch in (below, below + unit) if batch and splits]
             raise ValueError(
-                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch}; "
-                + alternatives(
-                    suggest("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
-                    suggest("train.global_batch", [batch for batch in (below, below + unit) if batch and splits]),
-                )
+                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch};"
+                f" {suggest(micro_batches, ('train.global_batch', batches, self.global_batch))}"
             )
         if self.micro_batch % group and group % self.micro_batch:
+            groups = ("train.batch_norm_group", divisors(self.micro_batch)[1:], group)
             raise ValueError(
                 f"train.micro_batch={self.micro_batch} holds no whole groups of train.batch_norm_group={group}, nor a"
-                " group whole micro batches; "
-                + alternatives(
-                    suggest("train.batch_norm_group", divisors(self.micro_batch)[1:], group),
-                    suggest("train.micro_batch", fitting_micro_batches(self, self.global_batch), self.micro_batch),
-                )
+                f" group whole micro batches; {suggest(groups, micro_batches)}"
             )
         if self.global_batch % group:
-            fitting = [each for each in divisors(self.global_batch) if each % self.micro_batch == 0]
+            fitting = [each for each in divisors(self.global_batch)[1:] if each % self.micro_batch == 0]
             raise ValueError(
-                f"train.global_batch={self.global_batch} holds no whole groups of train.batch_norm_group={group}; "
-                + alternatives(suggest("train.batch_norm_group", fitting, group))
+                f"train.global_batch={self.global_batch} holds no whole groups of train.batch_norm_group={group};"
+                f" {suggest(('train.batch_norm_group', fitting, group))}"
             )
         return self
 
 
 class Optim(Section):
-    learning_rate: float = key(1e-3, "peak learning rate", "recorded", gt=0)
-    final_learning_rate: float = key(1e-5, "learning rate at the last step", "recorded", ge=0)
-    warmup_steps: int = key(10000, "steps of linear warm-up from 0 to the peak", "recorded", ge=0)
-    decay: Literal["cosine", "linear", "none"] = key("cosine", "how the rate falls after warm-up", "recorded")
+    learning_rate: float = key(1e-3, "peak learning rate", "tracked", gt=0)
+    final_learning_rate: float = key(1e-5, "learning rate at the last step", "tracked", ge=0)
+    warmup_steps: int = key(10000, "steps of linear warm-up from 0 to the peak", "tracked", ge=0)
+    decay: Literal["cosine", "linear", "none"] = key("cosine", "how the rate falls after warm-up", "tracked")
     weight_decay: float = key(0.05, "AdamW's decoupled decay; biases, norms and bias tables are exempt", ge=0)
     grad_clip_norm: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
@@ -221,47 +216,47 @@ class Zero(Section):
     stage: Literal[1, 2, 3] = key(
         1,
         "DeepSpeed ZeRO stage: 1 shards optimizer states and EMA over the ranks, 2 gradients too, 3 weights too",
-        "free",
+        "mutable",
     )
-    offload: bool = key(False, "keep optimizer states and EMA in the host's memory, and step there", "free")
+    offload: bool = key(False, "keep optimizer states and EMA in the host's memory, and step there", "mutable")
 
 
 class Evaluate(Section):
-    every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "free", ge=1)
-    weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "free")
+    every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "mutable", ge=1)
+    weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "mutable")
     crop_fraction: float | None = key(
         0.875,
         "share of the short side that evaluation's centre square takes; null: no crop, the whole image is squeezed",
-        "free",
+        "mutable",
         gt=0,
         le=1,
     )
 
 
 class Checkpoint(Section):
-    every: int = key(1000, "steps between checkpoints; the last step always has one", "free", ge=1)
-    keep_last: int = key(3, "newest checkpoints that are kept", "free", ge=1)
+    every: int = key(1000, "steps between checkpoints; the last step always has one", "mutable", ge=1)
+    keep_last: int = key(3, "newest checkpoints that are kept", "mutable", ge=1)
     keep_every: int | None = key(
-        None, "checkpoints of steps that are multiples of this are kept forever; null: none", "free", ge=1
+        None, "checkpoints of steps that are multiples of this are never removed; null: none", "mutable", ge=1
     )
     mirror: str | None = key(
         None,
-        "folder or fsspec URL, for this run alone, that checkpoints go to as well; null: none",
-        "free",
+        "folder or fsspec URL, for this run alone, to which checkpoints are copied; null: none",
+        "mutable",
         min_length=1,
     )
 
 
 class Log(Section):
-    every: int = key(10, "steps between lines of metrics.jsonl", "free", ge=1)
+    every: int = key(10, "steps between lines of metrics.jsonl", "mutable", ge=1)
     samples: bool | Literal["pixels"] = key(
-        False, "write what every rank consumed to samples/; pixels: with checksums of the augmented pixels", "free"
+        False, "write what every rank consumed to samples/; pixels: with checksums of the augmented pixels", "mutable"
     )
     wandb: str | None = key(
-        None, "project at Weights & Biases that gets the rows of metrics.jsonl; null: none", "free", min_length=1
+        None, "Weights & Biases project that gets the rows of metrics.jsonl; null: none", "mutable", min_length=1
     )
     profile: str | None = key(
-        None, "first and last step, as 100-105, of which rank 0 writes a profiler's trace; null: none", "free"
+        None, "first and last step, as 100-105, of which rank 0 writes a profiler's trace; null: none", "mutable"
     )
 
     @field_validator("profile", mode="before")
@@ -275,29 +270,31 @@ class Log(Section):
 
 
 class Slurm(Section):
-    nodes: int = key(1, "nodes of the job", "free", ge=1)
-    min_nodes: int | None = key(None, "nodes that it may start on where fewer are left; null: all", "free", ge=1)
-    gpus_per_node: int | None = key(None, "GPUs of each node; null: none", "free", ge=1)
-    tasks_per_node: int | None = key(None, "ranks on each node; null: one for each GPU, or 1", "free", ge=1)
-    cpus_per_task: int | None = key(None, "processors of each rank; null: what the cluster gives", "free", ge=1)
-    memory: str | None = key(None, "memory of each node, as 200G; null: what the cluster gives", "free")
-    time: str | int = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "free")
-    partition: str | None = key(None, "partition; null: the cluster's default", "free")
-    account: str | None = key(None, "account that is charged; null: the user's default", "free")
-    qos: str | None = key(None, "quality of service; null: the default", "free")
-    constraint: str | None = key(None, "features that nodes must have", "free")
-    exclude: str | None = key(None, "nodes that are not wanted", "free")
-    sbatch: tuple[str, ...] = key((), "any other options of sbatch, as [--reservation=ours]", "free")
-    setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "free")
-    command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "free")
-    srun_args: tuple[str, ...] = key((), "further options of srun", "free")
+    nodes: int = key(1, "nodes of the job", "mutable", ge=1)
+    min_nodes: int | None = key(None, "fewest nodes that it may start on; null: all", "mutable", ge=1)
+    gpus_per_node: int | None = key(None, "GPUs of each node; null: none", "mutable", ge=1)
+    tasks_per_node: int | None = key(None, "ranks on each node; null: one for each GPU, or 1", "mutable", ge=1)
+    cpus_per_task: int | None = key(None, "CPUs of each rank; null: the cluster's default", "mutable", ge=1)
+    memory: str | None = key(None, "memory of each node, as 200G; null: the cluster's default", "mutable")
+    time: str | int = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "mutable")
+    partition: str | None = key(None, "partition; null: the cluster's default", "mutable")
+    account: str | None = key(None, "account; null: the user's default", "mutable")
+    qos: str | None = key(None, "quality of service; null: the default", "mutable")
+    constraint: str | None = key(None, "features that nodes must have", "mutable")
+    exclude: str | None = key(None, "nodes to exclude", "mutable")
+    sbatch: tuple[str, ...] = key((), "any other options of sbatch, as [--reservation=ours]", "mutable")
+    setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "mutable")
+    command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "mutable")
+    srun_args: tuple[str, ...] = key((), "further options of srun", "mutable")
     signal_seconds: int = key(
-        300, "seconds before the time limit at which the ranks are asked to save and stop", "free", ge=1
+        300, "seconds before the time limit at which the ranks are asked to save and stop", "mutable", ge=1
     )
-    max_restarts: int = key(20, "failures (crash, killed rank, hang) after which a run is given up", "free", ge=0)
-    backoff: float = key(60, "seconds before a restart after a failure; doubled while no step is gained", "free", ge=0)
+    max_restarts: int = key(20, "failures (crash, killed rank, hang) after which the job ends", "mutable", ge=0)
+    backoff: float = key(
+        60, "seconds before a restart after a failure; doubled while there is no progress", "mutable", ge=0
+    )
     requeue: Literal["scontrol", "array"] = key(
-        "scontrol", "how a job starts again: scontrol requeue, or array, where a site forbids that in jobs", "free"
+        "scontrol", "how a job restarts: scontrol requeue, or array, where a site forbids that in jobs", "mutable"
     )
 
     @model_validator(mode="after")
@@ -330,13 +327,13 @@ class Config(Section):
     def _compiles(self) -> Config:
         if self.train.compile and self.zero.stage == 3:
             raise ValueError(
-                "train.compile is true and zero.stage is 3, which gathers weights between a network's layers: nothing"
-                " could be fused across them; set zero.stage=2, or train.compile=false"
+                "train.compile is true and zero.stage is 3, which gathers weights between layers: nothing can be fused"
+                " across them; set zero.stage=2, or train.compile=false"
             )
         if self.train.compile and ranks_of_group(self.train) > 1:
             raise ValueError(
-                "train.compile is true and train.batch_norm_group lies on several ranks, which must speak between a"
-                " network's layers; set train.batch_norm_group to a micro batch or less, or train.compile=false"
+                "train.compile is true and train.batch_norm_group spans several ranks, which communicate between"
+                " layers; set train.batch_norm_group to a micro batch or less, or train.compile=false"
             )
         return self
 
@@ -352,25 +349,25 @@ def documented_keys() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
 
     def visit(section: type[Section], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            inner = section_of(field.annotation)
+        for name, info in section.model_fields.items():
+            inner = section_type(info.annotation)
             if inner is not None:
                 visit(inner, f"{prefix}{name}.")
             else:
-                extra = field.json_schema_extra
-                change = extra["change"] if isinstance(extra, dict) else "fixed"
-                found[prefix + name] = {"meaning": field.description, "default": field.default, "change": change}
+                extra = info.json_schema_extra
+                change = extra["change"] if isinstance(extra, dict) else "immutable"
+                found[prefix + name] = {"meaning": info.description, "default": info.default, "change": change}
 
     visit(Config, "")
     return found
 
 
-def section_of(annotation: Any) -> type[Section] | None:
+def section_type(annotation: Any) -> type[Section] | None:
     """The section that a key of this type holds, if it holds one."""
     return None if get_origin(annotation) is tuple else _section_within(annotation)
 
 
-def item_of(annotation: Any) -> type[Section] | None:
+def item_type(annotation: Any) -> type[Section] | None:
     """The section that each item of a list has, where a key of this type holds a list of sections."""
     lists = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is tuple]
     return _section_within(lists[0]) if lists else None
@@ -381,14 +378,14 @@ def _section_within(annotation: Any) -> type[Section] | None:
     return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
 
 
-def allowed(section: type[Section], name: str) -> str:
-    """What a key of a section may be, in words: `a whole number at least 1, or null`."""
-    return _in_words(section.model_json_schema()["properties"][name])
+def describe_type(section: type[Section], name: str) -> str:
+    """What a key of a section may be: `a whole number at least 1, or null`."""
+    return _describe(section.model_json_schema()["properties"][name])
 
 
-def _in_words(schema: dict[str, Any]) -> str:
+def _describe(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
-        return ", or ".join(map(_in_words, schema["anyOf"]))
+        return ", or ".join(map(_describe, schema["anyOf"]))
     if "enum" in schema or "const" in schema:
         return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
     if "prefixItems" in schema:

@@ -1,6 +1,6 @@
 """What all ranks of an allocation find together: whether they meet, how fast they add up, how far their clocks differ.
 
-Every rank says what it saw. It runs in a process of its own, since torch and NCCL end a process when they give up.
+It runs in a process of its own, since torch and NCCL end a process when they give up.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.distributed.environment import rank_and_world_size
-from pipeline.doctor.findings import Check, Measurement
+from pipeline.doctor.checks import Check
 from pipeline.errors import first_line
+from pipeline.formatting import format_number
 
-MEETING_SECONDS = 120
-TIMES = 5
+RENDEZVOUS_SECONDS = 120
+REPEATS = 5
 LARGEST_OFFSET_SECONDS = 1.0
 NETWORK = (
     "see that every node reaches MASTER_ADDR:MASTER_PORT and that no firewall lies between them; NCCL_SOCKET_IFNAME or"
@@ -25,34 +26,33 @@ NETWORK = (
 )
 
 
-def check_all_reduce() -> list[Check]:
+def check_collectives() -> list[Check]:
     """This rank's device, the collectives and its clock, over the backend that the training would take."""
-    backend, device, findings = "gloo", torch.device("cpu"), []
+    backend, device, checks = "gloo", torch.device("cpu"), []
     if torch.cuda.is_available():
         backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
-            detail = f"there are {torch.cuda.device_count()}, and ranks for more"
+            detail = f"there are {torch.cuda.device_count()}, fewer than ranks"
             return [Check("device", "broken", detail, "start as many tasks on a node as it has GPUs")]
         torch.cuda.set_device(device)
-        findings.append(_device(device))
+        checks.append(_device(device))
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=MEETING_SECONDS))
-        findings += [_all_reduce(backend, device), _clock(device)]
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=RENDEZVOUS_SECONDS))
+        checks += [_all_reduce(backend, device), _clock(device)]
     except (RuntimeError, ValueError) as error:
-        findings.append(Check("collectives", "broken", f"{backend}: {first_line(error)[:200]}", NETWORK))
+        checks.append(Check("collectives", "broken", f"{backend}: {first_line(error)[:200]}", NETWORK))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return findings
+    return checks
 
 
 def _device(device: torch.device) -> Check:
     free, total = torch.cuda.mem_get_info(device)
     detail = f"{torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB"
-    figures = (Measurement("free", free / 2**30, "GiB"),)
     if free < total / 2:
-        return Check("device", "note", detail, "somebody else uses it: nvidia-smi says who", figures)
-    return Check("device", "ok", detail, figures=figures)
+        return Check("device", "note", f"{detail}, {free / 2**30:.0f} free", "other processes use it: see nvidia-smi")
+    return Check("device", "ok", detail)
 
 
 def _all_reduce(backend: str, device: torch.device) -> Check:
@@ -60,49 +60,42 @@ def _all_reduce(backend: str, device: torch.device) -> Check:
     rank, ranks = rank_and_world_size()
     numbers = [1 + each % 16 for each in range(ranks)]  # so that the sum is exact
     mebibytes = 64 if backend == "nccl" else 16
-    values, spent = torch.empty(mebibytes << 18, device=device), []
-    for _ in range(1 + TIMES):
+    values, times = torch.empty(mebibytes << 18, device=device), []
+    for _ in range(1 + REPEATS):
         values.fill_(numbers[rank])
-        _meet(device)
-        began = time.perf_counter()
+        _barrier(device)
+        start = time.perf_counter()
         dist.all_reduce(values)
         values[0].item()  # which waits for the device
-        spent.append(time.perf_counter() - began)
-    least, most = (value.item() for value in values.aminmax())
-    if least != sum(numbers) or most != sum(numbers):
-        detail = f"{backend}: an all-reduce gave {least:g} to {most:g} in place of {sum(numbers)}"
+        times.append(time.perf_counter() - start)
+    low, high = (value.item() for value in values.aminmax())
+    if low != sum(numbers) or high != sum(numbers):
+        detail = f"{backend}: an all-reduce gave {low:g} to {high:g} instead of {sum(numbers)}"
         return Check("collectives", "broken", detail, "have this node's memory and network tested, and leave it out")
-    seconds = sum(spent[1:]) / TIMES  # the first one sets up the connections
-    bus = 2 * (ranks - 1) / ranks * values.nbytes / seconds / 1e9
-    detail = f"{backend}: {ranks} ranks add up {mebibytes} MiB"
-    return Check("collectives", "ok", detail, figures=(Measurement("bus bandwidth", bus, "GB/s"),))
+    seconds = sum(times[1:]) / REPEATS  # the first one sets up the connections
+    bandwidth = 2 * (ranks - 1) / ranks * values.nbytes / seconds / 1e9
+    figures = {"bus bandwidth": f"{format_number(bandwidth)} GB/s"}
+    return Check("collectives", "ok", f"{backend}: {ranks} ranks add up {mebibytes} MiB", figures=figures)
 
 
 def _clock(device: torch.device) -> Check:
-    """How far this host's clock is ahead of rank 0's, by the try in which the clocks seemed to differ least."""
+    """How far this host's clock is from rank 0's, by the attempt in which the clocks seemed to differ least."""
     rank, ranks = rank_and_world_size()
-    tries = []
-    for _ in range(TIMES):
-        began = time.perf_counter()
-        _meet(device)
-        waited = time.perf_counter() - began
-        looks = torch.zeros(ranks, 2, dtype=torch.float64, device=device)
-        looks[rank] = torch.tensor([time.time(), waited], dtype=torch.float64)
-        dist.all_reduce(looks)
-        tries.append(looks.cpu())
-    looks = min(tries, key=lambda each: float(each[:, 0].max() - each[:, 0].min()))
-    ahead, known_to = float(looks[rank, 0] - looks[0, 0]), float(looks[:, 1].max())
-    figures = (
-        Measurement("ahead of rank 0's by", 1000 * ahead, "ms"),
-        Measurement("accurate to", 1000 * known_to, "ms"),
-    )
-    if abs(ahead) - known_to > LARGEST_OFFSET_SECONDS:
+    offsets = []
+    for _ in range(REPEATS):
+        _barrier(device)
+        clocks = torch.zeros(ranks, dtype=torch.float64, device=device)
+        clocks[rank] = time.time()
+        dist.all_reduce(clocks)
+        offsets.append((clocks - clocks[0]).cpu())
+    offset = float(min(offsets, key=lambda each: float(each.max() - each.min()))[rank])
+    if abs(offset) > LARGEST_OFFSET_SECONDS:
         advice = "have the nodes' clocks set (chrony, NTP): times in logs and of files mislead, certificates may fail"
-        return Check("clocks", "note", "", advice, figures)
-    return Check("clocks", "ok", "", figures=figures)
+        return Check("clocks", "note", f"{offset:+.1f} s from rank 0's", advice)
+    return Check("clocks", "ok", f"within {LARGEST_OFFSET_SECONDS:g} s of rank 0's")
 
 
-def _meet(device: torch.device) -> None:
-    """Returns on all ranks at about the same time; a sum that is looked at, since NCCL's barrier is the device's."""
+def _barrier(device: torch.device) -> None:
+    """Returns on all ranks at about the same time; by a sum that is read, since NCCL's barrier is the device's."""
     dist.all_reduce(one := torch.ones(1, device=device))
     one.item()

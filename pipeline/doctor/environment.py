@@ -1,7 +1,7 @@
-"""What this machine can do and what is missing, as findings that were tried, not read off version numbers.
+"""What this machine can do and what is missing: tried, not read off version numbers.
 
-What loads native code is tried in a process of its own, so that a library that crashes is a finding and not the end of
-the doctor. It works where packages are missing or broken: that is its purpose. What cannot be tried is not claimed.
+What loads native code is tried in a process of its own, so that a library that crashes does not end the doctor. It
+works where packages are missing or broken: that is its purpose.
 
     python -m pipeline.doctor        # as `coatnet doctor`, where not even the command line's own packages import
 """
@@ -14,13 +14,13 @@ import importlib.metadata
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.doctor.findings import Check, Measurement
+from pipeline.distributed.launcher import free_port
+from pipeline.doctor.checks import Check
 from pipeline.doctor.install import driver_cuda
-from pipeline.doctor.subprocess_probe import REINSTALL, _one_line, has_gpu, run_isolated
+from pipeline.doctor.subprocess_probe import REINSTALL, has_gpu, one_line, run_isolated
 
 Version = tuple[int, int]
 
@@ -36,7 +36,7 @@ PACKAGES = {
     "safetensors": "safetensors",
     "matplotlib": "matplotlib",
 }
-"""Import name and distribution of what is needed beside torch, DeepSpeed and DALI, which have probes of their own."""
+"""Import name and distribution of what is needed beside torch, DeepSpeed and DALI, which have checks of their own."""
 STORES = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp"}
 DALI_BUILDS = {"nvidia-dali-cuda120": 12, "nvidia-dali-cuda130": 13}
 GRAY_JPEG = base64.b64decode(
@@ -45,105 +45,102 @@ GRAY_JPEG = base64.b64decode(
 )
 
 
-def diagnose() -> list[Check]:
-    """Everything that can be tried on this machine, in some ten seconds of computing; it changes nothing."""
-    findings = check_node()
-    if any(finding.what == "torch" and finding.state == "ok" for finding in findings):
-        findings += probe_collectives()
-    return [*findings, *probe_slurm()]
+def check_machine() -> list[Check]:
+    """Everything that can be tried on this machine, in about ten seconds; it changes nothing."""
+    checks = check_node()
+    if any(check.what == "torch" and check.state == "ok" for check in checks):
+        checks += check_gloo()
+    if sbatch := shutil.which("sbatch"):
+        return [*checks, Check("Slurm", "ok", sbatch)]
+    return [*checks, Check("Slurm", "note", "no sbatch on PATH: jobs can't be submitted from this machine")]
 
 
 def check_node() -> list[Check]:
     """What a machine must have to be one of those that train."""
+    names = ("torch", "packages", "nvImageCodec", "DALI")
+    functions = ("torch", "packages", "codec", "dali")
     with ThreadPoolExecutor(2) as pool:
-        separate = list(pool.map(run_isolated, ["torch", "packages", "nvImageCodec", "DALI"]))
-    findings = [*probe_python(), *(finding for group in separate for finding in group)]
-    if any(finding.what == "torch" and finding.state == "ok" for finding in findings):
-        findings += run_isolated("DeepSpeed")
+        found = pool.map(run_isolated, names, [f"environment.check_{function}" for function in functions])
+        checks = [*check_python(), *(check for group in found for check in group)]
+    if any(check.what == "torch" and check.state == "ok" for check in checks):
+        checks += run_isolated("DeepSpeed", "environment.check_deepspeed")
     else:
-        findings.append(Check("DeepSpeed", "note", "not tried: it needs torch"))
-    return [*findings, *probe_compilers(), *check_resources()]
+        checks.append(Check("DeepSpeed", "note", "not tried: it needs torch"))
+    compiler = shutil.which("g++")
+    checks.append(Check("compiler", "ok" if compiler else "note", compiler or "no g++: only train.compile needs it"))
+    return [*checks, *check_resources()]
 
 
-def probe_python() -> list[Check]:
+def check_python() -> list[Check]:
     """The interpreter; its bounds are those of pyproject.toml."""
-    version, place = sys.version.split()[0], Check("interpreter", "ok", sys.executable)
+    version, interpreter = sys.version.split()[0], Check("interpreter", "ok", sys.executable)
     if (3, 11) <= sys.version_info[:2] < (3, 14):
-        return [Check("Python", "ok", version), place]
+        return [Check("Python", "ok", version), interpreter]
     advice = f"{REINSTALL} PYTHON=python3.11"
-    return [Check("Python", "broken", f"{version}; it must be 3.11 to 3.13", advice), place]
+    return [Check("Python", "broken", f"{version}; it must be 3.11 to 3.13", advice), interpreter]
 
 
-def probe_packages() -> list[Check]:
+def check_packages() -> list[Check]:
     """The packages that are imported as they are, and which stores fsspec can reach."""
-    there, findings = [], []
-    for name, distribution in PACKAGES.items():
-        problem = import_problem(name, distribution)
-        if problem:
-            findings.append(problem)
-        else:
-            there.append(f"{distribution} {_version_of(distribution)}")
-    if there:
-        findings.append(Check("packages", "ok", ", ".join(there)))
-    return findings + ([] if any(finding.what == "fsspec" for finding in findings) else probe_stores())
+    problems = {package: import_problem(name, package) for name, package in PACKAGES.items()}
+    checks = [problem for problem in problems.values() if problem]
+    if good := [f"{package} {_version_of(package)}" for package, problem in problems.items() if not problem]:
+        checks.append(Check("packages", "ok", ", ".join(good)))
+    return checks if problems["fsspec"] else [*checks, *check_stores()]
 
 
-def probe_stores() -> list[Check]:
-    """Which kinds of URL data can be read from."""
+def check_stores() -> list[Check]:
+    """Which kinds of URL data can be read from, beside folders."""
     import fsspec
 
-    findings = [Check("file://", "ok", f"fsspec {fsspec.__version__}")]
+    checks = []
     for protocol, package in STORES.items():
         try:
             fsspec.get_filesystem_class(protocol)
-            findings.append(Check(f"{protocol}://", "ok", f"{package} {_version_of(package)}"))
+            checks.append(Check(f"{protocol}://", "ok", f"{package} {_version_of(package)}"))
         except ImportError:
-            advice = f"only if data lie there: .venv/bin/pip install {package}"
-            findings.append(Check(f"{protocol}://", "note", f"{package} is not installed", advice))
-    return findings
+            advice = f"only if data are there: .venv/bin/pip install {package}"
+            checks.append(Check(f"{protocol}://", "note", f"{package} is not installed", advice))
+    return checks
 
 
-def probe_torch() -> list[Check]:
+def check_torch() -> list[Check]:
     """torch, the GPUs that it sees, and whether its build is the one for this machine."""
     if problem := import_problem("torch", "torch"):
         return [problem]
     import torch
 
-    torch.ones(8).softmax(0)  # a build for other processors dies here
+    torch.ones(8).softmax(0)  # a build for other processors crashes here
     build, count = torch.version.cuda, torch.cuda.device_count()
-    kind = f"built for CUDA {build}" if build else "CPU build"
-    driver = None
+    checks = [Check("torch", "ok", f"{torch.__version__}, {f'built for CUDA {build}' if build else 'CPU build'}")]
     try:
-        driver = driver_cuda()
-        findings = [build_fit(_numbers(build) if build else None, driver, count)]
+        checks.append(build_fit(_numbers(build) if build else None, driver_cuda(), count))
     except RuntimeError as error:
-        findings = [Check("GPU", "note", str(error))]
+        checks.append(Check("GPU", "note", str(error)))
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
         capability = f"compute capability {device.major}.{device.minor}"
         detail = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {capability}"
-        findings.append(Check(f"GPU {index}", "ok", detail))
-    return [Check("torch", "ok", f"{torch.__version__}, {kind}"), *findings]
+        checks.append(Check(f"GPU {index}", "ok", detail))
+    return checks
 
 
 def build_fit(build: Version | None, driver: Version | None, devices: int) -> Check:
     """Whether a build of torch (for this CUDA; None: the CPU) suits the driver (up to this CUDA; None: no GPU)."""
     if driver is None:
-        surplus = f"; torch's CUDA {_dotted(build)} libraries lie idle" if build else ""
+        surplus = f"; torch's CUDA {_dotted(build)} libraries are of no use" if build else ""
         return Check("GPU", "note" if build else "ok", f"none on this machine: training runs on the CPU{surplus}")
     if build is None:
         return Check("GPU", "broken", "there is one, but torch is a CPU build", REINSTALL)
+    fit = f"{devices} seen by torch, which is built for CUDA {_dotted(build)}; the driver supports {_dotted(driver)}"
     if build[0] > driver[0]:
-        detail = f"torch is built for CUDA {_dotted(build)}; the driver supports up to {_dotted(driver)}"
-        return Check("GPU", "broken", detail, f"update the driver, or {REINSTALL}, which takes the build for CUDA 12")
+        return Check("GPU", "broken", fit, f"update the driver, or {REINSTALL}, which takes the build for CUDA 12")
     if devices == 0:
-        detail = f"driver (CUDA {_dotted(driver)}) and build ({_dotted(build)}) fit, but torch sees no device"
-        return Check("GPU", "broken", detail, "look at CUDA_VISIBLE_DEVICES and nvidia-smi")
-    detail = f"{devices} seen; driver for CUDA {_dotted(driver)}, torch built for {_dotted(build)}"
-    return Check("GPU", "ok", detail)
+        return Check("GPU", "broken", fit, "look at CUDA_VISIBLE_DEVICES and nvidia-smi")
+    return Check("GPU", "ok", fit)
 
 
-def probe_deepspeed() -> list[Check]:
+def check_deepspeed() -> list[Check]:
     """DeepSpeed, and whether it is the version whose internals the checkpoints are written for."""
     if problem := import_problem("deepspeed", "DeepSpeed"):
         return [problem]
@@ -158,7 +155,7 @@ def probe_deepspeed() -> list[Check]:
     return [Check("DeepSpeed", "ok", deepspeed.__version__)]
 
 
-def probe_codec() -> list[Check]:
+def check_codec() -> list[Check]:
     """nvImageCodec decodes a JPEG on the CPU, which is how unknown bytes are examined."""
     if problem := import_problem("nvidia.nvimgcodec", "nvImageCodec"):
         return [problem]
@@ -172,7 +169,7 @@ def probe_codec() -> list[Check]:
     return [Check("nvImageCodec", "ok", f"{nvimgcodec.__version__}, decodes on the CPU")]
 
 
-def probe_dali() -> list[Check]:
+def check_dali() -> list[Check]:
     """DALI decodes on the CPU and, where there is one, on the GPU, and its build is the one for this driver."""
     builds = [name for name in DALI_BUILDS if _version_of(name) != "?"]
     if len(builds) > 1:
@@ -181,14 +178,19 @@ def probe_dali() -> list[Check]:
         return [problem]
     from nvidia import dali
 
-    fits = [dali_fit(name) for name in builds]
-    places = {"CPU": "cpu"}
-    if has_gpu() and all(fit.state == "ok" for fit in fits):
-        places["GPU"] = "mixed"
+    try:
+        driver = driver_cuda()
+    except RuntimeError:  # it does not say; then only decoding tells
+        driver = None
+    for build in builds:
+        if driver and DALI_BUILDS[build] > driver[0]:
+            detail = f"{build}; the driver supports CUDA up to {_dotted(driver)}"
+            return [Check("DALI", "broken", detail, f"update the driver, or {REINSTALL}")]
+    places = {"CPU": "cpu"} | ({"GPU": "mixed"} if has_gpu() else {})
     for place, device in places.items():
         if problem := decoding_problem(device):
-            return [Check("DALI", "broken", f"on the {place} {problem}", REINSTALL), *fits]
-    return [Check("DALI", "ok", f"{dali.__version__}, decodes on the {' and the '.join(places)}"), *fits]
+            return [Check("DALI", "broken", f"on the {place} {problem}", REINSTALL)]
+    return [Check("DALI", "ok", f"{dali.__version__}, decodes on the {' and the '.join(places)}")]
 
 
 def decoding_problem(device: str) -> str | None:
@@ -205,65 +207,21 @@ def decoding_problem(device: str) -> str | None:
         (images,) = graph.run()
         shape = images.as_cpu().as_array().shape
     except RuntimeError as error:
-        return f"it does not decode a plain JPEG: {_one_line(str(error))[:200]}"
+        return f"it does not decode a plain JPEG: {one_line(str(error))[:200]}"
     return None if shape == (1, 8, 8, 3) else f"it makes {shape} of a plain JPEG of 8 x 8"
 
 
-def dali_fit(build: str) -> Check:
-    """Whether a build of DALI runs with this machine's driver; without a GPU any does."""
-    try:
-        driver = driver_cuda()
-    except RuntimeError as error:
-        return Check("DALI's build", "note", f"{build}; {error}")
-    if driver and DALI_BUILDS[build] > driver[0]:
-        detail = f"{build}; the driver supports CUDA up to {_dotted(driver)}"
-        return Check("DALI's build", "broken", detail, f"update the driver, or {REINSTALL}")
-    return Check("DALI's build", "ok", build)
-
-
-def probe_collectives() -> list[Check]:
+def check_gloo() -> list[Check]:
     """Two processes on this machine add up a tensor over gloo."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        meeting = {"GLOO_SOCKET_IFNAME": "lo", "RENDEZVOUS": f"file://{folder}/rendezvous"}
-        ranks = [meeting | {"RANK": str(rank)} for rank in range(2)]
-        groups = list(pool.map(lambda rank: run_isolated("gloo", environment=rank), ranks))
-    found = [finding for group in groups for finding in group]
-    return [next((finding for finding in found if finding.state != "ok"), found[0])]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [group | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""} for rank in range(2)]
 
+    def rank(environment: dict[str, str]) -> list[Check]:
+        return run_isolated("collectives", "collectives.check_collectives", environment=environment)
 
-def probe_all_reduce() -> list[Check]:
-    """One of the two ranks of probe_collectives."""
-    import datetime
-
-    import torch
-    import torch.distributed as dist
-
-    limit = datetime.timedelta(seconds=60)
-    meeting, rank = os.environ["RENDEZVOUS"], int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
-    total = torch.tensor([rank + 1])
-    dist.all_reduce(total)
-    dist.destroy_process_group()
-    if total.item() != 3:
-        return [Check("collectives", "broken", f"gloo: an all-reduce of 1 and 2 gave {total.item()}")]
-    return [Check("collectives", "ok", "gloo: two processes on this machine")]
-
-
-def probe_slurm() -> list[Check]:
-    """Whether jobs can be submitted from here."""
-    if found := shutil.which("sbatch"):
-        return [Check("Slurm", "ok", found)]
-    return [Check("Slurm", "note", "no sbatch on PATH: this machine is not a cluster's login node")]
-
-
-def probe_compilers() -> list[Check]:
-    """Compilers, which nothing needs by default."""
-    found = {name: shutil.which(name) for name in ("nvcc", "ninja", "g++")}
-    there = ", ".join(path for path in found.values() if path)
-    lacking = ", ".join(name for name, path in found.items() if not path)
-    if not lacking:
-        return [Check("compilers", "ok", there)]
-    return [Check("compilers", "note", f"no {lacking}: not needed except for offload and torch.compile")]
+    with ThreadPoolExecutor(2) as pool:
+        found = [check for checks in pool.map(rank, ranks) for check in checks if check.what == "collectives"]
+    return [next((check for check in found if check.state != "ok"), found[0])]
 
 
 def check_resources() -> list[Check]:
@@ -273,14 +231,12 @@ def check_resources() -> list[Check]:
     if limit.exists() and (allowed := limit.read_text().strip()).isdigit():
         memory = min(memory, int(allowed))
     here = f"{len(os.sched_getaffinity(0))} cores, {memory / 2**30:.0f} GiB of memory"
-    free = Measurement(f"free in {Path.cwd()}", shutil.disk_usage(".").free / 2**30, "GiB")
-    findings = [Check("machine", "ok", here, figures=(free,))]
+    free = {f"free in {Path.cwd()}": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"}
+    checks = [Check("machine", "ok", here, figures=free)]
     if (shared := Path("/dev/shm")).exists() and (size := shutil.disk_usage(shared).total) < 2**30:
-        detail = f"{size / 2**20:.0f} MiB; NCCL between the GPUs of one machine wants 1 GiB"
-        findings.append(Check("/dev/shm", "note", detail, "in a container: docker run --shm-size=1g, or --ipc=host"))
-    elif shared.exists():
-        findings.append(Check("/dev/shm", "ok", "", figures=(Measurement("size", size / 2**30, "GiB"),)))
-    return findings
+        detail = f"{size / 2**20:.0f} MiB; NCCL between the GPUs of one machine needs 1 GiB"
+        checks.append(Check("/dev/shm", "note", detail, "in a container: docker run --shm-size=1g, or --ipc=host"))
+    return checks
 
 
 def import_problem(name: str, what: str) -> Check | None:
@@ -292,7 +248,7 @@ def import_problem(name: str, what: str) -> Check | None:
             return Check(what, "missing", "not installed", "make install")
         return Check(what, "broken", f"does not import: {error}", REINSTALL)
     except (ImportError, OSError, RuntimeError) as error:
-        return Check(what, "broken", f"does not import: {_one_line(str(error))}", REINSTALL)
+        return Check(what, "broken", f"does not import: {one_line(str(error))}", REINSTALL)
     return None
 
 

@@ -2,7 +2,7 @@
 
 It runs on a bare Python, with nothing but the standard library. The GPU's driver decides which builds fit; a machine
 without a GPU gets a CPU build of torch, never gigabytes of CUDA libraries. What pip itself is configured to offer comes
-first, then a torch that is already installed, then the public index of PyTorch.
+first, then the public index of PyTorch. A .venv that was made with --system-site-packages keeps the torch that it sees.
 
     python3 -m pipeline.doctor.install              # GPU_CUDA=13 (or 12) in front: on a login node, for nodes with GPUs
 """
@@ -46,6 +46,10 @@ class Torch:
     cuda: str | None
     folder: str
 
+    @property
+    def cuda_major(self) -> int | None:
+        return int(self.cuda.partition(".")[0]) if self.cuda else None
+
 
 def driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA version that the GPU driver supports, as (major, minor); None on a machine without a GPU.
@@ -60,10 +64,10 @@ def driver_cuda() -> tuple[int, int] | None:
             return version.value // 1000, version.value % 1000 // 10
     except OSError:
         pass  # the library is not on the loader's path; nvidia-smi knows it too
-    said = re.search(r"CUDA[\w ]* Version\s*:\s*(\d+)\.(\d+)", _output("nvidia-smi"))
-    if said is None:
+    found = re.search(r"CUDA[\w ]* Version\s*:\s*(\d+)\.(\d+)", _output("nvidia-smi"))
+    if found is None:
         raise RuntimeError("there is a GPU, but its driver does not say which CUDA it supports; set GPU_CUDA=12 or 13")
-    return int(said[1]), int(said[2])
+    return int(found[1]), int(found[2])
 
 
 def dali_extra(driver: tuple[int, int] | None) -> str:
@@ -107,10 +111,10 @@ def pytorch_build(tested: str, driver: tuple[int, int] | None) -> str:
 def install() -> None:
     """Makes or completes .venv; raises RuntimeError with one line where a stage fails."""
     start = time.monotonic()
-    wanted = os.environ.get("GPU_CUDA", "")
-    if wanted not in ("", "12", "13"):
-        raise RuntimeError(f"GPU_CUDA is {wanted}; it can be 12 or 13, the CUDA that the GPU nodes' drivers support")
-    driver = (int(wanted), 0) if wanted else driver_cuda()
+    asked = os.environ.get("GPU_CUDA", "")
+    if asked not in ("", "12", "13"):
+        raise RuntimeError(f"GPU_CUDA is {asked}; it can be 12 or 13, the CUDA that the GPU nodes' drivers support")
+    driver = (int(asked), 0) if asked else driver_cuda()
     extra = dali_extra(driver)
     with stage("venv", f"{VENV.relative_to(ROOT)}, Python {sys.version.split()[0]}"):
         make_environment()
@@ -123,35 +127,30 @@ def install() -> None:
 
 
 def make_environment() -> None:
-    """An environment of this Python at .venv; one of another Python's version, or a broken one, is made anew."""
-    ask = "import sys; print(*sys.version_info[:2])"
+    """An environment of this Python at .venv; one of another Python's version, or a broken one, is replaced."""
+    version = "import sys; print(*sys.version_info[:2])"
     current = " ".join(map(str, sys.version_info[:2]))
-    if _output(VENV_PYTHON, "-c", ask).strip() != current or not _output(VENV_PYTHON, "-m", "pip", "--version"):
+    if _output(VENV_PYTHON, "-c", version).strip() != current or not _output(VENV_PYTHON, "-m", "pip", "--version"):
         # by its real name: a link to it, or the environment it was called from, may be gone tomorrow
         command = [os.path.realpath(sys.executable), "-m", "venv", "--clear", "--prompt", "coatnet", str(VENV)]
         if subprocess.run(command).returncode:
-            raise RuntimeError(f"no environment came of {' '.join(command)}; its own words are above")
+            raise RuntimeError(f"{' '.join(command)} failed; its output is above")
 
 
 def install_torch(driver: tuple[int, int] | None) -> str:
     """Installs the build of torch that fits, or finds it installed; returns its version."""
     kind = "no GPU here" if driver is None else f"for a driver of CUDA {driver[0]}.{driver[1]}"
-    tested = constraint("torch")
-    present = installed_torch(VENV_PYTHON)
-    if present and present.version.partition("+")[0] == tested and _fits(present, driver):
-        with stage("torch", f"{present.version}, {kind}: already installed"):
+    tested, present = constraint("torch"), installed_torch()
+    # One outside .venv is seen because --system-site-packages asked for it.
+    outside = present is not None and not Path(present.folder).is_relative_to(VENV)
+    if present and build_fits(present.cuda_major, driver) and (outside or present.version.split("+")[0] == tested):
+        with stage("torch", f"{present.version}, {kind}: the one in {present.folder}"):
             return present.version
     if version := offered_build(tested, offered_versions("torch"), driver):
         with stage("torch", f"{version}, {kind}: offered by pip's configuration"):
             # `===` compares whole strings: plain == would take the CPU build beside a CUDA one
             pip("-c", str(ROOT / "constraints.txt"), f"torch==={version}")
             return version
-    for found in (present, installed_torch(sys.executable)):
-        if found and _fits(found, driver):
-            with stage("torch", f"{found.version}, {kind}: the one in {found.folder}"):
-                if found is not present:
-                    borrow(found)
-            return found.version
     version = pytorch_build(tested, driver)
     with stage("torch", f"{version}, {kind}: from {TORCH_INDEX}"):
         # its dependencies come with the next stage, from the index that pip is configured for
@@ -159,29 +158,17 @@ def install_torch(driver: tuple[int, int] | None) -> str:
     return version
 
 
-def installed_torch(python: str) -> Torch | None:
-    """The torch that this Python imports, if it does and if it is as new as pyproject.toml asks."""
-    answer = _output(python, "-c", ASK_TORCH).strip()
-    found = Torch(*json.loads(answer)) if answer else None
+def installed_torch() -> Torch | None:
+    """The torch that .venv imports, if it does and if it is as new as pyproject.toml asks."""
+    output = _output(VENV_PYTHON, "-c", ASK_TORCH).strip()
+    found = Torch(*json.loads(output)) if output else None
     return found if found and _numbers(found.version) >= _numbers(lower_bound("torch")) else None
-
-
-def borrow(found: Torch) -> None:
-    """Makes an installed torch, and nothing else of its environment, importable from .venv."""
-    (site_packages,) = VENV.glob("lib/python3*/site-packages")
-    links = VENV / "borrowed"
-    shutil.rmtree(links, ignore_errors=True)
-    links.mkdir()
-    for part in ("torch", "torchgen", "functorch", "torch-*-info"):
-        for entry in Path(found.folder).glob(part):
-            (links / entry.name).symlink_to(entry)
-    (site_packages / "borrowed-torch.pth").write_text(f"{links}\n")
 
 
 def offered_versions(package: str) -> list[str]:
     """What pip would find for this Python, from names alone: `install --dry-run` may fetch whole wheels to ask them."""
-    said = re.search(r"Available versions: (.*)", _output(VENV_PYTHON, "-m", "pip", "index", "versions", package))
-    return said[1].split(", ") if said else []
+    found = re.search(r"Available versions: (.*)", _output(VENV_PYTHON, "-m", "pip", "index", "versions", package))
+    return found[1].split(", ") if found else []
 
 
 def constraint(package: str) -> str:
@@ -198,7 +185,7 @@ def pip(*arguments: str) -> None:
     """Installs quietly into .venv; DeepSpeed is built without its compiled operators."""
     command = [VENV_PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
     if subprocess.run(command, env=os.environ | {"DS_BUILD_OPS": "0"}).returncode:
-        raise RuntimeError(f"pip could not install {arguments[-1]}; its own words are above: {' '.join(command)}")
+        raise RuntimeError(f"pip could not install {arguments[-1]}; its output is above: {' '.join(command)}")
 
 
 @contextmanager
@@ -218,12 +205,8 @@ def _output(*command: str) -> str:
     """What a command prints; nothing if it does not exist or fails."""
     if shutil.which(command[0]) is None:
         return ""
-    answer = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    return answer.stdout if answer.returncode == 0 else ""
-
-
-def _fits(found: Torch, driver: tuple[int, int] | None) -> bool:
-    return build_fits(int(found.cuda.split(".")[0]) if found.cuda else None, driver)
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

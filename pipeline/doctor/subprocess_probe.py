@@ -1,4 +1,4 @@
-"""A probe of the doctor in a process of its own, so that a library that crashes is a finding and not the end."""
+"""A check in a process of its own, so that a library that crashes is one more check and not the end of the doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from pipeline.doctor.findings import Check, checks_of
+from pipeline.doctor.checks import Check
 from pipeline.doctor.install import ROOT, driver_cuda
 
 PROBE_SECONDS = 120
@@ -16,26 +16,33 @@ REINSTALL = "make clean install"
 
 
 def run_isolated(
-    probe: str,
+    what: str,
+    function: str,
     *arguments: str,
     environment: dict[str, str] | None = None,
     seconds: float = PROBE_SECONDS,
     advice: str = REINSTALL,
 ) -> list[Check]:
-    """A probe's findings; if its process dies or hangs, a finding that says how."""
-    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    settings = os.environ | {"PYTHONPATH": paths, "DS_ACCELERATOR": _accelerator()} | (environment or {})
-    # -P: a folder that happens to be called torch in the current directory is not torch
-    command = [sys.executable, "-P", "-m", "pipeline.doctor", probe, *arguments]
+    """The checks that a function below pipeline.doctor returns; if its process dies or hangs, one that says how.
+
+    `function` is `module.function`; `what` and `advice` are of the check that stands for a process without an answer.
+    """
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    # Without DS_ACCELERATOR DeepSpeed looks for devices itself, and prints what it found.
+    variables = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cuda" if has_gpu() else "cpu"}
+    # -P: a folder called torch in the current directory is not torch
+    command = [sys.executable, "-P", "-m", "pipeline.doctor", function, *arguments]
     try:
-        answer = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, env=variables | (environment or {}), capture_output=True, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
-        return [Check(probe, "broken", f"no answer in {seconds:.0f} s", advice)]
-    if answer.returncode < 0:
-        return [Check(probe, "broken", f"trying it crashed: {signal.Signals(-answer.returncode).name}", advice)]
-    if answer.returncode > 0:
-        return [Check(probe, "broken", _one_line(answer.stderr.strip().rpartition("\n")[2]), advice)]
-    return checks_of(json.loads(answer.stdout.strip().rpartition("\n")[2]))
+        return [Check(what, "broken", f"no answer in {seconds:.0f} s", advice)]
+    if done.returncode < 0:
+        return [Check(what, "broken", f"it crashed: {signal.Signals(-done.returncode).name}", advice)]
+    if done.returncode > 0:
+        return [Check(what, "broken", one_line(done.stderr.strip().rpartition("\n")[2]), advice)]
+    return [Check(**check) for check in json.loads(done.stdout.strip().rpartition("\n")[2])]
 
 
 def has_gpu() -> bool:
@@ -46,10 +53,5 @@ def has_gpu() -> bool:
         return True
 
 
-def _accelerator() -> str:
-    """What DeepSpeed is asked to use, as the training tells it: without this it looks around, and says so."""
-    return "cuda" if has_gpu() else "cpu"
-
-
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.split())

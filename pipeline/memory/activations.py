@@ -1,16 +1,16 @@
 """What the forward and backward of a micro batch keep alive, counted on the network itself without its memory.
 
 The network that training builds runs forward and backward on fake tensors, which have shapes, types and storages, but
-no contents. Whatever an operation allocates is counted from then until it is let go, by the part of the network that
-did it. So casts of autocast, recomputation and attention's backend need no formula, and every copy in models/ shows.
-Only what a kernel takes for itself while it runs is not seen.
+no contents. What an operation allocates is counted until it is freed, by the part of the network that allocated it. So
+casts of autocast, recomputation and attention's backend need no formula, and every copy in models/ shows. Only what a
+kernel takes for itself while it runs is not seen.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -32,7 +32,7 @@ GRADIENTS = "gradients"
 
 
 def estimates(config: Config, classes: int, device: str) -> Callable[[Settings], tuple[Memory, Activations]]:
-    """What gives the memory of a rank under other settings than the configuration's, on a device of this type."""
+    """A function that estimates a rank's memory under any settings, on a device of this type ("cpu", "cuda")."""
     parameters = count_model(config.model, config.train, classes).parameters
 
     @cache
@@ -42,8 +42,8 @@ def estimates(config: Config, classes: int, device: str) -> Callable[[Settings],
     def estimate(settings: Settings) -> tuple[Memory, Activations]:
         train, zero, world_size = settings
         one_pass = accumulation_steps(micro_batches_of(train), world_size) == 1
-        found = counted(train, one_pass and zero.stage == 1 and not zero.offload)
-        return memory_of(parameters, found, settings, config.model.resolution, device == "cuda"), found
+        activations = counted(train, one_pass and zero.stage == 1 and not zero.offload)
+        return memory_of(parameters, activations, settings, config.model.resolution, device == "cuda"), activations
 
     return estimate
 
@@ -54,9 +54,9 @@ def count_activations(
     """What a micro batch of `train` keeps alive on a device of this type ("cpu", "cuda").
 
     `gradients_stay`: each weight's gradient stays where the backward made it, and counts, as at ZeRO stage 1 in a
-    step of one pass; else the engine takes it at once. The parts of `peak`: input, stem, stage 1 ..., head, loss.
-    Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over several ranks
-    as over one.
+    step of one accumulation step; else the engine takes it at once. The parts of `peak`: input, stem, stage 1 ...,
+    head, loss. Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over
+    several ranks as over one.
     """
     if ranks_of_group(train) > 1:
         train = train.model_copy(update={"batch_norm_group": None})
@@ -65,31 +65,24 @@ def count_activations(
     network = meta_model(model, train, classes)
     with FakeTensorMode(), torch.device(device):
         _allocate(network)
-        live = ActivationTracker()
-        live.leave_out(network)
-        live.name_parts(network)
+        tracker = ActivationTracker()
+        tracker.exclude(network)
+        tracker.track_parts(network)
         for parameter in network.parameters():
-            parameter.register_post_accumulate_grad_hook(live.keep_gradient if gradients_stay else _let_go)
-        return _run(network, model, train, augment, classes, device, live)
-
-
-def _run(
-    network: CoAtNet, model: Model, train: Train, augment: Augment, classes: int, device: str, live: ActivationTracker
-) -> Activations:
-    """One pass, as train.py has it."""
-    n = train.micro_batch
-    with live:
-        images = torch.empty(n, 3, model.resolution, model.resolution, memory_format=torch.channels_last)
-        wanted = torch.zeros(n, classes) if augment.mixup else torch.zeros(n, 1, dtype=torch.int64)
-        drops = any(stochastic_depth_rates(network, train.stochastic_depth))
-        factors = torch.ones(n, network.branches) if drops else None
-        with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):
-            logits = network(images, factors)
-        live.part = "loss"
-        loss = loss_fn(logits, wanted, train.loss, train.label_smoothing)
-        kept = sum(live.bytes.values())
-        loss.backward()
-    return Activations(dict(live.peak), kept)
+            parameter.register_post_accumulate_grad_hook(tracker.keep_gradient if gradients_stay else _free_gradient)
+        n = train.micro_batch  # from here on as in train.py
+        with tracker:
+            images = torch.empty(n, 3, model.resolution, model.resolution, memory_format=torch.channels_last)
+            targets = torch.zeros(n, classes) if augment.mixup else torch.zeros(n, 1, dtype=torch.int64)
+            drops_paths = any(stochastic_depth_rates(network, train.stochastic_depth))
+            factors = torch.ones(n, network.branches) if drops_paths else None
+            with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):
+                logits = network(images, factors)
+            tracker.part = "loss"
+            loss = loss_fn(logits, targets, train.loss, train.label_smoothing)
+            kept = sum(tracker.bytes.values())
+            loss.backward()
+        return Activations(dict(tracker.peak), kept)
 
 
 def _allocate(network: nn.Module) -> None:
@@ -104,14 +97,14 @@ def _allocate(network: nn.Module) -> None:
             module.register_buffer(name, made, persistent=persistent)
 
 
-def _let_go(parameter: torch.Tensor) -> None:
+def _free_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
 class ActivationTracker(TorchDispatchMode):
-    """Bytes of all storages that were made inside and are alive, by the part that made them; and when they were most.
+    """Bytes of all storages that were allocated inside and are alive, by part of the network; and of their peak.
 
-    `part` is whose operations are being run.
+    `part` is the one whose operations are running.
     """
 
     def __init__(self) -> None:
@@ -121,14 +114,14 @@ class ActivationTracker(TorchDispatchMode):
         self.peak: Counter[str] = Counter()
         self._known: dict[int, tuple[Any, str, int]] = {}
 
-    def leave_out(self, network: nn.Module) -> None:
+    def exclude(self, network: nn.Module) -> None:
         """Weights and statistics do not count."""
-        for tensor in _weights(network):
+        for tensor in (*network.parameters(), *network.buffers()):
             storage = tensor.untyped_storage()
             self._known[id(storage)] = (storage, "", 0)
 
-    def name_parts(self, network: CoAtNet) -> None:
-        """From now on `part` follows the network's forward, recomputation and backward."""
+    def track_parts(self, network: CoAtNet) -> None:
+        """Has `part` follow the network's forward, recomputation and backward."""
         parts = {"stem": [network.stem], "head": [network.head]}
         parts |= {f"stage {number}": list(stage.children()) for number, stage in enumerate(network.stages, 1)}
         for part, modules in parts.items():
@@ -155,24 +148,19 @@ class ActivationTracker(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         for output in tree_iter(outputs):
             if isinstance(output, torch.Tensor) and output.device.type != "meta":
-                self._see(output.untyped_storage())
+                self._add(output.untyped_storage())
         return outputs
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)  # the same object for as long as the storage lives
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), self.part, size)
+        self._known[key] = (weakref.ref(storage, lambda _: self._remove(key)), self.part, size)
         self.bytes[self.part] += size
         if self.bytes.total() > self.peak.total():
             self.peak = self.bytes.copy()
 
-    def _gone(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         _, part, size = self._known.pop(key)
         self.bytes[part] -= size
-
-
-def _weights(network: nn.Module) -> Iterator[torch.Tensor]:
-    yield from network.parameters()
-    yield from network.buffers()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.doctor.environment import build_fit, diagnose
-from pipeline.doctor.findings import Check, exit_status, rows
+from pipeline.doctor.checks import Check, exit_status, render
+from pipeline.doctor.environment import build_fit, check_machine
 from pipeline.doctor.install import ROOT
 
 
@@ -23,65 +23,47 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def examine(python: Path, folder: Path) -> tuple[dict[str, Check], int]:
-    """The findings by name of a doctor that runs where `folder` comes first on the import path, and the exit status."""
-    code = "import json, dataclasses, pipeline.doctor.environment as d; f = d.diagnose(); "
-    code += "from pipeline.doctor.findings import exit_status; "
-    code += "print(json.dumps([[dataclasses.asdict(each) for each in f], exit_status(f)]))"
+    """The checks by name of a doctor that runs where `folder` comes first on the import path, and the exit status."""
+    code = "import json, dataclasses, pipeline.doctor.environment as d; found = d.check_machine(); "
+    code += "print(json.dumps([dataclasses.asdict(check) for check in found]))"
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    answer = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    findings, status = json.loads(answer.stdout)
-    return {each["what"]: Check(**each) for each in findings}, status
-
-
-def write_torch(folder: Path, text: str) -> Path:
-    (folder / "torch.py").write_text(text)
-    return folder
+    done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    checks = [Check(**facts) for facts in json.loads(done.stdout)]
+    return {check.what: check for check in checks}, exit_status(checks)
 
 
 def test_this_environment_is_whole() -> None:
-    findings = diagnose()
-    assert exit_status(findings) == 0, [finding for finding in findings if finding.state in ("missing", "broken")]
-    ok = {finding.what for finding in findings if finding.state == "ok"}
-    assert ok >= {
-        "Python",
-        "torch",
-        "packages",
-        "file://",
-        "nvImageCodec",
-        "DALI",
-        "DeepSpeed",
-        "collectives",
-        "machine",
-    }
+    checks = check_machine()
+    assert exit_status(checks) == 0, [check for check in checks if check.state in ("missing", "broken")]
+    ok = {check.what for check in checks if check.state == "ok"}
+    assert ok >= {"Python", "torch", "packages", "nvImageCodec", "DALI", "DeepSpeed", "collectives", "machine"}
 
 
-def test_without_any_package_everything_needed_is_named_missing(bare_python: Path, tmp_path: Path) -> None:
-    findings, status = examine(bare_python, tmp_path)
-    missing = {name for name, finding in findings.items() if finding.state == "missing"}
+def test_without_packages_each_is_missing_and_what_was_not_tried_is_not_claimed(
+    bare_python: Path, tmp_path: Path
+) -> None:
+    checks, status = examine(bare_python, tmp_path)
+    missing = {name for name, check in checks.items() if check.state == "missing"}
     assert missing >= {"torch", "DALI", "nvImageCodec", "webdataset", "fsspec", "submitit", "numpy", "pydantic"}
-    assert all(findings[name].advice == "make install" for name in missing)
-    assert status == 1
+    assert all(checks[name].advice == "make install" for name in missing) and status == 1
+    assert not {"collectives", "GPU", "s3://", "packages"} & set(checks)
+    assert checks["DeepSpeed"].state == "note"
 
 
-def test_what_could_not_be_tried_is_not_claimed(bare_python: Path, tmp_path: Path) -> None:
-    findings, _ = examine(bare_python, tmp_path)
-    assert not {"collectives", "GPU", "file://", "s3://", "packages"} & set(findings)
-    assert findings["DeepSpeed"].state == "note"
-
-
-@pytest.mark.parametrize("name", ["SIGILL", "SIGSEGV"])
-def test_a_torch_that_crashes_is_a_finding(bare_python: Path, tmp_path: Path, name: str) -> None:
-    folder = write_torch(tmp_path, f"import os, signal; os.kill(os.getpid(), signal.{name})")
-    findings, status = examine(bare_python, folder)
-    assert (findings["torch"].state, status) == ("broken", 1)
-    assert name in findings["torch"].detail
-
-
-def test_a_torch_whose_libraries_are_missing_is_broken_in_one_line(bare_python: Path, tmp_path: Path) -> None:
-    folder = write_torch(tmp_path, 'raise OSError("libcudart.so.13: cannot open\\n shared object file")')
-    findings, _ = examine(bare_python, folder)
-    assert findings["torch"].state == "broken"
-    assert findings["torch"].detail == "does not import: libcudart.so.13: cannot open shared object file"
+@pytest.mark.parametrize(
+    ("torch", "detail"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "it crashed: SIGILL"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it crashed: SIGSEGV"),
+        ('raise OSError("libcudart.so.13: not\\n found")', "does not import: libcudart.so.13: not found"),
+    ],
+)
+def test_a_torch_that_crashes_or_lacks_libraries_is_broken(
+    bare_python: Path, tmp_path: Path, torch: str, detail: str
+) -> None:
+    (tmp_path / "torch.py").write_text(torch)
+    checks, status = examine(bare_python, tmp_path)
+    assert (checks["torch"].state, checks["torch"].detail, status) == ("broken", detail, 1)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +84,11 @@ def test_a_build_fits_a_driver_of_its_major_version_or_newer(
     assert build_fit(build, driver, devices).state == state
 
 
-def test_what_needs_doing_comes_first_in_the_table() -> None:
-    findings = [
-        Check("a", "ok", ""),
-        Check("b", "note", ""),
-        Check("c", "broken", "x", "do"),
-        Check("d", "ok", ""),
+def test_the_report_has_the_worst_first_with_what_to_do() -> None:
+    a, b, d = Check("a", "ok", ""), Check("b", "note", "y", figures={"read": "3 MB/s"}), Check("d", "ok", "z")
+    lines = ["BROKEN  c             x", f"{'':22}-> do", "note    b             y; read 3 MB/s"]
+    assert render([a, b, Check("c", "broken", "x", "do"), d]).splitlines() == [
+        *lines,
+        "ok      a",
+        "ok      d    " + " " * 9 + "z",
     ]
-    assert [row[1] for row in rows(findings)] == ["c", "b", "a", "d"]
-    assert rows(findings)[0] == ("BROKEN", "c", "x", "do")

@@ -109,9 +109,7 @@ def coatnet_on_a_part(gpu_bytes: int, *arguments: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_run_that_fills_the_gpu_names_what_is_largest_and_what_it_advises_runs(
-    digits: Path, tmp_path: Path, precision: str
-) -> None:
+def test_a_run_that_fills_the_gpu_is_told_what_fits_and_that_runs(digits: Path, tmp_path: Path, precision: str) -> None:
     part, run = 2 << 30, tmp_path / "full"
     asked = ["train.global_batch=2048", "train.steps=2", "data.val=null", f"train.precision={precision}"]
     failed = coatnet_on_a_part(part, *request(digits, run, *asked, "train.micro_batch=2048"))

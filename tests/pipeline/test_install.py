@@ -2,11 +2,14 @@
 
 import pytest
 
+from pipeline.doctor import install
 from pipeline.doctor.install import (
+    Torch,
     build_fits,
     constraint,
     cuda_major_of,
     dali_extra,
+    install_torch,
     lower_bound,
     offered_build,
     pytorch_build,
@@ -43,17 +46,32 @@ def test_a_gpu_machine_gets_the_newest_offered_build_that_its_driver_runs(
 
 
 @pytest.mark.parametrize("driver", [None, (12, 0), (12, 9), (13, 0), (13, 2)])
-def test_what_is_fetched_where_nothing_is_offered_fits(driver: tuple[int, int] | None) -> None:
+def test_a_build_from_pytorchs_index_fits_the_driver(driver: tuple[int, int] | None) -> None:
     assert build_fits(cuda_major_of(pytorch_build("2.13.0", driver)), driver)
 
 
+@pytest.mark.parametrize(
+    ("present", "driver", "kept"),
+    [
+        (Torch("2.12.0a0+nv26.01", "13.0", "/usr/lib/python3/dist-packages"), (13, 0), True),  # a container's
+        (Torch("2.12.0a0+nv26.01", "13.0", "/usr/lib/python3/dist-packages"), (12, 4), False),
+        (Torch("2.12.0", "13.0", f"{install.VENV}/lib/python3.11/site-packages"), (13, 0), False),
+        (Torch(f"{constraint('torch')}+cpu", None, f"{install.VENV}/lib/python3.11/site-packages"), None, True),
+    ],
+)
+def test_a_torch_is_kept_if_it_fits_and_is_the_tested_one_or_a_containers(
+    monkeypatch: pytest.MonkeyPatch, present: Torch, driver: tuple[int, int] | None, kept: bool
+) -> None:
+    installed: list[tuple[str, ...]] = []
+    monkeypatch.setattr(install, "installed_torch", lambda: present)
+    monkeypatch.setattr(install, "offered_versions", lambda package: [])
+    monkeypatch.setattr(install, "pip", lambda *arguments: installed.append(arguments))
+    assert (install_torch(driver) == present.version) == kept == (not installed)
+
+
 def test_dali_follows_the_driver() -> None:
-    assert [dali_extra(driver) for driver in (None, (12, 4), (13, 0), (14, 0))] == [
-        "cuda13",
-        "cuda12",
-        "cuda13",
-        "cuda13",
-    ]
+    extras = {driver: dali_extra(driver) for driver in (None, (12, 4), (13, 0), (14, 0))}
+    assert extras == {None: "cuda13", (12, 4): "cuda12", (13, 0): "cuda13", (14, 0): "cuda13"}
 
 
 def test_a_driver_that_is_too_old_is_refused_with_what_to_do() -> None:
@@ -62,7 +80,5 @@ def test_a_driver_that_is_too_old_is_refused_with_what_to_do() -> None:
 
 
 def test_the_tested_torch_is_one_that_pyproject_allows() -> None:
-    tested, lowest = (
-        [int(part) for part in version.split(".")] for version in (constraint("torch"), lower_bound("torch"))
-    )
+    tested, lowest = ([int(part) for part in text.split(".")] for text in (constraint("torch"), lower_bound("torch")))
     assert tested >= lowest

@@ -17,7 +17,8 @@ from models.coatnet import CoAtNet
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config, Train, Zero
 from pipeline.memory.activations import count_activations
-from pipeline.memory.estimate import WIDTH, Activations, Settings, fits, memory_of, suggest_settings
+from pipeline.memory.estimate import WIDTH, Activations, Memory, Settings, memory_of
+from pipeline.memory.suggest import fits, suggest_settings
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import build_model, init_weights
 from tests.pipeline.peaks import measured
@@ -51,7 +52,7 @@ def components(count: int, stage: int, micro_batch: int, world_size: int, activa
 
 
 @given(parameters, stages, micro_batches, ranks, st.integers(0, 1 << 40))
-def test_states_and_average_are_shared_by_the_ranks_at_every_stage_and_weights_at_the_third(
+def test_optimizer_states_and_ema_are_sharded_at_every_stage_weights_at_the_third(
     count: int, stage: int, micro_batch: int, world_size: int, activations: int
 ) -> None:
     found = components(count, stage, micro_batch, world_size, activations)
@@ -62,7 +63,7 @@ def test_states_and_average_are_shared_by_the_ranks_at_every_stage_and_weights_a
 
 
 @given(parameters, micro_batches, ranks, st.integers(0, 1 << 40))
-def test_a_higher_stage_needs_no_more_for_gradients_and_twice_the_ranks_no_more_for_anything_kept(
+def test_neither_a_higher_stage_nor_twice_the_ranks_needs_more_memory(
     count: int, micro_batch: int, world_size: int, activations: int
 ) -> None:
     first, second = (components(count, stage, micro_batch, world_size, activations) for stage in (1, 2))
@@ -72,35 +73,37 @@ def test_a_higher_stage_needs_no_more_for_gradients_and_twice_the_ranks_no_more_
     assert sum(wider.values()) <= sum(second.values())
 
 
-def linear_need(per_sample: int, fixed: int, of_stages: tuple[int, ...]) -> Callable[[Settings], int]:
-    """A network whose stages take these shares of a sample's activations, and a tenth of it where recomputed."""
+def linear(per_sample: int, fixed: int, of_stages: tuple[int, ...]) -> Callable[[Settings], tuple[Memory, Activations]]:
+    """The estimate of a network whose stages take these shares of a sample, and a tenth where recomputed."""
 
-    def need(settings: Settings) -> int:
+    def estimate(settings: Settings) -> tuple[Memory, Activations]:
         train, zero, world_size = settings
         done = train.activation_checkpointing
         recomputed = range(1, 5) if done == "all" else () if done == "none" else done
         shares = sum(share // 10 if stage in recomputed else share for stage, share in enumerate(of_stages, 1))
-        return fixed // (world_size if zero.stage == 3 else 1) + per_sample * train.micro_batch * shares
+        needed = fixed // (world_size if zero.stage == 3 else 1) + per_sample * train.micro_batch * shares
+        return Memory({"all": needed}), Activations({f"stage {n}": size for n, size in enumerate(of_stages, 1)}, 0)
 
-    return need
+    return estimate
 
 
 @given(
     st.integers(1, 1000), st.integers(0, 10**7), st.tuples(*[st.integers(1, 100)] * 4), micro_batches, ranks,
     st.integers(1, 10**8),
 )  # fmt: skip
-def test_what_is_advised_fits_and_the_next_larger_or_less_recomputed_does_not(
+def test_a_suggestion_fits_and_the_next_larger_or_less_recomputed_does_not(
     per_sample: int, fixed: int, of_stages: tuple[int, ...], micro_batch: int, world_size: int, usable: int
 ) -> None:
-    need, by_size = linear_need(per_sample, fixed, of_stages), sorted(range(1, 5), key=lambda s: -of_stages[s - 1])
+    estimate, by_size = linear(per_sample, fixed, of_stages), sorted(range(1, 5), key=lambda s: -of_stages[s - 1])
     zero = Zero(stage=1)
 
     def fitting(**change: Any) -> bool:
         changed = train_of(micro_batch).model_copy(update=change)
-        return fits(need((changed, zero, world_size)), usable)
+        return fits(estimate((changed, zero, world_size))[0].total, usable)
 
-    ways = suggest_settings((train_of(micro_batch), zero, world_size), by_size, need, usable)
-    found = {key: value for way in ways for key, value in way.items()}
+    suggestions = suggest_settings((train_of(micro_batch), zero, world_size), estimate, usable)
+    assert all(fits(suggestion.bytes, usable) for suggestion in suggestions)
+    found = {key: value for suggestion in suggestions for key, value in suggestion.changes.items()}
     if "zero.stage" in found:
         assert not fitting(micro_batch=1) or micro_batch == 1
         assert not fitting(activation_checkpointing="all")
@@ -112,14 +115,13 @@ def test_what_is_advised_fits_and_the_next_larger_or_less_recomputed_does_not(
     assert found.get("train.activation_checkpointing") == first
 
 
-def test_where_states_alone_do_not_fit_a_higher_stage_is_advised_and_else_more_ranks() -> None:
+def test_where_states_alone_do_not_fit_a_higher_stage_is_suggested_else_more_ranks() -> None:
     settings = (train_of(1), Zero(stage=1), 2)
-    shared = linear_need(1, 1000, (1, 1, 1, 1))
-    assert suggest_settings(settings, [1, 2, 3, 4], shared, 600) == [{"zero.stage": 3}]
-    assert suggest_settings(settings, [1, 2, 3, 4], shared, 300) == [
-        {"ranks": 4, "zero.stage": 3, "train.activation_checkpointing": "all"}
-    ]
-    assert suggest_settings(settings, [1, 2, 3, 4], linear_need(1, 1000, (1000,) * 4), 300) == []
+    fixed = linear(1, 1000, (1, 1, 1, 1))
+    assert [str(suggestion) for suggestion in suggest_settings(settings, fixed, 600)] == ["zero.stage=3"]
+    (more_ranks,) = suggest_settings(settings, fixed, 300)
+    assert more_ranks.changes == {"ranks": 4, "zero.stage": 3, "train.activation_checkpointing": "all"}
+    assert suggest_settings(settings, linear(1, 1000, (1000,) * 4), 300) == []
 
 
 # --------------------------------------------------------------------------------------- activations of real networks
@@ -135,7 +137,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_counted_activations_are_what_a_real_network_saves_and_what_its_allocator_had_at_most(kind: str) -> None:
+def test_counted_activations_are_those_of_a_real_networks_autograd_and_allocator(kind: str) -> None:
     config = tiny(*KINDS[kind])
     counted = count_activations(config.model, config.train, config.augment, CLASSES, "cpu", gradients_stay=True)
     network = build_model(config.model, config.train, CLASSES, torch.device("cpu"), init_weights(0))
@@ -210,6 +212,6 @@ def case(stage: int, micro_batch: int, rounds: int, *more: str) -> list[str]:
     ],
     ids=["few", "many"],
 )
-def test_the_most_that_two_ranks_hold_is_the_models_to_five_percent(cases: list[list[str]], tmp_path: Path) -> None:
+def test_the_peak_of_two_ranks_is_the_estimate_to_five_percent(cases: list[list[str]], tmp_path: Path) -> None:
     for arguments, (peak, estimate) in zip(cases, measured(2, cases, tmp_path), strict=True):
         assert estimate == pytest.approx(peak, rel=0.05), arguments
