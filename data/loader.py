@@ -127,9 +127,7 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
         replaced = np.zeros(len(used), bool)
         return _Chunk(used, samples, [s.key for s in samples], used, replaced, params, broken)
 
-    augmentation = Augmentation(
-        crop="none", flip=False, layers=0, magnitude=0.0
-    )  # of which only the layers matter here
+    augmentation = Augmentation(crop="none", flip=False, layers=0, magnitude=0.0)  # only its layers matter here
     with _reading_threads() as pool:
         mine = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
         chunks = ordered_map(pool, read, mine, 2 * READING_THREADS)

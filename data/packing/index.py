@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from data import codec
 from data.errors import DataError, UsageError
 from data.packing.label_files import read_classes
-from data.packing.pack import cut
+from data.packing.pack import split_by_size
 from data.shards.labels import InvalidSample, class_numbers, fields, image_part, label_part, parse_labels
 from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
@@ -59,7 +59,7 @@ class Tar(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be done with each tar; `numbers` has the classes by name, if they are known."""
+    """How each tar is indexed; `numbers` has the classes by name, if they are known."""
 
     storage: Storage
     folder: str
@@ -191,7 +191,7 @@ def _check_destination(destination: str) -> None:
 def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     name = tar.url.removeprefix(request.folder.rstrip("/") + "/")
     try:
-        samples = walk(request.storage, tar, {label_part(request.label_field)})
+        samples = walk_headers(request.storage, tar, {label_part(request.label_field)})
     except DamagedTar as damage:
         raise DamagedTar(f"{tar.url}: {damage}") from damage
     if not samples:
@@ -207,7 +207,7 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     return _Indexed(Shard(name, len(samples), tar.bytes), highest, max(map(len, labels), default=0), broken)
 
 
-def walk(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
+def walk_headers(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
     """The samples of a tar by its headers, read in ranges; DamagedTar where webdataset would lose some."""
     return index_tar(RangedFile(lambda begin, end: storage.read(tar.url, begin, end), tar.bytes), keep)
 
@@ -259,7 +259,7 @@ def _check_labelled(request: _Request, tar: Tar, first: TarSample) -> None:
 def _read_and_decode(storage: Storage, tar: Tar, samples: list[TarSample], faults: dict[str, str]) -> Any:
     """The table's rows, with checksums and sizes; images that do not decode are added to `faults`."""
     checksums, shapes, flags = [], [], []
-    for run in cut(samples, lambda sample: sample.bytes, None, _RUN_BYTES):
+    for run in split_by_size(samples, lambda sample: sample.bytes, None, _RUN_BYTES):
         first, end = run[0].offset, run[-1].offset + run[-1].bytes
         contents = memoryview(storage.read(tar.url, first, end))
         for sample in run:

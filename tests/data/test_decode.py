@@ -164,31 +164,6 @@ def test_resizing_is_pillows_antialiased_bilinear(height: int, width: int) -> No
     assert abs(mirrored - plain[:, ::-1]).max() <= 1
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of files
-
-KINDS = {
-    "progressive": lambda: encoded(picture(4, SIDE, SIDE), progressive=True),
-    "grey": lambda: encoded(picture(5, SIDE, SIDE).convert("L")),
-    "cmyk": lambda: encoded(picture(6, SIDE, SIDE).convert("CMYK")),
-    "png": lambda: encoded(picture(7, SIDE, SIDE), "PNG"),
-    "png-alpha": lambda: encoded(with_alpha(picture(8, SIDE, SIDE)), "PNG"),
-    "png-palette": lambda: encoded(picture(9, SIDE, SIDE).quantize(16), "PNG"),
-    "webp": lambda: encoded(picture(10, SIDE, SIDE), "WEBP", lossless=True),
-}
-
-
-def with_alpha(image: Image.Image) -> Image.Image:
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    return image
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_kind_of_file_gives_rgb(kind: str) -> None:
-    """Alpha is dropped, not blended."""
-    file = KINDS[kind]()
-    np.testing.assert_array_equal(pixels_of([file], whole(file))[0], upright(file))
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_comes_upright_and_is_cropped_upright(orientation: int) -> None:
     image = picture(11, 60, 80)
