@@ -87,7 +87,7 @@ def list_source(url: str, labels: str | None = None, classes: str | None = None)
         # The order of classes in shards need not be that of the numbers in a label list.
         counted = None if classes is None or label_files.is_packed(classes) else names
         written = _listed_labels(url, images, labels)
-        label_names = label_files.to_class_names(labels, written, counted, label_files.infer_base)
+        label_names = label_files.to_class_names(labels, written, counted, infer_base=True)
     else:
         entries = _without_outer_folder(entries)
         images, broken = _images_and_broken(entries, lambda entry: None if "/" in entry.path else "in no class folder")
@@ -230,7 +230,7 @@ def _list_images(
         more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"{url} line {missing[0].line} names {missing[0].path}, which does not exist as a file{more}")
     entries = [_row_entry(*each) for each in zip(rows, urls, infos, strict=True)]
-    return entries, label_files.to_class_names(url, [row.labels for row in rows], classes, label_files.zero_based)
+    return entries, label_files.to_class_names(url, [row.labels for row in rows], classes, infer_base=False)
 
 
 def _row_entry(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
