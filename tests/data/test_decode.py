@@ -50,7 +50,7 @@ def decoder_of(
     resolution: int = SIDE,
     device: Device = "cpu",
 ) -> Decoder:
-    """A decoder of these images in batches of these indices; one batch of all of them unless said otherwise."""
+    """A decoder of these images in batches of these indices; by default one batch of all of them."""
     chosen = [np.array(batch, np.int64) for batch in (batches or [range(len(images))])]
     answers = iter(
         [([images[i] for i in b], AugmentParams(*(getattr(params, f.name)[b] for f in fields(params)))) for b in chosen]
