@@ -10,11 +10,10 @@ the manifest comes last.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import fsspec
 from braceexpand import braceexpand
@@ -28,14 +27,13 @@ from data.shards.labels import InvalidSample, class_numbers, fields, image_part,
 from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, index_tar, printable
+from data.storage.prefetch import map_in_threads
 from data.storage.ranged_file import RangedFile
 from data.storage.remote import NotFound, Storage, open_fs, write_file
 
 MOST_CLASSES = 2**20
 """Classes that are made up from the numbers of the labels at most: one wild number would make millions."""
 _RUN_BYTES = 2**24
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -285,17 +283,3 @@ def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
         write_file(fs, f"{path}.idx", lines)
     except Exception as error:  # the back ends' exceptions share no base class
         raise DataError(f"{destination} cannot be written: {error}; --out takes another place") from error
-
-
-def map_in_threads(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, progress: Callable[[int, int], None]
-) -> Iterator[Result]:
-    """The work's results in the order of the items; an error ends it, and what has not begun is not begun."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        progress(0, len(items))
-        for done, result in enumerate(pool.map(work, items), start=1):
-            progress(done, len(items))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)

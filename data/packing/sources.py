@@ -14,25 +14,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import fsspec
 
 from data.errors import DataError, UsageError
 from data.packing import label_files
-from data.packing.archives import Entry, normalize_path, unzip
-from data.packing.folders import NEEDED, list_entries, resolve_kind
-from data.packing.label_files import LISTS, Row, abbreviate
+from data.packing.archives import Entry, unzip
+from data.packing.folders import NEEDED, list_entries
+from data.packing.image_lists import list_images
+from data.packing.label_files import LISTS, abbreviate
 from data.shards.labels import IMAGES
 from data.shards.manifest import BadSample
 from data.shards.tar_index import printable
-from data.storage.remote import ByteSource, NotFound, Storage, open_fs
+from data.storage.remote import ByteSource, Storage
 
 SUFFIXES = tuple(f".{name}" for name in IMAGES)
-_REQUESTS_AT_ONCE = 16
-Location = tuple[fsspec.AbstractFileSystem, str]
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def list_source(url: str, labels: str | None = None, classes: str | None = None)
     if url.endswith(LISTS):
         if labels is not None:
             raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
-        images, label_names = _list_images(storage, url, names)
+        images, label_names = list_images(storage, url, names)
         return _make_source(storage, url, images, label_names, [], names)
     entries = list_entries(storage, url)
     if labels is not None:
@@ -208,68 +203,3 @@ def _listed_labels(url: str, images: list[Entry], labels: str) -> list[tuple[str
     if missing := set(listed) - set(names):
         raise UsageError(f"{labels} names {abbreviate(missing)}, which {url} does not have")
     return [(listed[name],) for name in names]
-
-
-# A list.
-
-
-def _list_images(
-    storage: Storage, url: str, classes: Sequence[str] | None
-) -> tuple[list[Entry], list[tuple[str, ...]]]:
-    """The images that a list names, with their sizes, and their labels; UsageError with the line that is wrong."""
-    rows = label_files.read_rows(url)
-    urls = [_resolve(url, row.path) for row in rows]
-    locations = [open_fs(each) for each in urls]
-    lines: dict[tuple[int, str], int] = {}
-    for row, (fs, path) in zip(rows, locations, strict=True):
-        if lines.setdefault((id(fs), path), row.line) != row.line:
-            raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
-    infos = _infos(storage, locations)
-    missing = [row for row, info in zip(rows, infos, strict=True) if info is None or info["type"] != "file"]
-    if missing:
-        more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(f"{url} line {missing[0].line} names {missing[0].path}, which does not exist as a file{more}")
-    entries = [_row_entry(*each) for each in zip(rows, urls, infos, strict=True)]
-    return entries, label_files.to_class_names(url, [row.labels for row in rows], classes, infer_base=False)
-
-
-def _row_entry(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
-    return Entry(normalize_path(row.path.rpartition("://")[2]), False, url, None, info["size"] if info else None)
-
-
-def _resolve(url: str, path: str) -> str:
-    """Where a list at `url` finds a path."""
-    if "://" in path or path.startswith("/"):
-        return path
-    folder, slash, _ = url.rpartition("/")
-    return f"{folder}{slash}{normalize_path(path)}"
-
-
-def _infos(storage: Storage, locations: list[Location]) -> list[dict[str, Any] | None]:
-    """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
-    folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in locations}
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
-        by_folder = dict(zip(folders, listed, strict=True))
-
-        def info(place: Location) -> dict[str, Any] | None:
-            fs, path = place
-            known = by_folder[id(fs), path.rpartition("/")[0]].get(path)
-            return known if known and known.get("size") is not None else _info(storage, fs, path)
-
-        return list(pool.map(info, locations))
-
-
-def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
-    try:
-        infos = storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
-    except DataError:  # not every server lists its folders
-        return {}
-    return {info["name"]: {**info, "type": "file"} for info in infos if resolve_kind(fs, info) == ("file", None)}
-
-
-def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
-    try:
-        return storage.with_retries("found", path, lambda: fs.info(path))
-    except NotFound:
-        return None
