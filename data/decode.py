@@ -85,7 +85,7 @@ class Decoder:
             if error is self._feed.error:
                 self._end = error
                 raise
-            self._end = DataError(f"DALI failed on a batch: {_gist(error)}")
+            self._end = DataError(f"DALI failed on a batch: {_reason_of(error)}")
             raise self._end from error
         return torch.from_dlpack(pixels.as_tensor())[: self._feed.samples.popleft()]
 
@@ -114,7 +114,7 @@ class _Feed:
             raise
         self.samples.append(len(images))
         if not images:
-            images, params = _stand_in(self._layers)
+            images, params = _empty_batch(self._layers)
         inputs = [images, params.crop_start, params.crop_shape, params.flip]
         for layer in range(self._layers):
             operation, sign = params.operations[:, layer], params.signs[:, layer]
@@ -123,7 +123,7 @@ class _Feed:
         return inputs
 
 
-def _stand_in(layers: int) -> tuple[list[NDArray[np.uint8]], AugmentParams]:
+def _empty_batch(layers: int) -> tuple[list[NDArray[np.uint8]], AugmentParams]:
     """One whole pixel instead of an empty batch, which DALI refuses."""
     nothing = np.zeros((1, layers), np.int32)
     corner = np.zeros((1, 2), np.int32)
@@ -156,14 +156,14 @@ def _operation(image: DataNode, numbers: Sequence[DataNode], tones: list[int], p
         # Not warp_affine: the same map, several times slower on the CPU.
         image = fn.experimental.warp_perspective(image, matrix=matrix, fill_value=FILL)
     elif family == int(Family.TONE):
-        index = image + _beside(image, tone)
+        index = image + _on_device_of(image, tone)
         image = fn.lookup_table(index, keys=list(range(len(tones))), values=tones, dtype=DALIDataType.UINT8)
     elif family == int(Family.FILTER):
-        image = fn.filter(image, _beside(image, matrix))
+        image = fn.filter(image, _on_device_of(image, matrix))
     elif family == int(Family.COLOR):
         image = fn.saturation(image, saturation=factor)
     elif family == int(Family.CONTRAST):
-        image = _contrast(image, _beside(image, factor), pixels)
+        image = _contrast(image, _on_device_of(image, factor), pixels)
     elif family == int(Family.AUTO_CONTRAST):
         image = _auto_contrast(image)
     else:
@@ -187,12 +187,12 @@ def _auto_contrast(image: DataNode) -> DataNode:
     return fn.cast_like((image - low) * (255 / (high - low + flat)) + low * flat, image)
 
 
-def _beside(image: DataNode, number: DataNode) -> DataNode:
+def _on_device_of(image: DataNode, number: DataNode) -> DataNode:
     """The number on the image's device."""
     return number.gpu() if image.device == "gpu" else number
 
 
-def _gist(error: BaseException) -> str:
+def _reason_of(error: BaseException) -> str:
     """DALI's reason, one line out of twenty."""
     reason = str(error).rpartition("encountered:")[2]
     for after in ("C++ context", "Current pipeline object"):

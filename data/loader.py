@@ -82,12 +82,12 @@ def training_batches(
     last_step: int,
 ) -> Iterator[Iterator[list[Batch]]]:
     """This rank's micro batches of each step from `first_step` up to `last_step` (excluded), in order."""
-    own = rank_micro_batches(order.global_batch // spec.micro_batch, spec.rank, spec.world_size)
-    mine = np.concatenate([np.arange(m * spec.micro_batch, (m + 1) * spec.micro_batch) for m in own])
-    positions = (positions_of_step(step, order.global_batch)[mine].tolist() for step in range(first_step, last_step))
+    numbers = rank_micro_batches(order.global_batch // spec.micro_batch, spec.rank, spec.world_size)
+    slots = np.concatenate([np.arange(m * spec.micro_batch, (m + 1) * spec.micro_batch) for m in numbers])
+    positions = (positions_of_step(step, order.global_batch)[slots].tolist() for step in range(first_step, last_step))
     flat = itertools.chain.from_iterable(positions)
     with batches_at(manifest, order, augmentation, spec, seed, flat) as batches:
-        yield _steps(batches, len(own))
+        yield _steps(batches, len(numbers))
 
 
 @contextmanager
@@ -127,12 +127,10 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
         replaced = np.zeros(len(used), bool)
         return _Chunk(used, samples, [s.key for s in samples], used, replaced, params, broken)
 
-    augmentation = Augmentation(
-        crop="none", flip=False, layers=0, magnitude=0.0
-    )  # of which only the layers matter here
+    augmentation = Augmentation(crop="none", flip=False, layers=0, magnitude=0.0)  # only its layers matter here
     with _reading_threads() as pool:
-        mine = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
-        chunks = ordered_map(pool, read, mine, 2 * READING_THREADS)
+        numbers = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
+        chunks = ordered_map(pool, read, numbers, 2 * READING_THREADS)
         with _in_background(lambda: _decode(chunks, augmentation, spec, spec.micro_batch, most)) as batches:
             yield batches
 
@@ -195,8 +193,8 @@ def _decode(
             yield Batch(images[part], labels[part], *places, broken, shapes[part], params)
 
 
-def _steps(batches: Iterator[Batch], passes: int) -> Iterator[list[Batch]]:
-    while step := list(itertools.islice(batches, passes)):
+def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]]:
+    while step := list(itertools.islice(batches, micro_batches)):
         yield step
 
 
@@ -276,11 +274,11 @@ Batches = Callable[[int, int], AbstractContextManager[Iterator[list[Batch]]]]
 
 
 Steps = Generator[tuple[int, list[Batch] | None, float], None, None]
-"""Of each step its number (from 0), this rank's micro batches, and the seconds that were waited for them."""
+"""Of each step its number (from 0), this rank's micro batches, and the seconds spent waiting for them."""
 
 
 def steps_of_batches(batches: Batches, first: int, end: int, skipped: Collection[int]) -> Steps:
-    """The steps from `first` up to `end`; one that is skipped has None for its micro batches. The last one never is."""
+    """The steps from `first` up to `end`; a skipped one has None instead of micro batches. The last one never is."""
     step = first
     for until in [*sorted({step for step in skipped if first <= step < end - 1}), end]:
         if step < until:

@@ -54,9 +54,9 @@ def _read_range(manifest: Manifest, sample_range: SampleRange) -> list[Sample | 
     storage, url = manifest.storage, manifest.url_of(sample_range.shard)
     rows = read_rows(storage, manifest.url_of(sample_range.shard, ".npy"), sample_range.first_row, sample_range.rows)
     begin, end = int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1])
-    found = _parse(_checked(storage.read(url, begin, end), rows))
+    found = _parse(_verified(storage.read(url, begin, end), rows))
     if not all(found):
-        found = _parse(_checked(storage.reread(url, begin, end, "samples are not those that were packed"), rows))
+        found = _parse(_verified(storage.reread(url, begin, end, "samples are not those that were packed"), rows))
     keys = [""] * len(rows) if all(found) else _keys(manifest, sample_range)
     return [
         _sample(parts, row, manifest, shard.name)
@@ -66,7 +66,7 @@ def _read_range(manifest: Manifest, sample_range: SampleRange) -> list[Sample | 
     ]
 
 
-def _checked(raw: bytes, rows: np.ndarray) -> list[memoryview | None]:
+def _verified(raw: bytes, rows: np.ndarray) -> list[memoryview | None]:
     """The bytes of each row, or None where they have another checksum."""
     view, first = memoryview(raw), int(rows["offset"][0])
     spans = [view[int(row["offset"]) - first :][: int(row["bytes"])] for row in rows]
@@ -77,18 +77,18 @@ def _checked(raw: bytes, rows: np.ndarray) -> list[memoryview | None]:
 
 
 def _parse(spans: list[memoryview | None]) -> list[dict[str, Any] | None]:
-    """The sample in each span; None for what is none, or is damaged."""
+    """The sample in each span; None where it is damaged or missing."""
     good = [span for span in spans if span is not None]
-    samples: list[dict[str, Any] | None] = [*_parsed(good)]
+    samples: list[dict[str, Any] | None] = [*_parse_pieces(good)]
     # webdataset ends at a header that it cannot read; what it made of the rest is found sample by sample.
     if len(samples) != len(good):
-        each = [_parsed([span]) for span in good]
+        each = [_parse_pieces([span]) for span in good]
         samples = [found[0] if len(found) == 1 else None for found in each]
     answers = iter(samples)
     return [None if span is None else next(answers) for span in spans]
 
 
-def _parsed(pieces: Sequence[memoryview]) -> list[dict[str, Any]]:
+def _parse_pieces(pieces: Sequence[memoryview]) -> list[dict[str, Any]]:
     """The samples of neighbouring pieces of a tar by webdataset, fewer where it is damaged."""
     members: Iterable[dict[str, Any]] | None = _plain_members(pieces)
     if members is None:
@@ -112,7 +112,8 @@ def _plain_members(pieces: Sequence[memoryview]) -> list[dict[str, Any]] | None:
                 return None
             name, size, checksum, kind, prefix = _HEADER.unpack(header)
             try:
-                end, is_whole = begin + _octal(size), _octal(checksum) == sum(header) - sum(checksum) + 8 * ord(" ")
+                end = begin + _parse_octal(size)
+                is_whole = _parse_octal(checksum) == sum(header) - sum(checksum) + 8 * ord(" ")
             except ValueError:
                 return None
             after = -(-end // BLOCK) * BLOCK
@@ -124,7 +125,7 @@ def _plain_members(pieces: Sequence[memoryview]) -> list[dict[str, Any]] | None:
     return members
 
 
-def _octal(field: bytes) -> int:
+def _parse_octal(field: bytes) -> int:
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 

@@ -169,7 +169,7 @@ BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor
 
 
 def fastest(device: str, dtype: torch.dtype, tokens: int, with_gradient: bool, with_table: bool = True) -> Backend:
-    """The fastest valid backend for a device's type, the type of q, k, v, and a grid of so many tokens.
+    """The fastest valid backend for a device's type, the type of q, k, v, and a grid of this many tokens.
 
     A fixed rule and no timing at the start, so that a run that resumes takes the same one.
     """

@@ -71,7 +71,7 @@ class BatchNorm2d(nn.Module):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if self.ranks is not None:
-            return self._normalize_with_others(x, self.ranks)
+            return self._normalize_across_ranks(x, self.ranks)
         group = self.group or len(x)
         if len(x) % group:
             raise ValueError(f"{len(x)} samples are no whole groups of {group}; make the micro batch a multiple of it")
@@ -87,7 +87,7 @@ class BatchNorm2d(nn.Module):
         self._add(mean, variance)
         return y
 
-    def _normalize_with_others(self, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    def _normalize_across_ranks(self, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
         if self.group is None or len(x) * ranks.size() != self.group:
             raise ValueError(f"{len(x)} samples on each of {ranks.size()} ranks are no group of {self.group}")
         with torch.autocast(x.device.type, enabled=False):
@@ -109,7 +109,7 @@ class BatchNorm2d(nn.Module):
 class _AcrossRanks(torch.autograd.Function):
     """One group whose samples lie in equal parts on several ranks; also gives its mean and unbiased variance.
 
-    Variances are put together from deviations (Chan et al. 1983), since E[x^2] - E[x]^2 cancels. torch's own
+    Variances are put together from deviations (Chan et al. 1983), since E[x^2] - E[x]^2 cancels. torch's local
     SyncBatchNorm takes CUDA tensors only.
     """
 
@@ -118,14 +118,14 @@ class _AcrossRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = x if x.dtype == torch.float64 else x.float()
-        own = wide.numel() // wide.shape[1]
-        parts = _gathered(torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0)), ranks)
+        local = wide.numel() // wide.shape[1]
+        parts = _all_gather(torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0)), ranks)
         variances, means = parts[:, 0], parts[:, 1]
         mean = means.mean(0)
         variance = (variances + (means - mean) ** 2).mean(0)
         scale = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, weight, mean, scale)
-        ctx.ranks, ctx.elements = ranks, own * ranks.size()
+        ctx.ranks, ctx.elements = ranks, local * ranks.size()
         factor = scale * weight.to(scale.dtype)
         y = torch.addcmul(_by_channel(bias.to(scale.dtype) - mean * factor), wide, _by_channel(factor)).to(x.dtype)
         unbiased = variance * (ctx.elements / max(1, ctx.elements - 1))
@@ -137,17 +137,17 @@ class _AcrossRanks(torch.autograd.Function):
         x, weight, mean, scale = ctx.saved_tensors
         wide, gradient = x.to(scale.dtype), gradients[0].to(scale.dtype)
         normalized = (wide - _by_channel(mean)) * _by_channel(scale)
-        own = torch.stack([gradient.sum((0, 2, 3)), (gradient * normalized).sum((0, 2, 3))])
-        of_bias, of_weight = _gathered(own, ctx.ranks).sum(0) / ctx.elements  # means over the group
+        local = torch.stack([gradient.sum((0, 2, 3)), (gradient * normalized).sum((0, 2, 3))])
+        of_bias, of_weight = _all_gather(local, ctx.ranks).sum(0) / ctx.elements  # means over the group
         of_x = gradient - _by_channel(of_bias) - normalized * _by_channel(of_weight)
         of_x *= _by_channel(scale * weight.to(scale.dtype))
-        return of_x.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None, None
+        return of_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None
 
 
-def _gathered(own: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+def _all_gather(local: Tensor, ranks: dist.ProcessGroup) -> Tensor:
     """Every rank's tensor, by rank, on all of them: sums of it have the same order, and so the same bits, on each."""
-    parts = [torch.empty_like(own) for _ in range(ranks.size())]
-    dist.all_gather(parts, own, group=ranks)
+    parts = [torch.empty_like(local) for _ in range(ranks.size())]
+    dist.all_gather(parts, local, group=ranks)
     return torch.stack(parts)
 
 

@@ -21,11 +21,11 @@ _ZIP_HEADER_BYTES = 30
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-class Damaged(ValueError):
+class DamagedMember(ValueError):
     """A member of a zip is not what the zip says of it; the message says in a few words why."""
 
 
-class Zipped(NamedTuple):
+class ZipMember(NamedTuple):
     """How a zip holds a file: `span` bytes from its header to the next, in them `stored` bytes of contents."""
 
     span: int
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     offset: int | None = None
     size: int | None = None
     fault: str | None = None
-    zipped: Zipped | None = None
+    zipped: ZipMember | None = None
 
 
 def is_hidden(name: str) -> bool:
@@ -54,7 +54,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def plain_path(name: str) -> str:
+def normalize_path(name: str) -> str:
     """A path without empty and "." parts: "./a//b/" is "a/b"."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
@@ -63,19 +63,19 @@ def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) ->
     """The files and folders of a tar that begins at byte `begin` of `url`, by path below `inside`; tarfile.TarError."""
     entries: dict[str, Entry] = {}
     for member in tar_members(stream):
-        path = plain_path(member.name)
+        path = normalize_path(member.name)
         if not path or any(is_hidden(part) for part in path.split("/")):
             continue
         path = inside + path
         if member.isreg() and path.endswith(".tar"):
             folder = path.removesuffix(".tar")
-            entries |= {folder: Entry(folder, True, url)} | _nested(stream, url, folder, begin, member)
+            entries |= {folder: Entry(folder, True, url)} | _nested_entries(stream, url, folder, begin, member)
         else:
-            entries[path] = _tar_entry(path, member, url, begin, entries.get(inside + plain_path(member.linkname)))
+            entries[path] = _tar_entry(path, member, url, begin, entries.get(inside + normalize_path(member.linkname)))
     return entries
 
 
-def _nested(stream: BinaryIO, url: str, folder: str, begin: int, member: tarfile.TarInfo) -> dict[str, Entry]:
+def _nested_entries(stream: BinaryIO, url: str, folder: str, begin: int, member: tarfile.TarInfo) -> dict[str, Entry]:
     def read(first: int, end: int) -> bytes:
         stream.seek(member.offset_data + first)
         return stream.read(end - first)
@@ -99,7 +99,7 @@ def zip_entries(stream: BinaryIO, url: str) -> dict[str, Entry]:
         members = archive.infolist()
         begins = sorted({member.header_offset for member in members})
         ends = dict(pairwise([*begins, archive.start_dir]))
-    found = ((plain_path(member.filename), member) for member in members)
+    found = ((normalize_path(member.filename), member) for member in members)
     return {
         path: _zip_entry(path, member, url, ends[member.header_offset])
         for path, member in found
@@ -109,11 +109,11 @@ def zip_entries(stream: BinaryIO, url: str) -> dict[str, Entry]:
 
 def _zip_entry(path: str, member: zipfile.ZipInfo, url: str, end: int) -> Entry:
     span, deflated = end - member.header_offset, member.compress_type == zipfile.ZIP_DEFLATED
-    zipped = Zipped(span, member.compress_size, deflated, member.CRC)
-    return Entry(path, member.is_dir(), url, member.header_offset, member.file_size, _zip_fault(member), zipped)
+    zipped = ZipMember(span, member.compress_size, deflated, member.CRC)
+    return Entry(path, member.is_dir(), url, member.header_offset, member.file_size, _zip_member_fault(member), zipped)
 
 
-def _zip_fault(member: zipfile.ZipInfo) -> str | None:
+def _zip_member_fault(member: zipfile.ZipInfo) -> str | None:
     if member.is_dir():
         return None
     if member.flag_bits & 1:
@@ -125,10 +125,10 @@ def _zip_fault(member: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def unzipped(member: bytes, zipped: Zipped, size: int) -> bytes:
-    """A member's `size` bytes of contents, from those between its header and the next; Damaged if they are not its."""
+def unzip(member: bytes, zipped: ZipMember, size: int) -> bytes:
+    """The `size` bytes of a member's contents, from those between its header and the next one's; or DamagedMember."""
     if len(member) < _ZIP_HEADER_BYTES or not member.startswith(b"PK\x03\x04"):
-        raise Damaged("damaged in the zip: no header where its directory says")
+        raise DamagedMember("damaged in the zip: no header where its directory says")
     name_bytes, extra_bytes = struct.unpack_from("<HH", member, 26)  # the directory's own may be longer or shorter
     begin = _ZIP_HEADER_BYTES + name_bytes + extra_bytes
     contents = member[begin : begin + zipped.stored]
@@ -136,7 +136,7 @@ def unzipped(member: bytes, zipped: Zipped, size: int) -> bytes:
         try:
             contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(contents, size + 1)
         except zlib.error:
-            raise Damaged("damaged in the zip: does not inflate") from None
+            raise DamagedMember("damaged in the zip: does not inflate") from None
     if len(contents) != size or zlib.crc32(contents) != zipped.crc:
-        raise Damaged("damaged in the zip: does not have its checksum")
+        raise DamagedMember("damaged in the zip: does not have its checksum")
     return contents

@@ -28,7 +28,7 @@ NEEDED = "a folder of class folders, a tar or zip of one, or a list (.csv, .json
 _BLOCK_BYTES = 2**23
 
 
-def entries_of(storage: Storage, url: str) -> list[Entry]:
+def list_entries(storage: Storage, url: str) -> list[Entry]:
     """What lies in the folder, tar or zip at `url`; UsageError where none is, DataError where it cannot be listed."""
     try:
         fs, root = open_fs(url)
@@ -100,7 +100,7 @@ def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, 
 
 
 def _file_or_folder(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, url: str) -> Entry:
-    kind, fault = kind_of(fs, info)
+    kind, fault = resolve_kind(fs, info)
     if "::" in path and not fault:
         fault = 'fsspec takes "::" in its name for a chain of file systems; rename it'
     return Entry(path, kind == "directory", url, None, info.get("size"), fault)
@@ -117,7 +117,7 @@ def _class_tar(storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entr
             raise UsageError(f"{entry.url} is not a whole tar ({error}); fetch it again, or take it away") from None
 
 
-def kind_of(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[str, str | None]:
+def resolve_kind(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[str, str | None]:
     """Type of what was listed, links followed, and why it cannot be used."""
     kind = info["type"]
     if isinstance(fs, LocalFileSystem) and info["islink"]:

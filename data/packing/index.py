@@ -10,11 +10,10 @@ the manifest comes last.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import fsspec
 from braceexpand import braceexpand
@@ -23,19 +22,18 @@ from fsspec.implementations.local import LocalFileSystem
 from data import codec
 from data.errors import DataError, UsageError
 from data.packing.label_files import read_classes
-from data.packing.pack import cut
+from data.packing.pack import split_by_size
 from data.shards.labels import InvalidSample, class_numbers, fields, image_part, label_part, parse_labels
 from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, index_tar, printable
+from data.storage.prefetch import map_in_threads
 from data.storage.ranged_file import RangedFile
 from data.storage.remote import NotFound, Storage, open_fs, write_file
 
 MOST_CLASSES = 2**20
 """Classes that are made up from the numbers of the labels at most: one wild number would make millions."""
 _RUN_BYTES = 2**24
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Tar(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be done with each tar; `numbers` has the classes by name, if they are known."""
+    """How each tar is indexed; `numbers` has the classes by name, if they are known."""
 
     storage: Storage
     folder: str
@@ -191,7 +189,7 @@ def _check_destination(destination: str) -> None:
 def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     name = tar.url.removeprefix(request.folder.rstrip("/") + "/")
     try:
-        samples = walk(request.storage, tar, {label_part(request.label_field)})
+        samples = walk_headers(request.storage, tar, {label_part(request.label_field)})
     except DamagedTar as damage:
         raise DamagedTar(f"{tar.url}: {damage}") from damage
     if not samples:
@@ -207,7 +205,7 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     return _Indexed(Shard(name, len(samples), tar.bytes), highest, max(map(len, labels), default=0), broken)
 
 
-def walk(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
+def walk_headers(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
     """The samples of a tar by its headers, read in ranges; DamagedTar where webdataset would lose some."""
     return index_tar(RangedFile(lambda begin, end: storage.read(tar.url, begin, end), tar.bytes), keep)
 
@@ -259,7 +257,7 @@ def _check_labelled(request: _Request, tar: Tar, first: TarSample) -> None:
 def _read_and_decode(storage: Storage, tar: Tar, samples: list[TarSample], faults: dict[str, str]) -> Any:
     """The table's rows, with checksums and sizes; images that do not decode are added to `faults`."""
     checksums, shapes, flags = [], [], []
-    for run in cut(samples, lambda sample: sample.bytes, None, _RUN_BYTES):
+    for run in split_by_size(samples, lambda sample: sample.bytes, None, _RUN_BYTES):
         first, end = run[0].offset, run[-1].offset + run[-1].bytes
         contents = memoryview(storage.read(tar.url, first, end))
         for sample in run:
@@ -285,17 +283,3 @@ def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
         write_file(fs, f"{path}.idx", lines)
     except Exception as error:  # the back ends' exceptions share no base class
         raise DataError(f"{destination} cannot be written: {error}; --out takes another place") from error
-
-
-def map_in_threads(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, progress: Callable[[int, int], None]
-) -> Iterator[Result]:
-    """The work's results in the order of the items; an error ends it, and what has not begun is not begun."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        progress(0, len(items))
-        for done, result in enumerate(pool.map(work, items), start=1):
-            progress(done, len(items))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data.errors import UsageError
@@ -116,30 +116,14 @@ def _is_label(value: object) -> bool:
 
 # From labels as written to numbers.
 
-BaseRule = Callable[[set[int], int], int]
-"""What numbers count from, 0 or 1, by the numbers and how many classes there are; ValueError where they do not fit."""
-
-
-def zero_based(numbers: set[int], classes: int) -> int:
-    """0, where all numbers are below the number of classes."""
-    if max(numbers) >= classes:
-        raise ValueError(f"label {max(numbers)} is none of {classes} classes, which are counted from 0")
-    return 0
-
-
-def infer_base(numbers: set[int], classes: int) -> int:
-    """0 where a label is 0, 1 where one is the number of classes; only one of the two can be."""
-    if max(numbers) > classes - (0 in numbers):
-        raise ValueError(f"labels {min(numbers)} to {max(numbers)} are too many for {classes} classes")
-    if not numbers & {0, classes}:
-        raise ValueError(f"has neither label 0 nor {classes}, so what they count from is not known; write class names")
-    return 0 if 0 in numbers else 1
-
 
 def to_class_names(
-    where: str, labels: Sequence[tuple[str, ...]], classes: Sequence[str] | None, base_rule: BaseRule
+    where: str, labels: Sequence[tuple[str, ...]], classes: Sequence[str] | None, infer_base: bool
 ) -> list[tuple[str, ...]]:
-    """Labels as class names, where `where` writes them as numbers of `classes`; others are as they were."""
+    """Labels as class names, where `where` writes them as numbers of `classes`; names stay as they are.
+
+    Numbers count from 0; with `infer_base` from 0 if a label is 0, from 1 if one is the number of classes.
+    """
     words = {label for each in labels for label in each}
     if not words or not all(word.isascii() and word.isdecimal() for word in words) or words <= set(classes or ()):
         return list(labels)
@@ -148,10 +132,16 @@ def to_class_names(
             f"{where} has numbers as labels; --classes FILE must name the classes in the order of these numbers"
             " (of ImageNet's development kit that is not the order of sorted names)"
         )
-    try:
-        first = base_rule({int(word) for word in words}, len(classes))
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from None
+    numbers, count = {int(word) for word in words}, len(classes)
+    if infer_base and max(numbers) > count - (0 in numbers):
+        raise UsageError(f"{where}: labels {min(numbers)} to {max(numbers)} are too many for {count} classes")
+    if infer_base and not numbers & {0, count}:
+        raise UsageError(
+            f"{where} has neither label 0 nor {count}, so what they count from is not known; write class names"
+        )
+    first = int(infer_base and 0 not in numbers)
+    if max(numbers) - first >= count:
+        raise UsageError(f"{where}: label {max(numbers)} is none of {count} classes, which are counted from 0")
     return [tuple(classes[int(label) - first] for label in each) for each in labels]
 
 

@@ -15,19 +15,18 @@ import json
 import os
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from webdataset import TarWriter
 
 from data import codec, rng
 from data.errors import DataError, UsageError
-from data.packing.archives import Damaged
+from data.packing.archives import DamagedMember
 from data.packing.resize import shrink
 from data.packing.resume import FinishedShard, Request, check_destination, commit, resume, write_shard
 from data.packing.sources import Entry, Source, check_empty_classes, list_source
@@ -100,7 +99,7 @@ def pack(
     _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality)
     check_destination(source, destination, overwrite)
     found = list_source(source, labels, classes)
-    plan = list(cut(_shuffled(found, seed), _tar_bytes, samples_per_shard, bytes_per_shard))
+    plan = list(split_by_size(_shuffled(found, seed), _tar_bytes, samples_per_shard, bytes_per_shard))
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
     request = {"source": source, **numbers, "resize": resize, "quality": quality, "listing": _fingerprint(found)}
     done = resume(destination, request, overwrite)
@@ -150,7 +149,7 @@ def _check_numbers(
 
 
 def _shuffled(found: Source, seed: int) -> list[Candidate]:
-    keys = keys_of([image.path for image in found.images])
+    keys = unique_keys([image.path for image in found.images])
     several = any(len(labels) > 1 for labels in found.labels)
     candidates = [
         Candidate(image, key, labels, _label_part(labels, several))
@@ -172,10 +171,10 @@ def _fingerprint(found: Source) -> str:
     return digest.hexdigest()
 
 
-def keys_of(paths: Iterable[str]) -> list[str]:
+def unique_keys(paths: Iterable[str]) -> list[str]:
     """A key for each path, all different: no suffix, and only letters, digits, "_", "-" and "/".
 
-    webdataset ends a key at its first dot and skips "__x__/..."; DALI's index is cut at spaces. Of paths with
+    webdataset ends a key at its first dot and skips "__x__/..."; DALI's index is split_by_size at spaces. Of paths with
     the same key the first keeps it, the next get "-2", "-3", ...
     """
     taken: dict[str, int] = {}
@@ -191,7 +190,7 @@ def keys_of(paths: Iterable[str]) -> list[str]:
     return keys
 
 
-def cut(
+def split_by_size(
     items: Iterable[Item], bytes_of: Callable[[Item], int], most_items: int | None, most_bytes: int | None
 ) -> Iterator[list[Item]]:
     """The items in runs of at most this many items and bytes; a run has at least one item."""
@@ -230,7 +229,7 @@ def _examine_all(
 ) -> Iterator[Examined]:
     """Every candidate after the shards that are kept, in order, read and decoded."""
     before, total = sum(map(len, plan[:kept])), sum(map(len, plan))
-    chunks = cut(chain.from_iterable(plan[kept:]), _image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
+    chunks = split_by_size(chain.from_iterable(plan[kept:]), _image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
     results = ordered_map(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
     progress(before, total)
     for done, each in enumerate(chain.from_iterable(results), start=before + 1):
@@ -244,7 +243,7 @@ def _examine(found: Source, resize: int | None, quality: int, candidate: Candida
         if resize is None:
             return Examined(candidate, encoded, codec.examine(encoded), "")
         return Examined(candidate, *shrink(encoded, resize, quality), "")
-    except (codec.Undecodable, Damaged) as error:
+    except (codec.Undecodable, DamagedMember) as error:
         return Examined(candidate, b"", None, str(error))
 
 
@@ -259,16 +258,15 @@ def _write_shards(
     examined: Iterator[Examined],
 ) -> list[FinishedShard]:
     """The shards after those that are kept, each written while the next is built."""
-    done: list[FinishedShard] = []
-    writes: deque[Future[FinishedShard]] = deque()
-    named = sum(each.shard is not None for each in kept)
-    for number, candidates in enumerate(plan[len(kept) :], start=len(kept)):
-        tar, shapes, broken = _tar(islice(examined, len(candidates)))
-        writes.append(pool.submit(_write_shard, destination, number, f"shard-{named:06d}", tar, shapes, broken))
-        named += bool(shapes)
-        if len(writes) > _WRITES_AT_ONCE:
-            done.append(writes.popleft().result())
-    return done + [write.result() for write in writes]
+
+    def shards() -> Iterator[tuple[Any, ...]]:
+        named = sum(each.shard is not None for each in kept)
+        for number, candidates in enumerate(plan[len(kept) :], start=len(kept)):
+            tar, shapes, broken = _tar(islice(examined, len(candidates)))
+            yield destination, number, f"shard-{named:06d}", tar, shapes, broken
+            named += bool(shapes)
+
+    return list(ordered_map(pool, lambda shard: _write_shard(*shard), shards(), _WRITES_AT_ONCE))
 
 
 def _tar(samples: Iterable[Examined]) -> tuple[bytes, list[tuple[int, int]], list[BadSample]]:

@@ -1,4 +1,4 @@
-"""An image made smaller and encoded as JPEG, on request only: what is packed as it is keeps its own bytes.
+"""Images made smaller and encoded as JPEG, on request only: all others are packed with their own bytes.
 
 Pixels are made upright and RGB by the decoder, resampled by an antialiased bicubic filter in integers, and encoded by
 nvImageCodec's CPU encoder, which is libjpeg-turbo: the same bytes give the same bytes, in any thread.
@@ -14,7 +14,7 @@ from data.codec import EXTENSIONS, Picture, Undecodable, codec_of_thread, decode
 
 
 def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Picture]:
-    """The image with its shorter side at most so long, and what it is; Undecodable where it does not decode whole.
+    """The image with its shorter side at most this long, and what it is; Undecodable where it does not decode whole.
 
     One that is no larger keeps its bytes. `quality` is libjpeg's, 1 to 100; colours are subsampled 4:2:0.
     """

@@ -1,6 +1,6 @@
 """A pack's destination: what lies there already, and which shards of an interrupted pack can be kept.
 
-    .packing/request.json   what was asked for, and of which files: written before all else
+    .packing/request.json   the request and the files it is of: written first
     .packing/000012.json    shard 12 of the plan is done: its name and size (null if no image of it decodes), and what
                             was left out of it; written when its files are on the disk
 
@@ -93,7 +93,7 @@ def write_shard(
         "index_bytes": done.index_bytes,
         "broken": [[broken.key, broken.reason] for broken in done.broken],
     }
-    write_file(fs, join(folder, _of_number(number)), json.dumps(record).encode())
+    write_file(fs, join(folder, _record_name(number)), json.dumps(record).encode())
     return done
 
 
@@ -113,9 +113,9 @@ def commit(destination: str, classes: Sequence[str], written: Sequence[Shard], l
 def _finished_shards(fs: fsspec.AbstractFileSystem, folder: str, sizes: dict[str, int]) -> list[FinishedShard]:
     """The longest run of shards from the first on that are done, and whose files have the sizes noted then."""
     noted = _sizes(fs, join(folder, _PACKING))
-    numbers = list(takewhile(lambda number: _of_number(number).rpartition("/")[2] in noted, count()))
+    numbers = list(takewhile(lambda number: _record_name(number).rpartition("/")[2] in noted, count()))
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        done = list(pool.map(lambda number: _finished(_read_json(fs, join(folder, _of_number(number)))), numbers))
+        done = list(pool.map(lambda number: _finished(_read_json(fs, join(folder, _record_name(number)))), numbers))
     return [each for each in takewhile(lambda each: each is not None and _has_its_files(each, sizes), done) if each]
 
 
@@ -135,12 +135,12 @@ def _has_its_files(done: FinishedShard, sizes: dict[str, int]) -> bool:
     return expected.items() <= sizes.items()
 
 
-def _of_number(number: int) -> str:
+def _record_name(number: int) -> str:
     return f"{_PACKING}/{number:06d}.json"
 
 
 def _read_json(fs: fsspec.AbstractFileSystem, path: str) -> Any:
-    """The JSON at a path; None where there is none, or half of one, as where not even a rename is atomic."""
+    """The JSON at a path; None if it does not exist or is incomplete, as where no rename is atomic."""
     try:
         return json.loads(Storage().with_retries("read", path, lambda: fs.cat_file(path)))
     except (DataError, ValueError):

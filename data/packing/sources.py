@@ -14,25 +14,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import fsspec
 
 from data.errors import DataError, UsageError
 from data.packing import label_files
-from data.packing.archives import Entry, plain_path, unzipped
-from data.packing.folders import NEEDED, entries_of, kind_of
-from data.packing.label_files import LISTS, Row, abbreviate
+from data.packing.archives import Entry, unzip
+from data.packing.folders import NEEDED, list_entries
+from data.packing.image_lists import list_images
+from data.packing.label_files import LISTS, abbreviate
 from data.shards.labels import IMAGES
 from data.shards.manifest import BadSample
 from data.shards.tar_index import printable
-from data.storage.remote import ByteSource, NotFound, Storage, open_fs
+from data.storage.remote import ByteSource, Storage
 
 SUFFIXES = tuple(f".{name}" for name in IMAGES)
-_REQUESTS_AT_ONCE = 16
-Place = tuple[fsspec.AbstractFileSystem, str]
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Source:
     storage: ByteSource
 
     def read(self, image: Entry) -> bytes:
-        """An image's file; DataError that names it if it is unreadable or not as listed, archives.Damaged in a zip."""
+        """The bytes of an image's file; DataError if unreadable or not as listed, DamagedMember in a damaged zip."""
         if image.size == 0:
             return b""
         size = image.zipped.span if image.zipped else image.size
@@ -64,7 +59,7 @@ class Source:
         if size is not None and len(contents) != size:
             had = f"has {len(contents)} bytes and had {size} when listed"
             raise DataError(f"{printable(image.path)} of {self.url} {had}")
-        return unzipped(contents, image.zipped, image.size or 0) if image.zipped else contents
+        return unzip(contents, image.zipped, image.size or 0) if image.zipped else contents
 
 
 def list_source(url: str, labels: str | None = None, classes: str | None = None) -> Source:
@@ -79,22 +74,21 @@ def list_source(url: str, labels: str | None = None, classes: str | None = None)
     if url.endswith(LISTS):
         if labels is not None:
             raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
-        images, label_names = _of_list(storage, url, names)
-        return _source(storage, url, images, label_names, [], names)
-    entries = entries_of(storage, url)
+        images, label_names = list_images(storage, url, names)
+        return _make_source(storage, url, images, label_names, [], names)
+    entries = list_entries(storage, url)
     if labels is not None:
         images, broken = _images_and_broken(_without_outer_folders(entries), lambda entry: None)
         # The order of classes in shards need not be that of the numbers in a label list.
         counted = None if classes is None or label_files.is_packed(classes) else names
-        label_names = label_files.to_class_names(
-            labels, _listed_labels(url, images, labels), counted, label_files.infer_base
-        )
+        written = _listed_labels(url, images, labels)
+        label_names = label_files.to_class_names(labels, written, counted, infer_base=True)
     else:
         entries = _without_outer_folder(entries)
         images, broken = _images_and_broken(entries, lambda entry: None if "/" in entry.path else "in no class folder")
         _check_usable(url, entries, images, broken, names is not None)
-        label_names = [(_class_of(image),) for image in images]
-    return _source(storage, url, images, label_names, broken, names)
+        label_names = [(_class_name(image),) for image in images]
+    return _make_source(storage, url, images, label_names, broken, names)
 
 
 def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
@@ -103,7 +97,7 @@ def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
         raise UsageError(f"{url} has class folders {why}: {abbreviate(names)}; add images to them or take them away")
 
 
-def _source(
+def _make_source(
     storage: Storage,
     url: str,
     images: list[Entry],
@@ -130,12 +124,12 @@ def _example(broken: list[BadSample]) -> str:
 # Class folders.
 
 
-def _class_of(entry: Entry) -> str:
+def _class_name(entry: Entry) -> str:
     return entry.path.partition("/")[0]
 
 
 def _check_usable(url: str, entries: list[Entry], images: list[Entry], broken: list[BadSample], fixed: bool) -> None:
-    classes = {_class_of(entry) for entry in entries if entry.folder or "/" in entry.path}
+    classes = {_class_name(entry) for entry in entries if entry.folder or "/" in entry.path}
     if not entries:
         raise UsageError(f"{url} is empty; {NEEDED}")
     if not classes:
@@ -147,7 +141,7 @@ def _check_usable(url: str, entries: list[Entry], images: list[Entry], broken: l
         if name != printable(name):
             raise UsageError(f"{url} has a class folder {printable(name)}, which is not UTF-8; rename it")
     if not fixed and images:
-        empty = classes - {_class_of(image) for image in images}
+        empty = classes - {_class_name(image) for image in images}
         check_empty_classes(url, empty, f"without images ({' '.join(SUFFIXES)})")
 
 
@@ -187,7 +181,7 @@ def _without_outer_folders(entries: list[Entry]) -> list[Entry]:
 
 
 def _one_folder_less(entries: list[Entry]) -> list[Entry]:
-    tops = {_class_of(entry) for entry in entries}
+    tops = {_class_name(entry) for entry in entries}
     if len(tops) != 1 or not any("/" in entry.path for entry in entries):
         return entries
     return [entry._replace(path=entry.path.partition("/")[2]) for entry in entries if "/" in entry.path]
@@ -209,66 +203,3 @@ def _listed_labels(url: str, images: list[Entry], labels: str) -> list[tuple[str
     if missing := set(listed) - set(names):
         raise UsageError(f"{labels} names {abbreviate(missing)}, which {url} does not have")
     return [(listed[name],) for name in names]
-
-
-# A list.
-
-
-def _of_list(storage: Storage, url: str, classes: Sequence[str] | None) -> tuple[list[Entry], list[tuple[str, ...]]]:
-    """The images that a list names, with their sizes, and their labels; UsageError with the line that is wrong."""
-    rows = label_files.read_rows(url)
-    urls = [_beside(url, row.path) for row in rows]
-    places = [open_fs(each) for each in urls]
-    lines: dict[tuple[int, str], int] = {}
-    for row, (fs, path) in zip(rows, places, strict=True):
-        if lines.setdefault((id(fs), path), row.line) != row.line:
-            raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
-    infos = _infos(storage, places)
-    missing = [row for row, info in zip(rows, infos, strict=True) if info is None or info["type"] != "file"]
-    if missing:
-        more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(f"{url} line {missing[0].line} names {missing[0].path}, which does not exist as a file{more}")
-    entries = [_listed(*each) for each in zip(rows, urls, infos, strict=True)]
-    return entries, label_files.to_class_names(url, [row.labels for row in rows], classes, label_files.zero_based)
-
-
-def _listed(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
-    return Entry(plain_path(row.path.rpartition("://")[2]), False, url, None, info["size"] if info else None)
-
-
-def _beside(url: str, path: str) -> str:
-    """Where a list at `url` finds a path."""
-    if "://" in path or path.startswith("/"):
-        return path
-    folder, slash, _ = url.rpartition("/")
-    return f"{folder}{slash}{plain_path(path)}"
-
-
-def _infos(storage: Storage, places: list[Place]) -> list[dict[str, Any] | None]:
-    """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
-    folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in places}
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
-        by_folder = dict(zip(folders, listed, strict=True))
-
-        def info(place: Place) -> dict[str, Any] | None:
-            fs, path = place
-            known = by_folder[id(fs), path.rpartition("/")[0]].get(path)
-            return known if known and known.get("size") is not None else _info(storage, fs, path)
-
-        return list(pool.map(info, places))
-
-
-def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
-    try:
-        infos = storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
-    except DataError:  # not every server lists its folders
-        return {}
-    return {info["name"]: {**info, "type": "file"} for info in infos if kind_of(fs, info) == ("file", None)}
-
-
-def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
-    try:
-        return storage.with_retries("found", path, lambda: fs.info(path))
-    except NotFound:
-        return None

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from data import codec
 from data.order import SampleRange
-from data.packing.index import Report, Tar, map_in_threads, walk
+from data.packing.index import Report, Tar, walk_headers
 from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, HEADER_BYTES, ROW, row_checksums, table_bytes
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
+from data.storage.prefetch import map_in_threads
 from data.storage.remote import NotFound, Storage, open_fs
 
 _READ_BYTES = 2**24
@@ -121,7 +122,7 @@ def _contents(url: str) -> bytes | None:
 def _headers(tar: Tar, found: _Findings) -> list[TarSample] | None:
     """The samples by the tar's headers; None where these are damaged, which is noted."""
     try:
-        return walk(Storage(), tar, set())
+        return walk_headers(Storage(), tar, set())
     except DamagedTar as damage:
         found.faults.append(str(damage))
         return None

@@ -1,4 +1,4 @@
-"""A shard's samples as rows of fixed width (`.npy`), of which those of a window are one ranged read."""
+"""A shard's samples as rows of fixed width (`.npy`), so that those of a window are one ranged read."""
 
 from __future__ import annotations
 

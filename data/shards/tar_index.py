@@ -123,18 +123,13 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def index_text(samples: Sequence[TarSample]) -> str:
+def index_bytes(samples: Sequence[TarSample]) -> bytes:
     """The samples as DALI's wds2idx (v1.2) writes them: extension, offset, size and name of each part."""
     lines = (
         " ".join(f"{split_name(name)[1]} {offset} {size} {name}" for offset, size, name in sample.parts.values())
         for sample in samples
     )
-    return f"v1.2 {len(samples)}\n" + "".join(line + "\n" for line in lines)
-
-
-def index_bytes(samples: Sequence[TarSample]) -> bytes:
-    """The index as the bytes of its file."""
-    return index_text(samples).encode("utf-8", "surrogateescape")
+    return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode("utf-8", "surrogateescape")
 
 
 def key_of_line(line: str) -> str:

@@ -1,9 +1,9 @@
-"""Work that threads do ahead of who needs it, in order."""
+"""Work that threads do ahead of its consumer, in order."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,3 +22,17 @@ def ordered_map(
             yield under_way.popleft().result()
     while under_way:
         yield under_way.popleft().result()
+
+
+def map_in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, progress: Callable[[int, int], None]
+) -> Iterator[Result]:
+    """The results in the order of the items, counted by `progress(done, total)`; an error cancels the rest."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        progress(0, len(items))
+        for done, result in enumerate(pool.map(work, items), start=1):
+            progress(done, len(items))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)

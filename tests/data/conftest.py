@@ -13,7 +13,7 @@ from PIL import Image
 from data.packing.pack import pack
 from data.shards.manifest import Manifest, Shard, read_manifest, write_manifest
 from data.shards.sample_table import sample_table, table_bytes
-from data.shards.tar_index import index_tar, index_text
+from data.shards.tar_index import index_bytes, index_tar
 
 SIDE = 24
 """The short side of every image: at this resolution a centred square is a slice of the image, not resampled."""
@@ -93,7 +93,7 @@ def by_hand() -> Written:
         folder.mkdir(exist_ok=True)
         (folder / "shard-000000.tar").write_bytes(contents)
         (folder / "shard-000000.npy").write_bytes(table_bytes(rows))
-        (folder / "shard-000000.idx").write_text(index_text(index))
+        (folder / "shard-000000.idx").write_bytes(index_bytes(index))
         shard = Shard("shard-000000.tar", len(index), len(contents))
         write_manifest(str(folder), [f"class {i}" for i in range(classes)], [shard])
         return read_manifest(str(folder))

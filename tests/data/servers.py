@@ -100,7 +100,7 @@ class Server(ThreadingHTTPServer):
             return self.requests[-1]
 
     def forget(self) -> None:
-        """Counts begin anew."""
+        """Resets the counts."""
         with self._lock:
             self.requests, self._asked = [], Counter()
 
@@ -109,7 +109,7 @@ class Server(ThreadingHTTPServer):
         return sum(request.bytes for request in self.requests if path in request.path)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is nobody's concern."""
+        """A client that went away is ignored."""
 
 
 class _Handler(BaseHTTPRequestHandler):

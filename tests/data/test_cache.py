@@ -195,8 +195,12 @@ def test_a_full_disk_ends_the_cache_with_one_line_and_not_the_reading(server, fo
         assert cache.read(f"{server.url}/a.tar", 0, SIZE) == content
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"data.cache.dir={folder} takes no more data" in said and "too large" in said
+    printed = capsys.readouterr().err
+    assert (
+        printed.count("\n") == 1
+        and f"data.cache.dir={folder} is not written any more" in printed
+        and "too large" in printed
+    )
     server.forget()
     assert cache.read(f"{server.url}/a.tar", 0, 10) == content[:10]
     assert server.requests == []

@@ -50,7 +50,7 @@ def decoder_of(
     resolution: int = SIDE,
     device: Device = "cpu",
 ) -> Decoder:
-    """A decoder of these images in batches of these indices; one batch of all of them unless said otherwise."""
+    """A decoder of these images in batches of these indices; by default one batch of all of them."""
     chosen = [np.array(batch, np.int64) for batch in (batches or [range(len(images))])]
     answers = iter(
         [([images[i] for i in b], AugmentParams(*(getattr(params, f.name)[b] for f in fields(params)))) for b in chosen]
@@ -162,31 +162,6 @@ def test_resizing_is_pillows_antialiased_bilinear(height: int, width: int) -> No
     plain, mirrored = pixels_of([file] * 2, replace(whole(file, 2), flip=np.array([0, 1], np.int32))).astype(int)
     assert abs(plain - expected).max() <= 2
     assert abs(mirrored - plain[:, ::-1]).max() <= 1
-
-
-# ---------------------------------------------------------------------------------------------------- kinds of files
-
-KINDS = {
-    "progressive": lambda: encoded(picture(4, SIDE, SIDE), progressive=True),
-    "grey": lambda: encoded(picture(5, SIDE, SIDE).convert("L")),
-    "cmyk": lambda: encoded(picture(6, SIDE, SIDE).convert("CMYK")),
-    "png": lambda: encoded(picture(7, SIDE, SIDE), "PNG"),
-    "png-alpha": lambda: encoded(with_alpha(picture(8, SIDE, SIDE)), "PNG"),
-    "png-palette": lambda: encoded(picture(9, SIDE, SIDE).quantize(16), "PNG"),
-    "webp": lambda: encoded(picture(10, SIDE, SIDE), "WEBP", lossless=True),
-}
-
-
-def with_alpha(image: Image.Image) -> Image.Image:
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    return image
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_kind_of_file_gives_rgb(kind: str) -> None:
-    """Alpha is dropped, not blended."""
-    file = KINDS[kind]()
-    np.testing.assert_array_equal(pixels_of([file], whole(file))[0], upright(file))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -47,6 +47,7 @@ def turned() -> bytes:
 SIXTEEN_BITS = (257 * DRAWN.integers(0, 256, (SIDE, SIDE))).astype(np.uint16)
 GOOD = {
     "plain.jpg": file_of(Image.fromarray(pixels(SIDE, 30))),
+    "progressive.jpg": file_of(Image.fromarray(pixels(SIDE, 31)), progressive=True),
     "cmyk.jpg": file_of(Image.fromarray(pixels(SIDE, SIDE, 4), mode="CMYK")),
     "grey.jpg": file_of(Image.fromarray(pixels(SIDE, 33)[:, :, 0])),
     "turned.jpg": turned(),
@@ -139,7 +140,7 @@ def test_packing_leaves_out_what_does_not_decode_and_training_uses_the_rest(chil
 def test_indexing_lists_what_it_can_see_and_training_replaces_it_all(child, tmp_path, decode, device):
     listed, url = indexed(tmp_path, decode)
     by_headers = {
-        "beyond": "its label is '900'; it must be 0 to 17",
+        "beyond": "its label is '900'; it must be 0 to 18",
         "unlabelled": r"has \['jpg'\] and no label",
         "two": r"has 2 images \(jpg, png\); one is needed",
         "imageless": r"has \['cls', 'txt'\] and no image",

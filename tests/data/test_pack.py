@@ -21,11 +21,11 @@ from PIL import Image
 
 from data import codec
 from data.errors import DataError, UsageError
-from data.packing.pack import PackReport, keys_of, pack
+from data.packing.pack import PackReport, pack, unique_keys
 from data.packing.sources import SUFFIXES, list_source
 from data.shards.manifest import read_manifest
 from data.shards.sample_table import FLAG_DECODED
-from data.shards.tar_index import index_tar, index_text, split_name
+from data.shards.tar_index import index_bytes, index_tar, split_name
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -157,7 +157,7 @@ def test_manifest_index_and_table_agree_with_the_tars(shards_of_zoo):
     for number, shard in enumerate(manifest.shards):
         tar = Path(manifest.url_of(number)).read_bytes()
         index, rows = index_tar(tar), np.load(manifest.url_of(number, ".npy"))
-        assert Path(manifest.url_of(number, ".idx")).read_text(encoding="utf-8") == index_text(index)
+        assert Path(manifest.url_of(number, ".idx")).read_bytes() == index_bytes(index)
         assert (shard.samples, shard.bytes) == (len(index), len(tar)) == (len(rows), len(tar))
         assert [(each.offset, each.bytes) for each in index] == rows[["offset", "bytes"]].tolist()
         assert all(zlib.crc32(tar[at : at + size]) == crc for at, size, crc, *_ in rows.tolist())
@@ -253,7 +253,7 @@ def test_a_shard_whose_images_are_all_broken_is_left_out(tmp_path):
 
 @given(st.lists(st.text("ab_-. é(2/", min_size=1, max_size=6), unique=True))
 def test_keys_are_unique_and_read_alike_by_webdataset_and_dali(names):
-    keys = keys_of(sorted(f"__{name}__/{name}.jpg" for name in names))
+    keys = unique_keys(sorted(f"__{name}__/{name}.jpg" for name in names))
     assert len(set(keys)) == len(names)
     for key in keys:
         assert split_name(f"{key}.jpg") == (key, "jpg")
@@ -262,11 +262,11 @@ def test_keys_are_unique_and_read_alike_by_webdataset_and_dali(names):
 
 def test_names_that_give_the_same_key_are_numbered_in_their_order():
     paths = ["a/x 1.jpg", "a/x.1.jpg", "a/x_1-2.jpg", "a/x_1.png"]
-    assert keys_of(paths) == ["a/x_1", "a/x_1-2", "a/x_1-2-2", "a/x_1-3"]
+    assert unique_keys(paths) == ["a/x_1", "a/x_1-2", "a/x_1-2-2", "a/x_1-3"]
 
 
 def test_a_name_has_the_same_key_however_its_accents_are_encoded():
-    assert keys_of([unicodedata.normalize("NFD", "é/über.jpg")]) == keys_of(["é/über.jpg"]) == ["é/über"]
+    assert unique_keys([unicodedata.normalize("NFD", "é/über.jpg")]) == unique_keys(["é/über.jpg"]) == ["é/über"]
 
 
 def test_progress_counts_every_image_file_to_the_end(zoo, tmp_path):

@@ -208,14 +208,14 @@ def test_descriptions_are_equal_if_and_only_if_the_operations_are(magnitude: flo
 
 
 def test_an_operation_is_described_in_degrees_percent_and_bits() -> None:
-    said = {operation: [describe(operation, 5, sign) for sign in (1, -1)] for operation in Operation}
-    assert said[Operation.ROTATE] == ["rotate +15 deg", "rotate -15 deg"]
-    assert said[Operation.POSTERIZE] == ["posterize 6 bits"] * 2
-    assert said[Operation.TRANSLATE_X] == ["translate 22.5 % left", "translate 22.5 % right"]
-    assert said[Operation.TRANSLATE_Y] == ["translate 22.5 % up", "translate 22.5 % down"]
-    assert said[Operation.BRIGHTNESS] == ["brightness x 1.45", "brightness x 0.55"]
-    assert said[Operation.SOLARIZE] == ["solarize from 128"] * 2
-    assert said[Operation.AUTO_CONTRAST] == ["auto contrast"] * 2
+    described = {operation: [describe(operation, 5, sign) for sign in (1, -1)] for operation in Operation}
+    assert described[Operation.ROTATE] == ["rotate +15 deg", "rotate -15 deg"]
+    assert described[Operation.POSTERIZE] == ["posterize 6 bits"] * 2
+    assert described[Operation.TRANSLATE_X] == ["translate 22.5 % left", "translate 22.5 % right"]
+    assert described[Operation.TRANSLATE_Y] == ["translate 22.5 % up", "translate 22.5 % down"]
+    assert described[Operation.BRIGHTNESS] == ["brightness x 1.45", "brightness x 0.55"]
+    assert described[Operation.SOLARIZE] == ["solarize from 128"] * 2
+    assert described[Operation.AUTO_CONTRAST] == ["auto contrast"] * 2
     for sign, side in ((1, np.s_[:, :, -18:]), (-1, np.s_[:, :, :18])):  # moved left, grey comes in on the right
         assert (every_operation(WHOLE_PIXELS, "cpu")[Operation.TRANSLATE_X, sign][side] == FILL).all()
     for sign, side in ((1, np.s_[:, -18:]), (-1, np.s_[:, :18])):

@@ -17,7 +17,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.errors import DataError
 from data.order import SampleRange
-from data.reader import Sample, _parsed, read_ranges
+from data.reader import Sample, _parse_pieces, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.tar_index import index_tar, is_part
 from data.storage.remote import Storage
@@ -136,7 +136,7 @@ def test_headers_are_read_as_webdataset_reads_them(data):
     with contextlib.suppress(Exception):  # what came before it counts
         stream = io.BytesIO(raw)
         expected.extend(group_by_keys(tar_file_expander([{"url": "", "stream": stream}], select_files=is_part)))
-    assert _parsed([memoryview(bytes(raw))]) == expected
+    assert _parse_pieces([memoryview(bytes(raw))]) == expected
 
 
 def test_a_range_that_is_damaged_throughout_is_broken_samples_and_no_error(packed):

@@ -1,4 +1,4 @@
-"""Laws of reading from afar: the right bytes or a clear end, whatever a server does; every fault is told."""
+"""Laws of reading from afar: the right bytes or a clear end, whatever a server does; every fault is reported."""
 
 import io
 import re
@@ -68,9 +68,9 @@ def test_a_transient_fault_costs_one_more_request_and_is_reported_once(far, faul
     far.server.plan = once(fault)
     assert far.read() == CONTENT[BEGIN:END]
     assert len(far.server.requests) == 2
-    (told,) = far.faults
-    assert (told.url, told.begin, told.end, told.attempt) == (far.url, BEGIN, END, 1)
-    assert told.reason and "\n" not in told.reason
+    (reported,) = far.faults
+    assert (reported.url, reported.begin, reported.end, reported.attempt) == (far.url, BEGIN, END, 1)
+    assert reported.reason and "\n" not in reported.reason
 
 
 @pytest.mark.parametrize("fault", ["503", "404", "drop", "short"])
@@ -78,8 +78,8 @@ def test_a_lasting_fault_ends_after_the_allowed_attempts_of_one_layer(far, fault
     far.server.plan = forever(fault)
     with pytest.raises(DataError) as ended:
         far.read()
-    said = rf"{far.url}: bytes {BEGIN} to {END} cannot be read: 4 attempts in \d+ s, the last: .+"
-    assert re.fullmatch(said, str(ended.value))
+    message = rf"{far.url}: bytes {BEGIN} to {END} cannot be read: 4 attempts in \d+ s, the last: .+"
+    assert re.fullmatch(message, str(ended.value))
     assert [fault.attempt for fault in far.faults] == [1, 2, 3, 4]
     assert len(far.server.requests) == 4
 
@@ -108,8 +108,8 @@ def test_what_will_not_pass_ends_at_once(far):
 
 
 def test_a_bucket_that_does_not_exist_ends_at_once(s3):
-    with pytest.raises(NotFound, match="s3://nobodys/a"):
-        Storage().read("s3://nobodys/a")
+    with pytest.raises(NotFound, match="s3://missing/a"):
+        Storage().read("s3://missing/a")
 
 
 def test_a_range_past_the_end_is_a_fault_and_never_fewer_bytes(far):
@@ -145,8 +145,8 @@ def test_whole_files_are_fetched_once_from_a_server_without_ranges(tmp_path, cap
                     == (CONTENT + name.encode())[begin : begin + 100]
                 )
         assert Counter(request.path for request in server.requests) == {"/a": 2, "/b": 1}
-        said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{server.url} gives whole files only" in said
+        message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"{server.url} gives whole files only" in message
 
 
 def test_a_refused_write_is_made_again(s3):

@@ -49,8 +49,8 @@ def check(backend: Backend, device: str, heads: int, grid: tuple[int, int], head
     values = inputs(2, heads, grid, head_size, dtype)
     exact = with_gradients("reference", values, [torch.float64] * 4, "cpu")
     ours = with_gradients(backend, values, [dtype, dtype, dtype, torch.float32], device)
-    for name, own, wanted in zip(("output", "dq", "dk", "dv", "dtable"), ours, exact, strict=True):
-        assert off(own, wanted) < LIMITS[dtype], (name, heads, grid, head_size)
+    for name, own, expected in zip(("output", "dq", "dk", "dv", "dtable"), ours, exact, strict=True):
+        assert off(own, expected) < LIMITS[dtype], (name, heads, grid, head_size)
 
 
 @pytest.mark.parametrize(("backend", "device"), ON)
@@ -102,12 +102,12 @@ def test_a_block_with_stride_has_the_same_output_and_gradients_with_every_backen
     ours = block(backend).to(device)
     ours.load_state_dict(copy.deepcopy(exact.state_dict()))
     x = drawn(2, 24, 14, 18, seed=99).contiguous(memory_format=torch.channels_last)
-    wanted = exact(x)
-    wanted.square().sum().backward()
+    expected = exact(x)
+    expected.square().sum().backward()
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = ours(x.float().to(device))
     y.float().square().sum().backward()
-    assert off(y, wanted) < LIMITS[dtype]
+    assert off(y, expected) < LIMITS[dtype]
     for (name, own), other in zip(ours.named_parameters(), exact.parameters(), strict=True):
         assert own.grad is not None and other.grad is not None
         if not name.endswith("key.bias"):  # a constant added to all keys cancels: no gradient but rounding

@@ -22,7 +22,7 @@ OTHERS = ["coatnet_rmlp_1_rw_224", "coatnet_0_rw_224", "coatnext_nano_rw_224", "
 
 @pytest.fixture(scope="module", autouse=True)
 def no_initial_values() -> Iterator[None]:
-    """Every value is set here, so nobody draws the 688 million of timm's largest first."""
+    """Every value is set here, so the 688 million of timm's largest are not drawn first."""
     import_timm()
     drawing = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
     with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +151,7 @@ def assert_bits_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "said"),
+    ("name", "model", "message"),
     [
         ("coatnet_6", lambda: our_model("coatnet_0", resolution=32), "name is coatnet_6; of these"),
         ("c_c_t_t", lambda: our_model("c_c_t_t", resolution=32), "name is c_c_t_t"),
@@ -162,8 +162,8 @@ def assert_bits_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         ),
     ],
 )
-def test_what_timm_does_not_have_is_refused(name: str, model: Callable[[], CoAtNet], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_timm_does_not_have_is_refused(name: str, model: Callable[[], CoAtNet], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         to_timm(model(), name)
 
 
@@ -174,7 +174,7 @@ def test_another_network_of_timms_is_refused_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"conv_stride_mode": "pool"}, "conv_stride_mode is 'pool'; only '1x1' or 'dw'"),
         ({"conv_pool_type": "max2"}, "transformer_pool_type is 'avg2'; only 'max2'"),
@@ -185,7 +185,7 @@ def test_another_network_of_timms_is_refused_by_its_name(name: str) -> None:
         ({"stem_bias": True}, "stem.conv1.bias is absent in the weights"),
     ],
 )
-def test_arguments_that_are_not_ours_or_not_the_weights_are_refused(arguments: dict[str, Any], said: str) -> None:
+def test_arguments_that_are_not_ours_or_not_the_weights_are_refused(arguments: dict[str, Any], message: str) -> None:
     state = timm_model("coatnet_0_224", img_size=32).state_dict()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         from_timm("coatnet_0_224", state, {"num_classes": CLASSES, "img_size": 32, **arguments})

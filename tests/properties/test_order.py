@@ -124,13 +124,6 @@ def test_arithmetic_equals_the_order_built_as_a_list(order, number):
     assert order.epoch(number).samples_at(every(order)).tolist() == epoch_by_hand(order, number)
 
 
-@given(order=orders, number=epochs, data=st.data())
-def test_the_way_back_from_a_sample_finds_its_position(order, number, data):
-    position = inverse(order, number)
-    for g in data.draw(st.lists(st.integers(0, order.samples - 1), max_size=5)):
-        assert position(int(order.epoch(number).samples_at(g))) == g
-
-
 @given(order=orders, positions=st.lists(st.integers(0, 10**9), max_size=12))
 def test_random_access_equals_sequential(order, positions):
     again = Order(order.seed, order.shard_samples, order.global_batch, order.window)
@@ -197,17 +190,6 @@ def test_a_window_is_one_range_of_a_shard_unless_it_runs_into_the_next(order, nu
             assert sum(part.rows for part in parts) == window.samples and all(part.rows > 0 for part in parts)
             assert all(part.first_row == 0 for part in parts[1:])
             assert all(part.first_row + part.rows == order.shard_samples[part.shard] for part in parts[:-1])
-
-
-@given(order=orders, number=epochs)
-def test_a_slot_of_the_global_batch_reads_one_lane_in_an_epoch(order, number):
-    positions = number * order.samples + every(order)
-    _, places = order.place(positions)
-    pairs = {
-        (int(p) % order.global_batch, order.epoch(number).window_at(int(g)).slot)
-        for p, g in zip(positions, places, strict=True)
-    }
-    assert len(pairs) == len({slot for slot, _ in pairs}) == len({slot for _, slot in pairs})
 
 
 @given(order=orders, number=epochs, first=st.integers(0, 39), count=st.integers(1, 40))

@@ -1,0 +1,81 @@
+"""The images that a CSV or JSONL names, with their sizes and labels, found by listing their folders.
+
+Paths are relative to the list's folder, absolute, or URLs of any fsspec file system. None of the images is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+
+from data.errors import DataError, UsageError
+from data.packing.archives import Entry, normalize_path
+from data.packing.folders import resolve_kind
+from data.packing.label_files import Row, read_rows, to_class_names
+from data.storage.remote import NotFound, Storage, open_fs
+
+_REQUESTS_AT_ONCE = 16
+Location = tuple[fsspec.AbstractFileSystem, str]
+
+
+def list_images(storage: Storage, url: str, classes: Sequence[str] | None) -> tuple[list[Entry], list[tuple[str, ...]]]:
+    """The images that a list names, with their sizes, and their labels; UsageError with the line that is wrong."""
+    rows = read_rows(url)
+    urls = [_resolve(url, row.path) for row in rows]
+    locations = [open_fs(each) for each in urls]
+    lines: dict[tuple[int, str], int] = {}
+    for row, (fs, path) in zip(rows, locations, strict=True):
+        if lines.setdefault((id(fs), path), row.line) != row.line:
+            raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
+    infos = _infos(storage, locations)
+    missing = [row for row, info in zip(rows, infos, strict=True) if info is None or info["type"] != "file"]
+    if missing:
+        more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"{url} line {missing[0].line} names {missing[0].path}, which does not exist as a file{more}")
+    entries = [_row_entry(*each) for each in zip(rows, urls, infos, strict=True)]
+    return entries, to_class_names(url, [row.labels for row in rows], classes, infer_base=False)
+
+
+def _row_entry(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
+    return Entry(normalize_path(row.path.rpartition("://")[2]), False, url, None, info["size"] if info else None)
+
+
+def _resolve(url: str, path: str) -> str:
+    """Where a list at `url` finds a path."""
+    if "://" in path or path.startswith("/"):
+        return path
+    folder, slash, _ = url.rpartition("/")
+    return f"{folder}{slash}{normalize_path(path)}"
+
+
+def _infos(storage: Storage, locations: list[Location]) -> list[dict[str, Any] | None]:
+    """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
+    folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in locations}
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
+        by_folder = dict(zip(folders, listed, strict=True))
+
+        def info(place: Location) -> dict[str, Any] | None:
+            fs, path = place
+            known = by_folder[id(fs), path.rpartition("/")[0]].get(path)
+            return known if known and known.get("size") is not None else _info(storage, fs, path)
+
+        return list(pool.map(info, locations))
+
+
+def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
+    try:
+        infos = storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
+    except DataError:  # not every server lists its folders
+        return {}
+    return {info["name"]: {**info, "type": "file"} for info in infos if resolve_kind(fs, info) == ("file", None)}
+
+
+def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    try:
+        return storage.with_retries("found", path, lambda: fs.info(path))
+    except NotFound:
+        return None
