@@ -23,11 +23,11 @@ MODULE = "tests.pipeline.hang_injection"
 SLOW_SECONDS = 7.0
 
 
-def sleep_for_ever() -> None:
+def sleep_forever() -> None:
     time.sleep(1e6)
 
 
-def wait_for_ever() -> None:
+def wait_forever() -> None:
     threading.Event().wait()
 
 
@@ -36,21 +36,21 @@ def take_long() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
-    "sleep": (sleep_for_ever, ["pipeline.train.normalize"]),
-    "read": (wait_for_ever, ["data.loader.read_stretches"]),
+    "sleep": (sleep_forever, ["pipeline.train.normalize"]),
+    "read": (wait_forever, ["data.loader.read_stretches"]),
     "slow": (take_long, ["pipeline.train.normalize", "pipeline.training.evaluation.normalize"]),
 }
 """What happens instead of, or before, which functions."""
 
 
-def from_call(number: int, stand_still: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+def from_call(number: int, hang: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
     calls = 0
 
     def called(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls >= number:
-            stand_still()
+            hang()
         return function(*arguments)
 
     return called
@@ -64,9 +64,9 @@ def main() -> None:
     from pipeline import cli
 
     if os.environ["RANK"] == rank:
-        stand_still, names = FAULTS[fault]
+        hang, names = FAULTS[fault]
         for name in names:
-            mock.patch(name, from_call(int(call), stand_still, pkgutil.resolve_name(name))).start()
+            mock.patch(name, from_call(int(call), hang, pkgutil.resolve_name(name))).start()
     sys.argv[1:] = arguments
     cli.main()
 
