@@ -292,14 +292,14 @@ def with_fault(ranks: int, fault: str, rank: int, call: int, arguments: list[obj
     return forked.run(MODULE, ranks, fault, rank, call, *arguments, timeout=PATIENCE_SECONDS)
 
 
-def check_reports(run: Path, said: str, kind: str, rank: int, ranks: int, within: str | None) -> None:
-    """That the line, the event and the page name this rank, and where it stands; None: it gave no answer."""
+def check_reports(run: Path, output: str, kind: str, rank: int, ranks: int, within: str | None) -> None:
+    """That the line, the event and the page name this rank and where it hangs; None: it gave no answer."""
     (event,) = events(run, kind)
     (named_rank,) = event["ranks"]
     assert named_rank["rank"] == rank and not events(run, "finished")
     stacks = run / "logs" / "stacks-attempt-0.txt"
     assert event["stacks"] == str(stacks)
-    (line,) = (line for line in said.splitlines() if line.startswith("coatnet: "))
+    (line,) = (line for line in output.splitlines() if line.startswith("coatnet: "))
     assert f"rank {rank} (process {named_rank['process']} on {named_rank['host']})" in line
     assert f"stacks in {stacks}" in line and "the same command resumes" in line
     text = stacks.read_text()
@@ -360,9 +360,9 @@ def test_a_frozen_rank_is_named_and_the_other_shows_where_it_waits(
     check_reports(run, last_line(frozen.stderr.read(), run, rank), "heartbeat_lost", rank, 2, None)
 
 
-def last_line(said: str, run: Path, frozen: int) -> str:
+def last_line(output: str, run: Path, frozen: int) -> str:
     """Where rank 0 is frozen, rank 1 speaks, in its log."""
-    return said if frozen else (run / "logs" / "rank-1.log").read_text()
+    return output if frozen else (run / "logs" / "rank-1.log").read_text()
 
 
 @pytest.mark.torture
@@ -377,7 +377,7 @@ def test_a_training_on_one_rank_that_hangs_shows_where(request_of: Callable[...,
 def test_a_page_that_cannot_be_written_does_not_keep_the_run_from_ending(
     request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
-    """A pipe that nobody reads, for a file system that does not answer."""
+    """A pipe without a reader, for a file system that does not answer."""
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
     os.mkfifo(run / "logs" / "stacks-attempt-0.txt")
