@@ -296,8 +296,13 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""gloo's messages when another rank is gone, which is no fault of this one."""
+_GLOO_ERRORS = {
+    "Connection closed by peer": "has lost another rank",
+    "Connection reset by peer": "has lost another rank",
+    "Broken pipe": "has lost another rank",
+    "Timed out waiting": "timed out waiting for another rank",
+}
+"""Parts of gloo's messages where another rank is gone or hangs, and what that is to a person: no fault of this rank."""
 
 
 def _report(error: Exception) -> int:
@@ -311,11 +316,9 @@ def _report(error: Exception) -> int:
             if status < 3:
                 record_failure(status, str(error))
             return status
-    if is_rank() and any(words in str(error) for words in _LOST):
-        print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
-        return 1
-    if is_rank() and "Timed out waiting" in str(error):  # gloo's, too
-        print(f"coatnet: rank {rank_and_world_size()[0]} timed out waiting for another rank", file=sys.stderr)
+    meaning = next((meaning for part, meaning in _GLOO_ERRORS.items() if part in str(error)), None)
+    if is_rank() and meaning:
+        print(f"coatnet: rank {rank_and_world_size()[0]} {meaning}", file=sys.stderr)
         return 1
     record_failure(1, f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
