@@ -1,4 +1,4 @@
-"""The command line: what can be asked for, with examples, and how each answer ends. No logic.
+"""The command line: commands, their options and examples, and exit statuses. No logic.
 
 Exit status: 0 done; 1 the work failed; 2 the request was wrong; 3 stopped before the end and can be resumed. What is
 heavy to import is imported by the command that needs it, so that help comes at once.
@@ -35,8 +35,6 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Ranks = Annotated[int, typer.Option("--procs", min=1, help="ranks to run on this machine")]
 Check = Annotated[bool, typer.Option("--check", help="check the configuration, without data, and stop")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-
-
 Source = Annotated[
     str | None,
     typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file; for --check a preset"),
@@ -170,12 +168,12 @@ def keys() -> None:
 @app.command(epilog="Example: srun -N 2 --ntasks-per-node 8 coatnet doctor configs/tiny.yaml run.dir=/scratch/tiny")
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="also try the storage that it names; ranks need it")
+        str | None, typer.Argument(metavar="[CONFIG]", help="also check its storage; required for ranks")
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what this machine has, what fits together, and what is missing; as ranks, of their whole allocation."""
+    """Check this machine, or as ranks their whole allocation: what works, what is missing, and what to do."""
     from pipeline.doctor.report import doctor_report
 
     raise typer.Exit(doctor_report(config, overrides or [], as_json))
@@ -189,7 +187,7 @@ def bench(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="default: list what there is")] = None,
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT]...", help="of the benchmark")] = None,
 ) -> None:
-    """Run one of the benchmarks again that the documents quote, on this machine."""
+    """Run one of the benchmarks of benchmarks/ on this machine."""
     from pipeline.commands.bench import bench
 
     bench(name, arguments or [])
@@ -212,10 +210,7 @@ def pack(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is packed at DST")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pack images into shuffled WebDataset shards; what is broken is listed and left out.
-
-    Interrupted and started again, it resumes.
-    """
+    """Pack images into shuffled WebDataset shards; what is broken is listed and left out. Started again, it resumes."""
     from pipeline.commands.data import pack_and_report
 
     raise typer.Exit(
@@ -254,7 +249,7 @@ def index(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make WebDataset shards that are there already ready to train on; what is broken is listed."""
+    """Index existing WebDataset shards for training; what is broken is listed."""
     from pipeline.commands.data import index_and_report
 
     raise typer.Exit(index_and_report(url, out, decode, classes, label_field, workers, as_json))
@@ -274,22 +269,22 @@ def verify(
 
 def main() -> None:
     """The console script: runs the command and turns how it ended into lines and an exit status."""
-    # numpy's algebra, which nothing here uses, would start a thread a core, and who has several can't be forked.
+    # OpenBLAS, which nothing here uses, would start a thread a core, and a process with threads can't be forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     read_slurm_env()
     die_with_parent()
     if is_rank() and sys.argv[1:2] in (["pretrain"], ["finetune"]):
-        signals.install_handlers()  # before anything heavy: until then a signal would end this rank
+        signals.install_handlers()  # before heavy imports: until then a signal ends this rank
     try:
         app()
     except SystemExit:
-        gc.freeze()  # else the interpreter's end goes through every object of torch's once more: a second
+        gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
         raise
     except KeyboardInterrupt:
         print("coatnet: stopped by Ctrl-C; the same command begins again, or resumes", file=sys.stderr)
         sys.exit(3)
     except Exception as error:
-        sys.exit(_ended(error))
+        sys.exit(_report(error))
     finally:
         _leave_process_group()
 
@@ -301,12 +296,17 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""gloo's words when another rank is gone, which is no fault of this one."""
+_GLOO_ERRORS = {
+    "Connection closed by peer": "has lost another rank",
+    "Connection reset by peer": "has lost another rank",
+    "Broken pipe": "has lost another rank",
+    "Timed out waiting": "timed out waiting for another rank",
+}
+"""Parts of gloo's messages where another rank is gone or hangs, and what that is to a person: no fault of this rank."""
 
 
-def _ended(error: Exception) -> int:
-    """Says why a command ended; one line for what a person can act on, all of it for what is a fault of ours."""
+def _report(error: Exception) -> int:
+    """Prints why a command ended: a line where a person can act on it, else a traceback; returns the exit status."""
     from pipeline.errors import DataError, Interrupted, RunFailed, UsageError
 
     statuses = {UsageError: 2, DataError: 1, RunFailed: 1, Interrupted: 3}
@@ -316,11 +316,9 @@ def _ended(error: Exception) -> int:
             if status < 3:
                 record_failure(status, str(error))
             return status
-    if is_rank() and any(words in str(error) for words in _LOST):
-        print(f"coatnet: rank {rank_and_world_size()[0]} has lost another rank", file=sys.stderr)
-        return 1
-    if is_rank() and "Timed out waiting" in str(error):  # gloo's, too
-        print(f"coatnet: rank {rank_and_world_size()[0]} timed out waiting for another rank", file=sys.stderr)
+    meaning = next((meaning for part, meaning in _GLOO_ERRORS.items() if part in str(error)), None)
+    if is_rank() and meaning:
+        print(f"coatnet: rank {rank_and_world_size()[0]} {meaning}", file=sys.stderr)
         return 1
     record_failure(1, f"{type(error).__name__}: {error}")
     traceback.print_exception(error)

@@ -1,4 +1,4 @@
-"""How a command ends before its work is done, as exit status and one line for the person who must act."""
+"""Errors that end a command: each has its exit status, and a message that says what to do."""
 
 from data.errors import DataError, UsageError
 
@@ -6,7 +6,7 @@ __all__ = ["DataError", "Interrupted", "RunFailed", "UsageError", "first_line"]
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its kind where it says nothing."""
+    """The first line of an error's message, or its type where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

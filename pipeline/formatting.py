@@ -1,4 +1,4 @@
-"""How quantities are written for people: durations, figures, shares, sizes. Pure."""
+"""Quantities as text: durations, numbers, percentages, sizes. Pure."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def format_si(value: float, unit: str = "") -> str:
 
 
 def format_ranges(numbers: Iterable[int]) -> list[str]:
-    """Numbers with neighbours put together: 1, 4-6."""
-    there = set(numbers)
-    begins = sorted(each for each in there if each - 1 not in there)
-    ends = sorted(each for each in there if each + 1 not in there)
-    return [f"{begin}-{end}" if end > begin else f"{begin}" for begin, end in zip(begins, ends, strict=True)]
+    """Numbers with consecutive ones as ranges: 1, 4-6."""
+    distinct = set(numbers)
+    firsts = sorted(number for number in distinct if number - 1 not in distinct)
+    lasts = sorted(number for number in distinct if number + 1 not in distinct)
+    return [f"{first}-{last}" if last > first else f"{first}" for first, last in zip(firsts, lasts, strict=True)]
 
 
 def pluralize(number: int, one: str, many: str | None = None) -> str:

@@ -1,6 +1,6 @@
-"""Everything about a request that can be known before any rank starts: data, length, and what a run's folder says.
+"""What can be known about a request before any rank starts: data, length, and the state of the run's folder.
 
-Reads only; without torch, so that a wrong request is answered at once. Every rank calls it too, for the same answer.
+Reads only; without torch, so that a wrong request is refused at once. Every rank calls it too, with the same result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Plan:
     order: Order
     steps: int
     changed: dict[str, Any]
-    """Recorded and free keys that differ from the run's configuration: name -> [old, new]."""
+    """Tracked and mutable keys that differ from the run's configuration: name -> [old, new]."""
     newest: int | None
     """The step of the newest checkpoint."""
     read_errors: list[ReadError]
@@ -71,7 +71,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
 
 
 def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:
-    """What is trained on, and in which order; UsageError where it is not there, or not what was stated."""
+    """The training set and its order; UsageError where it is missing, or not what the configuration states."""
     manifest = _manifest(config, config.data.train, "data.train", storage)
     _check_stated(config, manifest)
     counts = np.array([shard.samples for shard in manifest.shards], np.int64)
@@ -85,7 +85,7 @@ def augmentation(augment: Augment) -> Augmentation:
 
 
 def check_ranks(config: Config, world_size: int) -> None:
-    """UsageError where a step's micro batches cannot be dealt to so many ranks."""
+    """UsageError where a step's micro batches cannot be dealt to this number of ranks."""
     try:
         check_world_size(config.train, world_size)
     except ValueError as error:
@@ -116,9 +116,9 @@ def _class_difference(val: Manifest, train: Manifest) -> str:
 
 
 def config_changes(path: Path, config: Config, command: str) -> dict[str, Any]:
-    """What differs from the configuration that the run was started with, as recorded changes; {} at the first start.
+    """Keys that differ from the configuration that the run was started with: name -> [old, new]; {} at the first start.
 
-    Raises UsageError with the keys where something differs that defines the run.
+    Raises UsageError with the keys where one differs that defines the run.
     """
     resolved = path / "config.yaml"
     if not resolved.exists():

@@ -1,4 +1,4 @@
-"""Collectives over all ranks: a sum, what rank 0 knows, what all know."""
+"""Collectives over all ranks: a sum, an object of rank 0, objects of all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def from_rank_zero(work: Callable[[], Item]) -> Item:
-    """What `work` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    """The result of `work` on rank 0, on every rank; an error of it is raised on every rank."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

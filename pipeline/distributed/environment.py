@@ -1,4 +1,4 @@
-"""Which rank this process is, of how many, as torchrun, srun or our own launcher says in the environment."""
+"""Rank and world size of this process, from the environment that torchrun, srun or our own launcher sets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import subprocess
 from collections.abc import Mapping
 
 FILE, START = "COATNET_FAILURES", "COATNET_START"
-
-
 LAUNCHER = "COATNET_LAUNCHER"
 """Environment variable of a launched rank: its launcher's process id."""
 
@@ -20,13 +18,13 @@ def is_rank() -> bool:
 
 
 def read_slurm_env() -> None:
-    """Takes rank, world size and meeting place from srun's environment, where it started several tasks, or a job's.
+    """Sets RANK, WORLD_SIZE, MASTER_ADDR ... from srun's variables, where it started several tasks, or a job's ranks.
 
-    A shell that srun opened is one task, and what is typed there starts its own ranks.
+    A shell that srun opened is a single task, and commands typed there start their own ranks.
     """
     environment = os.environ
-    alone = int(environment.get("SLURM_NTASKS", 1)) < 2 and START not in environment
-    if is_rank() or "SLURM_PROCID" not in environment or alone:
+    single = int(environment.get("SLURM_NTASKS", 1)) < 2 and START not in environment
+    if is_rank() or "SLURM_PROCID" not in environment or single:
         return
     on_nodes = tasks_on_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"])
     environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
@@ -39,7 +37,7 @@ def read_slurm_env() -> None:
 
 
 def nodes_of_step() -> list[str]:
-    """The names of srun's nodes, from the node list that it set."""
+    """The host names of the srun step's nodes."""
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
         capture_output=True, text=True, check=True, timeout=60,
@@ -48,7 +46,7 @@ def nodes_of_step() -> list[str]:
 
 
 def host_name() -> str:
-    """This machine's name, as Slurm calls it where it started us."""
+    """This machine's name; under Slurm the node's name."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 
@@ -59,13 +57,13 @@ def tasks_on_nodes(text: str) -> list[int]:
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
-    """The ranks' port, another one for each restart, so that none waits for a port that the last start still holds."""
+    """The ranks' port, another one for each restart, since the last start may still hold its port."""
     job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", 0))
     return 20000 + (7 * job + restart) % 10000
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that a person's command began as, or rank 0 of another launcher's."""
+    """Whether this is the process in which the command was started, or rank 0 of another launcher."""
     return LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
@@ -79,5 +77,5 @@ def local_world_size(procs: int) -> int:
 
 
 def cpus_per_rank(procs: int = 1) -> int:
-    """The processors of this machine that fall to a rank, at least 1; `procs` as in local_world_size."""
+    """CPUs of this machine for each rank, at least 1; `procs` as in local_world_size."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size(procs))

@@ -29,9 +29,9 @@ COMMANDS = "pipeline.cli"
 """The module of which a rank runs `main`."""
 COATNET = (sys.executable, "-m", COMMANDS)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Signals that ask for a stop, and are handed on to the ranks."""
+"""Signals that request a stop, and are forwarded to the ranks."""
 GRACE_SECONDS = 10.0
-"""How long the other ranks may take to end by themselves after one has failed."""
+"""How long the other ranks may take to end after one has failed, before they are killed."""
 
 
 def die_with_parent() -> None:
@@ -46,7 +46,7 @@ def die_with_parent() -> None:
 
 
 class Rank(Protocol):
-    """A rank's process, as its launcher knows it; subprocess.Popen is one."""
+    """A rank's process, with the methods of subprocess.Popen."""
 
     def poll(self) -> int | None: ...
 
@@ -56,7 +56,7 @@ class Rank(Protocol):
 
 
 Start = Callable[[str, list[str], dict[str, str], Path | None], Rank]
-"""Starts a rank: a module's `main` with these arguments, with more environment, all that it says added to a file."""
+"""Starts a rank: a module's `main` with these arguments and more environment, its output appended to a file."""
 
 
 def launch(
@@ -69,10 +69,10 @@ def launch(
 ) -> int:
     """Runs `coatnet ARGUMENTS` as `ranks` processes; returns the exit status of the first that failed, or 0.
 
-    `imports` imports what they need, so that they can be forks of this process; `start` starts them in another way.
+    `imports` imports what they need, so that they can be forks of this process; `start` replaces the way to start them.
 
-    Rank 0 has the terminal; the others write to LOGS/rank-N.log. SIGTERM and Ctrl-C are handed on to the ranks, which
-    end at the next step's end; a second Ctrl-C kills them.
+    Rank 0 has the terminal; the others write to LOGS/rank-N.log. SIGTERM and Ctrl-C are forwarded to the ranks, which
+    end after their step; a second Ctrl-C kills them.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def launch(
     processes: list[Rank] = []
     interrupted, signalled = False, 0
 
-    def hand_on(number: int, _frame: object) -> None:
+    def forward(number: int, _frame: object) -> None:
         nonlocal interrupted, signalled
         again = interrupted and number == signal.SIGINT
         interrupted = interrupted or number == signal.SIGINT
@@ -91,7 +91,7 @@ def launch(
             process.send_signal(signalled)
 
     for number in STOPPING:
-        signal.signal(number, hand_on)
+        signal.signal(number, forward)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank(ranks)))  # read by libraries when they are imported
     if start is None:
         start = fork if preload(imports) else spawn
@@ -110,7 +110,7 @@ def launch(
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun would set, gloo's network, and who started the rank."""
+    """What torchrun would set, gloo's network interface, and the launcher's process id."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -154,14 +154,14 @@ class ForkedRank(ForkProcess):
 
     def send_signal(self, number: int) -> None:
         if self.exitcode is None and self.pid is not None:
-            with suppress(ProcessLookupError):  # it ended, and this is a signal's handler in the midst of noticing that
+            with suppress(ProcessLookupError):  # it ended, which this process may not have noticed yet
                 os.kill(self.pid, number)
 
 
 def _in_fork(
     module: str, arguments: list[str], environment: dict[str, str], log: Path | None, mask: set[signal.Signals]
 ) -> None:
-    """Makes this fork what a new process would be, and runs the module's `main` in it."""
+    """Gives this fork the state of a new process, and runs the module's `main` in it."""
     for number in STOPPING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -173,7 +173,7 @@ def _in_fork(
             os.dup2(descriptor, standard)
         os.close(descriptor)
     threads, torch = os.environ["OMP_NUM_THREADS"].partition(",")[0], sys.modules.get("torch")
-    # It may have been imported before this was known; OpenMP takes no notice of what is no number, either.
+    # torch may have been imported before the variable was set; OpenMP, too, ignores what is not a number.
     if torch is not None and threads.isdecimal() and torch.get_num_threads() != int(threads):
         torch.set_num_threads(int(threads))
     importlib.import_module(module).main()
@@ -195,7 +195,7 @@ def _wait(processes: Sequence[Rank], logs: Path) -> int:
         first_failed = next((rank for rank, status in enumerate(statuses) if status), None)
     if first_failed is None:
         return 0
-    if statuses[0] == statuses[first_failed] > 1:  # what concerns all ranks, rank 0 has said
+    if statuses[0] == statuses[first_failed] > 1:  # an error of all ranks, which rank 0 has printed
         return statuses[0]
     return _report(first_failed, statuses[first_failed], logs)
 
@@ -212,18 +212,18 @@ def _report(rank: int, status: int, logs: Path) -> int:
         return 3 if asked else 1
     if rank > 0:
         log = logs / f"rank-{rank}.log"
-        print(f"rank {rank} ended with status {status}: {_last_words(log)} (see {log})", file=sys.stderr)
+        print(f"rank {rank} ended with status {status}: {_last_message(log)} (see {log})", file=sys.stderr)
     return status
 
 
-def _last_words(log: Path) -> str:
+def _last_message(log: Path) -> str:
     """The last line of a log; where it is indented, back to the line that it belongs to."""
-    words: list[str] = []
+    message: list[str] = []
     for line in reversed(log.read_text(errors="replace").splitlines()):
-        words.insert(0, line)
+        message.insert(0, line)
         if not line.startswith(" "):
             break
-    return "\n".join(words)
+    return "\n".join(message)
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
-"""What every rank imports, imported once by the launcher, so that ranks are forks of it and start in no time.
+"""Imports that every rank needs, done once by the launcher, so that ranks are forks of it and start at once.
 
-A fork is a whole process only of one that has a single thread, no CUDA driver at work and no process group; whether
-that holds is looked at before any is made.
+A process can be forked only if it has a single thread, no initialized CUDA driver and no process group; that is
+checked first.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 CUDA_ERROR_NOT_INITIALIZED = 3
-"""cuda.h: what the driver answers before cuInit."""
+"""cuda.h: what the driver returns before cuInit."""
 
 
 def preload(imports: Callable[[], None]) -> bool:
-    """Imports what ranks need; whether they may be forked then."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else torch asks the driver, which a fork could not use any more
+    """Imports what ranks need; returns whether they may then be forks."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else torch initializes the driver, unusable in a fork then
     try:
         imports()
     finally:
@@ -27,7 +27,7 @@ def preload(imports: Callable[[], None]) -> bool:
 
 
 def may_fork() -> bool:
-    """Whether a fork of this process can do all that a new one could."""
+    """Whether a fork of this process could do all that a new process can."""
     distributed = sys.modules.get("torch.distributed")
     grouped = distributed is not None and distributed.is_available() and distributed.is_initialized()
     return len(os.listdir("/proc/self/task")) == 1 and not grouped and not cuda_is_initialized()

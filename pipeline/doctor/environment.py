@@ -24,20 +24,10 @@ from pipeline.doctor.subprocess_probe import REINSTALL, has_gpu, one_line, run_i
 
 Version = tuple[int, int]
 
-PACKAGES = {
-    "numpy": "numpy",
-    "webdataset": "webdataset",
-    "fsspec": "fsspec",
-    "submitit": "submitit",
-    "pydantic": "pydantic",
-    "typer": "typer",
-    "rich": "rich",
-    "yaml": "pyyaml",
-    "safetensors": "safetensors",
-    "matplotlib": "matplotlib",
-}
-"""Import name and distribution of what is needed beside torch, DeepSpeed and DALI, which have checks of their own."""
-STORES = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp"}
+PACKAGES = (
+    "numpy", "webdataset", "fsspec", "submitit", "pydantic", "typer", "rich", "pyyaml", "safetensors", "matplotlib"
+)  # fmt: skip
+"""Distributions that are needed beside torch, DeepSpeed and DALI, which have checks of their own."""
 DALI_BUILDS = {"nvidia-dali-cuda120": 12, "nvidia-dali-cuda130": 13}
 GRAY_JPEG = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBk"
@@ -81,27 +71,11 @@ def check_python() -> list[Check]:
 
 
 def check_packages() -> list[Check]:
-    """The packages that are imported as they are, and which stores fsspec can reach."""
-    problems = {package: import_problem(name, package) for name, package in PACKAGES.items()}
+    """The packages that are imported as they are."""
+    problems = {package: import_problem(package.replace("pyyaml", "yaml"), package) for package in PACKAGES}
+    good = [f"{package} {_version_of(package)}" for package, problem in problems.items() if not problem]
     checks = [problem for problem in problems.values() if problem]
-    if good := [f"{package} {_version_of(package)}" for package, problem in problems.items() if not problem]:
-        checks.append(Check("packages", "ok", ", ".join(good)))
-    return checks if problems["fsspec"] else [*checks, *check_stores()]
-
-
-def check_stores() -> list[Check]:
-    """Which kinds of URL data can be read from, beside folders."""
-    import fsspec
-
-    checks = []
-    for protocol, package in STORES.items():
-        try:
-            fsspec.get_filesystem_class(protocol)
-            checks.append(Check(f"{protocol}://", "ok", f"{package} {_version_of(package)}"))
-        except ImportError:
-            advice = f"only if data are there: .venv/bin/pip install {package}"
-            checks.append(Check(f"{protocol}://", "note", f"{package} is not installed", advice))
-    return checks
+    return [*checks, Check("packages", "ok", ", ".join(good))] if good else checks
 
 
 def check_torch() -> list[Check]:

@@ -1,4 +1,4 @@
-"""Where all ranks stand, side by side: their Python stacks, which of them stands out, and the page that shows it.
+"""The Python stacks of all ranks, side by side: which ranks are suspect, and the page that shows it.
 
 On a CPU a rank waits for others inside a collective. On a GPU a collective only queues work, and the host waits where
 it reads a result (`.item()`); there a thread of autograd, which Python did not start, may run DeepSpeed's hooks for the
@@ -31,7 +31,7 @@ _WRAPPERS = {
     "deepspeed/utils/nvtx.py", "torch/_compile.py", "torch/_dynamo/eval_frame.py",
     "torch/distributed/c10d_logger.py", "torch/utils/_contextlib.py",
 }  # fmt: skip
-"""Frames that only call on, left out."""
+"""Frames that only call the next, left out."""
 _READS = (".item()", ".tolist()")
 LOOP = ("pipeline/train.py", "train_steps")
 AWAITS_WRITER = ("pipeline/checkpoint/writer.py", "wait")
@@ -60,12 +60,12 @@ class Thread(NamedTuple):
 
 @dataclass(frozen=True)
 class StackSnapshot:
-    """Where a rank stands; the main thread is the first one."""
+    """The stacks of a rank's threads, the main one first, and its last beat."""
 
     process: int
     host: str
     step: int | None
-    mark: str
+    beat: str
     threads: tuple[Thread, ...]
 
     def to_json(self) -> str:
@@ -79,14 +79,14 @@ class StackSnapshot:
 
 
 def capture() -> StackSnapshot:
-    """Where this process stands now."""
+    """The stacks of this process now."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda item: (item[0] != main, names.get(item[0], "")))
     threads = [Thread(names.get(ident, FOREIGN), _frames(frame)) for ident, frame in frames]
-    mark = last_beat()
+    beat = last_beat()
     kept = tuple(thread for thread in threads if thread.name != WATCHING)
-    return StackSnapshot(os.getpid(), host_name(), mark.step, mark.what, kept)
+    return StackSnapshot(os.getpid(), host_name(), beat.step, beat.what, kept)
 
 
 def _frames(frame: FrameType) -> tuple[Frame, ...]:
@@ -97,27 +97,28 @@ def _frames(frame: FrameType) -> tuple[Frame, ...]:
         file = each.filename[len(place) + 1 :] if place else each.filename
         found.append(Frame(file, each.lineno or 0, each.name, each.line or ""))
         if (file, each.name) == LOOP:
-            break  # whoever called it is the same everywhere
+            break  # its callers are the same everywhere
     while len(found) > 1 and found[-1].file == "threading.py":  # how threads begin
         del found[-1]
     return tuple(frame for frame in found if frame.file not in _WRAPPERS) or tuple(found)
 
 
-# ------------------------------------------------------------------------------------------------------- who stands out
+# ------------------------------------------------------------------------------------------------------- suspect ranks
 
 
 def suspect_ranks(threads: Mapping[int, Sequence[Thread] | None]) -> tuple[list[int], str]:
-    """The ranks that stand out, maybe none, and why; of each rank its threads, the main one first, None: no answer."""
-    silent = [rank for rank, own in threads.items() if own is None]
+    """The ranks that may be why the run hangs, maybe none, and why; of each its threads, the main one first, None: no
+    answer."""
+    silent = [rank for rank, stacks in threads.items() if stacks is None]
     if silent:
         return silent, "no answer"
-    answers = {rank: own for rank, own in threads.items() if own is not None}
+    answers = {rank: stacks for rank, stacks in threads.items() if stacks is not None}
     if len(answers) == 1:
         return list(answers), "the only one"
-    busy = [rank for rank, own in answers.items() if not _waits(own)]
+    busy = [rank for rank, stacks in answers.items() if not _waits(stacks)]
     if 0 < len(busy) < len(answers):
         return busy, "while all others wait"
-    places = {rank: _place(own) for rank, own in answers.items()}
+    places = {rank: _place(stacks) for rank, stacks in answers.items()}
     most, count = Counter(places.values()).most_common(1)[0]
     if len(answers) / 2 < count < len(answers):
         return [rank for rank, place in places.items() if place != most], "unlike most"
@@ -125,7 +126,7 @@ def suspect_ranks(threads: Mapping[int, Sequence[Thread] | None]) -> tuple[list[
 
 
 def _waits(threads: Sequence[Thread]) -> bool:
-    """Whether a rank waits for others, by the innermost call of the thread that matters."""
+    """Whether a rank waits for others, by the innermost call of its decisive thread."""
     frame = _decisive(threads).frames[0]
     if frame.file.startswith("torch/cuda/"):
         return frame.function == "synchronize"
@@ -135,7 +136,7 @@ def _waits(threads: Sequence[Thread]) -> bool:
 
 
 def _decisive(threads: Sequence[Thread]) -> Thread:
-    """The main thread, or the one that this waits for."""
+    """The main thread, or the one that it waits for."""
     main, *rest = threads
     name = next(
         (_FOR_A_THREAD[place] for frame in main.frames if (place := (frame.file, frame.function)) in _FOR_A_THREAD),
@@ -150,49 +151,46 @@ def _place(threads: Sequence[Thread]) -> tuple[tuple[Frame, ...], ...]:
 
 
 def top_frame(threads: Sequence[Thread]) -> str:
-    """The innermost call of the thread that matters, and the innermost of ours that led to it."""
+    """The innermost call of the decisive thread, and the innermost of ours that led to it."""
     frames = _decisive(threads).frames
-    own = next((frame for frame in frames if frame.file.startswith(OURS)), frames[0])
-    return str(frames[0]) if own is frames[0] else f"{frames[0]}, called by {own}"
+    ours = next((frame for frame in frames if frame.file.startswith(OURS)), frames[0])
+    return str(frames[0]) if ours is frames[0] else f"{frames[0]}, called by {ours}"
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def render(title: str, found: Mapping[int, StackSnapshot | None], odd: Sequence[int]) -> str:
-    """What people read: ranks that stand alike together, those that stand out first."""
+def render(title: str, found: Mapping[int, StackSnapshot | None], suspects: Sequence[int]) -> str:
+    """The page: ranks with equal stacks together, the suspects first."""
     groups: dict[object, list[int]] = {}
-    for rank in sorted(found, key=lambda rank: (rank not in odd, rank)):
+    for rank in sorted(found, key=lambda rank: (rank not in suspects, rank)):
         answer = found[rank]
-        groups.setdefault((rank in odd, answer and _place(answer.threads)), []).append(rank)
+        groups.setdefault((rank in suspects, answer and _place(answer.threads)), []).append(rank)
     lines = [title, ""]
     for ranks in groups.values():
-        lines += _group(ranks, found, ranks[0] in odd)
+        lines += _group(ranks, found, ranks[0] in suspects)
     return "\n".join(lines)
 
 
-def _group(ranks: Sequence[int], found: Mapping[int, StackSnapshot | None], stands_out: bool) -> list[str]:
+def _group(ranks: Sequence[int], found: Mapping[int, StackSnapshot | None], suspect: bool) -> list[str]:
     answers = {rank: answer for rank in ranks if (answer := found[rank]) is not None}
     rule = "=" * 120
     if not answers:
         return [rule, f"{format_ranks(ranks)}: NO ANSWER", rule, ""]
     first = next(iter(answers.values()))
-    lines = [rule, f"{format_ranks(ranks)}{' STANDS OUT' if stands_out else ''}: {top_frame(first.threads)}", rule]
+    lines = [rule, f"{format_ranks(ranks)}{' SUSPECT' if suspect else ''}: {top_frame(first.threads)}", rule]
     for rank, each in answers.items():
         at = f"after step {each.step}" if each.step is not None else "in its first step"
-        lines.append(f"rank {rank}: process {each.process} on {each.host}, {at}, last finished: {each.mark}")
+        lines.append(f"rank {rank}: process {each.process} on {each.host}, {at}, last finished: {each.beat}")
     threads: dict[tuple[Frame, ...], dict[str, list[int]]] = {}
     for rank, each in answers.items():
         for number, thread in enumerate(each.threads):
             name = "main thread, innermost call first" if number == 0 else thread.name
             threads.setdefault(thread.frames, {}).setdefault(name, []).append(rank)
     for frames, names in threads.items():
-        of = sorted({rank for those in names.values() for rank in those})
-        lines += [
-            "",
-            f"{', '.join(names)}{'' if of == sorted(answers) else f' ({format_ranks(of)})'}:",
-            *_table(frames),
-        ]
+        having = sorted({rank for ranks in names.values() for rank in ranks})
+        of = "" if having == sorted(answers) else f" ({format_ranks(having)})"
+        lines += ["", f"{', '.join(names)}{of}:", *_table(frames)]
     return [*lines, ""]
 
 

@@ -24,11 +24,11 @@ MODULE = "tests.pipeline.hang_injection"
 SLOW_SECONDS = 7.0
 
 
-def sleep_for_ever() -> None:
+def sleep_forever() -> None:
     time.sleep(1e6)
 
 
-def wait_for_ever() -> None:
+def wait_forever() -> None:
     threading.Event().wait()
 
 
@@ -37,8 +37,8 @@ def take_long() -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
-    "sleep": (sleep_for_ever, []),
-    "read": (wait_for_ever, ["data.windows.read_ranges"]),
+    "sleep": (sleep_forever, []),
+    "read": (wait_forever, ["data.windows.read_ranges"]),
     "slow": (take_long, ["pipeline.training.evaluation.normalize"]),
 }
 """What happens before the forward pass, or before other functions (of "read" in their place)."""

@@ -66,7 +66,7 @@ def test_a_command_starts_in_an_interpreter_of_its_own(places: dict[str, object]
     assert says in done.stdout + done.stderr
 
 
-def test_what_cannot_be_done_without_a_job_or_a_folder_is_refused_by_a_command_of_its_own(
+def test_commands_without_a_job_or_a_folder_are_refused_without_a_traceback(
     places: dict[str, object],
 ) -> None:
     for line in ("{script} cancel {run}", "{script} import {run} {top}/imported.safetensors", "{script} nonsense"):

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.batch_size import check_world_size, padding_share
 from pipeline.config.parsing import changes, read_config, read_resolved, to_yaml, validate
-from pipeline.config.schema import Config, Section, Train, describe_type, documented_keys, item_type, section_type
+from pipeline.config.schema import Config, Section, Train, documented_keys, item_type, section_type
 from pipeline.errors import UsageError
 
 BLOCKS = "kind: mbconv, blocks: 1, width: 8"
@@ -442,9 +442,3 @@ def test_a_warning_of_padding_names_a_number_of_ranks_without(micro_batches, ran
     if warning is not None:
         better = re.search(r"; (\d+) ranks would waste none", warning)
         assert better and padding_share(train, int(better[1])) is None
-
-
-def test_every_keys_type_can_be_described():
-    for section in sections():
-        for name in section.model_fields:
-            assert describe_type(section, name)

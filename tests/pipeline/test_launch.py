@@ -118,7 +118,7 @@ def waiting_ranks(start: str, folder: Path, ranks: int) -> Iterator[tuple[subpro
         process.communicate()
 
 
-def test_each_rank_gets_the_arguments_and_the_environment_that_torchrun_would_give_it(start, tmp_path):
+def test_each_rank_gets_its_arguments_and_the_environment_of_torchrun(start, tmp_path):
     program = """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         note(f"seen-{rank}", [sys.argv[2:], *map(os.environ.get, names)])
@@ -162,7 +162,7 @@ def test_all_ranks_that_stop_before_the_end_are_a_launch_that_stopped_before_the
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_is_a_failure_that_is_named_with_what_to_do_and_ends_the_others(start, tmp_path, killed):
+def test_a_killed_rank_is_a_failure_that_is_named_and_ends_the_others(start, tmp_path, killed):
     program = f"""
         note(f"begun-{{rank}}", os.getpid()); all_are("begun")
         if rank == {killed}: os.kill(os.getpid(), signal.SIGKILL)

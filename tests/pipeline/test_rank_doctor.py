@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from pipeline.distributed.launcher import free_port
 from pipeline.doctor.checks import SEVERITY, Check, exit_status
-from pipeline.doctor.merge import ALIKE, Report, abbreviate, merge
+from pipeline.doctor.merge import ALIKE, Report, merge
 from pipeline.doctor.ranks import collect, missing_ranks, rendezvous_dir, report
-from pipeline.formatting import format_ranges
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, command, pack_two
 
 WORDS = st.sampled_from(["2.12.0", "2.13.0", "not installed", ""])
@@ -101,13 +100,6 @@ def test_versions_that_differ_are_broken_and_listed_by_host() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- ranks that are there
-
-
-@given(st.sets(st.integers(0, 30)))
-def test_ranges_name_every_number_once(numbers: set[int]) -> None:
-    ends = [each.split("-") for each in format_ranges(numbers)]
-    assert [n for begin, *end in ends for n in range(int(begin), int((end or [begin])[0]) + 1)] == sorted(numbers)
-    assert abbreviate(range(5)) == "0, 1, 2 and 2 more"
 
 
 def test_a_rank_that_never_reports_is_named_and_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

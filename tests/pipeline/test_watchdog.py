@@ -1,4 +1,4 @@
-"""A run that hangs ends by itself, names the rank that is why, and resumes as if nothing had happened.
+"""A run that hangs ends by itself, names the suspect rank, and resumes as if nothing had happened.
 
 Faults are those of hang_injection.py, in real ranks, and SIGSTOP.
 """
@@ -54,62 +54,66 @@ from tests.pipeline.runs import (
     wait_until,
 )
 
-# --------------------------------------------------------------------------------------------------- who is waited for
+# ----------------------------------------------------------------------------------------------------------- heartbeats
 
-PATIENCE, INTERVAL = 100.0, 5.0
+TIMEOUT_SECONDS, INTERVAL = 100.0, 5.0
 
 
-def heard_until(end: int, alive: Callable[[int, int], bool], mark: Callable[[int, int], int]) -> HeartbeatMonitor:
-    """What rank 0 of four has heard after so many seconds; it looks while it is alive itself."""
-    heard = HeartbeatMonitor(PATIENCE, INTERVAL, [1, 2, 3], 0.0)
+def observed_until(end: int, alive: Callable[[int, int], bool], beat: Callable[[int, int], int]) -> HeartbeatMonitor:
+    """The monitor of rank 0 of four after so many seconds; it ticks while rank 0 is alive itself."""
+    monitor = HeartbeatMonitor(TIMEOUT_SECONDS, INTERVAL, [1, 2, 3], 0.0)
     for second in range(0, end, int(INTERVAL)):
         if alive(0, second):
-            heard.tick(second)
+            monitor.tick(second)
             for rank in range(4):
                 if alive(rank, second):
-                    heard.observe(rank, mark(rank, second), second)
-            assert not (heard.lost_ranks() and heard.is_hung())
-    return heard
+                    monitor.observe(rank, beat(rank, second), second)
+            assert not (monitor.lost_ranks() and monitor.is_hung())
+    return monitor
 
 
 @given(st.integers(0, 3), st.integers(0, 200), st.integers(0, 400))
-def test_a_rank_that_stops_is_silent_once_patience_is_over_and_never_taken_for_a_hang(rank, stops, after):
-    """Ranks make progress only while all live; rank 0, which would be the judge, judges nobody."""
-    heard = heard_until(stops + after, lambda each, at: each != rank or at < stops, lambda _, at: min(at, stops))
-    assert not heard.is_hung()
-    if after > PATIENCE + 3 * INTERVAL:
-        assert heard.lost_ranks() == ([rank] if rank else [])
-    if after < PATIENCE - INTERVAL:
-        assert heard.lost_ranks() == []
+def test_a_rank_that_stops_is_lost_after_the_timeout_and_never_a_hang(rank, stops, after):
+    """Ranks make progress only while all live; rank 0, if it stops, reports no rank."""
+    monitor = observed_until(stops + after, lambda each, at: each != rank or at < stops, lambda _, at: min(at, stops))
+    assert not monitor.is_hung()
+    if after > TIMEOUT_SECONDS + 3 * INTERVAL:
+        assert monitor.lost_ranks() == ([rank] if rank else [])
+    if after < TIMEOUT_SECONDS - INTERVAL:
+        assert monitor.lost_ranks() == []
 
 
 @given(st.integers(0, 200), st.integers(0, 400), st.sets(st.integers(0, 3), min_size=1))
-def test_ranks_that_live_without_progress_of_any_are_a_hang_once_patience_is_over(stops, after, slow):
+def test_ranks_that_live_without_progress_are_a_hang_after_the_timeout(stops, after, slow):
     """Where one still makes progress, though the others wait for it, there is none."""
-    heard = heard_until(stops + after, lambda *_: True, lambda rank, at: min(at, stops))
-    assert heard.lost_ranks() == []
-    if after > PATIENCE + 3 * INTERVAL:
-        assert heard.is_hung()
-    if after < PATIENCE - INTERVAL:
-        assert not heard.is_hung()
-    one_goes_on = heard_until(stops + after, lambda *_: True, lambda rank, at: at if rank in slow else min(at, stops))
-    assert not one_goes_on.is_hung()
+    monitor = observed_until(stops + after, lambda *_: True, lambda rank, at: min(at, stops))
+    assert monitor.lost_ranks() == []
+    if after > TIMEOUT_SECONDS + 3 * INTERVAL:
+        assert monitor.is_hung()
+    if after < TIMEOUT_SECONDS - INTERVAL:
+        assert not monitor.is_hung()
+    one_continues = observed_until(
+        stops + after, lambda *_: True, lambda rank, at: at if rank in slow else min(at, stops)
+    )
+    assert not one_continues.is_hung()
 
 
 @given(st.sets(st.integers(0, 3), min_size=1), st.integers(50, 200), st.integers(1, 10_000))
-def test_nobody_is_judged_for_the_time_in_which_the_judge_or_all_stood_still(still, stops, seconds):
-    """As where a laptop sleeps: soon after waking all resume. Where only others hung, they wake in time."""
-    seconds = seconds if 0 in still else seconds % int(PATIENCE - 2 * INTERVAL)
+def test_time_in_which_the_monitor_or_all_ranks_hung_is_held_against_no_rank(still, stops, seconds):
+    """As where a laptop sleeps: all resume soon after waking. Where only others hung, they wake in time."""
+    seconds = seconds if 0 in still else seconds % int(TIMEOUT_SECONDS - 2 * INTERVAL)
     wakes = stops + seconds + 2 * INTERVAL
 
     def alive(rank: int, at: int) -> bool:
         return rank not in still or not stops <= at < stops + seconds
 
-    heard = heard_until(int(wakes + PATIENCE), alive, lambda _, at: at if at < stops or at > wakes else stops)
-    assert heard.lost_ranks() == [] and not heard.is_hung()
+    monitor = observed_until(
+        int(wakes + TIMEOUT_SECONDS), alive, lambda _, at: at if at < stops or at > wakes else stops
+    )
+    assert monitor.lost_ranks() == [] and not monitor.is_hung()
 
 
-# ------------------------------------------------------------------------------------------------------ who stands out
+# ------------------------------------------------------------------------------------------------------- suspect ranks
 
 
 def stack(*calls: str) -> tuple[Frame, ...]:
@@ -135,7 +139,7 @@ KINDS = [IN_ALL_REDUCE, IN_GATHER, READING, AUGMENTING, ITEM, SYNCHRONIZING, HOO
 
 
 @pytest.mark.parametrize(
-    ("threads", "odd"),
+    ("threads", "suspects"),
     [
         ([READING, IN_ALL_REDUCE], [0]),
         ([IN_ALL_REDUCE, AUGMENTING], [1]),
@@ -155,25 +159,27 @@ KINDS = [IN_ALL_REDUCE, IN_GATHER, READING, AUGMENTING, ITEM, SYNCHRONIZING, HOO
         ([AUGMENTING], [0]),
     ],
 )
-def test_the_rank_that_the_others_wait_for_stands_out(threads, odd):
-    assert suspect_ranks(dict(enumerate(threads)))[0] == odd
+def test_the_rank_that_the_others_wait_for_is_suspect(threads, suspects):
+    assert suspect_ranks(dict(enumerate(threads)))[0] == suspects
 
 
 @given(st.lists(st.sampled_from([*KINDS, None]), min_size=1, max_size=9), st.randoms())
-def test_who_stands_out_does_not_depend_on_ranks_numbers_and_equals_are_judged_alike(threads, chance: random.Random):
-    odd, why = suspect_ranks(dict(enumerate(threads)))
-    assert bool(why) == bool(odd)
-    assert [threads[rank] for rank in range(len(threads)) if rank not in odd].count(None) == 0
-    assert not {str(threads[rank]) for rank in odd} & {str(own) for rank, own in enumerate(threads) if rank not in odd}
-    assert len(odd) < len(threads) or len(threads) == 1 or threads.count(None) == len(threads)
+def test_suspects_do_not_depend_on_ranks_numbers_and_equal_ranks_are_equally_suspect(threads, chance: random.Random):
+    suspects, why = suspect_ranks(dict(enumerate(threads)))
+    assert bool(why) == bool(suspects)
+    assert [threads[rank] for rank in range(len(threads)) if rank not in suspects].count(None) == 0
+    assert not {str(threads[rank]) for rank in suspects} & {
+        str(own) for rank, own in enumerate(threads) if rank not in suspects
+    }
+    assert len(suspects) < len(threads) or len(threads) == 1 or threads.count(None) == len(threads)
     order = chance.sample(range(len(threads)), len(threads))
     assert {order[rank] for rank in suspect_ranks({rank: threads[order[rank]] for rank in range(len(order))})[0]} == {
-        *odd
+        *suspects
     }
 
 
 @given(st.lists(st.sampled_from(KINDS), min_size=3, max_size=9), st.data())
-def test_of_many_that_wait_one_that_does_not_is_the_only_one_that_stands_out(threads, data):
+def test_of_many_that_wait_one_that_does_not_is_the_only_suspect(threads, data):
     waiting = [own for own in threads if own not in (READING, AUGMENTING, HOOK_SLEEPS, WRITES)]
     rank = data.draw(st.integers(0, len(waiting)))
     for busy in (READING, AUGMENTING, HOOK_SLEEPS, WRITES):
@@ -185,7 +191,7 @@ def test_of_many_that_wait_one_that_does_not_is_the_only_one_that_stands_out(thr
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
-def test_ranks_are_named_so_that_all_of_them_can_be_read_back(ranks):
+def test_ranks_are_written_so_that_all_of_them_can_be_read_back(ranks):
     word, _, text = format_ranks(ranks).partition(" ")
     assert (word == "rank") == (len(ranks) == 1)
     parts = [(int(first), int(last or first)) for first, _, last in (part.partition("-") for part in text.split(", "))]
@@ -193,25 +199,25 @@ def test_ranks_are_named_so_that_all_of_them_can_be_read_back(ranks):
 
 
 @given(st.lists(st.sampled_from([*KINDS, None]), min_size=1, max_size=9))
-def test_the_page_has_every_rank_once_with_its_process_and_the_odd_ones_first(threads):
+def test_the_page_has_every_rank_once_with_its_process_and_suspects_first(threads):
     found = {
         rank: own and StackSnapshot(1000 + rank, f"n{rank}", rank, "a step", tuple(own))
         for rank, own in enumerate(threads)
     }
-    odd, _ = suspect_ranks(dict(enumerate(threads)))
-    text = render("title", found, odd)
-    told = [
+    suspects, _ = suspect_ranks(dict(enumerate(threads)))
+    text = render("title", found, suspects)
+    lines = [
         re.fullmatch(r"rank (\d+): process (\d+) on n(\d+), after step (\d+), .*", line) for line in text.split("\n")
     ]
-    numbers = [[int(number) for number in match.groups()] for match in told if match]
+    numbers = [[int(number) for number in match.groups()] for match in lines if match]
     assert sorted(numbers) == [[rank, 1000 + rank, rank, rank] for rank, own in found.items() if own]
-    first = [rank for rank in odd if found[rank]]
+    first = [rank for rank in suspects if found[rank]]
     assert {rank for rank, *_ in numbers[: len(first)]} == {*first}
     for own in filter(None, found.values()):
         assert top_frame(own.threads) in text
 
 
-def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
+def test_a_snapshot_has_the_stacks_of_all_threads_and_survives_json():
     ended = threading.Event()
     thread = threading.Thread(target=ended.wait, name="a thread that waits")
     thread.start()
@@ -227,16 +233,16 @@ def test_a_process_tells_where_its_threads_are_and_it_arrives_unchanged():
 
 
 @pytest.mark.parametrize(("file", "function"), [LOOP, AWAITS_WRITER, AWAITS_RANKS])
-def test_the_functions_that_a_page_of_stacks_knows_by_name_are_there(file: str, function: str) -> None:
+def test_functions_that_are_known_by_name_exist(file: str, function: str) -> None:
     nodes = ast.walk(ast.parse((ROOT / file).read_text()))
     assert function in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
-# ------------------------------------------------------------------------------------------------ from the very first
+# --------------------------------------------------------------------------------------------- from the very beginning
 
 
 def freeze_at_once(run: Path, rank: int, port: int, frozen: int) -> None:
-    """A rank of two that watches; one hangs as soon as it does, before the other has heard of it."""
+    """A rank of two that watches; one hangs as soon as it does, before the other has monitor of it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     start_process_group()
@@ -247,9 +253,7 @@ def freeze_at_once(run: Path, rank: int, port: int, frozen: int) -> None:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_rank_that_is_frozen_before_the_others_heard_of_it_is_named_by_its_process(
-    tmp_path: Path, frozen: int
-) -> None:
+def test_a_rank_frozen_before_the_others_heard_of_it_is_named_by_its_process(tmp_path: Path, frozen: int) -> None:
     port = free_port()
     ranks = [forked.forkserver.Process(target=freeze_at_once, args=(tmp_path, rank, port, frozen)) for rank in range(2)]
     for process in ranks:
@@ -278,8 +282,8 @@ def request_of(digits: Path) -> Callable[..., list[object]]:
     def arguments(run: Path, stage: int, *more: object) -> list[object]:
         data = [f"data.train={digits}/train", f"data.val={digits}/val", "data.shuffle_window=2", f"run.dir={run}"]
         length = [f"train.steps={STEPS}", "evaluate.every=null", "checkpoint.every=2", "checkpoint.keep_last=100"]
-        told = ["log.every=1", f"run.hang_timeout={TIMEOUT}", f"zero.stage={stage}"]
-        return ["pretrain", "configs/tiny.yaml", *data, *length, *told, *more]
+        other = ["log.every=1", f"run.hang_timeout={TIMEOUT}", f"zero.stage={stage}"]
+        return ["pretrain", "configs/tiny.yaml", *data, *length, *other, *more]
 
     return arguments
 
@@ -288,20 +292,20 @@ def with_fault(ranks: int, fault: str, rank: int, call: int, arguments: list[obj
     return forked.run(MODULE, ranks, fault, rank, call, *arguments, timeout=PATIENCE_SECONDS)
 
 
-def check_told(run: Path, said: str, kind: str, rank: int, ranks: int, within: str | None) -> None:
-    """That the line, the event and the page name this rank, and where it stands; None: it gave no answer."""
+def check_reports(run: Path, output: str, kind: str, rank: int, ranks: int, within: str | None) -> None:
+    """That the line, the event and the page name this rank and where it hangs; None: it gave no answer."""
     (event,) = events(run, kind)
     (named_rank,) = event["ranks"]
     assert named_rank["rank"] == rank and not events(run, "finished")
     stacks = run / "logs" / "stacks-attempt-0.txt"
     assert event["stacks"] == str(stacks)
-    (line,) = (line for line in said.splitlines() if line.startswith("coatnet: "))
+    (line,) = (line for line in output.splitlines() if line.startswith("coatnet: "))
     assert f"rank {rank} (process {named_rank['process']} on {named_rank['host']})" in line
     assert f"stacks in {stacks}" in line and "the same command resumes" in line
     text = stacks.read_text()
     first, *others = re.findall(r"^=+\n(.+)\n=+\n", text, re.MULTILINE)
     assert first.startswith(f"rank {rank}") and (within or "NO ANSWER") in first and len(others) == ranks - 1
-    assert all("STANDS OUT" not in heading for heading in others)
+    assert all("SUSPECT" not in heading for heading in others)
     steps = re.findall(r"^rank \d+: process \d+ on .+, (?:after step \d+|in its first step), ", text, re.MULTILINE)
     assert len(steps) == ranks - (not within)
     assert within is None or within in line
@@ -311,20 +315,20 @@ TORTURE = pytest.mark.torture
 
 
 @pytest.mark.parametrize(
-    ("stage", "rank", "goes_on"),
+    ("stage", "rank", "resumes"),
     [(2, 1, False), *(pytest.param(stage, stage % 2, True, marks=TORTURE) for stage in (1, 2, 3))],
 )
-def test_a_rank_that_sleeps_forever_is_named_and_the_run_resumes_as_if_it_had_not(
-    request_of: Callable[..., list[object]], stage: int, rank: int, goes_on: bool, tmp_path: Path
+def test_a_rank_that_sleeps_forever_is_named_and_the_run_resumes_unchanged(
+    request_of: Callable[..., list[object]], stage: int, rank: int, resumes: bool, tmp_path: Path
 ) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     hung = with_fault(2, "sleep", rank, 6, request_of(run, stage))
     assert hung.returncode == 1, hung.stderr
-    check_told(run, hung.stderr, "hang", rank, 2, "sleep_for_ever (tests/pipeline/hang_injection.py:")
-    for folder in [run, undisturbed] if goes_on else []:
+    check_reports(run, hung.stderr, "hang", rank, 2, "sleep_forever (tests/pipeline/hang_injection.py:")
+    for folder in [run, undisturbed] if resumes else []:
         done = coatnet(*request_of(folder, stage), "--procs", 2)
         assert done.returncode == 0, done.stderr
-    if goes_on:
+    if resumes:
         assert events(run, "training_resumed")[0]["step"] == 4
         assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
@@ -337,13 +341,13 @@ def test_a_rank_that_waits_for_data_forever_is_named(
     run = tmp_path / "run"
     hung = with_fault(2, "read", 1, 100, request_of(run, stage))
     assert hung.returncode == 1, hung.stderr
-    check_told(run, hung.stderr, "hang", 1, 2, "called by items (data/loader.py:")
-    assert " wait_for_ever " in (run / "logs" / "stacks-attempt-0.txt").read_text()
+    check_reports(run, hung.stderr, "hang", 1, 2, "called by items (data/loader.py:")
+    assert " wait_forever " in (run / "logs" / "stacks-attempt-0.txt").read_text()
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize(("stage", "rank"), [(1, 0), (1, 1), (2, 1), (3, 1)])
-def test_a_frozen_rank_is_named_and_the_other_says_where_it_waits(
+def test_a_frozen_rank_is_named_and_the_other_shows_where_it_waits(
     request_of: Callable[..., list[object]], stage: int, rank: int, tmp_path: Path
 ) -> None:
     """In short form it is one of the faults of test_faults.py."""
@@ -353,27 +357,27 @@ def test_a_frozen_rank_is_named_and_the_other_says_where_it_waits(
     os.kill(ranks_of(frozen)[rank], signal.SIGSTOP)
     assert frozen.wait(PATIENCE_SECONDS) == 1
     assert frozen.stderr is not None
-    check_told(run, last_line(frozen.stderr.read(), run, rank), "heartbeat_lost", rank, 2, None)
+    check_reports(run, last_line(frozen.stderr.read(), run, rank), "heartbeat_lost", rank, 2, None)
 
 
-def last_line(said: str, run: Path, frozen: int) -> str:
+def last_line(output: str, run: Path, frozen: int) -> str:
     """Where rank 0 is frozen, rank 1 speaks, in its log."""
-    return said if frozen else (run / "logs" / "rank-1.log").read_text()
+    return output if frozen else (run / "logs" / "rank-1.log").read_text()
 
 
 @pytest.mark.torture
-def test_a_training_on_one_rank_that_hangs_says_where(request_of: Callable[..., list[object]], tmp_path: Path) -> None:
+def test_a_training_on_one_rank_that_hangs_shows_where(request_of: Callable[..., list[object]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     hung = with_fault(1, "sleep", 0, 6, request_of(run, 1))
     assert hung.returncode == 1, hung.stderr
-    check_told(run, hung.stderr, "hang", 0, 1, "sleep_for_ever (tests/pipeline/hang_injection.py:")
+    check_reports(run, hung.stderr, "hang", 0, 1, "sleep_forever (tests/pipeline/hang_injection.py:")
 
 
 @pytest.mark.torture
-def test_where_the_page_cannot_be_written_the_run_ends_all_the_same(
+def test_a_page_that_cannot_be_written_does_not_keep_the_run_from_ending(
     request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
-    """A pipe that nobody reads, for a file system that does not answer."""
+    """A pipe without a reader, for a file system that does not answer."""
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
     os.mkfifo(run / "logs" / "stacks-attempt-0.txt")
@@ -394,7 +398,7 @@ def test_what_is_only_slow_is_no_hang(request_of: Callable[..., list[object]], t
 
 
 @pytest.mark.torture
-def test_ranks_that_all_stood_still_for_longer_resume_when_they_wake_up(
+def test_ranks_that_were_all_frozen_for_longer_resume_when_they_wake_up(
     request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
     """As where a laptop sleeps."""
