@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from data.packing.index import Report
-    from data.shards.manifest import BadSample
+    from data.packing.pack import PackReport
 
 
 MAX_LISTED = 20
@@ -27,15 +27,8 @@ def pack_and_report(source: str, destination: str, workers: int | None, as_json:
 
     with _bar("packing") as progress:
         report = pack(source, destination, workers=workers or _cpus(), progress=progress, **options)
-    if as_json:
-        print(json.dumps(asdict(report)))
-        return 0
-    _list_broken("left out", report.broken)
-    print(
-        f"{destination}: {report.samples} samples of {report.classes} classes in {report.shards} shards,"
-        f" {report.bytes / 1e6:.1f} MB; {len(report.broken)} left out"
-        + (f"; resumed after {report.kept} whole shards" if report.kept else "")
-    )
+    resumed = f"; resumed after {report.kept} whole shards" if report.kept else ""
+    _print(report, as_json, "left out", f"{destination}: {_counts(report)}; {len(report.broken)} left out{resumed}")
     return 0
 
 
@@ -54,11 +47,8 @@ def index_and_report(
     options: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
     with _bar("indexing") as progress:
         report = index(url, out, **options, workers=workers or (_cpus() if decode else 16), progress=progress)
-    if as_json:
-        print(json.dumps(asdict(report)))
-        return 0
-    _list_broken("cannot be used", report.broken)
-    print(f"{out or url}: {_format_counts(report)}, {len(report.broken)} that cannot be used")
+    summary = f"{out or url}: {_counts(report)}, {len(report.broken)} that cannot be used"
+    _print(report, as_json, "cannot be used", summary)
     return 0
 
 
@@ -68,30 +58,31 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
 
     with _bar("checking") as progress:
         report = verify(url, workers=workers or _cpus(), progress=progress)
-    if as_json:
-        print(json.dumps(asdict(report)))
-    else:
-        _list_broken("broken", report.broken)
-        print(f"{url}: {_format_counts(report)}, {len(report.broken) or 'nothing'} broken")
-        if report.unchecked:
-            print(
-                f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
-                " the tars records them, once their manifest.json is removed"
-            )
+    _print(report, as_json, "broken", f"{url}: {_counts(report)}, {len(report.broken) or 'nothing'} broken")
+    if report.unchecked and not as_json:
+        print(
+            f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
+            " the tars records them, once their manifest.json is removed"
+        )
     return 1 if report.broken else 0
 
 
-def _format_counts(report: Report) -> str:
+def _counts(report: Report | PackReport) -> str:
     size = f"{report.bytes / 1e6:.1f} MB"
     return f"{report.samples} samples of {report.classes} classes in {report.shards} shards, {size}"
 
 
-def _list_broken(label: str, broken: tuple[BadSample, ...]) -> None:
-    for each in broken[:MAX_LISTED]:
+def _print(report: Report | PackReport, as_json: bool, label: str, summary: str) -> None:
+    """The report as JSON, or its summary, after its broken samples on standard error."""
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    for each in report.broken[:MAX_LISTED]:
         place = " ".join(name for name in (each.shard, each.key) if name)
         print(f"{label}: {place}: {each.reason}", file=sys.stderr)
-    if len(broken) > MAX_LISTED:
-        print(f"and {len(broken) - MAX_LISTED} more; --json lists all", file=sys.stderr)
+    if len(report.broken) > MAX_LISTED:
+        print(f"and {len(report.broken) - MAX_LISTED} more; --json lists all", file=sys.stderr)
+    print(summary)
 
 
 @contextmanager

@@ -54,8 +54,11 @@ def finetune(
 ) -> int:
     """Fine-tunes, or resumes; returns the exit status."""
     config = read_config(preset, overrides)
-    if check:
-        return check_request(config, source, weights, procs)
+    if check:  # without data
+        if source is None and not is_rank():
+            print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
+        classes = None if source is None else check_source(config, source, weights)
+        return check_config(config, procs, likely_classes=classes)
     if source is None or _is_preset(source):
         problem = "needs --from RUN" if source is None else f"needs a run: pretrain with {source} first"
         raise UsageError(f"finetune {problem}; only --check works without one, or with a preset")
@@ -88,16 +91,6 @@ def finetune(
         train(config, plan, ancestors, first_weights)
 
     return run(config, "finetune", procs, work)
-
-
-def check_request(config: Config, source: str | None, weights: str | None, procs: int) -> int:
-    """Checks what can be checked without data, and prints what would be trained; returns the exit status."""
-    classes = None
-    if source is not None:
-        classes = check_source(config, source, weights)
-    elif not is_rank():
-        print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
-    return check_config(config, procs, likely_classes=classes)
 
 
 def check_source(config: Config, source: str, weights: str | None) -> int | None:

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models.count import Count, count
+from models.count import count
 from models.variants import COSTS, FAMILY, VARIANTS, Cost, StridePlace, layout_of
 
 PRETRAINED_AT = 224
+_count = cache(count)
 NOTES = """\
 
 M parameters     with the bias tables of 224 x 224
@@ -52,23 +53,18 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _row(model: str, resolution: int, stride: StridePlace, cost: Cost | None) -> dict[str, Any]:
-    counted = _counted(model, resolution, stride)
+    counted = _count(model, resolution, stride)
     return {
         "model": model,
         "resolution": resolution,
         "stride": stride,
-        "parameters": _counted(model, PRETRAINED_AT, layout_of(model).stride).parameters,
+        "parameters": _count(model, PRETRAINED_AT, layout_of(model).stride).parameters,
         "multiply_adds": counted.multiply_adds,
         "multiply_adds_with_overhead": counted.multiply_adds_with_overhead,
         "published_parameters": FAMILY[model].published_parameters if model in FAMILY else None,
         "published_flops": cost.published_flops if cost else None,
         "source": cost.table if cost else None,
     }
-
-
-@cache
-def _counted(model: str, resolution: int, stride: StridePlace) -> Count:
-    return count(model, resolution, stride)
 
 
 def _table(found: list[dict[str, Any]]) -> Table:

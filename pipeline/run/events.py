@@ -1,4 +1,4 @@
-"""RUN/events.jsonl: what happened to a run, one object a line; only ever added to."""
+"""RUN/events.jsonl: the events of a run, one object a line, append-only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pipeline.run.jsonl import JsonLines
 
 
 class Events:
-    """RUN/events.jsonl: what happened, with `time` (seconds since 1970), `attempt` and `event`; one rank writes."""
+    """Appends events with `time` (seconds since 1970), `attempt` and `event`; only one rank writes."""
 
     def __init__(self, run: Path, attempt: int, rank: int) -> None:
         self._path, self.attempt, self._rank = run / "events.jsonl", attempt, rank
         self._lines = JsonLines(self._path) if rank == 0 else None
 
     def write(self, event: str, by: int = 0, **facts: Any) -> None:
-        """`by` is the rank that writes, another than 0 where that one can't."""
+        """`by` is the rank that writes: 0, or another where rank 0 can't."""
         if self._rank != by:
             return
         if self._lines is None:

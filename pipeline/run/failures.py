@@ -1,7 +1,7 @@
-"""A rank that ends with an error says so in a file, since what Slurm reports of many ranks is one number.
+"""A rank that fails records its error in a file, since Slurm reports only one exit code for all ranks.
 
-Whoever starts the ranks names the file and the start in the environment. Elsewhere rank 0, which has the terminal,
-leaves its last words in the run.
+What starts the ranks sets the file and the start's name in the environment. Without it, rank 0 records its exit reason
+in the run's events (../attempt.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.run.jsonl import JsonLines
 
 
 def record_failure(status: int, message: str) -> None:
-    """Adds this rank's exit status and last words; a launcher's, which has no rank, as rank 0's."""
+    """Appends this rank's exit status and message; a launcher, which has no rank, counts as rank 0."""
     path = os.environ.get(FILE)
     if path is None:
         return

@@ -1,6 +1,6 @@
 """Files of one JSON object a line, written by processes that may be killed at any moment.
 
-A process that is killed may leave half a line; the next start closes it, and readers pass it over.
+A killed process may leave half a line; the next start ends it with a newline, and readers skip it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from data.storage.durable import write_atomically
 
 
 class JsonLines:
-    """A file of JSON objects that is only added to; a line is written by one call and flushed at once."""
+    """An append-only file of JSON objects; each line is one write, flushed at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()  # the checkpoint's thread writes events too
+        self._lock = threading.Lock()  # the checkpoint writer's thread writes events too
         self._file = path.open("ab+")
         size = self._file.seek(0, os.SEEK_END)
         if size:
@@ -51,7 +51,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Removes the rows past a step (of a checkpoint) from metrics.jsonl, and half a last line."""
+    """Removes the rows after a checkpoint's step from metrics.jsonl, and half a last line."""
     if path.exists():
         kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step]
         write_atomically(path, "".join(kept))
