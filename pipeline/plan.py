@@ -59,7 +59,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     check_ranks(config, world_size)
     changed = config_changes(Path(config.run.dir), config, command)
     read_errors: list[ReadError] = []
-    storage = Storage(on_fault=read_errors.append)
+    storage = Storage(on_error=read_errors.append)
     train, order = training_set(config, storage)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:

@@ -64,7 +64,7 @@ class NodeCache:
 
     def reread(self, url: str, begin: int, end: int, reason: str) -> bytes:
         """As Storage.reread, from the storage itself."""
-        self._storage.on_fault(ReadError(url, begin, end, 1, reason))
+        self._storage.on_error(ReadError(url, begin, end, 1, reason))
         for number in _blocks(begin, end):
             self._drop(self._path(url, number))
         return self.read(url, begin, end)

@@ -2,7 +2,7 @@
 
 A read gives exactly the bytes that were asked for, or ends within known limits with a DataError that says what was
 tried. Every attempt has a timeout, so neither silence nor a trickle holds a reader. Transient errors (a refused or
-dropped connection, 408, 429, 5xx, a short answer) are retried with growing waits and reported to `on_fault`; others (no
+dropped connection, 408, 429, 5xx, a short answer) are retried with growing waits and reported to `on_error`; others (no
 permission, other 4xx) end at once. The retries of the layers below are switched off.
 
 Threads may share all of this, forked processes may not: fsspec's connections do not survive a fork.
@@ -35,7 +35,7 @@ from data.errors import DataError, UsageError
 from data.storage.durable import write_atomically
 
 MAX_WAIT = 30.0
-WARN_FROM_ATTEMPT = 4
+WARN_AT_ATTEMPT = 4
 """The attempt after which a line is printed, since the run would seem to hang."""
 MIN_BYTES_PER_SECOND = 1 << 20
 """The timeout of an attempt allows for this rate, so it grows with the size of the request."""
@@ -71,7 +71,7 @@ class ByteSource(Protocol):
     def reread(self, url: str, begin: int, end: int, reason: str) -> bytes: ...
 
 
-def _unnoticed(fault: ReadError) -> None:
+def _ignore(error: ReadError) -> None:
     pass
 
 
@@ -80,14 +80,14 @@ class Storage:
     """Reads at any fsspec URL, with `attempts`, seconds for each (and one more a MiB), and seconds for all of them.
 
     Waits begin at `first_wait` seconds and double, up to MAX_WAIT; a part of each is drawn from a checksum, so that
-    ranks do not retry all at once. `on_fault` is called with every attempt that failed.
+    ranks do not retry all at once. `on_error` is called with every attempt that failed.
     """
 
     attempts: int = 10
     attempt_timeout: float = 60.0
     timeout: float = 600.0
     first_wait: float = 0.5
-    on_fault: Callable[[ReadError], None] = _unnoticed
+    on_error: Callable[[ReadError], None] = _ignore
 
     def read(self, url: str, begin: int | None = None, end: int | None = None) -> bytes:
         """Bytes `begin` to `end` of a file, or all of it; DataError where they cannot be had.
@@ -100,7 +100,7 @@ class Storage:
 
     def reread(self, url: str, begin: int, end: int, reason: str) -> bytes:
         """The same range once more, since what came was not what was written, which counts as a fault."""
-        self.on_fault(ReadError(url, begin, end, 1, reason))
+        self.on_error(ReadError(url, begin, end, 1, reason))
         return self.read(url, begin, end)
 
     def with_retries(
@@ -120,12 +120,12 @@ class Storage:
             if _is_fatal(failure, whole=begin is None):
                 kind = NotFound if isinstance(failure, FileNotFoundError | NotADirectoryError) else DataError
                 raise kind(f"{what} cannot be {done}: {reason}") from failure
-            self.on_fault(ReadError(url, begin, end, attempt, reason))
+            self.on_error(ReadError(url, begin, end, attempt, reason))
             wait = self._wait(f"{url} {begin} {end}", attempt)
             if attempt >= self.attempts or spent + wait > self.timeout:
                 last = f"{attempt} attempts in {spent:.0f} s, the last: {reason}"
                 raise DataError(f"{what} cannot be {done}: {last}") from failure
-            if attempt == WARN_FROM_ATTEMPT:
+            if attempt == WARN_AT_ATTEMPT:
                 print(f"{what}: {attempt} attempts failed, the last: {reason}; retrying", file=sys.stderr)
             time.sleep(wait)
         raise AssertionError("count() has no end")

@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_made_is_the_same(server, tmp_path, content, cap
 def test_damage_on_the_way_is_reported_and_does_not_stay_in_the_cache(packed, folder):
     faults: list[ReadError] = []
     with http_server(packed.folder) as server:
-        storage = Storage(on_fault=faults.append)
+        storage = Storage(on_error=faults.append)
         manifest = with_cache(read_manifest(server.url), storage, str(folder), None)
         server.plan = once("damage", ".tar")
         for _ in range(3):

@@ -35,7 +35,7 @@ class Far:
     def __init__(self, server: Server, folder: str, put: Callable[[bytes], None]) -> None:
         self.server, self.folder, self.url, self.put = server, folder, f"{folder}/a.tar", put
         self.faults: list[ReadError] = []
-        self.storage = Storage(attempts=4, attempt_timeout=3.0, first_wait=0.01, on_fault=self.faults.append)
+        self.storage = Storage(attempts=4, attempt_timeout=3.0, first_wait=0.01, on_error=self.faults.append)
         put(CONTENT)
         server.forget()
 
@@ -173,7 +173,7 @@ def test_a_url_whose_package_is_missing_is_refused_with_the_extra_that_brings_it
 def test_damaged_answers_are_read_again_and_reported(packed, suffix):
     with http_server(packed.folder) as server:
         faults: list[ReadError] = []
-        manifest = read_manifest(server.url, Storage(on_fault=faults.append))
+        manifest = read_manifest(server.url, Storage(on_error=faults.append))
         server.plan = once("damage", suffix)
         assert read_ranges(manifest, whole(manifest)) == read_ranges(packed.manifest, whole(packed.manifest))
         assert [fault.url.endswith(suffix) for fault in faults] == [True] * len(manifest.shards)
@@ -207,7 +207,7 @@ def test_an_epoch_from_an_s3_that_fails_has_every_sample_exactly_once(tmp_path, 
     pack(str(tmp_path / "images.tar"), url, **request, overwrite=False, progress=lambda done, total: None)
 
     faults: list[ReadError] = []
-    manifest = read_manifest(url, Storage(on_fault=faults.append, first_wait=0.05))
+    manifest = read_manifest(url, Storage(on_error=faults.append, first_wait=0.05))
     order = Order(0, np.array([shard.samples for shard in manifest.shards]), global_batch=samples // 25, window=8)
     spec = LoaderSpec(0, 1, order.global_batch, 8, torch.device("cpu"), 2)
     plain = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
