@@ -5,7 +5,9 @@ resized crop is that of Inception (Szegedy et al. 2015, section 6): a share of t
 4/3, ten tries, then the largest centred crop within these ratios.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -46,6 +48,9 @@ class AugmentParams:
     flip: NDArray[np.int32]
     operations: NDArray[np.int32]
     signs: NDArray[np.int32]
+
+    def __getitem__(self, part: slice) -> AugmentParams:
+        return AugmentParams(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 def sample_params(

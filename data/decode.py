@@ -24,9 +24,18 @@ from data.augment import AugmentParams
 from data.errors import DataError
 from data.randaugment import FILL, Family, Tables, tables
 
+
+class DecodingFailed(DataError):
+    """DALI failed on a batch, for `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"DALI failed on a batch: {reason}")
+        self.reason = reason
+
+
 Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], AugmentParams]]
 AHEAD = 2
-"""Batches that DALI is working on or has ready, the one handed over included."""
+"""Batches that DALI is working on or has ready (`ahead`), the one handed over included."""
 
 
 class Decoder:
@@ -34,8 +43,8 @@ class Decoder:
 
     `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with AugmentParams of
     `layers` layers, or raises StopIteration; it is called in the iterating thread, a batch ahead. Its other errors are
-    raised as they are, a batch early. DataError if DALI fails; then, as after any error, the decoder gives that error
-    only. Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
+    raised as they are, a batch early. DecodingFailed if DALI fails; after any error the decoder gives that error only.
+    Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class Decoder:
         device_id: int | None,
         threads: int,
         source: Source,
+        ahead: int = AHEAD,
     ) -> None:
         if device == "gpu" and device_id is None:
             device_id = torch.cuda.current_device()
@@ -64,7 +74,7 @@ class Decoder:
             batch_size=batch_size,
             num_threads=threads,
             device_id=device_id if device == "gpu" else None,
-            prefetch_queue_depth=AHEAD,
+            prefetch_queue_depth=ahead,
             enable_conditionals=layers > 0,
         )
 
@@ -85,7 +95,7 @@ class Decoder:
             if error is self._feed.error:
                 self._end = error
                 raise
-            self._end = DataError(f"DALI failed on a batch: {_reason_of(error)}")
+            self._end = DecodingFailed(_reason_of(error))
             raise self._end from error
         return torch.from_dlpack(pixels.as_tensor())[: self._feed.samples.popleft()]
 

@@ -12,11 +12,10 @@ import itertools
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,13 +24,14 @@ import torch
 
 from data import augment
 from data.augment import Augmentation, AugmentParams
-from data.decode import Decoder
+from data.decode import Decoder, Source
+from data.isolation import Inputs, decode_chunks
 from data.memory import DECODED_AT_ONCE
 from data.order import Order, SampleRange, accumulation_steps, positions_of_step, rank_micro_batches
 from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest
 from data.storage.prefetch import ordered_map
-from data.windows import OpenWindows, Place, places_ahead, usable_sample
+from data.windows import Failed, OpenWindows, Place, places_ahead, undecodable, usable_sample
 
 READING_THREADS = 4
 Item = TypeVar("Item")
@@ -99,9 +99,10 @@ def batches_at(
     most = manifest.labels_per_sample
     with _reading_threads() as pool:
         slots = accumulation_steps(order.global_batch // spec.micro_batch, spec.world_size) * spec.micro_batch
-        places = places_ahead(OpenWindows(manifest, order, pool), positions, per_chunk, slots)
-        chunks = map(partial(_assemble, augmentation, seed), places)
-        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most)) as batches:
+        windows = OpenWindows(manifest, order, pool)
+        chunks = map(partial(_assemble, augmentation, seed), places_ahead(windows, positions, per_chunk, slots))
+        substitute = partial(_substitute, windows, augmentation, seed)
+        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most, substitute)) as batches:
             yield batches
 
 
@@ -119,78 +120,119 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
         first = number * spec.micro_batch
         numbers = np.arange(first, min(first + spec.micro_batch, manifest.samples))
         found = read_ranges(manifest, _ranges_between(starts, first, int(numbers[-1]) + 1))
-        good = [(number, sample) for number, sample in zip(numbers, found, strict=True) if isinstance(sample, Sample)]
-        samples = [sample for _, sample in good]
-        params = augment.eval_params(crop_fraction, *_shapes(samples))
-        broken: list[BadSample | None] = [sample for sample in found if isinstance(sample, BadSample)]
-        used = np.array([number for number, _ in good], np.int64)
-        replaced = np.zeros(len(used), bool)
-        return _Chunk(used, samples, [s.key for s in samples], used, replaced, params, broken)
+        return _evaluation_chunk(crop_fraction, numbers, found)
 
     augmentation = Augmentation(crop="none", flip=False, layers=0, magnitude=0.0)  # only its layers matter here
     with _reading_threads() as pool:
         numbers = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
         chunks = ordered_map(pool, read, numbers, 2 * READING_THREADS)
-        with _in_background(lambda: _decode(chunks, augmentation, spec, spec.micro_batch, most)) as batches:
+        leave_out = partial(_leave_out, crop_fraction)
+        with _in_background(lambda: _decode(chunks, augmentation, spec, spec.micro_batch, most, leave_out)) as batches:
             yield batches
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Samples that go through DALI in one run, with their draws."""
+    """Samples that go through DALI in one run, with their draws; fields as in Batch."""
 
     positions: np.ndarray
-    samples: list[Sample]
-    keys: list[str]
+    epochs: np.ndarray
     numbers: np.ndarray
+    keys: list[str]
     replaced: np.ndarray
+    samples: list[Sample]
     params: AugmentParams
     broken: list[BadSample | None]  # by place; in evaluation those that were left out
+    failed: dict[int, Failed]  # by place the samples that DALI failed on there
 
 
 def _assemble(augmentation: Augmentation, seed: int, places: list[Place]) -> _Chunk:
-    found = [usable_sample(place) for place in places]
-    samples = [sample for sample, _ in found]
-    broken = [bad for _, bad in found]
-    keys = [bad.key if bad else sample.key for sample, bad in found]
-    epochs = np.array([place.epoch for place in places])
+    positions, epochs = np.array([(place.position, place.epoch) for place in places]).T
     numbers = np.array([place.window.numbers[place.window.indices[place.row]] for place in places])
+    found = [usable_sample(place) for place in places]
+    return _training_chunk(augmentation, seed, positions, epochs, numbers, found, {})
+
+
+def _training_chunk(
+    augmentation: Augmentation,
+    seed: int,
+    positions: np.ndarray,
+    epochs: np.ndarray,
+    numbers: np.ndarray,
+    found: list[tuple[Sample, BadSample | None]],
+    failed: dict[int, Failed],
+) -> _Chunk:
+    samples, broken = [sample for sample, _ in found], [bad for _, bad in found]
+    keys = [bad.key if bad else sample.key for sample, bad in found]
     params = augment.sample_params(augmentation, seed, epochs, numbers, *_shapes(samples))
     replaced = np.array([bad is not None for bad in broken])
-    positions = np.array([place.position for place in places])
-    return _Chunk(positions, samples, keys, numbers, replaced, params, broken)
+    return _Chunk(positions, epochs, numbers, keys, replaced, samples, params, broken, failed)
+
+
+def _substitute(
+    windows: OpenWindows, augmentation: Augmentation, seed: int, chunk: _Chunk, failures: dict[int, str]
+) -> _Chunk:
+    """The chunk with substitutes for the samples at these places, on which DALI failed for these reasons."""
+    found, failed = list(zip(chunk.samples, chunk.broken, strict=True)), dict(chunk.failed)
+    for i, reason in failures.items():
+        sample = chunk.samples[i]
+        failed[i] = {**failed.get(i, {}), (sample.shard, sample.key): reason}
+        found[i] = windows.substitute(int(chunk.positions[i]), failed[i])
+    return _training_chunk(augmentation, seed, chunk.positions, chunk.epochs, chunk.numbers, found, failed)
+
+
+def _evaluation_chunk(crop_fraction: float | None, numbers: np.ndarray, found: list[Sample | BadSample]) -> _Chunk:
+    used = np.array([n for n, sample in zip(numbers, found, strict=True) if isinstance(sample, Sample)], np.int64)
+    samples = [sample for sample in found if isinstance(sample, Sample)]
+    broken: list[BadSample | None] = [sample for sample in found if isinstance(sample, BadSample)]
+    params = augment.eval_params(crop_fraction, *_shapes(samples))
+    keys, none = [sample.key for sample in samples], np.zeros_like(used)
+    return _Chunk(used, none, used, keys, none.astype(bool), samples, params, broken, {})
+
+
+def _leave_out(crop_fraction: float | None, chunk: _Chunk, failures: dict[int, str]) -> _Chunk:
+    """The chunk without the samples at these places, on which DALI failed for these reasons."""
+    found: list[Sample | BadSample] = [
+        undecodable(sample, failures[i]) if i in failures else sample for i, sample in enumerate(chunk.samples)
+    ]
+    left = _evaluation_chunk(crop_fraction, chunk.numbers, found)
+    return replace(left, broken=[*chunk.broken, *left.broken])
 
 
 def _decode(
-    chunks: Iterator[_Chunk], augmentation: Augmentation, spec: LoaderSpec, at_once: int, most_labels: int
+    chunks: Iterator[_Chunk],
+    augmentation: Augmentation,
+    spec: LoaderSpec,
+    at_once: int,
+    most_labels: int,
+    without: Callable[[_Chunk, dict[int, str]], _Chunk],
 ) -> Iterator[Batch]:
-    """Micro batches of the chunks, through one DALI pipeline that runs ahead."""
-    inside: deque[_Chunk] = deque()
+    """Micro batches of the chunks, through one DALI pipeline that runs ahead; `without` as in decode_chunks."""
 
-    def source() -> tuple[list[np.ndarray], AugmentParams]:
-        inside.append(next(chunks))
-        return [np.frombuffer(sample.image, np.uint8) for sample in inside[-1].samples], inside[-1].params
+    def inputs(chunk: _Chunk) -> Inputs:
+        return [np.frombuffer(sample.image, np.uint8) for sample in chunk.samples], chunk.params
 
-    decoder = Decoder(
-        resolution=spec.resolution,
-        batch_size=at_once,
-        layers=augmentation.layers,
-        magnitude=augmentation.magnitude,
-        device="gpu" if spec.device.type == "cuda" else "cpu",
-        device_id=spec.device.index,
-        threads=spec.threads,
-        source=source,
-    )
-    for images in decoder:
-        chunk = inside.popleft()
+    def make_decoder(source: Source, ahead: int) -> Decoder:
+        return Decoder(
+            resolution=spec.resolution,
+            batch_size=at_once,
+            layers=augmentation.layers,
+            magnitude=augmentation.magnitude,
+            device="gpu" if spec.device.type == "cuda" else "cpu",
+            device_id=spec.device.index,
+            threads=spec.threads,
+            source=source,
+            ahead=ahead,
+        )
+
+    for chunk, images in decode_chunks(chunks, inputs, make_decoder, without):
         labels = _label_rows(chunk.samples, most_labels).to(spec.device)
         shapes = np.stack(_shapes(chunk.samples), axis=1)
         for first in range(0, max(1, len(chunk.samples)), spec.micro_batch):
             part = slice(first, first + spec.micro_batch)
             broken = [bad for bad in chunk.broken[part] if bad is not None]
-            params = AugmentParams(*(getattr(chunk.params, field.name)[part] for field in fields(AugmentParams)))
             places = chunk.positions[part], chunk.keys[part], chunk.numbers[part], chunk.replaced[part]
-            yield Batch(images[part], labels[part], *places, broken, shapes[part], params)
+            yield Batch(images[part], labels[part], *places, broken, shapes[part], chunk.params[part])
 
 
 def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]]:

@@ -108,3 +108,12 @@ def available_in_group(folder: Path) -> int | None:
     _, usage, inactive = next(names for names in _OF_GROUPS if (folder / names[0]).exists())
     facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return most - int((folder / usage).read_text()) + int(facts[inactive])
+
+
+MESSAGES = ("out of memory", "allocate memory", "enough memory", "bad_alloc", "allocation failed", "ALLOC_FAILED")
+"""Of the allocators of torch (the CPU's raises a mere RuntimeError), C++, CUDA's libraries and DALI."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in MESSAGES)

@@ -37,6 +37,7 @@ _HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x B 166x")  # name, size, chec
 class Sample:
     """An image as its encoded bytes, with the numbers of its classes; `height` and `width` are those it decodes to."""
 
+    shard: str
     key: str
     image: bytes
     labels: tuple[int, ...]
@@ -142,7 +143,7 @@ def _sample(parsed: dict[str, Any], row: np.void, manifest: Manifest, shard: str
             _, height, width = examine(image)
         except Undecodable as undecodable:
             return BadSample(shard, key, str(undecodable))
-    return Sample(key, image, labels, height, width)
+    return Sample(shard, key, image, labels, height, width)
 
 
 def _keys(manifest: Manifest, sample_range: SampleRange) -> list[str]:

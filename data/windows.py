@@ -6,8 +6,9 @@ window; a window without a good one takes substitutes from its neighbours, elsew
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ NEIGHBOURS = 8
 """Windows that are tried instead of one without a good sample."""
 
 Found = list[Sample | BadSample]
+Failed = Mapping[tuple[str, str], str]
+"""By shard and key the samples that DALI failed on, and why."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,23 @@ class OpenWindows:
         if row_in_window == window.samples - 1:
             del self._open[epoch, slot]
         return Place(position, epoch, opened, row_in_window)
+
+    def substitute(self, position: int, failed: Failed) -> tuple[Sample, BadSample]:
+        """What replaces the sample of a position on which DALI failed, and why: the next good one that did not fail.
+
+        It reads the window once more, which may be closed, and its neighbours if need be; DataError where all failed.
+        """
+        number, g = self.order.place(position)
+        epoch = self.order.epoch(number)
+        window, index = epoch.window_at(g), int(epoch.index_in_window(np.array([g]))[0])
+        found, substitutes = _read_window(self.manifest, self.order, window)
+        own = found[index]
+        bad = own if isinstance(own, BadSample) else undecodable(own, failed[own.shard, own.key])
+        neighbours = (read_ranges(self.manifest, each.ranges) for each in _neighbours(self.order, window))
+        for other in itertools.chain(_following(substitutes, index), itertools.chain.from_iterable(neighbours)):
+            if isinstance(other, Sample) and (other.shard, other.key) not in failed:
+                return other, bad
+        raise DataError(f"{bad.shard}: {bad.key}: {bad.reason}; no sample of {1 + NEIGHBOURS} windows can replace it")
 
     def release(self, places: list[Place]) -> None:
         """Notes that these places were used; with its last place a window is released."""
@@ -140,5 +160,15 @@ def usable_sample(place: Place) -> tuple[Sample, BadSample | None]:
     sample = found[index]
     if isinstance(sample, Sample):
         return sample, None
-    following = (substitutes[(index + step) % len(substitutes)] for step in range(len(substitutes)))
-    return next(other for other in following if isinstance(other, Sample)), sample
+    return next(other for other in _following(substitutes, index) if isinstance(other, Sample)), sample
+
+
+def undecodable(sample: Sample, reason: str) -> BadSample:
+    """A sample that passed every check, and on which DALI fails."""
+    return BadSample(sample.shard, sample.key, f"DALI does not decode it: {reason}")
+
+
+def _following(samples: Found, index: int) -> Found:
+    """The samples from one on, and around."""
+    first = index % len(samples)
+    return [*samples[first:], *samples[:first]]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from data.augment import AugmentParams
     from models.coatnet import CoAtNet
 
 
@@ -110,36 +108,44 @@ def predictions(
     import torch
 
     from data import augment
-    from data.decode import Decoder
+    from data.decode import Decoder, Source
+    from data.isolation import Inputs, decode_chunks
     from pipeline.training.model import normalize
 
-    size, pending = config.train.micro_batch, deque[list[Image]]()
-    parts = iter([files[first : first + size] for first in range(0, len(files), size)])
+    size = config.train.micro_batch
+    parts = ([read(file) for file in files[first : first + size]] for first in range(0, len(files), size))
 
-    def source() -> tuple[list[np.ndarray], AugmentParams]:
-        pending.append([read(file) for file in next(parts)])
-        good = [image for image in pending[-1] if image.error is None]
+    def inputs(images: list[Image]) -> Inputs:
+        good = [image for image in images if image.error is None]
         heights, widths = [image.height for image in good], [image.width for image in good]
         params = augment.eval_params(config.evaluate.crop_fraction, heights, widths)
         return [np.frombuffer(image.encoded, np.uint8) for image in good], params
 
-    decoder = Decoder(
-        resolution=config.model.resolution,
-        batch_size=size,
-        layers=0,
-        magnitude=0.0,
-        device="gpu" if device.type == "cuda" else "cpu",
-        device_id=device.index,
-        threads=len(os.sched_getaffinity(0)),
-        source=source,
-    )
+    def make_decoder(source: Source, ahead: int) -> Decoder:
+        return Decoder(
+            resolution=config.model.resolution,
+            batch_size=size,
+            layers=0,
+            magnitude=0.0,
+            device="gpu" if device.type == "cuda" else "cpu",
+            device_id=device.index,
+            threads=len(os.sched_getaffinity(0)),
+            source=source,
+            ahead=ahead,
+        )
+
+    def without(images: list[Image], failures: dict[int, str]) -> list[Image]:
+        good = [i for i, image in enumerate(images) if image.error is None]
+        failed = {good[place]: f"does not decode: {reason}" for place, reason in failures.items()}
+        return [replace(image, error=failed.get(i, image.error)) for i, image in enumerate(images)]
+
     sigmoid = config.train.loss == "sigmoid"
-    for pixels in decoder:
+    for part, pixels in decode_chunks(parts, inputs, make_decoder, without):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             logits = network(normalize(pixels)).float() if len(pixels) else torch.zeros(0, len(names))
         best = (logits.sigmoid() if sigmoid else logits.softmax(1)).topk(min(top, len(names)), dim=1)
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        for image in pending.popleft():
+        for image in part:
             pairs = zip(*next(rows), strict=True) if image.error is None else ()
             classes = [{"class": names[number], "probability": value} for value, number in pairs]
             error = {} if image.error is None else {"error": image.error}

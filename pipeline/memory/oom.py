@@ -25,9 +25,6 @@ from pipeline.memory.activations import estimates
 from pipeline.memory.suggest import MARGIN, suggest_settings
 from pipeline.run.events import Events
 
-MESSAGES = ("out of memory", "allocate memory", "enough memory", "bad_alloc", "allocation failed", "ALLOC_FAILED")
-"""Of the allocators of torch (the CPU's raises a mere RuntimeError), C++, CUDA's libraries and DALI."""
-
 
 @contextmanager
 def explain_oom(config: Config, classes: int) -> Iterator[None]:
@@ -51,10 +48,8 @@ def explain_oom(config: Config, classes: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had."""
-    if isinstance(error, RunFailed | Interrupted):
-        return False
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in MESSAGES)
+    """Whether an error that is not reported yet says that memory could not be had."""
+    return not isinstance(error, RunFailed | Interrupted) and memory.is_out_of_memory(error)
 
 
 def _explanation(config: Config, classes: int, error: BaseException, usable: int, device: str) -> str:

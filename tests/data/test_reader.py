@@ -211,7 +211,7 @@ def test_an_unmarked_sample_is_decoded_before_it_counts(packed, by_hand, tmp_pat
     image = packed.originals["bee/1"].encoded
     manifest = by_hand(tmp_path, [{"png": image, "cls": b"0"}, {"png": image[:-30], "cls": b"0"}], 1, 0)
     good, bad = read_ranges(manifest, [SampleRange(0, 0, 2)])
-    assert good == Sample("0000", image, (0,), 24, 25)
+    assert good == Sample("shard-000000.tar", "0000", image, (0,), 24, 25)
     assert isinstance(bad, BadSample) and (bad.shard, bad.key) == ("shard-000000.tar", "0001")
 
 

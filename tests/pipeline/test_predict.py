@@ -15,8 +15,10 @@ from data.packing.sources import list_source
 from data.shards.manifest import read_manifest
 from pipeline.checkpoint import weights
 from pipeline.checkpoint.weights import WeightsFile
+from pipeline.commands import predict as commands
 from pipeline.commands.predict import image_files, predict, read
 from pipeline.errors import UsageError
+from tests.data import test_isolation
 from tests.pipeline.networks import export_network, tiny
 from tests.pipeline.runs import coatnet
 
@@ -72,6 +74,18 @@ def test_what_does_not_decode_is_in_its_place_with_an_error(
     assert done.returncode == 1 and done.stdout.count("\n") == 1 and done.stdout.count(" %") == 5
     (warning,) = [line for line in done.stderr.splitlines() if line.startswith("left out")]
     assert f"{tmp_path}/c.jpg" in warning
+
+
+def test_a_file_that_only_dali_cannot_decode_is_named_too(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, contents in {"a.ppm": test_isolation.image(1), "b.tif": test_isolation.signed_tiff(1)}.items():
+        (tmp_path / name).write_bytes(contents)
+    size = test_isolation.SIDE
+    monkeypatch.setattr(commands, "read", lambda file: commands.Image(file, file.read_bytes(), size, size))
+    first, second = predicted(capsys, exported, tmp_path, status=1)
+    assert len(first["predictions"]) == 5 and "error" not in first
+    assert second["predictions"] == [] and second["error"].startswith("does not decode")
 
 
 def test_with_the_sigmoid_loss_each_class_has_an_independent_probability(
