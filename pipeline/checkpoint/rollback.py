@@ -1,7 +1,7 @@
 """Rollback to a checkpoint, and past the samples that made the loss bad.
 
 A rollback begins a new attempt of the run, in the same processes. Its record has the steps that are skipped from now
-on, and not the checkpoints after the one that it goes back to. So every later start skips the same steps and resumes
+on, and not the checkpoints after its target. So every later start skips the same steps and resumes
 from none of those. They are moved to RUN/checkpoints/abandoned, until the next rollback.
 """
 

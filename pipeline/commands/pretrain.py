@@ -84,7 +84,7 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
         return 0
     samples = config.data.train_samples
     lines = training_summary(config.model, config.train, config.zero, classes, counts, procs, samples)
-    print("good:", "\n".join(lines))
+    print("valid:", "\n".join(lines))
     if config.model.classes is None:
         print(f"model.classes is null: {classes:,} classes are assumed until the data is read")
     if wasted := padding_share(config.train, procs):

@@ -24,7 +24,7 @@ def training_summary(
 ) -> Iterator[str]:
     """The lines; of the length only what is known where the training set's samples are not."""
     yield (
-        f"{model.name or 'a spelled-out CoAtNet'}, {model.resolution} x {model.resolution},"
+        f"{model.name or 'custom CoAtNet'}, {model.resolution} x {model.resolution},"
         f" {pluralize(classes, 'class', 'classes')}: {format_si(counts.parameters)} parameters,"
         f" {format_si(counts.multiply_adds)} multiply-adds an image"
     )

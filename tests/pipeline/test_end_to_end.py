@@ -66,7 +66,7 @@ def copy(undisturbed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(undisturbed, tmp_path / "run"))
 
 
-def test_every_epoch_has_every_sample_once_and_steps_are_the_same_on_one_rank_and_on_two(
+def test_epochs_have_every_sample_once_and_steps_are_alike_on_one_rank_and_two(
     undisturbed: Path, request_of: Callable[..., list[object]], digits: Path, tmp_path: Path
 ) -> None:
     alone = coatnet(*request_of(tmp_path / "alone", procs=1))
@@ -122,7 +122,7 @@ def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Call
     assert contents(copy) == before
 
 
-def test_a_longer_run_with_another_learning_rate_on_one_rank_resumes_and_says_what_changed(
+def test_a_longer_run_with_another_learning_rate_resumes_and_reports_the_change(
     copy: Path, undisturbed: Path, request_of: Callable[..., list[object]]
 ) -> None:
     longer = coatnet(*request_of(copy, f"train.steps={STEPS + 4}", "optim.learning_rate=1e-3", procs=1))
@@ -277,7 +277,7 @@ def test_check_needs_no_data_and_says_what_would_be_trained() -> None:
     assert good.returncode == 0 and "2 micro batches of 32, 1 pass on 2 ranks" in good.stdout
 
 
-def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_tells_of_the_reads_it_made_again(
+def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_records_retries(
     undisturbed: Path, digits: Path, request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
     """5 % of the requests are refused, 1 % dropped half-way."""

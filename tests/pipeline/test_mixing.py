@@ -108,7 +108,7 @@ def job(digits: Path, name: str) -> dict[str, Any]:
     return {"arguments": ["configs/tiny.yaml", *data, *length, *recipe, *precise]}
 
 
-def test_a_run_with_mixup_and_the_sigmoid_loss_resumes_as_itself_and_is_the_same_on_one_rank_and_two(
+def test_mixup_with_the_sigmoid_loss_resumes_alike_on_one_rank_and_on_two(
     digits: Path,
 ) -> None:
     whole, again, shared = (digits / name for name in ("whole", "again", "shared"))

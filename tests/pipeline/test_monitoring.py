@@ -100,7 +100,7 @@ def test_the_arithmetic_of_a_run() -> None:
     config = read_config(TINY, ["train.global_batch=1024", "train.epochs=1.5", "zero.stage=2", "train.micro_batch=64"])
     counts = count_model(config.model, config.train, 1)
     assert list(training_summary(config.model, config.train, config.zero, 1, counts, 3, 1437)) == [
-        "a spelled-out CoAtNet, 32 x 32, 1 class: 278 k parameters, 15.6 M multiply-adds an image",
+        "custom CoAtNet, 32 x 32, 1 class: 278 k parameters, 15.6 M multiply-adds an image",
         "1,024 samples a step: 16 micro batches of 64, 6 passes on 3 ranks",
         "3 steps: 3,072 samples, 2.138 epochs of 1,437",
         "each rank holds at ZeRO stage 2, beside activations: weights 1.11 MB, gradients 371 kB, optimizer states"
@@ -223,7 +223,7 @@ def watched(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder / "run", folder / "again", starts
 
 
-def test_a_second_training_of_the_same_configuration_has_the_same_metrics_bit_for_bit(watched: Any) -> None:
+def test_a_second_training_with_the_same_configuration_has_the_same_metrics(watched: Any) -> None:
     run, again, _ = watched
     assert curve(run) == curve(again)
     assert len([row for row in rows(run / "metrics.jsonl") if "top1" in row]) == 2
@@ -236,7 +236,7 @@ def test_two_starts_are_one_curve_in_tensorboard(watched: Any) -> None:
     assert len(list((run / "tensorboard").iterdir())) == 2
 
 
-def test_two_starts_are_one_run_of_weights_and_biases_with_all_steps_and_nothing_of_the_machine(watched: Any) -> None:
+def test_two_attempts_are_one_wandb_run_with_all_steps_and_no_machine_data(watched: Any) -> None:
     run, _, starts = watched
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     identity = json.loads((run / "wandb.json").read_text())["id"]

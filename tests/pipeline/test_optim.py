@@ -47,7 +47,7 @@ def test_cosine_and_linear_are_half_way_down_in_the_middle():
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (5, 5), (10, 5), (4, 5)])
-def test_runs_that_are_hardly_longer_than_their_warm_up_have_rates_from_0_to_the_peak(warmup, steps):
+def test_runs_hardly_longer_than_their_warm_up_have_rates_from_0_to_the_peak(warmup, steps):
     optim = Optim(learning_rate=2, final_learning_rate=1, warmup_steps=warmup)
     assert all(0 < learning_rate(optim, step, steps) <= 2 for step in range(steps))
 
@@ -58,7 +58,7 @@ def test_the_averages_decay_warms_up_to_its_value_and_no_further():
     assert decays_of_steps == sorted(decays_of_steps) and decays_of_steps[-1] == 0.9
 
 
-def test_every_parameter_is_in_exactly_one_group_and_biases_norms_and_bias_tables_do_not_decay():
+def test_biases_norms_and_bias_tables_do_not_decay_and_each_parameter_has_a_group():
     model = coatnet("coatnet_0", classes=3, resolution=32)
     decaying, exempt = parameter_groups(model, 0.3)
     assert (decaying["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
@@ -95,7 +95,7 @@ OPTIONS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "fused": True}
 
 
 @pytest.mark.parametrize("averaging", [True, False])
-def test_the_weights_and_moments_are_torchs_adamw_to_the_bit_whether_or_not_they_are_averaged(averaging):
+def test_weights_and_moments_are_torchs_adamw_to_the_bit_with_or_without_ema(averaging):
     mine, theirs = small_model(), small_model()
     optimizer = AdamWWithEma(parameter_groups(mine, 0.1), **OPTIONS)
     oracle = torch.optim.AdamW(parameter_groups(theirs, 0.1), **OPTIONS)

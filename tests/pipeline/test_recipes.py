@@ -126,7 +126,7 @@ def test_where_a_preset_differs_from_the_table_it_is_weak_and_not_off(preset: st
 
 
 @pytest.mark.parametrize("preset", FINETUNING)
-def test_fine_tuning_finds_every_augmentation_and_stochastic_depth_in_its_pretraining(preset: str) -> None:
+def test_fine_tuning_uses_only_augmentations_that_pretraining_had(preset: str) -> None:
     here, before = config_of(preset), config_of(source_of(preset))
     ancestors = [lineage_entry(before, 1, [])]
     assert check_new_augmentations(here, ancestors) == [] and lineage_warning(here, ancestors) is None

@@ -209,7 +209,7 @@ def test_passes_without_a_micro_batch_count_for_nothing_whatever_they_compute(wi
         check_bit_equal(wide / f"poisoned-{stage}-{narrow}", wide / f"fp32-{stage}-{narrow}")
 
 
-def test_batch_norm_groups_on_several_ranks_are_those_of_a_plain_loop_with_larger_micro_batches(wide: Path) -> None:
+def test_batch_norm_groups_across_ranks_are_those_of_larger_micro_batches(wide: Path) -> None:
     larger = job(wide, "plain", "train.steps=4", "train.micro_batch=24")["arguments"]
     for stage in STAGES:
         check_agrees(wide, f"grouped-{stage}", *plain_loop(larger))
@@ -282,7 +282,7 @@ def test_bf16_is_the_plain_loop_within_its_own_rounding_and_resumes_to_the_bit(r
 
 
 @pytest.mark.torture
-def test_four_ranks_at_every_stage_offloaded_and_compiled_ones_are_the_plain_loop_too(runs: Path, plain: Curve) -> None:
+def test_four_ranks_at_every_stage_offloaded_and_compiled_are_the_plain_loop(runs: Path, plain: Curve) -> None:
     """Optimizer states in the host's memory change no bit."""
     folder = runs
     jobs: dict[int, list[dict[str, Any]]] = {4: [], 3: [], 1: []}
