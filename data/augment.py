@@ -35,6 +35,10 @@ class Augmentation:
     magnitude: float
 
 
+NONE = Augmentation(crop="none", flip=False, layers=0, magnitude=0.0)
+"""What evaluation does beside its crop, and what the originals of a preview show."""
+
+
 @dataclass(frozen=True)
 class AugmentParams:
     """What is done to each of n samples, in this order: crop, flip, one operation per layer.

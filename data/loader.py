@@ -122,12 +122,11 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
         found = read_ranges(manifest, _ranges_between(starts, first, int(numbers[-1]) + 1))
         return _evaluation_chunk(crop_fraction, numbers, found)
 
-    augmentation = Augmentation(crop="none", flip=False, layers=0, magnitude=0.0)  # only its layers matter here
     with _reading_threads() as pool:
         numbers = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
         chunks = ordered_map(pool, read, numbers, 2 * READING_THREADS)
         leave_out = partial(_leave_out, crop_fraction)
-        with _in_background(lambda: _decode(chunks, augmentation, spec, spec.micro_batch, most, leave_out)) as batches:
+        with _in_background(lambda: _decode(chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)) as batches:
             yield batches
 
 

@@ -195,9 +195,9 @@ def tables(magnitude: float, resolution: int) -> Tables:
     tones, rows = np.unique(curves, axis=0, return_inverse=True)
     matrices = [np.array(effect.matrix(s, resolution), np.float32) for effect, s in grid]
     return Tables(
-        family=np.array([effect.family for effect, _ in grid], np.int32).reshape(15, 2),
-        matrix=np.stack(matrices).reshape(15, 2, 3, 3),
-        factor=np.array([s.factor for _, s in grid], np.float32).reshape(15, 2),
-        tone=(rows.reshape(15, 2) * 256).astype(np.int16),
+        family=np.array([effect.family for effect, _ in grid], np.int32).reshape(-1, 2),
+        matrix=np.stack(matrices).reshape(-1, 2, 3, 3),
+        factor=np.array([s.factor for _, s in grid], np.float32).reshape(-1, 2),
+        tone=(rows.reshape(-1, 2) * 256).astype(np.int16),
         tones=tones.reshape(-1),
     )

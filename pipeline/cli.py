@@ -51,7 +51,7 @@ Crop = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
-MegabytesPerShard = Annotated[int, typer.Option(min=1, help="about the most MiB of a shard")]
+MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
 @app.command(epilog="Example: coatnet pretrain configs/tiny.yaml --procs 2 run.dir=runs/tiny data.train=digits/train")
@@ -201,7 +201,7 @@ def pack(
     classes: Annotated[
         str | None, typer.Option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
     ] = None,
-    resize: Annotated[int | None, typer.Option(min=1, help="make larger shorter sides that long, as JPEG")] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="downscale to this shorter side, as JPEG")] = None,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="of resized images; default 92")] = None,
     samples_per_shard: SamplesPerShard = 10_000,
     mib_per_shard: MegabytesPerShard = 256,
@@ -281,7 +281,7 @@ def main() -> None:
         gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
         raise
     except KeyboardInterrupt:
-        print("coatnet: stopped by Ctrl-C; the same command begins again, or resumes", file=sys.stderr)
+        print("coatnet: stopped by Ctrl-C; run the same command to begin again or resume", file=sys.stderr)
         sys.exit(3)
     except Exception as error:
         sys.exit(_report(error))

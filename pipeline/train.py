@@ -4,10 +4,10 @@
     coatnet pretrain configs/tiny.yaml --procs 2              # two ranks on this machine
     torchrun --nproc-per-node 8 -m pipeline.cli pretrain ...  # any launcher that sets RANK and WORLD_SIZE
 
-A step is one global batch of `global_batch / micro_batch` micro batches, dealt to the ranks, and takes as many
-accumulation steps as the rank with the most of them needs. Nothing here draws random numbers from a generator with
-state, so a run that resumes from a checkpoint at step k is, from there on, the run that was never interrupted, on any
-number of ranks.
+A step is one global batch of `global_batch / micro_batch` micro batches, distributed over the ranks; it takes as many
+accumulation steps as the busiest rank needs. No random number comes from a generator with state: a run that resumes
+from a checkpoint at step k continues as if it had never been interrupted, on as many ranks to the bit, on others up to
+the rounding of sums.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from pipeline.training.step_events import record_epochs, record_step
 
 
 def micro_batch_loss(engine: Any, batch: Batch, config: Config, classes: int, drop_rates: list[float]) -> torch.Tensor:
-    """The forward pass: the mean loss of a micro batch, which mixup and stochastic depth alter by its place alone."""
+    """The forward pass: the mean loss of a micro batch. What is drawn in it depends only on its stream positions."""
     seed, images, targets = config.run.seed, normalize(batch.images), batch.labels
     if config.augment.mixup:
         targets = one_hot(targets, classes, config.train.loss)
@@ -66,8 +66,9 @@ def train(
 ) -> None:
     """Trains to the plan's last step, from the newest good checkpoint if there is one.
 
-    `initial_weights` gives the weights of a new run (fine-tuning; else they are drawn), `ancestors` are the runs that
-    they come from. Interrupted where a signal asked to stop.
+    `initial_weights` gives the weights of a new run when fine-tuning (else they are drawn), `ancestors` lists the runs
+    that they come from (lineage.py), `forward` is replaced where faults are injected. Raises Interrupted if a signal
+    requested a stop.
     """
     with begin_attempt(config, plan) as attempt:
         model = deepspeed_engine.build_initial_model(config, plan, attempt.device, initial_weights)
@@ -95,7 +96,7 @@ def train_steps(
     checkpoints: Checkpointer,
     forward: Forward,
 ) -> bool:
-    """Trains from `state` to the plan's last step; False where the loss guard rolled back before it."""
+    """Trains from `state` to the plan's last step; returns False after a rollback."""
     model, events, log = engine.module, attempt.events, attempt.console.print
     drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
     micro_batches_per_step, accumulation_steps = micro_batches_of(config.train), engine.gradient_accumulation_steps()
@@ -132,7 +133,7 @@ def train_steps(
                     loss = forward(engine, batch, config, len(plan.train.classes), drop_rates)
                     if not padding:
                         report.add_loss(loss)
-                    if number == accumulation_steps - 1:  # NaN times a bad loss: DeepSpeed drops that gradient
+                    if number == accumulation_steps - 1:  # the gate is NaN for a bad loss: no gradient
                         loss = loss * state.guard.gate(report.all_reduce())
                     engine.backward(gradient_scale * loss)
                     engine.step()
@@ -141,7 +142,7 @@ def train_steps(
             # Applied, skipped or rolled back: the same verdict on every rank.
             totals, applied = report.totals(), engine.was_step_applied()
             verdict, reason, state.guard = state.guard.update(step + 1, totals.mean_loss, applied)
-            assert applied == (verdict is Verdict.APPLY), f"step {step + 1} was applied, and yet {reason}"
+            assert applied == (verdict is Verdict.APPLY), f"step {step + 1} was applied although {reason}"
             if totals.superseded:
                 attempt.raise_if_superseded()
             ema.sync_batch_norm(model, apply=applied)
@@ -173,11 +174,11 @@ def train_steps(
             if totals.stop and not last:
                 checkpoints.wait()
                 attempt.record_interruption(state.step)
-                checkpoints.close_on_rank_zero()
+                checkpoints.close()
                 raise Interrupted(f"stopped after step {state.step} of {plan.steps}; run the same command to resume")
     return True
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """Whether what is done every `every` steps is done after this one."""
+    """Whether something due every `every` steps is due after this one."""
     return every is not None and step % every == 0

@@ -241,7 +241,7 @@ def requeue_job(run: Path, slurm: Slurm, allocation: Allocation, decision: Decis
         return 1
     facts = scheduler.parse_record(scheduler.ask_with_retries("scontrol", "-o", "show", "job", allocation.job))
     if (facts["JobState"], facts["Restarts"]) != ("RUNNING", str(allocation.restart)):
-        log(run, "cancelled, or started again, meanwhile: this start does nothing more")
+        log(run, "the job was cancelled or restarted in the meantime; exiting")
         return 1
     min_nodes = slurm.min_nodes or slurm.nodes
     exclude = decision.exclude if len(usable_nodes() - set(decision.exclude)) >= min_nodes else ()

@@ -122,7 +122,7 @@ def requeue_decision(cause: Cause, ended: Sequence[JobStart], max_restarts: int,
     if cause is Cause.CANCELLED:
         return Decision(False, "cancelled; it resumes when it is submitted again")
     if cause is Cause.BAD_REQUEST:
-        return Decision(False, "the request is wrong, and would be again")
+        return Decision(False, "the request is invalid, and a restart would not change that")
     if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT):
         return Decision(True, f"{cause}: it resumes")
     if cause is Cause.NODE_LOST:

@@ -37,7 +37,7 @@ def status(paths: list[Path], as_json: bool, watch: bool) -> int:
     else:
         _console().print(_render(statuses, single))
     if problem:
-        print(f"coatnet: {problem}; shown is what the runs' folders say", file=sys.stderr)
+        print(f"coatnet: {problem}; showing what the runs' folders have", file=sys.stderr)
     return 1 if problem else 0
 
 

@@ -171,7 +171,7 @@ def _common_folder(urls: Sequence[str]) -> str:
     levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
     folder = "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
     if folder.endswith((":", ":/")):
-        raise UsageError(f"{urls[0]} and {urls[-1]} lie in no folder together; index them apart")
+        raise UsageError(f"{urls[0]} and {urls[-1]} have no common folder; index them separately")
     return folder or "/"
 
 

@@ -276,7 +276,7 @@ def _warn_without_ranges(server: str) -> None:
     if server not in _without_ranges:
         _without_ranges.add(server)
         print(
-            f"{server} gives whole files only: they are kept in {tempfile.gettempdir()}, up to"
+            f"{server} does not support ranged reads: whole files are kept in {tempfile.gettempdir()}, up to"
             f" {WHOLE_FILES_BYTES >> 30} GiB a process; a server that knows Range requests would be much faster",
             file=sys.stderr,
         )

@@ -23,7 +23,7 @@ from pipeline.training.state import TrainState
 
 
 class Checkpointer:
-    """Moves an engine's tensors and a TrainState to and from RUN/checkpoints. Every method is collective."""
+    """Moves an engine's tensors and a TrainState to and from RUN/checkpoints; every rank calls every method."""
 
     def __init__(
         self, engine: Any, config: Config, plan: Plan, ancestors: list[dict[str, Any]], events: Events
@@ -69,11 +69,11 @@ class Checkpointer:
         self._writer.wait()
 
     def close(self) -> None:
-        """Returns once the last checkpoint is durable and mirrored, and superseded ones are removed."""
-        self._writer.close()
+        """Returns once the last checkpoint is durable and mirrored, and superseded ones are removed.
 
-    def close_on_rank_zero(self) -> None:
-        """`close`, for which all ranks wait: the first that ends with an exit status ends the others."""
+        All ranks wait for rank 0, which mirrors: a launcher ends the others soon after the first one.
+        """
+        pause()
         from_rank_zero(self._writer.close)
 
     def path(self, step: int) -> Path:

@@ -8,7 +8,7 @@ from none of those. They are moved to RUN/checkpoints/abandoned, until the next 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,6 @@ def load_rollbacks(run: Path, state: Mapping[str, Any] | None) -> list[RollbackR
     """All rollbacks of a run, in order: from its records, and from a checkpoint's state, which may come without."""
     of_checkpoint = state.get("rollbacks", []) if state else []
     return list(dict.fromkeys(RollbackRecord(**each) for each in [*of_checkpoint, *recorded_rollbacks(run)]))
-
-
-def skipped_steps(history: Iterable[RollbackRecord]) -> set[int]:
-    """The numbers (from 0) of the steps that are skipped."""
-    return {step for each in history for step in range(each.first - 1, each.last)}
 
 
 def _discard(writer: CheckpointWriter, after: int) -> None:

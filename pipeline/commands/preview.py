@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.augment import Augmentation, describe_params
+from data.augment import NONE, Augmentation, describe_params
 from data.loader import Batch, LoaderSpec, batches_at
 from data.order import Order
 from data.shards.manifest import Manifest
@@ -65,7 +65,7 @@ def sheet_items(config: Config, samples: int, epoch: int) -> list[SheetItem]:
     first = -(-epoch * order.samples // size)
     positions = range(first * size, (first + -(-samples // size)) * size)
     drawn = augmentation(config.augment)
-    plain = replace(drawn, crop="center", flip=False, layers=0)
+    plain = replace(NONE, crop="center")
     pairs = zip(*(_batches(config, manifest, order, each, positions) for each in (plain, drawn)), strict=True)
     return [item for before, after in pairs for item in _items(config, manifest.classes, before, after)][:samples]
 

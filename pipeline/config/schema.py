@@ -183,8 +183,8 @@ class Train(Section):
         if self.micro_batch % group and group % self.micro_batch:
             groups = ("train.batch_norm_group", divisors(self.micro_batch)[1:], group)
             raise ValueError(
-                f"train.micro_batch={self.micro_batch} holds no whole groups of train.batch_norm_group={group}, nor a"
-                f" group whole micro batches; {suggest(groups, micro_batches)}"
+                f"train.micro_batch={self.micro_batch} and train.batch_norm_group={group}: one must divide the"
+                f" other; {suggest(groups, micro_batches)}"
             )
         if self.global_batch % group:
             fitting = [each for each in divisors(self.global_batch)[1:] if each % self.micro_batch == 0]

@@ -46,9 +46,9 @@ def check_run_folder(run: str) -> list[Check]:
         detail = f"{run} cannot be written: {error.strerror or error}"
         return [Check("run.dir", "broken", detail, "choose another folder with run.dir=..., or make this one writable")]
     if locks:
-        return [Check("run.dir", "ok", f"{place}: renames replace, locks hold", figures=figures)]
+        return [Check("run.dir", "ok", f"{place}: atomic renames and file locks work", figures=figures)]
     advice = "never start one run twice at a time: the newer start continues, and the older one ends"
-    return [Check("run.dir", "note", f"{place}: renames replace, but there are no file locks", advice, figures)]
+    return [Check("run.dir", "note", f"{place}: atomic renames work, file locks do not", advice, figures)]
 
 
 def check_dataset(key: str, url: str) -> list[Check]:

@@ -43,7 +43,7 @@ def explain_oom(config: Config, classes: int) -> Iterator[None]:
             message = _explanation(config, classes, error, usable, "cuda" if on_gpu else "cpu")
         except MemoryError:
             rank = rank_and_world_size()[0]
-            raise RunFailed(f"rank {rank} ran out of memory, too far to compute what would fit") from None
+            raise RunFailed(f"rank {rank} ran out of memory, too little is left to compute what would fit") from None
         raise RunFailed(message) from None
 
 
@@ -65,7 +65,7 @@ def _explanation(config: Config, classes: int, error: BaseException, usable: int
         facts |= {"needed_bytes": needed.components, "activations": activations.peak, "fits": fits}
         largest = sorted(needed.components.items(), key=lambda item: -item[1])[:3]
         parts = ", ".join(f"{component} {format_bytes(count)}" for component, count in largest)
-        lines.append(f"needed, by estimate: {format_bytes(needed.total)} ({parts}), and {MARGIN:.0%} beside tensors")
+        lines.append(f"needed, by estimate: {format_bytes(needed.total)} ({parts}), plus {MARGIN:.0%} of overhead")
         lines.append(f"usable by this rank: {format_bytes(usable)}")
         options = [f"{suggestion} ({format_bytes(suggestion.bytes)})" for suggestion in suggestions]
         lines.append(f"would fit: {', or '.join(options) or 'nothing; take a device with more memory'}")

@@ -47,7 +47,7 @@ class RunLocked(UsageError):
     """Another process holds the run."""
 
     def __init__(self, run: Path, holder: LockHolder) -> None:
-        super().__init__(f"run.dir={run}: this run is alive ({holder}); end it first, or choose another run.dir")
+        super().__init__(f"run.dir={run}: already running ({holder}); end it first, or choose another run.dir")
         self.holder = holder
 
 

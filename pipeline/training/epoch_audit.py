@@ -66,8 +66,8 @@ class EpochAudit:
             events.write("epoch_finished", epoch=epoch, each_once=once, **counts)
             if not once:
                 raise RunFailed(
-                    f"epoch {epoch}: {used.used + used.skipped:,} samples were taken, and not each of"
-                    f" {self._samples:,} once: a fault of this program, or data.train was changed in place;"
+                    f"epoch {epoch}: {used.used + used.skipped:,} samples were taken, but not each of"
+                    f" {self._samples:,} exactly once: a bug in this program, or data.train was changed in place;"
                     " log.samples=true records which are taken"
                 )
             lines.append(summary_line(epoch, used, self._samples))

@@ -146,7 +146,7 @@ def test_whole_files_are_fetched_once_from_a_server_without_ranges(tmp_path, cap
                 )
         assert Counter(request.path for request in server.requests) == {"/a": 2, "/b": 1}
         message = capsys.readouterr().err
-    assert message.count("\n") == 1 and f"{server.url} gives whole files only" in message
+    assert message.count("\n") == 1 and f"{server.url} does not support ranged reads: whole files are kept" in message
 
 
 def test_a_refused_write_is_made_again(s3):

@@ -54,6 +54,6 @@ def test_an_epoch_ends_with_a_line_in_the_step_that_completes_it(one_rank: None,
 
 
 def test_a_sample_that_came_twice_ends_the_run(one_rank: None, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="epoch 0: 10 samples were taken, and not each of 10 once"):
+    with pytest.raises(RunFailed, match="epoch 0: 10 samples were taken, but not each of 10 exactly once"):
         counted(Events(tmp_path, 0, 0), [3, 1, 4, 0], [5, 9, 2, 6], [8, 3, 1, 2])
     assert [row["each_once"] for row in read_lines(tmp_path / "events.jsonl")] == [False]

@@ -217,7 +217,7 @@ def test_a_run_that_is_alive_elsewhere_is_not_written_into(run, s3, monkeypatch)
     monkeypatch.setattr("pipeline.run.lock.LOCK_TIMEOUT_SECONDS", 0.2)
     mirrored(run, URL, [4])
     shutil.rmtree(run)
-    with claim(run).lock, pytest.raises(UsageError, match="is alive"):
+    with claim(run).lock, pytest.raises(UsageError, match="already running"):
         restore_from_mirror(config_of(run))
     assert not (run / "checkpoints").exists()
 

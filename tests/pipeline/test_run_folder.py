@@ -66,7 +66,7 @@ def test_a_run_is_refused_while_another_process_holds_it(tmp_path, monkeypatch):
     acquire_lock(tmp_path).close()  # an earlier holder is not named
     with holder(tmp_path) as process:
         for _ in range(2):  # a refused claim does not change the holder
-            with pytest.raises(UsageError, match=rf"this run is alive \(process {process.pid} on \S+\); end it first"):
+            with pytest.raises(UsageError, match=rf"already running \(process {process.pid} on \S+\); end it first"):
                 claim(tmp_path)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -92,7 +92,7 @@ def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
     with holder(tmp_path):
         monkeypatch.setenv(START, ours) if ours else monkeypatch.delenv(START, raising=False)
         if is_refused:
-            with pytest.raises(UsageError, match="this run is alive"):
+            with pytest.raises(UsageError, match="already running"):
                 claim(tmp_path)
         else:
             assert claim(tmp_path).attempt == 1
@@ -101,7 +101,7 @@ def test_an_earlier_start_of_the_same_job_is_overtaken_and_nothing_else(
 def test_a_claim_ends_with_its_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LOCK_TIMEOUT_SECONDS", 0.1)
     first = claim(tmp_path / "new" / "run")
-    with pytest.raises(UsageError, match="this run is alive"):
+    with pytest.raises(UsageError, match="already running"):
         claim(first.path)
     first.lock.close()
     claim(first.path).lock.close()
