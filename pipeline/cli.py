@@ -240,9 +240,12 @@ def index(
         str | None, typer.Option(metavar="DST", help="manifest and indexes; default: beside the tars")
     ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="read all and decode every image once")] = False,
-    classes: Annotated[str | None, typer.Option(metavar="FILE", help="class names, one in each line")] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
+    ] = None,
     label_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="field of .json with the labels, e.g. meta.label; default: .cls")
+        str | None,
+        typer.Option(metavar="NAME", help="labels: a field of .json, e.g. meta.label, or a part, .txt; default: .cls"),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="threads, a tar each; default: 16, with --decode one a processor")

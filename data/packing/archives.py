@@ -1,7 +1,8 @@
 """What lies in a tar or a zip, found by its headers: each file is a range of the archive's bytes, nothing is unpacked.
 
 A tar inside a tar is a range of the outer one, and stands for a folder of its name: ImageNet's training set comes as a
-tar of one tar per class. Of two files of one name the later one counts.
+tar of one tar per class. Of two files of one name the later one counts. A zip's names are UTF-8, said or not, and
+backslashes in them separate where no Unix made it, or where nothing else does.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import BinaryIO, NamedTuple
 
-from data.errors import DataError
+from data.errors import DataError, UsageError
 from data.shards.tar_index import tar_members
 from data.storage.ranged_file import RangedFile
 
 _ZIP_HEADER_BYTES = 30
+_UTF_8, _UNICODE_PATH, _UNIX = 1 << 11, 0x7075, 3
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -54,6 +57,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def is_tar(name: str) -> bool:
+    """Whether a file in a folder or tar stands for a folder by its name."""
+    return name.lower().endswith(".tar")
+
+
 def normalize_path(name: str) -> str:
     """A path without empty and "." parts: "./a//b/" is "a/b"."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
@@ -67,8 +75,8 @@ def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) ->
         if not path or any(is_hidden(part) for part in path.split("/")):
             continue
         path = inside + path
-        if member.isreg() and path.endswith(".tar"):
-            folder = path.removesuffix(".tar")
+        if member.isreg() and is_tar(path):
+            folder = path[: -len(".tar")]
             entries |= {folder: Entry(folder, True, url)} | _nested_entries(stream, url, folder, begin, member)
         else:
             entries[path] = _tar_entry(path, member, url, begin, entries.get(inside + normalize_path(member.linkname)))
@@ -99,23 +107,52 @@ def zip_entries(stream: BinaryIO, url: str) -> dict[str, Entry]:
         members = archive.infolist()
         begins = sorted({member.header_offset for member in members})
         ends = dict(pairwise([*begins, archive.start_dir]))
-    found = ((normalize_path(member.filename), member) for member in members)
-    return {
-        path: _zip_entry(path, member, url, ends[member.header_offset])
-        for path, member in found
-        if path and not any(is_hidden(part) for part in path.split("/"))
-    }
+    names = [_zip_name(member, url) for member in members]
+    by_dos = not any("/" in name for name in names)
+    entries = {}
+    for name, member in zip(names, members, strict=True):
+        if by_dos or member.create_system != _UNIX:
+            name = name.replace("\\", "/")
+        path = normalize_path(name)
+        if path and not any(is_hidden(part) for part in path.split("/")):
+            entries[path] = _zip_entry(path, name.endswith("/"), member, url, ends[member.header_offset])
+    return entries
 
 
-def _zip_entry(path: str, member: zipfile.ZipInfo, url: str, end: int) -> Entry:
+def _zip_name(member: zipfile.ZipInfo, url: str) -> str:
+    """A member's name: by the flag or the field that says it is UTF-8, or as UTF-8 where it can be; else UsageError."""
+    if member.flag_bits & _UTF_8:
+        return member.filename
+    name = member.orig_filename.encode("cp437")  # as which zipfile has decoded it
+    for kind, contents in _zip_extras(member.extra):
+        if kind == _UNICODE_PATH and contents[1:5] == struct.pack("<I", zlib.crc32(name)):
+            name = contents[5:]
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"{url} does not say in what its names are written: one is {name.decode('cp437')!r} as DOS has it (cp437)"
+            f" and {name.decode('gbk', 'replace')!r} in GBK; zip the folder again with UTF-8 names, or unpack it and"
+            " pack the folder"
+        ) from None
+
+
+def _zip_extras(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """The extra fields of a member: kind and contents."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        yield kind, extra[4 : 4 + size]
+        extra = extra[4 + size :]
+
+
+def _zip_entry(path: str, folder: bool, member: zipfile.ZipInfo, url: str, end: int) -> Entry:
     span, deflated = end - member.header_offset, member.compress_type == zipfile.ZIP_DEFLATED
     zipped = ZipMember(span, member.compress_size, deflated, member.CRC)
-    return Entry(path, member.is_dir(), url, member.header_offset, member.file_size, _zip_member_fault(member), zipped)
+    fault = None if folder else _zip_member_fault(member)
+    return Entry(path, folder, url, member.header_offset, member.file_size, fault, zipped)
 
 
 def _zip_member_fault(member: zipfile.ZipInfo) -> str | None:
-    if member.is_dir():
-        return None
     if member.flag_bits & 1:
         return "encrypted in the zip; zip it without a password"
     if member.compress_type not in _READABLE:

@@ -17,7 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import DataError, UsageError
-from data.packing.archives import Entry, is_hidden, tar_entries, zip_entries
+from data.packing.archives import Entry, is_hidden, is_tar, tar_entries, zip_entries
 from data.shards.manifest import join
 from data.shards.tar_index import decompressor_for
 from data.storage.ranged_file import RangedFile
@@ -48,7 +48,7 @@ def _archive_entries(stream: BinaryIO, url: str) -> Iterable[Entry]:
     beginning = stream.read(6)
     stream.seek(0)
     try:
-        zipped = beginning.startswith(_ZIP) or url.endswith(".zip")
+        zipped = beginning.startswith(_ZIP) or url.lower().endswith(".zip")
         return (zip_entries if zipped else tar_entries)(stream, url).values()
     except tarfile.TarError as error:
         raise UsageError(f"{url} {_describe_no_tar(beginning, error)}") from None
@@ -93,7 +93,7 @@ def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, 
             entry = _file_or_folder(fs, info, inside + name, join(url, inside + name))
             if entry.folder:
                 pending.append((place, f"{inside}{name}/"))
-            if name.endswith(".tar") and not entry.folder and not entry.fault:
+            if is_tar(name) and not entry.folder and not entry.fault:
                 yield from _class_tar(storage, fs, place, entry)
             else:
                 yield entry
@@ -108,7 +108,7 @@ def _file_or_folder(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: s
 
 def _class_tar(storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entry: Entry) -> Iterator[Entry]:
     """The folder that a tar in a folder stands for, and what is in it."""
-    folder = entry.path.removesuffix(".tar")
+    folder = entry.path[: -len(".tar")]
     yield Entry(folder, True, entry.url)
     with _open(storage, fs, place, entry.url) as stream:
         try:

@@ -1,46 +1,72 @@
 """The images that a CSV or JSONL names, with their sizes and labels, found by listing their folders.
 
-Paths are relative to the list's folder, absolute, or URLs of any fsspec file system. None of the images is read.
+Paths are relative to the list's folder, absolute, or URLs of any fsspec file system. One that is not found as written
+is looked for with slashes for backslashes, and with its letters composed or decomposed. None of the images is read.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
 from data.errors import DataError, UsageError
 from data.packing.archives import Entry, normalize_path
 from data.packing.folders import resolve_kind
-from data.packing.label_files import Row, read_rows, to_class_names
+from data.packing.label_files import read_rows
 from data.storage.remote import NotFound, Storage, open_fs
 
 _REQUESTS_AT_ONCE = 16
 Location = tuple[fsspec.AbstractFileSystem, str]
 
 
-def list_images(storage: Storage, url: str, classes: Sequence[str] | None) -> tuple[list[Entry], list[tuple[str, ...]]]:
+class _Found(NamedTuple):
+    """A path of a list, where that is, and what the file system says of it, if it is there."""
+
+    path: str
+    url: str
+    location: Location
+    info: dict[str, Any] | None
+
+    @property
+    def is_file(self) -> bool:
+        return self.info is not None and self.info["type"] == "file"
+
+
+def list_images(storage: Storage, url: str) -> tuple[list[Entry], list[tuple[str, ...]]]:
     """The images that a list names, with their sizes, and their labels; UsageError with the line that is wrong."""
     rows = read_rows(url)
-    urls = [_resolve(url, row.path) for row in rows]
-    locations = [open_fs(each) for each in urls]
-    lines: dict[tuple[int, str], int] = {}
-    for row, (fs, path) in zip(rows, locations, strict=True):
-        if lines.setdefault((id(fs), path), row.line) != row.line:
-            raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
-    infos = _infos(storage, locations)
-    missing = [row for row, info in zip(rows, infos, strict=True) if info is None or info["type"] != "file"]
+    found = _find(storage, url, [row.path for row in rows])
+    for form in ("NFC", "NFD"):
+        paths = [
+            each.path if each.is_file else unicodedata.normalize(form, each.path.replace("\\", "/")) for each in found
+        ]
+        changed = [number for number, each in enumerate(found) if each.path != paths[number]]
+        for number, again in zip(changed, _find(storage, url, [paths[number] for number in changed]), strict=True):
+            found[number] = again
+    missing = [row for row, each in zip(rows, found, strict=True) if not each.is_file]
     if missing:
         more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"{url} line {missing[0].line} names {missing[0].path}, which does not exist as a file{more}")
-    entries = [_row_entry(*each) for each in zip(rows, urls, infos, strict=True)]
-    return entries, to_class_names(url, [row.labels for row in rows], classes, infer_base=False)
+    lines: dict[tuple[int, str], int] = {}
+    for row, (_, _, (fs, path), _) in zip(rows, found, strict=True):
+        if lines.setdefault((id(fs), path), row.line) != row.line:
+            raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
+    return [_entry(each) for each in found], [row.labels for row in rows]
 
 
-def _row_entry(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
-    return Entry(normalize_path(row.path.rpartition("://")[2]), False, url, None, info["size"] if info else None)
+def _entry(found: _Found) -> Entry:
+    size = found.info["size"] if found.info else None
+    return Entry(normalize_path(found.path.rpartition("://")[2]), False, found.url, None, size)
+
+
+def _find(storage: Storage, url: str, paths: Sequence[str]) -> list[_Found]:
+    urls = [_resolve(url, path) for path in paths]
+    locations = [open_fs(each) for each in urls]
+    return [_Found(*each) for each in zip(paths, urls, locations, _infos(storage, locations), strict=True)]
 
 
 def _resolve(url: str, path: str) -> str:

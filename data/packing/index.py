@@ -10,7 +10,7 @@ the manifest comes last.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Any, NamedTuple
@@ -22,8 +22,18 @@ from fsspec.implementations.local import LocalFileSystem
 from data import codec
 from data.errors import DataError, UsageError
 from data.packing.label_files import read_classes
+from data.packing.label_reading import Classes, describe_reading, reading_of
 from data.packing.pack import split_by_size
-from data.shards.labels import InvalidSample, class_numbers, fields, image_part, label_part, parse_labels
+from data.shards.labels import (
+    MOST_SHOWN,
+    InvalidSample,
+    Reading,
+    fields,
+    image_part,
+    label_part,
+    number_of,
+    parse_labels,
+)
 from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, index_tar, printable
@@ -38,7 +48,10 @@ _RUN_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Report:
-    """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum."""
+    """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum.
+
+    `labels` says how the labels were read.
+    """
 
     shards: int
     samples: int
@@ -46,6 +59,7 @@ class Report:
     classes: int
     broken: tuple[BadSample, ...]
     unchecked: int
+    labels: str = ""
 
 
 class Tar(NamedTuple):
@@ -57,21 +71,22 @@ class Tar(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
-    """How each tar is indexed; `numbers` has the classes by name, if they are known."""
+    """How each tar is indexed; `classes` are the given ones."""
 
     storage: Storage
     folder: str
     destination: str
     decode: bool
     label_field: str | None
-    numbers: dict[str, int] | None
+    classes: Classes | None
 
 
 class _Indexed(NamedTuple):
-    """What is known of a tar that was indexed: the highest label in it, and the most labels of one sample."""
+    """What is known of a tar that was indexed: its labels as written, each with its first sample; the most of one."""
 
     shard: Shard
-    highest: int
+    labels: dict[str, str]
+    label_field: str | None
     most_labels: int
     broken: list[BadSample]
 
@@ -88,8 +103,9 @@ def index(
 ) -> Report:
     """Indexes the tars that `url` names: a folder, a glob or a pattern as in train-{000..123}.tar.
 
-    Manifest, tables and indexes go to `out`, or beside the tars. `classes` is a file with a name in each line; without
-    it the classes are called by their numbers. Labels stand in `.cls`, or in the field `label_field` of `.json`.
+    Manifest, tables and indexes go to `out`, or beside the tars. `classes` is a file with a name in each line, or
+    packed shards; without it the classes are the names that occur, or the numbers up to the highest. Labels stand in
+    `.cls` (without it or a `.json`, in `.txt`), in the field `label_field` of `.json`, or in a part (`.txt`).
     `progress(done, total)` counts tars. UsageError where that cannot be; DataError where a tar is damaged, or reading
     or writing fails.
     """
@@ -97,30 +113,56 @@ def index(
     folder = _common_folder([tar.url for tar in tars])
     destination = out or folder
     _check_destination(destination)
-    names = None if classes is None else list(read_classes(classes))
-    numbers = None if names is None else {name: number for number, name in enumerate(names)}
-    request = _Request(Storage(), folder, destination, decode, label_field, numbers)
+    given = None if classes is None else read_classes(classes)
+    request = _Request(Storage(), folder, destination, decode, label_field, given)
     found = list(map_in_threads(lambda tar: _index_tar(request, tar), tars, workers, progress))
     full = [each for each in found if each.shard.samples]
-    if not full or max(each.highest for each in full) < 0:
-        raise UsageError(f"{url} has no sample with a label; is it another --label-field?")
-    numbered = [str(number) for number in range(max(each.highest for each in full) + 1)]
+    broken = tuple(chain.from_iterable(each.broken for each in found))
+    label_field = _common_field(full)
+    labels = {label: f"{tar.shard.name} {key}" for tar in reversed(full) for label, key in tar.labels.items()}
+    if not labels:
+        example = f"; {broken[0].shard} {broken[0].key}, for one: {broken[0].reason}" if broken else ""
+        raise UsageError(f"{url} has no sample with a label{example}; is it another --label-field?")
+    reading = reading_of(url, labels, given)
+    names = _made_up(labels, reading) if given is None else given.names
     write_manifest(
         destination,
-        numbered if names is None else names,
+        names,
         [each.shard for each in full],
         label_field=label_field,
         labels_per_sample=max(1, *(each.most_labels for each in full)),
         shards_at=None if open_fs(destination) == open_fs(folder) else folder,
+        labels=reading,
     )
     return Report(
         shards=len(full),
         samples=sum(each.shard.samples for each in full),
         bytes=sum(each.shard.bytes for each in full),
-        classes=len(numbered if names is None else names),
-        broken=tuple(chain.from_iterable(each.broken for each in found)),
+        classes=len(names),
+        broken=broken,
         unchecked=0 if decode else sum(each.shard.samples for each in full),
+        labels=describe_reading(reading, label_field or ".cls", names, given is not None),
     )
+
+
+def _common_field(tars: Sequence[_Indexed]) -> str | None:
+    """Where all tars that have labels have them."""
+    first = {each.label_field: each.shard.name for each in tars if each.labels}
+    if len(first) > 1:
+        places = " and ".join(f"those of {name} in {field or '.cls'}" for field, name in first.items())
+        raise UsageError(f"labels are in different parts, {places}; index the tars apart, or give --label-field")
+    return next(iter(first), None)
+
+
+def _made_up(labels: Collection[str], reading: Reading) -> Sequence[str]:
+    """The classes where none are given: names as they occur, or all numbers up to the highest."""
+    if len(labels) > MOST_CLASSES:
+        raise UsageError(
+            f"there are {len(labels)} different labels, and {MOST_CLASSES} classes at most; are they labels?"
+        )
+    if reading is Reading.NAMES:
+        return sorted(labels)
+    return [str(number) for number in range(max(number_of(label) or 0 for label in labels) + 1)]
 
 
 # Which tars, and where to.
@@ -188,21 +230,25 @@ def _check_destination(destination: str) -> None:
 
 def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     name = tar.url.removeprefix(request.folder.rstrip("/") + "/")
+    kinds = {label_part(request.label_field), *(["txt"] if request.label_field is None else [])}
     try:
-        samples = walk_headers(request.storage, tar, {label_part(request.label_field)})
+        samples = walk_headers(request.storage, tar, kinds)
     except DamagedTar as damage:
         raise DamagedTar(f"{tar.url}: {damage}") from damage
     if not samples:
-        return _Indexed(Shard(name, 0, tar.bytes), -1, 0, [BadSample(name, "", "has no samples; it is left out")])
-    labels, faults = _labels(request, tar, samples)
+        broken = [BadSample(name, "", "has no samples; it is left out")]
+        return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, broken)
+    field = request.label_field or _only_text(samples)
+    labels, most, faults = _labels(request, field, samples)
+    if not labels:
+        _check_labelled(request, tar, samples[0])
     if request.decode:
         rows = _read_and_decode(request.storage, tar, samples, faults)
     else:
         rows = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
     _write(request.destination, name, table_bytes(rows), index_bytes(samples))
     broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
-    highest = max((max(each) for each in labels), default=-1)
-    return _Indexed(Shard(name, len(samples), tar.bytes), highest, max(map(len, labels), default=0), broken)
+    return _Indexed(Shard(name, len(samples), tar.bytes), labels, field, most, broken)
 
 
 def walk_headers(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
@@ -210,46 +256,55 @@ def walk_headers(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
     return index_tar(RangedFile(lambda begin, end: storage.read(tar.url, begin, end), tar.bytes), keep)
 
 
-def _labels(request: _Request, tar: Tar, samples: list[TarSample]) -> tuple[list[tuple[int, ...]], dict[str, str]]:
-    """The labels of those samples that can be used, and why the others cannot, by their keys."""
-    labels, faults = [], {}
-    names = None
+def _only_text(samples: list[TarSample]) -> str | None:
+    """`.txt` as the place of the labels, where samples have no other."""
+    kinds = {part.rpartition(".")[2] for sample in samples for part in sample.parts}
+    return ".txt" if "txt" in kinds and not kinds & {"cls", "json"} else None
+
+
+def _labels(
+    request: _Request, field: str | None, samples: list[TarSample]
+) -> tuple[dict[str, str], int, dict[str, str]]:
+    """The labels of samples that can be used, with the first's key; the most of one; why others cannot, by key."""
+    labels: dict[str, str] = {}
+    most, faults = 0, {}
     for sample in samples:
         try:
             image_part(sample.parts)
-            parsed = parse_labels({**dict.fromkeys(sample.parts, b""), **sample.contents}, request.label_field)
-            if request.numbers is None:
-                names = names or next((each for each in parsed if isinstance(each, str)), None)
-            labels.append(_numbers(parsed, request.numbers))
+            written = parse_labels({**dict.fromkeys(sample.parts, b""), **sample.contents}, field)
+            for label in written:
+                _check_label(label, request.classes)
+            labels |= {label: printable(sample.key) for label in written if label not in labels}
+            most = max(most, len(written))
         except InvalidSample as unusable:
             faults[sample.key] = str(unusable)
-    if names and not labels:
-        raise UsageError(f"{tar.url} has names as labels ({names[:20]!r}, for one); --classes FILE must list them")
-    if not labels:
-        _check_labelled(request, tar, samples[0])
-    return labels, faults
+    return labels, most, faults
 
 
-def _numbers(parsed: list[int | str], numbers: dict[str, int] | None) -> tuple[int, ...]:
-    if numbers is not None:
-        return class_numbers(parsed, numbers)
-    for label in parsed:
-        if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
-            raise InvalidSample(
-                f"its label is {str(label)[:20]!r}; without --classes FILE it must be 0 to {MOST_CLASSES - 1}"
-            )
-    return tuple(each for each in parsed if isinstance(each, int))
+def _check_label(label: str, classes: Classes | None) -> None:
+    """InvalidSample for a label that is no class in any reading."""
+    number = number_of(label)
+    if classes is None and number is not None and not 0 <= number < MOST_CLASSES:
+        raise InvalidSample(
+            f"its label is {label!r}; without --classes FILE it must be 0 to {MOST_CLASSES - 1} or a name"
+        )
+    if classes and label not in classes.named and (number is None or not 0 <= number <= len(classes.names)):
+        raise InvalidSample(
+            f"its label is {label[:MOST_SHOWN]!r}; it must be 0 to {len(classes.names) - 1} or the name of a class"
+        )
 
 
 def _check_labelled(request: _Request, tar: Tar, first: TarSample) -> None:
     """UsageError where the tar's first sample lacks what labels are looked for in, with what it has instead."""
+    kinds = {part.rpartition(".")[2]: part for part in first.parts}
     where = label_part(request.label_field)
-    if request.label_field is None and where in first.parts:
+    if where in kinds and where != "json":
         return
-    begin, size, _ = first.parts.get("json", (0, 0, ""))
+    begin, size, _ = first.parts.get(kinds.get("json", ""), (0, 0, ""))
     has = fields(request.storage.read(tar.url, begin, begin + size)) if size else []
     if request.label_field not in has:
-        looked_for = f"field {request.label_field}" if request.label_field else ".cls"
+        looked_for = f"field {request.label_field}" if where == "json" else f".{where}"
+        has += [".txt"] if "txt" in kinds else []
         offered = f"--label-field takes one of {', '.join(has)}" if has else "it has no .json either"
         raise UsageError(f"{tar.url}: sample {printable(first.key)} has no {looked_for} for its label; {offered}")
 

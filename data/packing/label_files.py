@@ -1,18 +1,23 @@
 """Lists that a user brings: the classes in their order, the labels of a flat set of images, or images with labels.
 
-A list is refused where it contradicts itself, with the line. Numbers stand for classes only where a list of classes
-gives their order: ImageNet's own numbering is not that of its sorted class names, and a guess would be wrong silently.
+They may be as Windows writes them: UTF-8 or UTF-16 with a mark, any ends of lines, backslashes in paths. A list is
+refused where it contradicts itself, with the line.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from data.errors import UsageError
+from data.packing.archives import normalize_path
+from data.packing.label_reading import Classes
+from data.shards.labels import composed, label_word
 from data.shards.manifest import MANIFEST, read_manifest
 from data.storage.remote import NotFound, Storage, open_fs
 
@@ -27,29 +32,30 @@ class Row(NamedTuple):
     labels: tuple[str, ...]
 
 
-def read_classes(url: str) -> tuple[str, ...]:
+def read_classes(url: str) -> Classes:
     """The class names of a file, one in each line, or of the manifest of packed shards, in their order."""
-    if is_packed(url):
-        return read_manifest(url.removesuffix(f"/{MANIFEST}")).classes
+    fs, path = open_fs(url)
+    if url.endswith(f"/{MANIFEST}") or fs.isdir(path):
+        return Classes(read_manifest(url.removesuffix(f"/{MANIFEST}")).classes, counted=False)
     lines_of: dict[str, int] = {}
     for line, name in _lines(url):
-        if lines_of.setdefault(name, line) != line:
-            raise UsageError(f"{url} has class {name} twice, in lines {lines_of[name]} and {line}")
-    return tuple(lines_of)
+        if lines_of.setdefault(composed(name), line) != line:
+            raise UsageError(f"{url} has class {name} twice, in lines {lines_of[composed(name)]} and {line}")
+    return Classes(tuple(lines_of), counted=True)
 
 
-def is_packed(url: str) -> bool:
-    """Whether this names packed shards, or their manifest, and not a file of class names."""
-    fs, path = open_fs(url)
-    return url.endswith(f"/{MANIFEST}") or fs.isdir(path)
+def read_labels(url: str, images: Collection[str]) -> dict[str, str] | list[str]:
+    """Labels by file name, from lines `name label` (tab, comma or space); or one in each line, by sorted file name.
 
-
-def read_labels(url: str) -> dict[str, str] | list[str]:
-    """Labels by file name, from lines `name label` (comma, tab or space); or one in each line, by sorted file name."""
+    Names are as `file_name` has them. Where several signs could separate, the one before which `images` stand does.
+    """
     lines = _lines(url)
-    pairs = [(line, *_split_pair(text)) for line, text in lines]
-    if not any(label for _, _, label in pairs):
-        return [label for _, label in lines]
+    ways = [[(line, *_split_pair(text, sign)) for line, text in lines] for sign in ("\t", ",", None)]
+    divided = [pairs for pairs in ways if any(label for _, _, label in pairs)]
+    if not divided:
+        return [composed(label) for _, label in lines]
+    whole = [pairs for pairs in divided if all(label for _, _, label in pairs)] or divided
+    pairs = next((pairs for pairs in whole if any(name in images for _, name, _ in pairs)), whole[0])
     labels: dict[str, str] = {}
     for line, name, label in pairs:
         if not label:
@@ -60,15 +66,21 @@ def read_labels(url: str) -> dict[str, str] | list[str]:
     return labels
 
 
-def _split_pair(text: str) -> tuple[str, str]:
-    separator = next((sign for sign in ",\t" if sign in text), None)
+def file_name(path: str) -> str:
+    """The path of a file as lists of any system are compared by it."""
+    return composed(normalize_path(path.replace("\\", "/")))
+
+
+def _split_pair(text: str, separator: str | None) -> tuple[str, str]:
     name, *label = text.split(separator, 1)
-    return name.strip(), label[0].strip() if label else ""
+    if separator and '"' in text and len(quoted := next(csv.reader([text], delimiter=separator, strict=False))) == 2:
+        name, *label = quoted
+    return file_name(name.strip()), composed(label[0].strip()) if label else ""
 
 
 def read_rows(url: str) -> list[Row]:
     """The samples of a CSV with columns `path` and `label`, or `labels` ("a;b"); or of a JSONL with such fields."""
-    parse = _csv_rows if url.endswith(".csv") else _json_rows
+    parse = _csv_rows if url.lower().endswith(".csv") else _json_rows
     try:
         rows = list(parse(url, _text(url)))
     except csv.Error as error:
@@ -80,12 +92,16 @@ def read_rows(url: str) -> list[Row]:
 
 
 def _csv_rows(url: str, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = set(reader.fieldnames or ())
+    first = text.partition("\n")[0].strip()
+    separator = re.search("[,;\t]", first)  # Excel's is the country's
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator[0] if separator else ",", skipinitialspace=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    columns = set(reader.fieldnames)
     if "path" not in columns or len(columns & {"label", "labels"}) != 1:
-        first = text.partition("\n")[0].strip()
         raise UsageError(f"{url} must begin with a line `path,label` or `path,labels`; its first line is {first!r:.80}")
     for fields in reader:
+        if None in fields:
+            raise UsageError(f"{url} line {reader.line_num} has more fields than the first; quote what has a comma")
         labels = (fields["labels"] or "").split(";") if "labels" in columns else [fields["label"] or ""]
         yield Row(reader.line_num, fields["path"], _unique(labels))
 
@@ -99,50 +115,16 @@ def _json_rows(url: str, text: str) -> Iterator[Row]:
         except ValueError as error:
             raise UsageError(f"{url} line {number} is not JSON: {error}") from None
         labels = fields.get("labels", [fields.get("label")]) if isinstance(fields, dict) else None
-        if not isinstance(labels, list) or not isinstance(fields.get("path"), str) or not all(map(_is_label, labels)):
+        words = [label_word(label) for label in labels] if isinstance(labels, list) else [None]
+        if None in words or not isinstance(fields.get("path"), str):
             raise UsageError(
                 f'{url} line {number} must be {{"path": "...", "label": ...}} or {{"path": "...", "labels": [...]}}'
             )
-        yield Row(number, fields["path"], _unique(map(str, labels)))
+        yield Row(number, fields["path"], _unique(word for word in words if word is not None))
 
 
 def _unique(labels: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(label.strip() for label in labels))
-
-
-def _is_label(value: object) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-# From labels as written to numbers.
-
-
-def to_class_names(
-    where: str, labels: Sequence[tuple[str, ...]], classes: Sequence[str] | None, infer_base: bool
-) -> list[tuple[str, ...]]:
-    """Labels as class names, where `where` writes them as numbers of `classes`; names stay as they are.
-
-    Numbers count from 0; with `infer_base` from 0 if a label is 0, from 1 if one is the number of classes.
-    """
-    words = {label for each in labels for label in each}
-    if not words or not all(word.isascii() and word.isdecimal() for word in words) or words <= set(classes or ()):
-        return list(labels)
-    if classes is None:
-        raise UsageError(
-            f"{where} has numbers as labels; --classes FILE must name the classes in the order of these numbers"
-            " (of ImageNet's development kit that is not the order of sorted names)"
-        )
-    numbers, count = {int(word) for word in words}, len(classes)
-    if infer_base and max(numbers) > count - (0 in numbers):
-        raise UsageError(f"{where}: labels {min(numbers)} to {max(numbers)} are too many for {count} classes")
-    if infer_base and not numbers & {0, count}:
-        raise UsageError(
-            f"{where} has neither label 0 nor {count}, so what they count from is not known; write class names"
-        )
-    first = int(infer_base and 0 not in numbers)
-    if max(numbers) - first >= count:
-        raise UsageError(f"{where}: label {max(numbers)} is none of {count} classes, which are counted from 0")
-    return [tuple(classes[int(label) - first] for label in each) for each in labels]
+    return tuple(dict.fromkeys(composed(label.strip()) for label in labels))
 
 
 def _lines(url: str) -> list[tuple[int, str]]:
@@ -153,15 +135,16 @@ def _lines(url: str) -> list[tuple[int, str]]:
 
 
 def _text(url: str) -> str:
+    """A list's text, with ends of lines as they are here."""
     try:
-        return Storage().read(url).decode("utf-8-sig")
+        contents = Storage().read(url)
     except NotFound:
         raise UsageError(f"{url} does not exist; a list is needed") from None
+    encoding = "utf-16" if contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = contents.decode(encoding)
     except UnicodeDecodeError:
-        raise UsageError(f"{url} is not UTF-8 text; a list is needed") from None
-
-
-def abbreviate(names: Iterable[str]) -> str:
-    """The first ten of some names, sorted, and how many more there are."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")
+        text = "\0"
+    if "\0" in text:
+        raise UsageError(f"{url} is not UTF-8 text (nor UTF-16 with its mark); a list is needed")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

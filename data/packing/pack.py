@@ -45,7 +45,7 @@ Item = TypeVar("Item")
 class PackReport:
     """What was packed (shards, samples, bytes of tar, classes), and what was left out of it, by path.
 
-    `kept` of the shards are those that an interrupted pack had left whole.
+    `kept` of the shards are those that an interrupted pack had left whole; `labels` says how a list's were read.
     """
 
     shards: int
@@ -54,6 +54,7 @@ class PackReport:
     classes: int
     broken: tuple[BadSample, ...]
     kept: int
+    labels: str = ""
 
 
 class Candidate(NamedTuple):
@@ -122,6 +123,7 @@ def pack(
         classes=len(found.classes),
         broken=tuple(sorted(left_out, key=lambda each: each.key)),
         kept=sum(each.shard is not None for each in done[:kept]),
+        labels=found.reading,
     )
 
 

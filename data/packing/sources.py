@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.errors import DataError, UsageError
-from data.packing import label_files
 from data.packing.archives import Entry, unzip
 from data.packing.folders import NEEDED, list_entries
 from data.packing.image_lists import list_images
-from data.packing.label_files import LISTS, abbreviate
-from data.shards.labels import IMAGES
+from data.packing.label_files import LISTS, file_name, read_classes, read_labels
+from data.packing.label_reading import Classes, abbreviate, describe_reading, to_class_names
+from data.shards.labels import IMAGES, composed
 from data.shards.manifest import BadSample
 from data.shards.tar_index import printable
 from data.storage.remote import ByteSource, Storage
@@ -35,7 +35,7 @@ class Source:
     """Images in the order of their paths (of a list: in its order), their labels, and what was left out.
 
     `labels` are numbers of `classes`, one tuple an image. `fixed` says that the classes were given: then a class
-    may have no image.
+    may have no image. `reading` says how a list's labels were read.
     """
 
     url: str
@@ -45,6 +45,7 @@ class Source:
     labels: tuple[tuple[int, ...], ...]
     broken: tuple[BadSample, ...]
     storage: ByteSource
+    reading: str = ""
 
     def read(self, image: Entry) -> bytes:
         """The bytes of an image's file; DataError if unreadable or not as listed, DamagedMember in a damaged zip."""
@@ -69,26 +70,20 @@ def list_source(url: str, labels: str | None = None, classes: str | None = None)
     is nothing, a list does not fit, a class is unknown, or one that is not fixed has no image file.
     """
     url = url.rstrip("/") or "/"
-    names = None if classes is None else label_files.read_classes(classes)
+    given = None if classes is None else read_classes(classes)
     storage = Storage()
-    if url.endswith(LISTS):
+    if url.lower().endswith(LISTS):
         if labels is not None:
             raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
-        images, label_names = list_images(storage, url, names)
-        return _make_source(storage, url, images, label_names, [], names)
+        return _labelled(storage, url, *list_images(storage, url), [], given, url)
     entries = list_entries(storage, url)
     if labels is not None:
         images, broken = _images_and_broken(_without_outer_folders(entries), lambda entry: None)
-        # The order of classes in shards need not be that of the numbers in a label list.
-        counted = None if classes is None or label_files.is_packed(classes) else names
-        written = _listed_labels(url, images, labels)
-        label_names = label_files.to_class_names(labels, written, counted, infer_base=True)
-    else:
-        entries = _without_outer_folder(entries)
-        images, broken = _images_and_broken(entries, lambda entry: None if "/" in entry.path else "in no class folder")
-        _check_usable(url, entries, images, broken, names is not None)
-        label_names = [(_class_name(image),) for image in images]
-    return _make_source(storage, url, images, label_names, broken, names)
+        return _labelled(storage, url, images, _listed_labels(url, images, labels), broken, given, labels)
+    entries = _without_outer_folder(entries)
+    images, broken = _images_and_broken(entries, lambda entry: None if "/" in entry.path else "in no class folder")
+    _check_usable(url, entries, images, broken, given is not None)
+    return _make_source(storage, url, images, [(_class_name(image),) for image in images], broken, given)
 
 
 def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
@@ -97,24 +92,40 @@ def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
         raise UsageError(f"{url} has class folders {why}: {abbreviate(names)}; add images to them or take them away")
 
 
+def _labelled(
+    storage: Storage,
+    url: str,
+    images: list[Entry],
+    written: Sequence[tuple[str, ...]],
+    broken: list[BadSample],
+    given: Classes | None,
+    where: str,
+) -> Source:
+    """The source of images with labels as `where` has them written."""
+    paths = [printable(image.path) for image in images]
+    label_names, reading = to_class_names(where, written, paths, given)
+    source = _make_source(storage, url, images, label_names, broken, given)
+    return replace(source, reading=describe_reading(reading, where, source.classes, source.fixed))
+
+
 def _make_source(
     storage: Storage,
     url: str,
     images: list[Entry],
     label_names: Sequence[tuple[str, ...]],
     broken: list[BadSample],
-    fixed: Sequence[str] | None,
+    given: Classes | None,
 ) -> Source:
     if not images:
         raise UsageError(f"{url} has no images ({' '.join(SUFFIXES)})" + _example(broken))
-    classes = sorted({name for each in label_names for name in each}) if fixed is None else fixed
+    classes = sorted({name for each in label_names for name in each}) if given is None else given.names
     numbers = {name: number for number, name in enumerate(classes)}
     for image, names in zip(images, label_names, strict=True):
         if unknown := [name for name in names if name not in numbers]:
             where = f"{printable(image.path)} of {url}"
             raise UsageError(f"{where} is of class {printable(unknown[0])}, which --classes does not have")
     labels = tuple(tuple(numbers[name] for name in names) for names in label_names)
-    return Source(url, tuple(classes), fixed is not None, tuple(images), labels, tuple(broken), storage)
+    return Source(url, tuple(classes), given is not None, tuple(images), labels, tuple(broken), storage)
 
 
 def _example(broken: list[BadSample]) -> str:
@@ -125,7 +136,7 @@ def _example(broken: list[BadSample]) -> str:
 
 
 def _class_name(entry: Entry) -> str:
-    return entry.path.partition("/")[0]
+    return composed(entry.path.partition("/")[0])
 
 
 def _check_usable(url: str, entries: list[Entry], images: list[Entry], broken: list[BadSample], fixed: bool) -> None:
@@ -192,13 +203,15 @@ def _one_folder_less(entries: list[Entry]) -> list[Entry]:
 
 def _listed_labels(url: str, images: list[Entry], labels: str) -> list[tuple[str, ...]]:
     """The labels of each image by the label list; UsageError where it lacks one, or names what is not there."""
-    listed = label_files.read_labels(labels)
+    paths = [file_name(image.path) for image in images]
+    stems = [os.path.splitext(path)[0] for path in paths]
+    listed = read_labels(labels, {*paths, *stems})
     if isinstance(listed, list):
         if len(listed) != len(images):
             raise UsageError(f"{labels} has {len(listed)} labels, one a line, for {len(images)} images of {url}")
         return [(label,) for label in listed]
-    names = [image.path if image.path in listed else os.path.splitext(image.path)[0] for image in images]
-    if unlabelled := [image.path for image, name in zip(images, names, strict=True) if name not in listed]:
+    names = [path if path in listed else stem for path, stem in zip(paths, stems, strict=True)]
+    if unlabelled := [path for path, name in zip(paths, names, strict=True) if name not in listed]:
         raise UsageError(f"{labels} has no label for {printable(abbreviate(unlabelled))} of {url}")
     if missing := set(listed) - set(names):
         raise UsageError(f"{labels} names {abbreviate(missing)}, which {url} does not have")

@@ -6,7 +6,8 @@
     shard-000000.npy    one row of 32 bytes a sample; row i lies at byte 256 + 32 i, so any run of rows is one range
 
 Where the tars are other tools' and stay where they are, the manifest says where (`shards_at`), and in which field of
-`.json` the labels stand (`label_field`), and how many of them a sample has at most (`labels_per_sample`).
+`.json` the labels stand (`label_field`), how many of them a sample has at most (`labels_per_sample`), and what they are
+(`labels`) if not the classes' numbers from 0: their names, or numbers from 1.
 
 The manifest is written last: where it is, everything that it names is whole.
 """
@@ -25,7 +26,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import UsageError
-from data.shards.labels import InvalidSample, class_numbers, parse_labels
+from data.shards.labels import InvalidSample, Reading, class_numbers, composed, parse_labels
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.cache import NodeCache
 from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs, write_file
@@ -54,6 +55,7 @@ class Manifest:
     label_field: str | None = None
     labels_per_sample: int = 1
     shards_at: str | None = None
+    labels: Reading = Reading.FROM_0
     storage: ByteSource = field(default=DEFAULT, compare=False, repr=False)
 
     @cached_property
@@ -73,7 +75,7 @@ class Manifest:
 
     def labels_of(self, parts: Mapping[str, bytes]) -> tuple[int, ...]:
         """The numbers of a sample's classes, by its parts; InvalidSample where it has none, or one that is no class."""
-        labels = class_numbers(parse_labels(parts, self.label_field), self._numbers)
+        labels = class_numbers(parse_labels(parts, self.label_field), self._numbers, self.labels)
         if len(labels) > self.labels_per_sample:
             raise InvalidSample(f"has {len(labels)} labels; {MANIFEST} says {self.labels_per_sample} at most")
         return labels
@@ -108,9 +110,11 @@ def write_manifest(
     label_field: str | None = None,
     labels_per_sample: int = 1,
     shards_at: str | None = None,
+    labels: Reading = Reading.FROM_0,
 ) -> None:
     """Puts the manifest at `url`, to be called when all else is there; the same content gives the same bytes."""
     optional = {"label_field": label_field, "labels_per_sample": labels_per_sample, "shards_at": shards_at}
+    optional |= {"labels": None if labels is Reading.FROM_0 else labels}
     lines = "".join(
         f'"{name}": {json.dumps(value, ensure_ascii=False)},\n'
         for name, value in optional.items()
@@ -150,11 +154,12 @@ def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
         raise UsageError(f"{place} has format {document['format']}; this version reads format {FORMAT}")
     try:
         shards = tuple(Shard(each["name"], each["samples"], each["bytes"]) for each in document["shards"])
-        classes, samples = tuple(document["classes"]), document["samples"]
-    except (KeyError, TypeError) as error:
+        classes, samples = tuple(map(composed, document["classes"])), document["samples"]
+        labels = Reading(document.get("labels", Reading.FROM_0))
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
     optional = {name: document[name] for name in ("label_field", "labels_per_sample", "shards_at") if name in document}
-    manifest = Manifest(url, classes, shards, hashlib.sha256(contents).hexdigest(), **optional)
+    manifest = Manifest(url, classes, shards, hashlib.sha256(contents).hexdigest(), labels=labels, **optional)
     if fault := _fault(manifest, samples):
         raise UsageError(f"{place} {fault}; pack again")
     return manifest

@@ -74,7 +74,7 @@ def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSamp
     """The samples of an uncompressed tar, by its headers, in order; DamagedTar where webdataset would lose some.
 
     Members that are no part of a sample (folders, links, hidden files, names without extension) are skipped. Of
-    the parts with an extension in `keep` the contents are read as well.
+    the parts whose extension ends in one of `keep` the contents are read as well.
     """
     begun: dict[str, TarSample] = {}
     newest, end = "", 0
@@ -84,7 +84,7 @@ def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSamp
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if member.isreg() and is_part(member.name):
                 newest, extension = _begin_part(begun, newest, member)
-                if extension in keep:
+                if extension.rpartition(".")[2] in keep:
                     stream.seek(member.offset_data)
                     begun[newest].contents[extension] = stream.read(member.size)
     except tarfile.TarError as error:

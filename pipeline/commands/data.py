@@ -82,6 +82,8 @@ def _print(report: Report | PackReport, as_json: bool, label: str, summary: str)
         print(f"{label}: {place}: {each.reason}", file=sys.stderr)
     if len(report.broken) > MAX_LISTED:
         print(f"and {len(report.broken) - MAX_LISTED} more; --json lists all", file=sys.stderr)
+    if report.labels:
+        print(f"labels: {report.labels}")
     print(summary)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -215,12 +216,13 @@ def test_an_unmarked_sample_is_decoded_before_it_counts(packed, by_hand, tmp_pat
     assert isinstance(bad, BadSample) and (bad.shard, bad.key) == ("shard-000000.tar", "0001")
 
 
-@pytest.mark.parametrize("label", [b"2", b"-1", b"", b"x", b"1.0", b"\xff", b"9" * 5000])
+@pytest.mark.parametrize("label", [b"2", b"-1", b"", b"x", b"1.5", b"\xff", b"9" * 5000])
 def test_a_label_that_is_no_class_is_broken(packed, by_hand, tmp_path, label):
     image = packed.originals["bee/1"].encoded
     manifest = by_hand(tmp_path, [{"png": image, "cls": label}, {"png": image, "cls": b" 1\n"}], 2, 0)
     bad, good = read_ranges(manifest, [SampleRange(0, 0, 2)])
-    assert isinstance(bad, BadSample) and bad.key == "0000" and "its label is" in bad.reason and "0 to 1" in bad.reason
+    assert isinstance(bad, BadSample) and bad.key == "0000"
+    assert re.search("its label is .*; it must be 0 to 1|its label is empty|its .cls is not UTF-8", bad.reason)
     assert isinstance(good, Sample) and good.labels == (1,)
 
 

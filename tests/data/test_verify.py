@@ -158,13 +158,13 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
 
     broken = [{"shard": "a.tar", "key": "1", "reason": "does not decode: truncated or damaged"}]
     size = (folder / "a.tar").stat().st_size
-    found = {"shards": 1, "samples": 2, "bytes": size, "classes": 2}
-    assert run("index", str(folder), "--out", str(tmp_path / "out")) == (0, {**found, "broken": [], "unchecked": 2})
+    found = {"shards": 1, "samples": 2, "bytes": size, "classes": 2, "labels": ""}
+    read = {**found, "labels": "numbers from 0 in .cls"}
+    assert run("index", str(folder), "--out", str(tmp_path / "out")) == (0, {**read, "broken": [], "unchecked": 2})
     assert run("verify", str(tmp_path / "out")) == (1, {**found, "broken": broken, "unchecked": 2})
     assert (
         "hint: 2 samples have no checksum" in CliRunner().invoke(app, ["data", "verify", str(tmp_path / "out")]).stdout
     )
-    found["unchecked"] = 0
-    assert run("index", str(folder), "--decode") == (0, {**found, "broken": broken})
-    assert run("verify", str(folder)) == (1, {**found, "broken": broken})
+    assert run("index", str(folder), "--decode") == (0, {**read, "broken": broken, "unchecked": 0})
+    assert run("verify", str(folder)) == (1, {**found, "broken": broken, "unchecked": 0})
     assert verified(folder).broken == (BadSample(**broken[0]),)

@@ -1,0 +1,150 @@
+"""What the labels of a set are, names of classes or their numbers, from 0 or from 1: one rule for lists and for shards.
+
+Labels are names where the classes have them all by name, or where one is no number; otherwise they are numbers, which
+count from 0 if a 0 is among them and from 1 if the number of classes is. Numbers stand for the lines of a file of
+classes alone: ImageNet's own numbering is not that of its sorted class names, and a guess would be wrong silently.
+Labels that two readings would give to different classes are refused, with both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from data.errors import UsageError
+from data.shards.labels import Reading, number_of
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names in their order; `counted` says that numbers may stand for them, in that order."""
+
+    names: tuple[str, ...]
+    counted: bool
+
+    @cached_property
+    def named(self) -> frozenset[str]:
+        """The names without their order."""
+        return frozenset(self.names)
+
+
+def reading_of(where: str, labels: Mapping[str, str], classes: Classes | None) -> Reading:
+    """How all the labels at `where` are to be read, each with the first sample that has it; UsageError if not known.
+
+    Without classes each label is a class of its own; all are names where one is, or is written as no number is ("007").
+    """
+    numbers = {label: number for label in labels if (number := number_of(label)) is not None}
+    if not labels:
+        return Reading.NAMES
+    if classes is None:
+        return _without_classes(where, labels, numbers)
+    names = classes.named.intersection(labels)
+    if not names:
+        return Reading.NAMES if len(numbers) < len(labels) else _numbers_of(where, labels, numbers, classes)
+    for label, number in numbers.items():
+        if label not in names and 0 <= number <= len(classes.names):
+            name = min(names)
+            raise UsageError(
+                f"{where} has labels of two kinds: {name!r} ({labels[name]}) is the name of a class, and {label!r}"
+                f" ({labels[label]}) is none and may be a number; write all as names, or all as numbers of --classes"
+                " whose names are none"
+            )
+    _check_same_as_numbers(where, labels, numbers, classes)
+    return Reading.NAMES
+
+
+def to_class_names(
+    where: str, labels: Sequence[tuple[str, ...]], samples: Iterable[str], classes: Classes | None
+) -> tuple[list[tuple[str, ...]], Reading]:
+    """Labels as class names, where `where` writes them as numbers of `classes`, and how they were read."""
+    first_with: dict[str, str] = {}
+    for each, sample in zip(labels, samples, strict=True):
+        for label in each:
+            first_with.setdefault(label, sample)
+    reading = reading_of(where, first_with, classes)
+    if reading is Reading.NAMES:
+        return list(labels), reading
+    if classes is None:
+        raise UsageError(_NO_ORDER.format(where=where))
+    first = int(reading is Reading.FROM_1)
+    return [tuple(classes.names[(number_of(label) or 0) - first] for label in each) for each in labels], reading
+
+
+def describe_reading(reading: Reading, where: str, names: Sequence[str], given: bool) -> str:
+    """How labels were read, for the report; `given` says that the classes were."""
+    if reading is Reading.NAMES:
+        return f"names in {where}" if given else f"{len(names)} names in {where}: {abbreviate(map(_short, names))}"
+    first = int(reading is Reading.FROM_1)
+    return f"{reading} in {where}" + (f"; {first} is {_short(names[0])}" if given else "")
+
+
+def abbreviate(names: Iterable[str]) -> str:
+    """The first ten of some names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:10]) + (f" and {len(ordered) - 10} more" if len(ordered) > 10 else "")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 40 else f"{name[:37]}...")
+
+
+_NO_ORDER = (
+    "{where} has numbers as labels; --classes FILE must name the classes in the order of these numbers"
+    " (of ImageNet's development kit that is not the order of sorted names)"
+)
+
+
+def _without_classes(where: str, labels: Mapping[str, str], numbers: dict[str, int]) -> Reading:
+    if len(numbers) == len(labels) and not any(re.match("0[0-9]", label) for label in numbers):
+        return Reading.FROM_0
+    written: dict[int, str] = {}
+    for label, number in numbers.items():
+        if (other := written.setdefault(number, label)) != label:
+            raise UsageError(
+                f"{where} has labels that can be read in two ways: {other!r} ({labels[other]}) and {label!r}"
+                f" ({labels[label]}) are two names, or one number; --classes FILE must list the classes"
+            )
+    return Reading.NAMES
+
+
+def _numbers_of(where: str, labels: Mapping[str, str], numbers: dict[str, int], classes: Classes) -> Reading:
+    """What numbers count from; UsageError where they do not fit, or it is not known."""
+    if not classes.counted:
+        raise UsageError(_NO_ORDER.format(where=where))
+    count, values = len(classes.names), set(numbers.values())
+    first = _counted_from(values, count)
+    if first is not None:
+        return Reading.FROM_1 if first else Reading.FROM_0
+    (low, least), *_, (high, most) = sorted([*numbers.items()] * 2, key=lambda each: each[1])
+    if least < 0 or most > count - (least == 0):
+        raise UsageError(
+            f"{where} has labels {low} ({labels[low]}) to {high} ({labels[high]}), which do not fit {count} classes:"
+            f" from 0 they are 0 to {count - 1}, from 1 they are 1 to {count}"
+        )
+    raise UsageError(
+        f"{where} has neither label 0 nor {count}, so what they count from is not known: {low} ({labels[low]}) is"
+        f" {classes.names[least]!r} from 0 and {classes.names[least - 1]!r} from 1; write class names, or list the"
+        " numbers themselves in --classes"
+    )
+
+
+def _check_same_as_numbers(where: str, labels: Mapping[str, str], numbers: dict[str, int], classes: Classes) -> None:
+    """UsageError where labels that are names of classes are numbers of other classes just as well."""
+    plain = len(numbers) == len(labels) and all(str(number) == label for label, number in numbers.items())
+    first = _counted_from(set(numbers.values()), len(classes.names)) if plain and classes.counted else None
+    for label, number in numbers.items() if first is not None else ():
+        if (by_number := classes.names[number - (first or 0)]) != label:
+            raise UsageError(
+                f"{where} has labels that can be read in two ways: {label!r} ({labels[label]}) is the name of a class,"
+                f" and as a number from {first} it is class {by_number!r}; list --classes in the order of the numbers,"
+                " or give them as packed shards, whose names alone count"
+            )
+
+
+def _counted_from(numbers: set[int], count: int) -> int | None:
+    """0 or 1 where numbers of `count` classes are known to count from there: they fit, and the 0 or the last occurs."""
+    first = int(0 not in numbers)
+    fit = min(numbers) >= first and max(numbers) < count + first
+    return first if fit and (first == 0 or count in numbers) else None
