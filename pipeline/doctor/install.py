@@ -138,6 +138,8 @@ def install() -> None:
     pinned.write_text(text)
     with stage("coatnet", f"with the extras {', '.join(extras)}"):
         pip("-c", str(pinned), "-e", f"{ROOT}[{','.join(extras)}]")
+    if torchvision:
+        make_torchvision_import(builds["torch"])  # which needs what has just been installed
     print(f"done     {_megabytes(VENV):,} MB in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -199,20 +201,24 @@ def install_torchvision(torch: str) -> str | None:
             if build in offered_versions("torchvision", *index):
                 with stage("vision", f"torchvision {build}, for timm"):
                     pip("--no-deps", "--force-reinstall", *index, f"torchvision==={build}")
-                    if not _output(VENV_PYTHON, "-c", ASK_TORCHVISION):
-                        _add_schemas()
-                if found := _output(VENV_PYTHON, "-c", ASK_TORCHVISION).strip():
-                    return found
-    with stage("vision", f"none for torch {torch}: neither torchvision nor timm"):
-        subprocess.run([VENV_PYTHON, "-m", "pip", "uninstall", "-qqy", "torchvision", "timm"], check=False)
+                return build
+    _remove_timm(torch)
     return None
 
 
-def _add_schemas() -> None:
-    """Lets a torchvision import whose operators do not load beside this torch."""
-    find = "import importlib.util; print(importlib.util.find_spec('torchvision').origin)"
-    with Path(_output(VENV_PYTHON, "-c", find).strip()).with_name("extension.py").open("a") as file:
-        file.write(SCHEMAS)
+def make_torchvision_import(torch: str) -> None:
+    """Lets a torchvision import whose operators do not load beside this torch; where it still does not, it goes."""
+    if not _output(VENV_PYTHON, "-c", ASK_TORCHVISION):
+        find = "import importlib.util; print(importlib.util.find_spec('torchvision').origin)"
+        with Path(_output(VENV_PYTHON, "-c", find).strip()).with_name("extension.py").open("a") as file:
+            file.write(SCHEMAS)
+        if not _output(VENV_PYTHON, "-c", ASK_TORCHVISION):
+            _remove_timm(torch)
+
+
+def _remove_timm(torch: str) -> None:
+    with stage("vision", f"no torchvision goes with torch {torch}, so there is no timm either"):
+        subprocess.run([VENV_PYTHON, "-m", "pip", "uninstall", "-qqy", "torchvision", "timm"], check=False)
 
 
 def installed_torch() -> Torch | None:
