@@ -10,10 +10,12 @@ import gc
 import os
 import sys
 import traceback
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
+from data.paths import expand
 from pipeline.distributed import signals
 from pipeline.distributed.environment import is_rank, rank_and_world_size, read_slurm_env
 from pipeline.distributed.launcher import die_with_parent
@@ -30,6 +32,18 @@ app = typer.Typer(
 data_app = typer.Typer(help="Pack images into WebDataset shards, index shards, check them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+
+def _expanded(parameter: typer.CallbackParam, value: Any) -> Any:
+    """A path that was typed, or several, with `~` and variables expanded; read_config does it for a preset."""
+    if value is None or isinstance(value, list | tuple):
+        return value and [_expanded(parameter, each) for each in value]
+    name = parameter.opts[0] if parameter.opts[0].startswith("-") else str(parameter.metavar).rstrip(".")
+    return type(value)(expand(str(value), name))
+
+
+path_argument = partial(typer.Argument, callback=_expanded)
+path_option = partial(typer.Option, callback=_expanded)
+
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML preset, e.g. configs/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.learning_rate=5e-4")]
 Ranks = Annotated[int, typer.Option("--procs", min=1, help="ranks to run on this machine")]
@@ -37,12 +51,12 @@ Check = Annotated[bool, typer.Option("--check", help="check the configuration, w
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Source = Annotated[
     str | None,
-    typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file; for --check a preset"),
+    path_option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file; for --check a preset"),
 ]
 Trained = Annotated[
-    str, typer.Argument(metavar="RUN", help="run (its newest checkpoint), one checkpoint, or an exported file")
+    str, path_argument(metavar="RUN", help="run (its newest checkpoint), one checkpoint, or an exported file")
 ]
-EvaluationSet = Annotated[str, typer.Option("--data", metavar="URL", help="packed evaluation set")]
+EvaluationSet = Annotated[str, path_option("--data", metavar="URL", help="packed evaluation set")]
 Weights = Annotated[str | None, typer.Option(metavar="ema|model", help="default: ema where there is one")]
 Resolution = Annotated[int | None, typer.Option(min=1, help="pixels a side; default: what it was trained at")]
 Crop = Annotated[
@@ -80,7 +94,7 @@ def finetune(
 @app.command(epilog="Example: coatnet preview configs/tiny.yaml digits.png data.train=digits/train")
 def preview(
     config: ConfigFile,
-    out: Annotated[str, typer.Argument(metavar="OUT.png", help="the sheet; an earlier one is replaced")],
+    out: Annotated[str, path_argument(metavar="OUT.png", help="the sheet; an earlier one is replaced")],
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, max=1000, help="most samples that are shown")] = 32,
     epoch: Annotated[int, typer.Option(min=0, help="whose first samples are shown")] = 0,
@@ -110,7 +124,7 @@ def evaluate(
 @app.command(epilog="Example: coatnet predict runs/tiny photos/ cat.jpg")
 def predict(
     run: Trained,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="image files, or folders of them")],
+    images: Annotated[list[str], path_argument(metavar="IMAGE...", help="image files, or folders of them")],
     weights: Weights = None,
     resolution: Resolution = None,
     crop: Crop = None,
@@ -126,7 +140,7 @@ def predict(
 @app.command(epilog="Example: coatnet export runs/tiny tiny.safetensors")
 def export(
     run: Trained,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a .safetensors file; with --layout timm a folder")],
+    out: Annotated[str, path_argument(metavar="OUT", help="a .safetensors file; with --layout timm a folder")],
     layout: Annotated[str | None, typer.Option(metavar="timm", help="as a folder that timm opens")] = None,
     weights: Weights = None,
     overwrite: Overwrite = False,
@@ -139,8 +153,8 @@ def export(
 
 @app.command("import", epilog="Example: coatnet import coatnet_0_224/ coatnet_0.safetensors")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="timm's folder: config.json and weights")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a .safetensors file")],
+    source: Annotated[str, path_argument(metavar="SRC", help="timm's folder: config.json and weights")],
+    out: Annotated[str, path_argument(metavar="OUT", help="a .safetensors file")],
     overwrite: Overwrite = False,
 ) -> None:
     """Make a file to evaluate and fine-tune from out of timm's coatnet_0_224 to coatnet_5_224."""
@@ -195,11 +209,11 @@ def bench(
 
 @data_app.command("pack", epilog="Example: coatnet data pack photos/train shards/train")
 def pack(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="folder, tar or zip of classes, or list: .csv, .jsonl")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="folder, or any fsspec URL")],
-    labels: Annotated[str | None, typer.Option(metavar="FILE", help="labels of a flat SRC: lines `name label`")] = None,
+    source: Annotated[str, path_argument(metavar="SRC", help="folder, tar or zip of classes, or list: .csv, .jsonl")],
+    destination: Annotated[str, path_argument(metavar="DST", help="folder, or any fsspec URL")],
+    labels: Annotated[str | None, path_option(metavar="FILE", help="labels of a flat SRC: lines `name label`")] = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
+        str | None, path_option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
     ] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="downscale to this shorter side, as JPEG")] = None,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="of resized images; default 92")] = None,
@@ -234,14 +248,14 @@ def pack(
 @data_app.command("index", epilog="Example: coatnet data index 's3://ours/train-{000000..001023}.tar' --out train")
 def index(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="folder of tars, glob or {000..123} pattern, at any fsspec URL")
+        str, path_argument(metavar="URL", help="folder of tars, glob or {000..123} pattern, at any fsspec URL")
     ],
     out: Annotated[
-        str | None, typer.Option(metavar="DST", help="manifest and indexes; default: beside the tars")
+        str | None, path_option(metavar="DST", help="manifest and indexes; default: beside the tars")
     ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="read all and decode every image once")] = False,
     classes: Annotated[
-        str | None, typer.Option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
+        str | None, path_option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
     ] = None,
     label_field: Annotated[
         str | None,
@@ -260,7 +274,7 @@ def index(
 
 @data_app.command("verify", epilog="Example: coatnet data verify shards/train")
 def verify(
-    url: Annotated[str, typer.Argument(metavar="URL", help="where manifest.json is")],
+    url: Annotated[str, path_argument(metavar="URL", help="where manifest.json is")],
     workers: Annotated[int | None, typer.Option(min=1, help="threads, a shard each; default: one a processor")] = None,
     as_json: AsJson = False,
 ) -> None:

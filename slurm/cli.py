@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import AsJson, ConfigFile, Overrides, Weights, app, main
+from pipeline.cli import AsJson, ConfigFile, Overrides, Weights, app, main, path_argument, path_option
 
 submit_app = typer.Typer(
     help="Submit a run to Slurm; its job requeues itself until the run ends.", no_args_is_help=True
@@ -19,8 +19,8 @@ Then = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch script and exit")]
 Cluster = Annotated[str, typer.Option(metavar="slurm|local", help="local: this machine, detached")]
-Source = Annotated[str, typer.Option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")]
+Source = Annotated[str, path_option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file")]
+Run = Annotated[Path, path_argument(metavar="RUN", help="the run's folder")]
 
 
 @submit_app.command("pretrain", epilog="Example: coatnet submit pretrain tiny.yaml run.dir=runs/a slurm.nodes=2")
@@ -63,7 +63,7 @@ def submit_doctor(config: ConfigFile, overrides: Overrides = None, dry_run: DryR
 
 @app.command(epilog="Example: coatnet status runs/")
 def status(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="runs, or a folder of runs")],
+    runs: Annotated[list[Path], path_argument(metavar="RUN...", help="runs, or a folder of runs")],
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat every few seconds, until Ctrl-C")] = False,
 ) -> None:

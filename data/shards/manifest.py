@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import UsageError
+from data.paths import expand
 from data.shards.labels import InvalidSample, Reading, class_numbers, composed, parse_labels
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.cache import NodeCache
@@ -194,7 +194,7 @@ def with_cache(manifest: Manifest, storage: Storage, folder: str | None, max_byt
     files = open_fs(manifest.shards_at or manifest.url)[0]
     if folder is None or isinstance(files, LocalFileSystem):
         return replace(manifest, storage=storage)
-    place = Path(os.path.expandvars(folder)).expanduser()
+    place = Path(expand(folder, "data.cache.dir"))
     return replace(manifest, storage=NodeCache(storage, place, max_bytes, manifest.fingerprint, _sizes_of(manifest)))
 
 

@@ -2,7 +2,8 @@
 
 Order, later wins: documented defaults, the file named by `base:` (and its base), the preset, overrides from left to
 right. Setting one of train.epochs and train.steps in a later layer clears the other in the earlier ones; so do
-model.name and model.stages.
+model.name and model.stages. In keys that are paths `~` and $VARIABLES are expanded, but in data.cache.dir, where each
+node does that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from data.paths import expand
 from pipeline.config.schema import Config, Section, describe_type, documented_keys, item_type, section_type
 from pipeline.errors import UsageError
 
@@ -31,13 +33,14 @@ CLEARS = {
 
 def read_config(path: str, overrides: list[str]) -> Config:
     """The configuration of a preset file with overrides; UsageError names the key and what would be allowed."""
+    path = expand(path, "CONFIG")
     layers = [*_file_layers(Path(path)), *(_parse_override(text) for text in overrides)]
     merged: dict[str, Any] = {}
     for layer, origin in layers:
         _check_keys(layer, Config, "", origin)
         _clear(merged, layer)
         _merge(merged, layer)
-    return validate(merged, path, overrides)
+    return validate(_with_paths_expanded(merged, path, overrides), path, overrides)
 
 
 def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
@@ -55,6 +58,22 @@ def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -
         raise UsageError("\n".join(lines)) from None
 
 
+def _with_paths_expanded(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree with its paths as data.paths.expand has them; all that cannot be expanded in one UsageError."""
+    lines: list[str] = []
+    for name in (name for name, facts in documented_keys().items() if facts["expanded"]):
+        section, _, leaf = name.rpartition(".")
+        parent = _get(tree, section.split("."))
+        if isinstance(parent, dict) and isinstance(parent.get(leaf), str):
+            try:
+                parent[leaf] = expand(parent[leaf], name)
+            except UsageError as error:
+                lines.append(f"{_override_with(str(error), overrides) or origin}: {error}")
+    if lines:
+        raise UsageError("\n".join(lines))
+    return tree
+
+
 def _override_with(message: str, overrides: Sequence[str]) -> str | None:
     """The last override whose key a message names."""
     keys = {text: re.escape(text.partition("=")[0]) for text in overrides}
@@ -68,7 +87,7 @@ def to_yaml(config: Config) -> str:
 
 def read_resolved(path: Path) -> Config:
     """A run's own config.yaml."""
-    return validate(_load(path), str(path))
+    return validate(_with_paths_expanded(_load(path), str(path)), str(path))
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
@@ -88,7 +107,7 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str
     base = tree.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise UsageError(f"{path}: base is {base!r}; it must be the name of a YAML file beside this one")
-    below = _file_layers(path.parent / base, (*seen, path)) if base else []
+    below = _file_layers(path.parent / expand(base, f"{path}: base"), (*seen, path)) if base else []
     return [*below, (tree, str(path))]
 
 

@@ -19,9 +19,13 @@ Change = Literal["immutable", "tracked", "mutable"]
 """What resuming with another value does: it is refused (the key defines the run), recorded in events.jsonl, or used."""
 
 
-def key(default: Any, meaning: str, change: Change = "immutable", **limits: Any) -> Any:
-    """A documented key of a section; `limits` are pydantic's (ge, le, gt, lt, min_length, ...)."""
-    return Field(default, description=meaning, json_schema_extra={"change": change}, validate_default=False, **limits)
+def key(default: Any, meaning: str, change: Change = "immutable", *, expanded: bool = False, **limits: Any) -> Any:
+    """A documented key of a section; `limits` are pydantic's (ge, le, gt, lt, min_length, ...).
+
+    `expanded`: a path, in which `~` and variables are replaced where the configuration is read (data/paths.py).
+    """
+    extra: dict[str, Any] = {"change": change, "expanded": expanded}
+    return Field(default, description=meaning, json_schema_extra=extra, validate_default=False, **limits)
 
 
 class Section(BaseModel):
@@ -29,7 +33,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str = key("runs/default", "folder of this run, on a POSIX file system", "mutable", min_length=1)
+    dir: str = key("runs/default", "folder of this run, on a POSIX file system", "mutable", expanded=True, min_length=1)
     seed: int = key(0, "seed of every random draw, 0 to 2**48 - 1", ge=0, lt=2**48)
     hang_timeout: float = key(
         1800,
@@ -41,7 +45,7 @@ class Run(Section):
 
 class Cache(Section):
     dir: str | None = key(
-        None, "folder on each node's disk, $VARIABLES allowed, that caches remote data; null: none", "mutable"
+        None, "folder on each node's disk, with each node's $VARIABLES, that caches remote data; null: none", "mutable"
     )
     max_bytes: int | None = key(
         None, "bytes of the cache, oldest use goes first; null: until the disk is full", "mutable", ge=1
@@ -49,8 +53,10 @@ class Cache(Section):
 
 
 class Data(Section):
-    train: str = key(..., "packed training set: a folder or any fsspec URL that holds manifest.json", min_length=1)
-    val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "mutable")
+    train: str = key(
+        ..., "packed training set: a folder or any fsspec URL that holds manifest.json", expanded=True, min_length=1
+    )
+    val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "mutable", expanded=True)
     shuffle_window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
     train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
     max_bad_fraction: float = key(
@@ -243,6 +249,7 @@ class Checkpoint(Section):
         None,
         "folder or fsspec URL, for this run alone, to which checkpoints are copied; null: none",
         "mutable",
+        expanded=True,
         min_length=1,
     )
 
@@ -345,7 +352,10 @@ def profiled_steps(profile: object) -> range | None:
 
 
 def documented_keys() -> dict[str, dict[str, Any]]:
-    """Every key by its full name, in order: `meaning`, `default`, `change`. Lists of sections count as one key."""
+    """Every key by its full name, in order: `meaning`, `default`, `change`, `expanded`.
+
+    Lists of sections count as one key.
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def visit(section: type[Section], prefix: str) -> None:
@@ -355,8 +365,8 @@ def documented_keys() -> dict[str, dict[str, Any]]:
                 visit(inner, f"{prefix}{name}.")
             else:
                 extra = info.json_schema_extra
-                change = extra["change"] if isinstance(extra, dict) else "immutable"
-                found[prefix + name] = {"meaning": info.description, "default": info.default, "change": change}
+                assert isinstance(extra, dict)
+                found[prefix + name] = {"meaning": info.description, "default": info.default, **extra}
 
     visit(Config, "")
     return found
