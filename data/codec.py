@@ -2,9 +2,9 @@
 
 Training decodes with DALI, which is right about the ordinary variants of each format, wrong about others, and ended by
 damaged bytes. So a file of unknown origin comes here first. `_variant` is the table: by its header a file is one of
-those whose pixels are Pillow's `convert("RGB")` in DALI, or not. The former are decoded whole by nvImageCodec, DALI's
-own codecs, which answers damage with nothing worse than None: what decodes here decodes in DALI. Of the others packing
-makes a PNG if Pillow decodes them; elsewhere they are refused by name.
+those that DALI decodes as nvImageCodec does, which has its codecs, or not. The former are decoded whole, and where the
+libraries are not Pillow's the pixels must be those of Pillow's `convert("RGB")`: what decodes here decodes in DALI, to
+what a person sees. Of all others packing makes a PNG if Pillow decodes them; elsewhere they are refused by name.
 
 Any number of threads may call: each has its own decoder of one thread, and the interpreter is free while it decodes.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 # The codecs write lines of their own about each damaged image; callers name it once, with the reason. Read at import.
@@ -79,6 +79,7 @@ _TIFF_VARIANTS = {
 _UPRIGHT = nvimgcodec.DecodeParams(apply_exif_orientation=True)
 _of_thread = threading.local()
 Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the bound
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment]  # a long text is no reason to leave an image out
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which is not used
 
 
@@ -110,9 +111,7 @@ def examine(encoded: bytes) -> Picture:
     """Kind and size of an image that training decodes as it is; Undecodable with the reason for any other bytes."""
     decoded = _decode(encoded)
     if decoded.variant:
-        raise Undecodable(
-            f"{decoded.variant}; training does not decode that, and `coatnet data pack` makes a PNG of it"
-        )
+        raise Undecodable(f"training does not decode {decoded.variant}; `coatnet data pack` makes a PNG of it")
     return decoded.picture
 
 
@@ -145,17 +144,18 @@ def _decode(encoded: bytes) -> _Decoded:
     codec = _codec(encoded)
     kind, variant = EXTENSIONS[codec], _variant(codec, encoded)
     image = _opened(codec, encoded, variant)
-    alike = codec in _ALIKE and image.mode != "CMYK" and not variant
-    pixels = None if alike else _pillows_pixels(image, variant)
-    stream = None if variant else _stream(codec, encoded, image)
-    if not variant and stream is None:
-        variant = f"a {kind} that nvImageCodec does not read"
     if variant:
-        return _Decoded(kind, _pillows_pixels(image, None) if pixels is None else pixels, variant)
+        return _Decoded(kind, _pillows_pixels(image, variant), variant)
+    alike = codec in _ALIKE and image.mode != "CMYK"
+    pixels = None if alike else _pillows_pixels(image, None)
+    stream = _stream(codec, encoded, image)
+    if stream is None:
+        pixels = _pillows_pixels(image, None) if pixels is None else pixels
+        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec does not read")
     if codec == "png":
         _check_sums(image)
     decoded = codec_of_thread("Decoder").decode(stream, params=_UPRIGHT)
-    if alike and decoded is None:
+    if pixels is None and decoded is None:
         raise Undecodable(_DAMAGED)
     if pixels is not None and (decoded is None or _differ(decoded, pixels)):
         return _Decoded(kind, pixels, f"a {kind} that nvImageCodec decodes otherwise than Pillow")

@@ -5,6 +5,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
@@ -211,19 +212,21 @@ class Variant(NamedTuple):
     """A file; its pixels, RGB [height, width, 3], to within `tolerance` levels; why it is left out if it is."""
 
     encoded: bytes
-    pixels: NDArray[np.uint8] | None
+    pixels: NDArray[np.uint8]
     tolerance: int = 0
     reason: str = ""
 
 
 Named = Iterator[tuple[str, Variant]]
+HUGE = 20_000
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def as_pillow(encoded: bytes, tolerance: int = 0) -> Variant:
     """As Pillow shows it: profiles are not applied, alpha is dropped, and it is upright."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
-    return Variant(encoded, np.array(image.convert("RGB")), tolerance)
+    with warnings.catch_warnings(action="ignore"):  # of palettes with alpha
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    return Variant(encoded, np.array(image), tolerance)
 
 
 def as_levels(encoded: bytes, samples: NDArray[Any], highest: int, tolerance: int = 0) -> Variant:
@@ -334,13 +337,8 @@ def left_out() -> Named:
     for part in (3, 2, 20):
         cut = file_of(picture("RGB"), "PNG")
         files[f"png cut at 1/{part}"] = cut[: len(cut) // part], "does not decode: truncated or damaged"
-    for side in (20_000, 2**31 - 1):  # a few bytes that say they are a large picture
-        big = png(noise(1), 8, 0).replace(struct.pack(">II", WIDTH, HEIGHT), struct.pack(">II", side, side), 1)
-        body = big[12:29]
-        files[f"png says {side}"] = (
-            big[:29] + struct.pack(">I", zlib.crc32(body)) + big[33:],
-            f"{side * side} pixels; 268435456 at",
-        )
+    for kind, encoded in _said_to_be_huge().items():
+        files[f"{kind} said to be huge"] = encoded, f"{HUGE**2} pixels; 268435456 at most"
     wrong = {
         (2, 8): "signed",
         (2, 16): "signed",
@@ -356,7 +354,24 @@ def left_out() -> Named:
         encoded = tiff(noise(bands, 2**bits - 1), bits, bands - 1)
         files[f"tiff {bands} x {bits}"] = encoded, f"{maybe}a TIFF of {bands} x {bits} bits"
     for name, (encoded, reason) in files.items():
-        yield name, Variant(encoded, None, 0, reason)
+        yield name, Variant(encoded, np.empty(0, np.uint8), 0, reason)
+
+
+def _said_to_be_huge() -> dict[str, bytes]:
+    """A few bytes each; of JPEG 2000 only the codestream says so, the container does not."""
+    words, halves = struct.pack(">II", HUGE, HUGE), struct.pack(">HH", HUGE, HUGE)
+    jpeg, portable = file_of(picture("RGB"), "JPEG"), png(noise(1), 8, 0)
+    head = b"IHDR" + words + portable[24:29]
+    siz = file_of(picture("RGB"), "JPEG2000")
+    at = siz.index(b"\xff\x4f\xff\x51") + 8
+    return {
+        "jpeg": jpeg.replace(struct.pack(">HH", HEIGHT, WIDTH), halves, 1),
+        "png": portable[:12] + head + struct.pack(">I", zlib.crc32(head)) + portable[33:],
+        "bmp": _bmp(24).replace(struct.pack("<ii", WIDTH, HEIGHT), struct.pack("<ii", HUGE, HUGE), 1),
+        "tiff": tiff(noise(3), 8, 2, tags={256: [HUGE], 257: [HUGE]}),
+        "pnm": b"P6 %d %d 255 " % (HUGE, HUGE) + bytes(99),
+        "jpeg2k": siz[:at] + words + siz[at + 8 :],
+    }
 
 
 def _kept_jpegs(everything: bool) -> Named:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 from webdataset import TarWriter, WebDataset
 
 from data import codec
@@ -24,6 +26,7 @@ from data.decode import Decoder
 from data.order import SampleRange
 from data.packing.index import index
 from data.packing.pack import pack
+from data.packing.resize import shrink
 from data.reader import read_ranges
 from data.shards.manifest import BadSample, read_manifest
 from tests.data.image_files import HEIGHT, WIDTH, Named, Variant, converted, kept, left_out
@@ -141,7 +144,7 @@ def test_indexing_refuses_what_training_does_not_decode_rightly(child, tmp_path,
     assert {names[key] for key in broken} == {*refused}
     for key, reason in broken.items():
         variant = refused[names[key]]
-        assert re.match(variant.reason or r"an? .*; training does not decode that, and `coatnet data pack`", reason)
+        assert re.match(variant.reason or "training does not decode a .*; `coatnet data pack` makes", reason)
 
 
 def test_what_packing_leaves_out_is_named_for_what_it_is(child, tmp_path):
@@ -149,6 +152,18 @@ def test_what_packing_leaves_out_is_named_for_what_it_is(child, tmp_path):
     images, reasons = child.submit(packed, tmp_path, {**variants, "good": next(kept(False))[1]}).result()
     assert {*images} == {"good"}
     assert not {name: why for name, why in reasons.items() if not re.match(variants[name].reason, why)}
+
+
+def test_an_image_made_smaller_may_be_of_any_variant_that_packs(child):
+    for name, variant in table(converted(False), islice(kept(False), 3)).items():
+        small, picture = child.submit(shrink, variant.encoded, 10, 95).result()
+        assert (picture.kind, min(picture[1:])) == ("jpg", 10)
+        seen = np.array(Image.open(BytesIO(small)).convert("RGB")).mean((0, 1))
+        assert abs(seen - variant.pixels.mean((0, 1))).max() < 8, name
+        assert (
+            child.submit(shrink, variant.encoded, SIDE, 95).result()[0]
+            == child.submit(taken, variant.encoded).result()[1]
+        )
 
 
 FILES = {name: file.encoded for name, file in table(kept(False), converted(False), left_out()).items() if file.encoded}
