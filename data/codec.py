@@ -201,8 +201,9 @@ def _variant_of_jpeg(encoded: bytes) -> str | None:
     while encoded[at] == 0xFF:
         marker, bits = encoded[at + 1], encoded[at + 4]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame
-            lossy = marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
-            return None if lossy and bits == 8 else f"a {'lossy' if lossy else 'lossless'} JPEG of {bits} bits"
+            if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):
+                return "a lossless or hierarchical JPEG"
+            return None if bits == 8 else f"a JPEG of {bits} bits"
         at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     raise Undecodable(_DAMAGED)
 
@@ -280,12 +281,16 @@ def _check_sums(png: Image.Image) -> None:
 
 def _pillows_pixels(image: Image.Image, variant: str | None) -> NDArray[np.uint8]:
     """Upright RGB."""
+    bits, white_is_zero = 16, False
     try:
-        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
+        if isinstance(image, TiffImageFile):
+            bits, white_is_zero = max(image.tag_v2.get(_BITS, [1])), image.tag_v2.get(_PHOTOMETRIC) == 0
+            if not variant and image.info["compression"] != "raw":
+                variant = f"a TIFF compressed as {image.info['compression']}"
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # of 16 bits, which Pillow's own convert() clips, and takes white for black
-            levels = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
+        if image.mode.startswith("I"):  # of 9 to 16 bits, which Pillow's own convert() clips, and takes white for black
+            levels = np.rint(np.asarray(image).clip(0, 2**bits - 1) * (255 / (2**bits - 1))).astype(np.uint8)
             image = Image.fromarray(255 - levels if white_is_zero else levels)
         return np.asarray(image.convert("RGB"))
     except Exception:

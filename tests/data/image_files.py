@@ -63,9 +63,9 @@ def png(
 
 
 def packed_rows(samples: NDArray[Any], bits: int, order: str = ">") -> list[bytes]:
-    """Rows of samples of 1, 2, 4, 8, 16 or 32 bits, each padded to whole bytes."""
+    """Rows of samples of any bits, each padded to whole bytes."""
     rows = samples.reshape(len(samples), -1)
-    if bits >= 8:
+    if bits % 8 == 0:
         return [row.astype(f"{order}u{bits // 8}").tobytes() for row in rows]
     shifts = np.arange(bits - 1, -1, -1)
     return [np.packbits((row[:, None] >> shifts & 1).astype(np.uint8)).tobytes() for row in rows]
@@ -286,6 +286,8 @@ def converted(everything: bool) -> Named:
             f"tiff {bits} bits {photometric} {order}",
             as_pillow(tiff(noise(1, 2**bits - 1), bits, photometric, order=order)),
         )
+    deep = noise(1, 4095)
+    yield "tiff 12 bits", as_levels(tiff(deep, 12, 1), deep, 4095)
     deep = noise(1, 65535)
     for compression in (1, 8):
         encoded = tiff(deep, 16, 0, compression=compression)
@@ -309,8 +311,8 @@ def left_out() -> Named:
     coloured, tif = file_of(picture("RGB", True), "JPEG"), file_of(picture("RGB"), "TIFF")
     maybe = "does not decode: truncated or damaged, or not supported: "
     files: dict[str, tuple[bytes, str]] = {
-        "jpeg 12 bits": (with_frame(coloured, 0xC0, 12), maybe + "a lossy JPEG of 12 bits"),
-        "jpeg lossless": (with_frame(coloured, 0xC3, 8), maybe + "a lossless JPEG of 8 bits"),
+        "jpeg 12 bits": (with_frame(coloured, 0xC0, 12), maybe + "a JPEG of 12 bits"),
+        "jpeg lossless": (with_frame(coloured, 0xC3, 8), maybe + "a lossless or hierarchical JPEG"),
         "jpeg cut": (coloured[: len(coloured) // 2], "does not decode: truncated or damaged"),
         "tiff cut": (tif[: len(tif) // 2], "does not decode: truncated or damaged"),
         "bmp other masks": (
