@@ -1,13 +1,24 @@
-"""What an image file is and how large, found by decoding it whole with nvImageCodec, DALI's own codecs, on the CPU.
+"""What an image file is, whether training decodes it rightly, and its pixels: one statement for all that take images.
 
-DALI's decoder can end the process on damaged bytes; nvImageCodec answers them with nothing worse than None. So bytes
-of unknown origin come here first, and what decodes here decodes in DALI. Any number of threads may call: each has its
-own decoder of one thread, and the interpreter is free while it decodes.
+Training decodes with DALI, which is right about the ordinary variants of each format, wrong about others, and ended by
+damaged bytes. So a file of unknown origin comes here first. `_variant` is the table: by its header a file is one of
+those that DALI decodes as nvImageCodec does, which has its codecs, or not. The former are decoded whole, and where the
+libraries are not Pillow's the pixels must be those of Pillow's `convert("RGB")`: what decodes here decodes in DALI, to
+what a person sees. Of all others packing makes a PNG if Pillow decodes them; elsewhere they are refused by name.
+
+Any number of threads may call: each has its own decoder of one thread, and the interpreter is free while it decodes.
 """
 
+import io
 import os
 import threading
+import warnings
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 # The codecs write lines of their own about each damaged image; callers name it once, with the reason. Read at import.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
@@ -25,13 +36,55 @@ EXTENSIONS = {
     "pnm": "ppm",
     "jpeg2k": "jp2",
 }
+"""Of a shard's member, by nvImageCodec's name of the format."""
 MOST_PIXELS = 2**28
+_DAMAGED = "does not decode: truncated or damaged"
+_PILLOWS = {"pnm": "PPM", "jpeg2k": "JPEG2000"}
+_CODESTREAM = b"\xff\x4f\xff\x51"
+_SIGNATURES = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"BM": "bmp",
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0"), "tiff"),
+    **dict.fromkeys((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"), "pnm"),
+    **dict.fromkeys((b"\0\0\0\x0cjP  \r\n\x87\n", _CODESTREAM), "jpeg2k"),
+}
+_UNSUPPORTED = {
+    b"GIF8": "GIF",
+    b"8BPS": "PSD",
+    b"%PDF": "PDF",
+    b"\0\0\1\0": "ICO",
+    b"MM\0+": "BigTIFF of this byte order",
+    b"P7\n": "PAM",
+    **dict.fromkeys((b"PF\n", b"Pf\n"), "PFM"),
+    **dict.fromkeys((b"\xff\x0a", b"\0\0\0\x0cJXL "), "JPEG XL"),
+}
+_BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIC": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"},
+}
+_ALIKE = ("jpeg", "png", "webp")
+"""Decoded by the same libraries as in Pillow; of the others each image's pixels are compared."""
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 258, 262, 277, 284, 322, 323, 339
+_SAMPLE_FORMATS = {2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
+_TIFF_VARIANTS = {
+    *((0, 1, bits) for bits in (1, 8)),  # white is zero
+    *((1, 1, bits) for bits in (1, 8, 16)),  # black is zero
+    *((2, samples, bits) for samples in (3, 4) for bits in (8, 16)),  # RGB
+    *((3, 1, bits) for bits in (1, 2, 4, 8)),  # palette
+    (5, 4, 8),  # CMYK
+    (6, 3, 8),  # YCbCr
+}
+"""Photometric interpretation, samples a pixel and bits each."""
 _UPRIGHT = nvimgcodec.DecodeParams(apply_exif_orientation=True)
 _of_thread = threading.local()
+Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the bound
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment]  # a long text is no reason to leave an image out
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which is not used
 
 
 class Undecodable(ValueError):
-    """The bytes are not an image that decodes to its end; the message says in a few words why."""
+    """The bytes are not an image that can be used; the message says in a few words why."""
 
 
 class Picture(NamedTuple):
@@ -42,26 +95,36 @@ class Picture(NamedTuple):
     width: int
 
 
+class _Decoded(NamedTuple):
+    """Kind and pixels of a file; `variant` says what it is if training would not decode it to them."""
+
+    kind: str
+    pixels: Any
+    variant: str | None
+
+    @property
+    def picture(self) -> Picture:
+        return Picture(self.kind, *self.pixels.shape[:2])
+
+
 def examine(encoded: bytes) -> Picture:
-    """Kind and size of an image that decodes whole; Undecodable with the reason for any other bytes."""
-    return decode(encoded)[0]
+    """Kind and size of an image that training decodes as it is; Undecodable with the reason for any other bytes."""
+    decoded = _decode(encoded)
+    if decoded.variant:
+        raise Undecodable(f"training does not decode {decoded.variant}; `coatnet data pack` makes a PNG of it")
+    return decoded.picture
 
 
-def decode(encoded: bytes) -> tuple[Picture, Any]:
-    """Kind and size, and the pixels as nvImageCodec's image, uint8 RGB [height, width, 3]; Undecodable if not whole."""
-    if not encoded:
-        raise Undecodable("empty file")
-    try:
-        stream = nvimgcodec.CodeStream(encoded)
-        kind, pixels = EXTENSIONS[stream.codec_name], stream.height * stream.width
-    except (RuntimeError, KeyError):
-        raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})") from None
-    if pixels > MOST_PIXELS:
-        raise Undecodable(f"{pixels} pixels; {MOST_PIXELS} at most are taken")
-    image = codec_of_thread("Decoder").decode(stream, params=_UPRIGHT)
-    if image is None:
-        raise Undecodable("does not decode: truncated or damaged")
-    return Picture(kind, *image.shape[:2]), image
+def decode(encoded: bytes) -> tuple[bytes, Picture, NDArray[np.uint8]]:
+    """An image as training takes it, what that is, and its pixels, RGB [height, width, 3].
+
+    It keeps its bytes, or becomes a PNG if training would not decode it. Undecodable with the reason for other bytes.
+    """
+    decoded = _decode(encoded)
+    if not decoded.variant:
+        return encoded, decoded.picture, np.asarray(decoded.pixels.cpu())
+    Image.fromarray(decoded.pixels).save(png := io.BytesIO(), "PNG")
+    return png.getvalue(), decoded._replace(kind=EXTENSIONS["png"]).picture, decoded.pixels
 
 
 def codec_of_thread(kind: str) -> Any:
@@ -74,3 +137,161 @@ def codec_of_thread(kind: str) -> Any:
         )
         setattr(_of_thread, kind, made)
     return getattr(_of_thread, kind)
+
+
+def _decode(encoded: bytes) -> _Decoded:
+    """By nvImageCodec what training decodes rightly, else by Pillow, first where damage crashes nvImageCodec."""
+    codec = _codec(encoded)
+    kind, variant = EXTENSIONS[codec], _variant(codec, encoded)
+    image = _opened(codec, encoded, variant)
+    if variant:
+        return _Decoded(kind, _pillows_pixels(image, variant), variant)
+    alike = codec in _ALIKE and image.mode != "CMYK"
+    pixels = None if alike else _pillows_pixels(image, None)
+    stream = _stream(codec, encoded, image)
+    if stream is None:
+        pixels = _pillows_pixels(image, None) if pixels is None else pixels
+        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec does not read")
+    if codec == "png":
+        _check_sums(image)
+    decoded = codec_of_thread("Decoder").decode(stream, params=_UPRIGHT)
+    if pixels is None and decoded is None:
+        raise Undecodable(_DAMAGED)
+    if pixels is not None and (decoded is None or _differ(decoded, pixels)):
+        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec decodes otherwise than Pillow")
+    return _Decoded(kind, decoded, None)
+
+
+# Headers.
+
+
+def _codec(encoded: bytes) -> str:
+    """nvImageCodec's name of the format that the first bytes are of."""
+    if not encoded:
+        raise Undecodable("empty file")
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "webp"
+    for signature, codec in _SIGNATURES.items():
+        if encoded.startswith(signature):
+            return codec
+    brands = {encoded[at : at + 4] for at in range(8, min(64, int.from_bytes(encoded[:4], "big")), 4)}
+    named = [name for name, of_it in _BRANDS.items() if encoded[4:8] == b"ftyp" and brands & of_it]
+    named += [name for signature, name in _UNSUPPORTED.items() if encoded.startswith(signature)]
+    if named:
+        raise Undecodable(f"{named[0]} is not supported; convert it to JPEG or PNG")
+    raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})")
+
+
+def _variant(codec: str, encoded: bytes) -> str | None:
+    """What the file is if DALI's pixels of such are not nvImageCodec's; Undecodable if nobody's are right."""
+    try:
+        if codec == "jpeg":
+            return _variant_of_jpeg(encoded)
+        if codec == "tiff":
+            return _variant_of_tiff(encoded)
+    except Undecodable:
+        raise
+    except Exception:  # Pillow's parser raises what it meets: of structs, keys, numbers
+        raise Undecodable(_DAMAGED) from None
+    return None
+
+
+def _variant_of_jpeg(encoded: bytes) -> str | None:
+    at = 2
+    while encoded[at] == 0xFF:
+        marker, bits = encoded[at + 1], encoded[at + 4]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame
+            if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):
+                return "a lossless or hierarchical JPEG"
+            return None if bits == 8 else f"a JPEG of {bits} bits"
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    raise Undecodable(_DAMAGED)
+
+
+def _variant_of_tiff(encoded: bytes) -> str | None:
+    tags = ImageFileDirectory_v2(encoded[: 16 if encoded[2] == 43 else 8])  # 43 is BigTIFF's
+    with io.BytesIO(encoded) as file:
+        file.seek(tags.next)
+        tags.load(file)
+    bits, formats = (np.atleast_1d(tags.get(tag, 1)).tolist() for tag in (_BITS, _SAMPLE_FORMAT))
+    if wrong := next((_SAMPLE_FORMATS.get(each, "unknown") for each in formats if each != 1), None):
+        raise Undecodable(f"a TIFF of {wrong} samples; only unsigned integers are taken")
+    if max(bits) > 16:
+        raise Undecodable(f"a TIFF of {max(bits)}-bit samples; 16 bits at most are taken")
+    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MOST_PIXELS:
+        raise Undecodable(f"tiles of more than {MOST_PIXELS} pixels")
+    samples, photometric, planar = (tags.get(tag, 1) for tag in (_SAMPLES, _PHOTOMETRIC, _PLANAR))
+    if (photometric, samples, bits[0]) in _TIFF_VARIANTS and len({*bits}) == planar == 1:
+        return None
+    return (
+        f"a TIFF of {samples} x {bits[0]} bits, photometric interpretation {photometric}{', in planes' * (planar > 1)}"
+    )
+
+
+def _opened(codec: str, encoded: bytes, variant: str | None) -> Image.Image:
+    """Pillow's reading of the header, of a picture whose size is bounded."""
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=[_PILLOWS.get(codec, codec)])
+        sizes = [image.size]
+        if codec == "jpeg2k":  # its container has a size as well
+            with Image.open(io.BytesIO(encoded[encoded.index(_CODESTREAM) :]), formats=["JPEG2000"]) as inner:
+                sizes.append(inner.size)
+    except Exception:
+        raise Undecodable(_damaged_or(variant, codec)) from None
+    pixels = max(width * height for width, height in sizes)
+    if pixels > MOST_PIXELS:
+        raise Undecodable(f"{pixels} pixels; {MOST_PIXELS} at most are taken")
+    return image
+
+
+def _damaged_or(variant: str | None, codec: str | None = None) -> str:
+    unread = f"a {EXTENSIONS[codec]} that Pillow does not read" if codec in ("bmp", "tiff", "pnm", "jpeg2k") else None
+    other = variant or unread
+    return f"{_DAMAGED}, or not supported: {other}" if other else _DAMAGED
+
+
+def _stream(codec: str, encoded: bytes, image: Image.Image) -> Any:
+    """nvImageCodec's reading of the header; None where it fails or sees something else."""
+    stream = nvimgcodec.CodeStream(encoded)
+    try:  # it is read when it is first asked for something
+        same = stream.codec_name == codec and sorted((stream.width, stream.height)) == sorted(image.size)
+        typed = str(stream.dtype) in ("uint8", "uint16") and (codec != "jpeg2k" or stream.precision in (8, 16))
+    except (RuntimeError, TypeError):  # no header, or a type without a name
+        return None
+    return stream if same and typed else None
+
+
+# Pixels.
+
+
+def _differ(decoded: Any, pixels: NDArray[np.uint8]) -> bool:
+    """Whether nvImageCodec's image has not Pillow's pixels to within one level."""
+    if decoded.shape != pixels.shape:
+        return True
+    return bool(np.abs(np.asarray(decoded.cpu()).astype(np.int16) - pixels).max() > 1)
+
+
+def _check_sums(png: Image.Image) -> None:
+    """Of the chunks, which the decoders pass over."""
+    try:
+        png.verify()
+    except Exception:
+        raise Undecodable(_DAMAGED) from None
+
+
+def _pillows_pixels(image: Image.Image, variant: str | None) -> NDArray[np.uint8]:
+    """Upright RGB."""
+    bits, white_is_zero = 16, False
+    try:
+        if isinstance(image, TiffImageFile):
+            bits, white_is_zero = max(image.tag_v2.get(_BITS, [1])), image.tag_v2.get(_PHOTOMETRIC) == 0
+            if not variant and image.info["compression"] != "raw":
+                variant = f"a TIFF compressed as {image.info['compression']}"
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # of 9 to 16 bits, which Pillow's own convert() clips, and takes white for black
+            levels = np.rint(np.asarray(image).clip(0, 2**bits - 1) * (255 / (2**bits - 1))).astype(np.uint8)
+            image = Image.fromarray(255 - levels if white_is_zero else levels)
+        return np.asarray(image.convert("RGB"))
+    except Exception:
+        raise Undecodable(_damaged_or(variant)) from None

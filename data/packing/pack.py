@@ -1,10 +1,10 @@
 """Images packed into shuffled WebDataset shards; the same source and seed give the same bytes.
 
-Images keep their bytes, unless smaller ones are asked for. Each is decoded once, in threads, so that training meets no
-damaged one; what does not decode is listed and left out. The order is one permutation of all images, and shards are cut
-from it by the sizes that the listing gave, before anything is read: neither threads nor damaged images nor an
-interruption move a sample to another shard. At most three shards are in memory. The manifest comes last, so an
-interrupted pack never looks whole.
+Images keep their bytes, unless smaller ones are asked for or training would not decode them (codec.py). Each is decoded
+once, in threads, so that training meets no damaged one; what does not decode is listed and left out. The order is one
+permutation of all images, and shards are cut from it by the sizes that the listing gave, before anything is read:
+neither threads nor damaged images nor an interruption move a sample to another shard. At most three shards are in
+memory. The manifest comes last, so an interrupted pack never looks whole.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _examine(found: Source, resize: int | None, quality: int, candidate: Candida
     try:
         encoded = found.read(candidate.image)
         if resize is None:
-            return Examined(candidate, encoded, codec.examine(encoded), "")
+            return Examined(candidate, *codec.decode(encoded)[:2], "")
         return Examined(candidate, *shrink(encoded, resize, quality), "")
     except (codec.Undecodable, DamagedMember) as error:
         return Examined(candidate, b"", None, str(error))

@@ -16,14 +16,14 @@ from data.codec import EXTENSIONS, Picture, Undecodable, codec_of_thread, decode
 def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Picture]:
     """The image with its shorter side at most this long, and what it is; Undecodable where it does not decode whole.
 
-    One that is no larger keeps its bytes. `quality` is libjpeg's, 1 to 100; colours are subsampled 4:2:0.
+    One that is no larger is as packing takes it. `quality` is libjpeg's, 1 to 100; colours are subsampled 4:2:0.
     """
-    picture, image = decode(encoded)
+    encoded, picture, pixels = decode(encoded)
     shorter = min(picture.height, picture.width)
     if shorter <= shorter_side:
         return encoded, picture
     height, width = (max(1, round(side * shorter_side / shorter)) for side in (picture.height, picture.width))
-    smaller = _resampled(np.asarray(image.cpu()), height, width)
+    smaller = _resampled(pixels, height, width)
     stream = codec_of_thread("Encoder").encode(smaller, "jpeg", params=_params(quality))
     if stream is None:  # a side of more than 65,535 pixels
         raise Undecodable(f"{height} x {width} pixels do not go into a JPEG")

@@ -154,11 +154,10 @@ def predictions(
 
 def read(file: Path) -> Image:
     """A file's bytes and size, or the reason why it does not decode."""
-    from data.codec import Undecodable, examine
+    from data.codec import Undecodable, decode
 
     try:
-        encoded = file.read_bytes()
-        picture = examine(encoded)
+        encoded, picture, _ = decode(file.read_bytes())
     except OSError as error:
         return Image(file, b"", 0, 0, str(error.strerror))
     except Undecodable as error:

@@ -25,7 +25,8 @@ from pipeline.doctor.subprocess_probe import REINSTALL, has_gpu, one_line, run_i
 Version = tuple[int, int]
 
 PACKAGES = (
-    "numpy", "webdataset", "fsspec", "submitit", "pydantic", "typer", "rich", "pyyaml", "safetensors", "matplotlib"
+    "numpy", "pillow", "webdataset", "fsspec", "submitit", "pydantic", "typer", "rich", "pyyaml", "safetensors",
+    "matplotlib",
 )  # fmt: skip
 """Distributions that are needed beside torch, DeepSpeed and DALI, which have checks of their own."""
 DALI_BUILDS = {"nvidia-dali-cuda120": 12, "nvidia-dali-cuda130": 13}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from data.packing.sources import list_source
@@ -19,6 +20,7 @@ from pipeline.commands import predict as commands
 from pipeline.commands.predict import image_files, predict, read
 from pipeline.errors import UsageError
 from tests.data import test_isolation
+from tests.data.image_files import converted
 from tests.pipeline.networks import export_network, tiny
 from tests.pipeline.runs import coatnet
 
@@ -125,3 +127,15 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
 def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         image_files([tmp_path / path])
+
+
+def test_a_file_that_packing_would_convert_is_predicted_by_its_pixels(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, variant in converted(everything=False):
+        files = tmp_path / f"{name}.tif", tmp_path / f"{name}.png"
+        files[0].write_bytes(variant.encoded)
+        Image.fromarray(variant.pixels).save(files[1])
+    rows = predicted(capsys, exported, tmp_path)
+    by_file = {Path(row["file"]).name: row["predictions"] for row in rows}
+    assert all(by_file[name] == by_file[f"{name[:-4]}.tif"] for name in by_file if name.endswith(".png"))
