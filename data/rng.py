@@ -36,6 +36,7 @@ class Stream(IntEnum):
     WEIGHTS = 10
     PACK = 11
     MIXUP_PARTNERS = 12
+    HOLDOUT = 13
 
 
 def philox(counters: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -207,7 +207,7 @@ def bench(
     bench(name, arguments or [])
 
 
-@data_app.command("pack", epilog="Example: coatnet data pack photos/train shards/train")
+@data_app.command("pack", epilog="Example: coatnet data pack photos shards --holdout 0.1")
 def pack(
     source: Annotated[str, path_argument(metavar="SRC", help="folder, tar or zip of classes, or list: .csv, .jsonl")],
     destination: Annotated[str, path_argument(metavar="DST", help="folder, or any fsspec URL")],
@@ -217,9 +217,12 @@ def pack(
     ] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="downscale to this shorter side, as JPEG")] = None,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="of resized images; default 92")] = None,
+    holdout: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="share of each class for DST/val; the rest: DST/train")
+    ] = None,
     samples_per_shard: SamplesPerShard = 10_000,
     mib_per_shard: MegabytesPerShard = 256,
-    seed: Annotated[int, typer.Option(min=0, help="of the shuffle")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the shuffle, and of what is held out")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one a processor")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is packed at DST")] = False,
     as_json: AsJson = False,
@@ -241,6 +244,7 @@ def pack(
             classes=classes,
             resize=resize,
             quality=quality,
+            holdout=holdout,
         )
     )
 

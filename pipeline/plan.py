@@ -101,12 +101,20 @@ def _manifest(config: Config, url: str, key: str, storage: Storage) -> Manifest:
 
 
 def _check_stated(config: Config, train: Manifest) -> None:
-    for key, stated, found in (
-        ("model.classes", config.model.classes, len(train.classes)),
-        ("data.train_samples", config.data.train_samples, train.samples),
-    ):
-        if stated is not None and stated != found:
-            raise UsageError(f"{key} is {stated}, and data.train={config.data.train} has {found}; correct one of them")
+    wrong = {
+        key: f"{found} {what} ({key} is {stated})"
+        for key, stated, found, what in (
+            ("model.classes", config.model.classes, len(train.classes), "classes"),
+            ("data.train_samples", config.data.train_samples, train.samples, "samples"),
+        )
+        if stated not in (None, found)
+    }
+    if wrong:
+        nulls = " ".join(f"{key}=null" for key in wrong)
+        raise UsageError(
+            f"data.train={config.data.train} has {' and '.join(wrong.values())}; set another data.train, or {nulls}"
+            " to take what it has"
+        )
 
 
 def _class_difference(val: Manifest, train: Manifest) -> str:

@@ -4,7 +4,8 @@ Images keep their bytes, unless smaller ones are asked for or training would not
 once, in threads, so that training meets no damaged one; what does not decode is listed and left out. The order is one
 permutation of all images, and shards are cut from it by the sizes that the listing gave, before anything is read:
 neither threads nor damaged images nor an interruption move a sample to another shard. At most three shards are in
-memory. The manifest comes last, so an interrupted pack never looks whole.
+memory. The manifest comes last, so an interrupted pack never looks whole. With `holdout` two sets are cut from that
+order, one after the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +29,19 @@ from webdataset import TarWriter
 from data import codec, rng
 from data.errors import DataError, UsageError
 from data.packing.archives import DamagedMember
+from data.packing.copies import name_contents
+from data.packing.holdout import held_out
 from data.packing.resize import shrink
-from data.packing.resume import FinishedShard, Request, check_destination, commit, resume, write_shard
+from data.packing.resume import (
+    TRAIN,
+    VAL,
+    FinishedShard,
+    Request,
+    check_destination,
+    commit,
+    resume,
+    write_shard,
+)
 from data.packing.sources import Entry, Source, check_empty_classes, list_source
 from data.shards.manifest import BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes
@@ -42,28 +55,50 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class PackReport:
-    """What was packed (shards, samples, bytes of tar, classes), and what was left out of it, by path.
-
-    `kept` of the shards are those that an interrupted pack had left whole; `labels` says how a list's were read.
-    """
+class SetReport:
+    """What was packed: shards, samples, bytes of tar, classes."""
 
     shards: int
     samples: int
     bytes: int
     classes: int
+
+
+@dataclass(frozen=True)
+class HoldoutReport:
+    """The two sets, how many images have the bytes of another one, and the classes that `val` has no image of."""
+
+    train: SetReport
+    val: SetReport
+    copies: int
+    missing_in_val: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PackReport(SetReport):
+    """What was packed in all, and what was left out of it, by path.
+
+    `kept` of the shards are those that an interrupted pack had left whole; `labels` says how a list's were read.
+    """
+
     broken: tuple[BadSample, ...]
     kept: int
+    holdout: HoldoutReport | None
     labels: str = ""
 
 
 class Candidate(NamedTuple):
-    """An image on its way into a shard; `label` is the part that says its classes: extension and contents."""
+    """An image on its way into a shard; `label` is the part that says its classes: extension and contents.
+
+    With images held out `set` is the folder of its set, and `contents` the same for the same bytes.
+    """
 
     image: Entry
     key: str
     labels: tuple[int, ...]
     label: tuple[str, bytes]
+    set: str = ""
+    contents: bytes = b""
 
 
 class Examined(NamedTuple):
@@ -89,40 +124,44 @@ def pack(
     classes: str | None = None,
     resize: int | None = None,
     quality: int | None = None,
+    holdout: float | None = None,
 ) -> PackReport:
     """Packs what `list_source` finds into shards at `destination`, or resumes an interrupted pack of the same.
 
     A shard has at most `samples_per_shard` samples and about `bytes_per_shard` bytes of tar (at least one sample),
     whichever comes first. Images whose shorter side is above `resize` are made that small, in JPEG of this `quality`.
-    `progress(done, total)` counts image files. UsageError where source, destination or numbers cannot be; DataError
-    where reading or writing fails.
+    With `holdout`, that share of each class goes to `destination`/val and the rest to `destination`/train, images of
+    equal bytes to the same set. `progress(done, total)` counts image files, and before that the reads that compare
+    them. UsageError where source, destination or numbers cannot be; DataError where reading or writing fails.
     """
-    _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality)
-    check_destination(source, destination, overwrite)
+    _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality, holdout)
+    sets = ("",) if holdout is None else (TRAIN, VAL)
+    check_destination(source, destination, sets, overwrite)
     found = list_source(source, labels, classes)
-    plan = list(split_by_size(_shuffled(found, seed), _tar_bytes, samples_per_shard, bytes_per_shard))
+    candidates = _candidates(found) if holdout is None else _split(found, holdout, seed, progress)
+    shuffled = [candidates[i] for i in rng.permutation(seed, rng.Stream.PACK, 0, len(candidates))]
+    by_set = [[candidate for candidate in shuffled if candidate.set == name] for name in sets]
+    plan = [run for each in by_set for run in split_by_size(each, _tar_bytes, samples_per_shard, bytes_per_shard)]
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
-    request = {"source": source, **numbers, "resize": resize, "quality": quality, "listing": _fingerprint(found)}
-    done = resume(destination, request, overwrite)
+    options: Request = {"resize": resize, "quality": quality, "holdout": holdout}
+    request = {"source": source, **numbers, **options, "listing": _fingerprint(found, candidates)}
+    done = resume(destination, sets, request, overwrite)
     kept = len(done)
     with ThreadPoolExecutor(workers) as pool:
         examine = partial(_examine, found, resize, quality or QUALITY)
         examined = _examine_all(pool, examine, plan, kept, workers, progress)
         done += _write_shards(pool, destination, plan, done, examined)
-    if not found.fixed:
-        check_empty_classes(source, _empty_classes(found, plan, done), "of which no image decodes")
-    written = [each.shard for each in done if each.shard]
-    if not written:
-        raise UsageError(f"{source} has no image that decodes; {done[0].broken[0].key}: {done[0].broken[0].reason}")
+    packed, shards = list(_packed(plan, done)), [each.shard for each in done if each.shard]
+    written = {name: [shard for shard in shards if shard.name.startswith(name)] for name in sets}
+    classes_of = {name: {label for each in packed if each.set == name for label in each.labels} for name in sets}
+    _check_packed(found, plan, done, classes_of)
     commit(destination, found.classes, written, max(map(len, found.labels)))
     left_out = chain(found.broken, *(each.broken for each in done))
     return PackReport(
-        shards=len(written),
-        samples=sum(shard.samples for shard in written),
-        bytes=sum(shard.bytes for shard in written),
-        classes=len(found.classes),
+        **vars(_count(found, shards)),
         broken=tuple(sorted(left_out, key=lambda each: each.key)),
         kept=sum(each.shard is not None for each in done[:kept]),
+        holdout=None if holdout is None else _compare(found, written, classes_of, packed),
         labels=found.reading,
     )
 
@@ -134,6 +173,7 @@ def _check_numbers(
     workers: int,
     resize: int | None,
     quality: int | None,
+    holdout: float | None,
 ) -> None:
     if samples_per_shard is None and bytes_per_shard is None:
         raise UsageError("neither samples nor bytes per shard are given; give one or both")
@@ -145,19 +185,35 @@ def _check_numbers(
         raise UsageError(f"seed is {seed}; it must be from 0 to {rng.SEEDS - 1}")
     if quality is not None and (resize is None or not 1 <= quality <= 100):
         raise UsageError(f"quality is {quality}; it is that of resized images (--resize), from 1 to 100")
+    if holdout is not None and not 0 < holdout < 1:
+        raise UsageError(f"--holdout={holdout} is no share of the images; it must be above 0 and below 1, such as 0.1")
 
 
 # The order, the keys and the shards, from the listing alone.
 
 
-def _shuffled(found: Source, seed: int) -> list[Candidate]:
+def _candidates(found: Source) -> list[Candidate]:
     keys = unique_keys([image.path for image in found.images])
     several = any(len(labels) > 1 for labels in found.labels)
-    candidates = [
+    return [
         Candidate(image, key, labels, _label_part(labels, several))
         for image, key, labels in zip(found.images, keys, found.labels, strict=True)
     ]
-    return [candidates[i] for i in rng.permutation(seed, rng.Stream.PACK, 0, len(candidates))]
+
+
+def _split(found: Source, holdout: float, seed: int, progress: Callable[[int, int], None]) -> list[Candidate]:
+    """The candidates, each with its contents and set."""
+    contents = name_contents(found, progress)
+    held = held_out([image.path for image in found.images], found.labels, contents, holdout, seed)
+    if not any(held):
+        raise UsageError(
+            f"--holdout={holdout} takes no image: it is less than half an image of each class of {found.url}, or every"
+            " class has only one; take a larger share, or pack other images as an evaluation set"
+        )
+    return [
+        candidate._replace(set=VAL if for_val else TRAIN, contents=name)
+        for candidate, for_val, name in zip(_candidates(found), held, contents, strict=True)
+    ]
 
 
 def _label_part(labels: tuple[int, ...], several: bool) -> tuple[str, bytes]:
@@ -165,11 +221,11 @@ def _label_part(labels: tuple[int, ...], several: bool) -> tuple[str, bytes]:
     return ("json", json.dumps({"labels": labels}).encode()) if several else ("cls", str(labels[0]).encode())
 
 
-def _fingerprint(found: Source) -> str:
-    """SHA-256 of all that the listing says: where each file is, how large, and its labels."""
+def _fingerprint(found: Source, candidates: Sequence[Candidate]) -> str:
+    """SHA-256 of all that the listing says, where each file is, how large, and its labels, and of the sets."""
     digest = hashlib.sha256(repr((found.classes, found.broken)).encode("utf-8", "surrogateescape"))
-    for each in zip(found.images, found.labels, strict=True):
-        digest.update(repr(each).encode("utf-8", "surrogateescape"))
+    for each in candidates:
+        digest.update(repr((each.image, each.labels, each.set)).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -262,11 +318,12 @@ def _write_shards(
     """The shards after those that are kept, each written while the next is built."""
 
     def shards() -> Iterator[tuple[Any, ...]]:
-        named = sum(each.shard is not None for each in kept)
+        named = Counter(candidates[0].set for candidates, each in zip(plan, kept, strict=False) if each.shard)
         for number, candidates in enumerate(plan[len(kept) :], start=len(kept)):
             tar, shapes, broken = _tar(islice(examined, len(candidates)))
-            yield destination, number, f"shard-{named:06d}", tar, shapes, broken
-            named += bool(shapes)
+            name = candidates[0].set
+            yield destination, number, f"{name}shard-{named[name]:06d}", tar, shapes, broken
+            named[name] += bool(shapes)
 
     return list(ordered_map(pool, lambda shard: _write_shard(*shard), shards(), _WRITES_AT_ONCE))
 
@@ -303,9 +360,42 @@ def _write_shard(
     return write_shard(destination, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
 
 
-def _empty_classes(found: Source, plan: Sequence[list[Candidate]], done: Sequence[FinishedShard]) -> list[str]:
-    full: set[int] = set()
+# What came of it.
+
+
+def _packed(plan: Sequence[list[Candidate]], done: Sequence[FinishedShard]) -> Iterator[Candidate]:
+    """The images that were not left out."""
     for candidates, each in zip(plan, done, strict=True):
         broken = {left_out.key for left_out in each.broken}
-        full.update(label for c in candidates if printable(c.image.path) not in broken for label in c.labels)
-    return [name for label, name in enumerate(found.classes) if label not in full]
+        yield from (candidate for candidate in candidates if printable(candidate.image.path) not in broken)
+
+
+def _count(found: Source, shards: Sequence[Shard]) -> SetReport:
+    samples, size = (sum(getattr(shard, name) for shard in shards) for name in ("samples", "bytes"))
+    return SetReport(len(shards), samples, size, len(found.classes))
+
+
+def _check_packed(
+    found: Source, plan: Sequence[list[Candidate]], done: Sequence[FinishedShard], classes_of: dict[str, set[int]]
+) -> None:
+    """UsageError where a set has no image, or a class has none to learn from."""
+    kinds = {"": "image", TRAIN: "training image", VAL: "held-out image"}
+    for name, full in classes_of.items():
+        if not full:
+            shards = zip(plan, done, strict=True)
+            one = next(broken for run, each in shards if run[0].set == name for broken in each.broken)
+            raise UsageError(f"{found.url} has no {kinds[name]} that decodes; {one.key}, for one: {one.reason}")
+        if name != VAL and not found.fixed:
+            empty = [each for label, each in enumerate(found.classes) if label not in full]
+            check_empty_classes(found.url, empty, f"of which no {kinds[name]} decodes")
+
+
+def _compare(
+    found: Source, written: dict[str, list[Shard]], classes: dict[str, set[int]], packed: Sequence[Candidate]
+) -> HoldoutReport:
+    return HoldoutReport(
+        _count(found, written[TRAIN]),
+        _count(found, written[VAL]),
+        copies=len(packed) - len({candidate.contents for candidate in packed}),
+        missing_in_val=tuple(found.classes[label] for label in sorted(classes[TRAIN] - classes[VAL])),
+    )

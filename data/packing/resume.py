@@ -4,8 +4,10 @@
     .packing/000012.json    shard 12 of the plan is done: its name and size (null if no image of it decodes), and what
                             was left out of it; written when its files are on the disk
 
+With images held out the destination holds two sets, each in its folder (`train/`, `val/`), of one request and plan.
+
 A pack resumes after the last shard up to which all are done and have their sizes, so nothing torn is kept. Files of
-other requests are never mixed. When the manifest is there, `.packing` goes.
+other requests are never mixed. When the manifests are there, `.packing` goes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count, takewhile
 from typing import Any, NamedTuple
 
@@ -26,11 +29,13 @@ from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifes
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.remote import Storage, open_fs, write_file
 
-_OWN_FILE = re.compile(r"\.?(shard-\d{6,})\.(tar|idx|npy)(\.partial)?")
+TRAIN, VAL = "train/", "val/"
+"""The folders of the two sets that a pack makes in its destination with images held out; else its one set is ""."""
+_OWN_FILE = re.compile(r"((?:train/|val/)?)\.?(shard-\d{6,})\.(tar|idx|npy)(\.partial)?")
 _PACKING = ".packing"
 _REQUEST = f"{_PACKING}/request.json"
 _READ_AT_ONCE = 16
-Request = dict[str, str | int | None]
+Request = dict[str, str | int | float | None]
 
 
 class FinishedShard(NamedTuple):
@@ -41,28 +46,35 @@ class FinishedShard(NamedTuple):
     broken: tuple[BadSample, ...]
 
 
-def check_destination(source: str, destination: str, overwrite: bool) -> None:
-    """UsageError where shards cannot go to `destination`, or would replace other shards unasked."""
-    (source_fs, root), (fs, folder) = open_fs(source), open_fs(destination)
-    if type(fs) is type(source_fs) and _within(fs, folder, root):
-        raise UsageError(f"{destination} lies in the source {source}; choose a destination outside it")
-    if fs.isfile(folder):
-        raise UsageError(f"{destination} is a file; the destination must be a folder")
-    names = _sizes(fs, folder)
-    foreign = _PACKING not in names and any(_OWN_FILE.fullmatch(name) and name.endswith(".tar") for name in names)
-    if (MANIFEST in names or foreign) and not overwrite:
-        raise UsageError(f"{destination} holds shards already; pack elsewhere, or with --overwrite to replace them")
+def check_destination(source: str, destination: str, sets: Sequence[str], overwrite: bool) -> None:
+    """UsageError where the sets cannot go into `destination`, or would replace other shards unasked."""
+    source_fs, root = open_fs(source)
+    fs, folder = open_fs(destination)
+    for name in _places(sets):
+        place = _inside(folder, name)
+        if type(fs) is type(source_fs) and _within(fs, place, root):
+            raise UsageError(
+                f"{_inside(destination, name)} lies in the source {source}; choose a destination outside it"
+            )
+        if fs.isfile(place):
+            raise UsageError(f"{_inside(destination, name)} is a file; the destination must be a folder")
+    names = _sizes(fs, folder, sets)
+    unfinished = _PACKING in names and sets[-1] + MANIFEST not in names
+    there = [name for name in names if _is_shard(name) or name.rpartition("/")[2] == MANIFEST]
+    if there and not unfinished and not overwrite:
+        place = _inside(destination, there[0].rpartition("/")[0])
+        raise UsageError(f"{place} holds shards already; pack elsewhere, or with --overwrite to replace them")
 
 
-def resume(destination: str, request: Request, overwrite: bool) -> list[FinishedShard]:
-    """The first shards of the plan, as many as an interrupted pack of the same request left whole; the folder is made.
+def resume(destination: str, sets: Sequence[str], request: Request, overwrite: bool) -> list[FinishedShard]:
+    """The first shards of the plan, as many as an interrupted pack of the same request left whole; folders are made.
 
     UsageError where the pack that was interrupted is another, unless it may be overwritten.
     """
     fs, folder = open_fs(destination)
-    sizes = _sizes(fs, folder)
+    sizes = _sizes(fs, folder, sets)
     earlier = _read_json(fs, join(folder, _REQUEST)) if _PACKING in sizes else None
-    if earlier == request and MANIFEST not in sizes:
+    if earlier == request and sets[-1] + MANIFEST not in sizes:
         return _finished_shards(fs, folder, sizes)
     if earlier is not None and not overwrite:
         raise UsageError(
@@ -70,11 +82,11 @@ def resume(destination: str, request: Request, overwrite: bool) -> list[Finished
             " elsewhere, or with --overwrite to begin again"
         )
     try:
-        if _PACKING in sizes:
-            fs.rm(join(folder, _PACKING), recursive=True)
-        if MANIFEST in sizes:
-            fs.rm_file(join(folder, MANIFEST))
-        fs.makedirs(join(folder, _PACKING), exist_ok=True)
+        for name in (place + own for place in _places(sets) for own in (_PACKING, MANIFEST)):
+            if name in sizes:
+                fs.rm(join(folder, name), recursive=True)
+        for name in (*sets, _PACKING):
+            fs.makedirs(_inside(folder, name), exist_ok=True)
     except Exception as error:  # the back ends' exceptions share no base class
         raise UsageError(f"{destination} cannot be written: {error}") from error
     write_file(fs, join(folder, _REQUEST), json.dumps(request).encode())
@@ -97,16 +109,22 @@ def write_shard(
     return done
 
 
-def commit(destination: str, classes: Sequence[str], written: Sequence[Shard], labels_per_sample: int) -> None:
-    """Removes what earlier packs left, which globs would take for samples, and writes the manifest last."""
+def commit(destination: str, classes: Sequence[str], written: dict[str, list[Shard]], labels_per_sample: int) -> None:
+    """Removes what earlier packs left, which globs would take for samples, and writes the manifests last.
+
+    `written` are the shards of each set, named from `destination` on.
+    """
     fs, folder = open_fs(destination)
-    stems = {shard.name.removesuffix(".tar") for shard in written}
-    for name in _sizes(fs, folder):
+    stems = {shard.name.removesuffix(".tar") for shards in written.values() for shard in shards}
+    for name in _sizes(fs, folder, list(written)):
         own = _OWN_FILE.fullmatch(name)
-        if own and (own[1] not in stems or name.endswith(".partial")):
+        if own and (own[1] + own[2] not in stems or name.endswith(".partial")):
             fs.rm_file(join(folder, name))
     field = "labels" if labels_per_sample > 1 else None
-    write_manifest(destination, classes, written, label_field=field, labels_per_sample=labels_per_sample)
+    for name, shards in written.items():
+        own_names = [replace(shard, name=shard.name.removeprefix(name)) for shard in shards]
+        place = _inside(destination, name)
+        write_manifest(place, classes, own_names, label_field=field, labels_per_sample=labels_per_sample)
     fs.rm(join(folder, _PACKING), recursive=True)
 
 
@@ -135,6 +153,10 @@ def _has_its_files(done: FinishedShard, sizes: dict[str, int]) -> bool:
     return expected.items() <= sizes.items()
 
 
+def _is_shard(name: str) -> bool:
+    return name.endswith(".tar") and _OWN_FILE.fullmatch(name) is not None
+
+
 def _record_name(number: int) -> str:
     return f"{_PACKING}/{number:06d}.json"
 
@@ -155,20 +177,34 @@ def _describe_difference(earlier: Any, request: Request) -> str:
     )
 
 
+def _places(sets: Sequence[str]) -> Sequence[str]:
+    """Where shards may lie in a destination: those of its sets, and of a set that was packed into it whole."""
+    return list(dict.fromkeys(("", *sets)))
+
+
+def _inside(folder: str, name: str) -> str:
+    """A folder, or one inside it."""
+    return join(folder, name.rstrip("/")) if name else folder
+
+
 def _within(fs: fsspec.AbstractFileSystem, inner: str, outer: str) -> bool:
     if isinstance(fs, LocalFileSystem):
         inner, outer = os.path.realpath(inner), os.path.realpath(outer)
     return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
 
 
-def _sizes(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, int]:
-    """The bytes of each file in a folder by its name; folders too."""
+def _sizes(fs: fsspec.AbstractFileSystem, folder: str, sets: Sequence[str] = ()) -> dict[str, int]:
+    """The bytes of each file in a folder and in those of its sets, by its name from there on; folders too."""
     fs.invalidate_cache()
-    try:
-        infos: Iterable[dict[str, Any]] = Storage().with_retries("listed", folder, lambda: _ls(fs, folder))
-    except DataError as error:
-        raise UsageError(str(error)) from error
-    return {info["name"].rstrip("/").rpartition("/")[2]: info["size"] for info in infos}
+    sizes = {}
+    for name in _places(sets):
+        place = _inside(folder, name)
+        try:
+            infos: Iterable[dict[str, Any]] = Storage().with_retries("listed", place, lambda: _ls(fs, place))  # noqa: B023
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        sizes |= {name + info["name"].rstrip("/").rpartition("/")[2]: info["size"] for info in infos}
+    return sizes
 
 
 def _ls(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from data.packing.index import Report
-    from data.packing.pack import PackReport
+    from data.packing.pack import HoldoutReport, PackReport, SetReport
 
 
 MAX_LISTED = 20
@@ -28,8 +28,23 @@ def pack_and_report(source: str, destination: str, workers: int | None, as_json:
     with _bar("packing") as progress:
         report = pack(source, destination, workers=workers or _cpus(), progress=progress, **options)
     resumed = f"; resumed after {report.kept} whole shards" if report.kept else ""
-    _print(report, as_json, "left out", f"{destination}: {_counts(report)}; {len(report.broken)} left out{resumed}")
+    summary = f"{destination}: {_counts(report)}; {len(report.broken)} left out{resumed}"
+    if report.holdout:
+        summary += f"\n{_describe_holdout(destination, report.holdout)}"
+    _print(report, as_json, "left out", summary)
     return 0
+
+
+def _describe_holdout(destination: str, holdout: HoldoutReport) -> str:
+    from data.packing.label_reading import abbreviate
+    from data.shards.manifest import join
+
+    lines = [f"{join(destination, name)}: {_counts(getattr(holdout, name))}" for name in ("train", "val")]
+    if holdout.copies:
+        lines.append(f"copies of other images, byte for byte, each in the same set as its original: {holdout.copies}")
+    if holdout.missing_in_val:
+        lines.append(f"classes with too few images to have one in val: {abbreviate(holdout.missing_in_val)}")
+    return "\n".join(lines)
 
 
 def index_and_report(
@@ -67,7 +82,7 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
     return 1 if report.broken else 0
 
 
-def _counts(report: Report | PackReport) -> str:
+def _counts(report: Report | SetReport) -> str:
     size = f"{report.bytes / 1e6:.1f} MB"
     return f"{report.samples} samples of {report.classes} classes in {report.shards} shards, {size}"
 

@@ -1,18 +1,21 @@
 """Laws of a pack that was interrupted: started again it resumes, and its bytes are those of one that never was."""
 
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from data.errors import UsageError
 from data.packing.pack import PackReport
-from data.shards.manifest import read_manifest
+from data.shards.manifest import read_manifest, write_manifest
 from tests.data.servers import s3_server
 from tests.data.test_pack import encoded, files_in, lay_out, packed
 
@@ -97,6 +100,7 @@ def test_half_a_note_of_what_is_done_counts_as_none(source, whole, tmp_path):
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"samples_per_shard": 3}, "samples per shard was 2 and is 3"),
         ({"resize": 8}, "resize was None and is 8"),
+        ({"holdout": 0.25}, "holdout was None and is 0.25"),
     ],
 )
 def test_a_pack_with_other_options_is_not_mixed_with_one_that_is_unfinished(source, changed, message, tmp_path):
@@ -108,11 +112,62 @@ def test_a_pack_with_other_options_is_not_mixed_with_one_that_is_unfinished(sour
     assert files_in_all(tmp_path / "out") == before
     packed(source, tmp_path / "out", overwrite=True, **{**TWO_EACH, **changed})
     packed(source, tmp_path / "fresh", **{**TWO_EACH, **changed})
-    assert files_in(tmp_path / "out") == files_in(tmp_path / "fresh")
+    assert files_in_all(tmp_path / "out") == files_in_all(tmp_path / "fresh")
 
 
 def files_in_all(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("images", [(-3,), (20,), (5, -3, 50), (35, 45, 58, 60)])
+def test_with_images_held_out_any_interruption_leaves_the_same_two_sets(source, images, tmp_path):
+    """In the training set, in the other one, and where images are compared (-3: three before the packing begins)."""
+    seen: list[tuple[int, int]] = []
+    whole = packed(
+        source, tmp_path / "whole", **TWO_EACH, holdout=0.3, progress=lambda done, total: seen.append((done, total))
+    )
+    before = seen.index((0, 60))
+    for image in images:
+        left = itertools.count(-before)
+
+        def interrupt(done: int, total: int, left: Iterator[int] = left, image: int = image) -> None:
+            if image == (next(left) if image < 0 else done * (total == 60)):
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            packed(source, tmp_path / "out", **TWO_EACH, holdout=0.3, progress=interrupt)
+        assert not list((tmp_path / "out").rglob("manifest.json"))
+    report = packed(source, tmp_path / "out", **TWO_EACH, holdout=0.3, workers=3)
+    assert files_in_all(tmp_path / "out") == files_in_all(tmp_path / "whole")
+    assert vars(report) == {**vars(whole), "kept": report.kept}
+    assert report.kept or images == (-3,)
+
+
+def test_a_pack_killed_between_its_two_manifests_writes_both_again(source, monkeypatch, tmp_path):
+    packed(source, tmp_path / "whole", **TWO_EACH, holdout=0.3)
+
+    def first_alone(url: str, *arguments: Any, **options: Any) -> None:
+        if url.endswith("val"):
+            raise Interrupted
+        write_manifest(url, *arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr("data.packing.resume.write_manifest", first_alone)
+        packed(source, tmp_path / "out", **TWO_EACH, holdout=0.3)
+    assert (tmp_path / "out/train/manifest.json").exists() and not (tmp_path / "out/val/manifest.json").exists()
+    report = packed(source, tmp_path / "out", **TWO_EACH, holdout=0.3)
+    assert report.kept == report.shards
+    assert files_in_all(tmp_path / "out") == files_in_all(tmp_path / "whole")
+
+
+def test_copies_that_came_or_went_since_are_not_mixed_with_what_was_held_out(tmp_path):
+    files = {f"a/{number}.bmp": encoded(number, "BMP") for number in range(40)} | {"a/other.jpg": encoded(0)}
+    source = lay_out(tmp_path / "in", files)
+    assert packed_until(source, tmp_path / "out", 41, holdout=0.5) is None
+    for number in range(1, 40, 2):
+        (source / f"a/{number}.bmp").write_bytes(files[f"a/{number - 1}.bmp"])  # of the same size
+    with pytest.raises(UsageError, match="the source has other files, labels or classes now"):
+        packed(source, tmp_path / "out", **TWO_EACH, holdout=0.5)
 
 
 def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
@@ -144,6 +199,11 @@ def test_in_s3_an_interrupted_pack_resumes_too(source, tmp_path):
         assert packed(source, "s3://data/out", samples_per_shard=10).kept > 0
         written = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("data/out")}
         assert written == files_in(tmp_path)
+        assert packed_until(source, "s3://data/two", 59, samples_per_shard=10, holdout=0.3) is None
+        assert packed(source, "s3://data/two", samples_per_shard=10, holdout=0.3).kept > 0
+        packed(source, tmp_path / "two", samples_per_shard=10, holdout=0.3)
+        written = {path.removeprefix("data/two/"): fs.cat_file(path) for path in fs.find("data/two")}
+        assert written == files_in_all(tmp_path / "two")
 
 
 KILLED = """

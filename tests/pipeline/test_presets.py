@@ -9,7 +9,9 @@ import pytest
 
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config, Model, Train
+from pipeline.errors import UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry
+from pipeline.plan import training_set
 from pipeline.training.model import count_model
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,20 @@ def test_every_preset_is_good_and_its_run_folder_its_own(preset: str) -> None:
 def test_the_guide_uses_every_preset_of_the_ablations() -> None:
     used = {command.split()[0] for command in COMMANDS}
     assert {preset for preset in PRESETS if "ablations/" in preset} <= used
+
+
+STATED = [each for each in PRESETS if {preset_of(each).model.classes, preset_of(each).data.train_samples} != {None}]
+
+
+@pytest.mark.parametrize("preset", STATED)
+def test_a_preset_that_states_other_data_is_refused_with_the_words_that_help(preset: str, digits: Path) -> None:
+    own = [f"data.train={digits}/train"]
+    with pytest.raises(UsageError, match=f"data.train={digits}/train has 10") as refused:
+        training_set(read_config(str(ROOT / preset), own))
+    assert "\n" not in str(refused.value)
+    config = read_config(str(ROOT / preset), [*own, *re.findall(r"\S+=null", str(refused.value))])
+    assert len(training_set(config)[0].classes) == 10
+    assert (config.model.classes, config.data.train_samples) == (None, None)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
