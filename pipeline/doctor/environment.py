@@ -29,6 +29,7 @@ PACKAGES = (
     "matplotlib",
 )  # fmt: skip
 """Distributions that are needed beside torch, DeepSpeed and DALI, which have checks of their own."""
+MODULES = {"pyyaml": "yaml", "pillow": "PIL"}
 DALI_BUILDS = {"nvidia-dali-cuda120": 12, "nvidia-dali-cuda130": 13}
 GRAY_JPEG = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBk"
@@ -73,7 +74,7 @@ def check_python() -> list[Check]:
 
 def check_packages() -> list[Check]:
     """The packages that are imported as they are."""
-    problems = {package: import_problem(package.replace("pyyaml", "yaml"), package) for package in PACKAGES}
+    problems = {package: import_problem(MODULES.get(package, package), package) for package in PACKAGES}
     good = [f"{package} {_version_of(package)}" for package, problem in problems.items() if not problem]
     checks = [problem for problem in problems.values() if problem]
     return [*checks, Check("packages", "ok", ", ".join(good))] if good else checks
