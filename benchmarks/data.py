@@ -37,7 +37,6 @@ from torch.utils.data import DataLoader, RandomSampler
 from webdataset.gopen import gopen_schemes
 
 from benchmarks.machine import document, machine
-from benchmarks.peers import import_timm
 from data.augment import Augmentation
 from data.codec import EXTENSIONS
 from data.loader import LoaderSpec, training_batches
@@ -140,7 +139,6 @@ CONTESTANTS: dict[str, Callable[[Case], Iterator[int]]] = {
 
 
 def _transform(case: Case, normalised: bool = False) -> Callable[[Any], torch.Tensor]:
-    import_timm()  # before torchvision
     from timm.data.auto_augment import rand_augment_transform
     from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 

@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.machine import document, machine, timer
-from benchmarks.peers import import_timm
 from models import coatnet
 from models.count import count
 from models.variants import FAMILY
@@ -54,7 +54,7 @@ class Case:
 
     def contestants(self) -> list[str]:
         """timm has no CoAtNet-6 and -7."""
-        both = f"{self.size}_224" in import_timm().list_models("coatnet_*")
+        both = f"{self.size}_224" in timm.list_models("coatnet_*")
         return [OURS, OURS_AS_TIMM, TIMM, TIMM_CHANNELS_LAST] if both else [OURS]
 
 
@@ -67,7 +67,7 @@ def network(contestant: str, case: Case) -> nn.Module:
             case.size, resolution=case.resolution, stride="depthwise", pool="average", head_size=32,
             batch_norm_eps=1e-5, layer_norm_eps=1e-6,
         )  # fmt: skip
-    return import_timm().create_model(f"{case.size}_224", img_size=case.resolution)
+    return timm.create_model(f"{case.size}_224", img_size=case.resolution)
 
 
 def work(contestant: str, case: Case) -> Callable[[], object]:
@@ -93,7 +93,6 @@ def work(contestant: str, case: Case) -> Callable[[], object]:
 
 def contend(link: Connection, contestant: str, case: Case) -> None:
     """A contestant's process: answers every message by one round, as seconds a batch and MiB at the peak so far."""
-    import_timm()  # for all of them, so that its libraries count for none
     before = _kibibytes("VmRSS")
     seconds = timer(work(contestant, case), case.device)
     link.send("ready")

@@ -33,9 +33,9 @@ def test_over_all_shapes_the_chosen_backends_are_within_a_twentieth_of_the_faste
 def test_bench_lists_the_benchmarks_and_refuses_unknown_names():
     listed = [line.split()[0] for line in coatnet("bench").stdout.splitlines()]
     assert {"attention", "model", "order"} <= set(listed)
-    refused = coatnet("bench", "peers")
+    refused = coatnet("bench", "machine")
     assert refused.returncode == 2
-    assert refused.stderr == f"coatnet: benchmark 'peers' does not exist; there are {', '.join(listed)}\n"
+    assert refused.stderr == f"coatnet: benchmark 'machine' does not exist; there are {', '.join(listed)}\n"
 
 
 def test_a_benchmark_gets_its_own_options():

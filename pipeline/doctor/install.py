@@ -3,6 +3,7 @@
 It runs on a bare Python, with nothing but the standard library. The GPU's driver decides which builds fit; a machine
 without a GPU gets a CPU build of torch, never gigabytes of CUDA libraries. What pip itself is configured to offer comes
 first, then the public index of PyTorch. A .venv that was made with --system-site-packages keeps the torch that it sees.
+timm, which tests and benchmarks compare with, comes where there is a torchvision for that torch.
 
     python3 -m pipeline.doctor.install              # GPU_CUDA=13 (or 12) in front: on a login node, for nodes with GPUs
 """
@@ -36,6 +37,14 @@ ASK_TORCH = """
 import json, os, torch
 print(json.dumps([torch.__version__, torch.version.cuda, os.path.dirname(os.path.dirname(torch.__file__))]))
 """
+ASK_TORCHVISION = "import torchvision; from importlib.metadata import version; print(version('torchvision'))"
+SCHEMAS = """
+if not _has_ops():  # added by coatnet's `make install`: this build's operators need a CUDA build of torch
+    _schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+"""What torchvision/extension.py lacks to import without its operators (github.com/pytorch/vision/issues/8985)."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,19 @@ def install() -> None:
     extra = dali_extra(driver)
     with stage("venv", f"{VENV.relative_to(ROOT)}, Python {sys.version.split()[0]}"):
         make_environment()
-    version = install_torch(driver)
-    pinned = VENV / "constraints.txt"
-    pinned.write_text(re.sub(r"(?m)^torch==.*$", f"torch=={version}", (ROOT / "constraints.txt").read_text()))
-    with stage("coatnet", f"with the extras {extra} and dev"):
-        pip("-c", str(pinned), "-e", f"{ROOT}[{extra},dev]")
+    builds = {"torch": install_torch(driver)}
+    extras = [extra, "dev"]
+    if torchvision := install_torchvision(builds["torch"]):
+        builds["torchvision"] = torchvision
+        extras.append("timm")
+    pinned, text = VENV / "constraints.txt", (ROOT / "constraints.txt").read_text()
+    for name, version in builds.items():
+        text = re.sub(rf"(?m)^{name}==.*$", f"{name}=={version}", text)
+    pinned.write_text(text)
+    with stage("coatnet", f"with the extras {', '.join(extras)}"):
+        pip("-c", str(pinned), "-e", f"{ROOT}[{','.join(extras)}]")
+    if torchvision:
+        make_torchvision_import(builds["torch"])  # which needs what has just been installed
     print(f"done     {_megabytes(VENV):,} MB in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -158,6 +175,52 @@ def install_torch(driver: tuple[int, int] | None) -> str:
     return version
 
 
+def torchvision_builds(torch: str) -> list[str]:
+    """The builds of torchvision that go with this torch, the best first; none where it is not the tested one.
+
+    The last one of a CPU build of torch is PyPI's, which is for CUDA: without its operators, which no model here calls.
+    """
+    tested, (release, tag, build) = constraint("torchvision"), torch.partition("+")
+    if release != constraint("torch"):
+        return []
+    return [tested + tag + build, *([tested] if build == "cpu" else [])]
+
+
+def install_torchvision(torch: str) -> str | None:
+    """Installs the torchvision that goes with this torch, or finds it installed; returns its version.
+
+    None where there is none: then neither it nor timm, which needs it, stays in .venv.
+    """
+    builds, tag = torchvision_builds(torch), torch.partition("+")[2]
+    present = _output(VENV_PYTHON, "-c", ASK_TORCHVISION).strip()
+    if present and (not builds or present in builds):
+        return present
+    indexes: list[tuple[str, ...]] = [(), *([("--index-url", TORCH_INDEX + tag)] if tag else [])]
+    for build in builds:
+        for index in indexes:
+            if build in offered_versions("torchvision", *index):
+                with stage("vision", f"torchvision {build}, for timm"):
+                    pip("--no-deps", "--force-reinstall", *index, f"torchvision==={build}")
+                return build
+    _remove_timm(torch)
+    return None
+
+
+def make_torchvision_import(torch: str) -> None:
+    """Lets a torchvision import whose operators do not load beside this torch; where it still does not, it goes."""
+    if not _output(VENV_PYTHON, "-c", ASK_TORCHVISION):
+        find = "import importlib.util; print(importlib.util.find_spec('torchvision').origin)"
+        with Path(_output(VENV_PYTHON, "-c", find).strip()).with_name("extension.py").open("a") as file:
+            file.write(SCHEMAS)
+        if not _output(VENV_PYTHON, "-c", ASK_TORCHVISION):
+            _remove_timm(torch)
+
+
+def _remove_timm(torch: str) -> None:
+    with stage("vision", f"no torchvision goes with torch {torch}, so there is no timm either"):
+        subprocess.run([VENV_PYTHON, "-m", "pip", "uninstall", "-qqy", "torchvision", "timm"], check=False)
+
+
 def installed_torch() -> Torch | None:
     """The torch that .venv imports, if it does and if it is as new as pyproject.toml asks."""
     output = _output(VENV_PYTHON, "-c", ASK_TORCH).strip()
@@ -165,9 +228,10 @@ def installed_torch() -> Torch | None:
     return found if found and _numbers(found.version) >= _numbers(lower_bound("torch")) else None
 
 
-def offered_versions(package: str) -> list[str]:
+def offered_versions(package: str, *index: str) -> list[str]:
     """What pip would find for this Python, from names alone: `install --dry-run` may fetch whole wheels to ask them."""
-    found = re.search(r"Available versions: (.*)", _output(VENV_PYTHON, "-m", "pip", "index", "versions", package))
+    output = _output(VENV_PYTHON, "-m", "pip", "index", "versions", package, *index)
+    found = re.search(r"Available versions: (.*)", output)
     return found[1].split(", ") if found else []
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.peers import import_timm
 from pipeline.checkpoint import weights
 from pipeline.checkpoint.reader import CheckpointReader, checkpoints
 from pipeline.checkpoint.weights import WeightsFile, latest_checkpoint
@@ -223,7 +222,7 @@ def network_of(file: Path) -> tuple[torch.nn.Module, Config]:
 
 
 def test_timm_opens_the_folder_and_importing_it_gives_the_same_file(coatnet_0: Path, tmp_path: Path) -> None:
-    timm = import_timm()
+    timm = pytest.importorskip("timm")
     assert export(str(coatnet_0), str(tmp_path / "timm"), "timm", None, overwrite=False) == 0
     assert len({path.stat().st_mode for path in (tmp_path / "timm").iterdir()}) == 1
     theirs = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
@@ -244,7 +243,7 @@ def test_timm_opens_the_folder_and_importing_it_gives_the_same_file(coatnet_0: P
 def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], safe: bool
 ) -> None:
-    timm = import_timm()
+    timm = pytest.importorskip("timm")
     theirs = timm.create_model("coatnet_0_224", num_classes=4, img_size=32, drop_path_rate=0.1).eval()
     timm.models.save_for_hf(theirs, tmp_path / "timm", safe_serialization=safe)
     done = import_from_timm(str(tmp_path / "timm"), str(tmp_path / "ours.safetensors"), overwrite=False)

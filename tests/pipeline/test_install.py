@@ -1,4 +1,8 @@
-"""Which builds of torch and DALI a machine gets."""
+"""Which builds of torch, torchvision and DALI a machine gets, and that those of this one work together."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -10,6 +14,7 @@ from pipeline.doctor.install import (
     cuda_major_of,
     dali_extra,
     install_torch,
+    install_torchvision,
     lower_bound,
     offered_build,
     pytorch_build,
@@ -67,6 +72,44 @@ def test_a_torch_is_kept_if_it_fits_and_is_the_tested_one_or_a_containers(
     monkeypatch.setattr(install, "offered_versions", lambda package: [])
     monkeypatch.setattr(install, "pip", lambda *arguments: installed.append(arguments))
     assert (install_torch(driver) == present.version) == kept == (not installed)
+
+
+TORCH, VISION = constraint("torch"), constraint("torchvision")
+
+
+@pytest.mark.parametrize(
+    ("torch", "offered", "at_pytorch", "expected"),
+    [
+        (TORCH, [VISION], [], VISION),
+        (f"{TORCH}+cpu", [VISION, f"{VISION}+cpu"], [], f"{VISION}+cpu"),
+        (f"{TORCH}+cpu", [VISION], [f"{VISION}+cpu"], f"{VISION}+cpu"),
+        (f"{TORCH}+cpu", [VISION], [], VISION),  # without its operators
+        (f"{TORCH}+cu126", [VISION], [f"{VISION}+cu126"], f"{VISION}+cu126"),
+        (f"{TORCH}+cu126", [VISION], [], None),
+        (f"{TORCH}+cpu", [], [], None),
+        ("2.12.0a0+nv26.01", [VISION], [], None),  # a container's
+    ],
+)
+def test_torchvision_is_of_torchs_build_or_is_left_out_with_timm(
+    monkeypatch: pytest.MonkeyPatch, torch: str, offered: list[str], at_pytorch: list[str], expected: str | None
+) -> None:
+    installed: list[str] = []
+    removed: list[str] = []
+    monkeypatch.setattr(install, "_output", lambda *command: " ".join(installed))
+    monkeypatch.setattr(install, "offered_versions", lambda _, *index: [*offered, *(at_pytorch if index else [])])
+    monkeypatch.setattr(install, "pip", lambda *arguments: installed.append(arguments[-1].partition("===")[2]))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: removed.extend(command[-2:]))
+    assert install_torchvision(torch) == expected
+    assert installed == ([expected] if expected else [])
+    assert removed == ([] if expected else ["torchvision", "timm"])
+    assert install_torchvision(torch) == expected and len(installed) <= 1  # a second time it is found
+
+
+def test_what_is_installed_side_by_side_imports_together() -> None:
+    names = ["torch", "torchvision", "timm", "nvidia.dali", "deepspeed", "webdataset", "submitit", "s3fs", "wandb"]
+    present = [name for name in names if find_spec(name.partition(".")[0])]
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(present)}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_dali_follows_the_driver() -> None:
