@@ -11,6 +11,7 @@ Any number of threads may call: each has its own decoder of one thread, and the 
 
 import io
 import os
+import re
 import threading
 import warnings
 from typing import Any, NamedTuple
@@ -127,6 +128,23 @@ def decode(encoded: bytes) -> tuple[bytes, Picture, NDArray[np.uint8]]:
     return png.getvalue(), decoded._replace(kind=EXTENSIONS["png"]).picture, decoded.pixels
 
 
+def plain(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The bytes for DALI: the same, or of a variant that it would decode otherwise, by its header, a PNG.
+
+    Only the header is read, since what was packed or indexed is known to decode; older sets may have such variants.
+    """
+    head = encoded[:64].tobytes()
+    if head.startswith((b"\x89PNG", b"RIFF")):
+        return encoded
+    try:
+        codec = _codec(head)
+        if _variant(codec, encoded if codec == "jpeg" else encoded.tobytes()) is None:
+            return encoded
+        return np.frombuffer(decode(encoded.tobytes())[0], np.uint8)
+    except Undecodable:
+        return encoded  # DALI fails on it, and it is named
+
+
 def codec_of_thread(kind: str) -> Any:
     """This thread's own nvImageCodec "Decoder" or "Encoder", on the CPU and of one thread."""
     if not hasattr(_of_thread, kind):
@@ -182,13 +200,15 @@ def _codec(encoded: bytes) -> str:
     raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})")
 
 
-def _variant(codec: str, encoded: bytes) -> str | None:
+def _variant(codec: str, encoded: Any) -> str | None:
     """What the file is if DALI's pixels of such are not nvImageCodec's; Undecodable if nobody's are right."""
     try:
         if codec == "jpeg":
             return _variant_of_jpeg(encoded)
         if codec == "tiff":
             return _variant_of_tiff(encoded)
+        if codec == "pnm":
+            return _variant_of_pnm(encoded)
     except Undecodable:
         raise
     except Exception:  # Pillow's parser raises what it meets: of structs, keys, numbers
@@ -196,16 +216,30 @@ def _variant(codec: str, encoded: bytes) -> str | None:
     return None
 
 
-def _variant_of_jpeg(encoded: bytes) -> str | None:
-    at = 2
+def _variant_of_jpeg(encoded: Any) -> str | None:
+    at, adobe = 2, False
     while encoded[at] == 0xFF:
         marker, bits = encoded[at + 1], encoded[at + 4]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame
             if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):
                 return "a lossless or hierarchical JPEG"
-            return None if bits == 8 else f"a JPEG of {bits} bits"
+            if bits != 8:
+                return f"a JPEG of {bits} bits"
+            return None if adobe or encoded[at + 9] < 4 else "a CMYK JPEG without Adobe's marker"
+        adobe = adobe or (marker == 0xEE and bytes(encoded[at + 4 : at + 9]) == b"Adobe")
         at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
     raise Undecodable(_DAMAGED)
+
+
+def _variant_of_pnm(encoded: bytes) -> str | None:
+    """Of the greatest value, after width and height; comments may stand between them. Bitmaps have none."""
+    if encoded[1:2] in (b"1", b"4"):
+        return None
+    tokens = re.match(rb"P\d(?:(?:\s|#[^\n\r]*[\n\r])+\d+){2}(?:\s|#[^\n\r]*[\n\r])+(\d+)", encoded)
+    if tokens is None:
+        raise Undecodable(_DAMAGED)
+    greatest = int(tokens[1])
+    return None if greatest in (255, 65535) else f"a PNM whose greatest value is {greatest}"
 
 
 def _variant_of_tiff(encoded: bytes) -> str | None:

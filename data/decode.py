@@ -4,8 +4,9 @@
 
 The pixels of a sample are a function of its bytes and its row of the parameters: batch size, neighbours, order, threads
 and how far DALI runs ahead change nothing. That holds within one device and DALI version; a GPU decodes JPEG with
-another codec, a few levels off. The bytes must be known to decode (codec.py) and the crop to lie in the image: on
-others DALI's decoder can end the process, and no error is raised. Bilinear rather than bicubic: it is cheaper and does
+another codec, a few levels off. The bytes must be known to decode and the crop to lie in the image: on others
+DALI's decoder can end the process, and no error is raised. Variants that DALI would read otherwise become PNGs
+(codec.plain). Bilinear rather than bicubic: it is cheaper and does
 not overshoot. Normalisation is the model's.
 """
 
@@ -21,6 +22,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment import AugmentParams
+from data.codec import plain
 from data.errors import DataError
 from data.randaugment import FILL, Family, Tables, tables
 
@@ -125,7 +127,8 @@ class _Feed:
         self.samples.append(len(images))
         if not images:
             images, params = _empty_batch(self._layers)
-        inputs = [images, params.crop_start, params.crop_shape, params.flip]
+        plain_images: Sequence[NDArray[np.uint8]] = [plain(image) for image in images]
+        inputs = [plain_images, params.crop_start, params.crop_shape, params.flip]
         for layer in range(self._layers):
             operation, sign = params.operations[:, layer], params.signs[:, layer]
             table = self._table
