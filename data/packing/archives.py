@@ -67,8 +67,8 @@ def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) ->
         if not path or any(is_hidden(part) for part in path.split("/")):
             continue
         path = inside + path
-        if member.isreg() and path.endswith(".tar"):
-            folder = path.removesuffix(".tar")
+        if member.isreg() and path.lower().endswith(".tar"):
+            folder = path[: -len(".tar")]
             entries |= {folder: Entry(folder, True, url)} | _nested_entries(stream, url, folder, begin, member)
         else:
             entries[path] = _tar_entry(path, member, url, begin, entries.get(inside + normalize_path(member.linkname)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 
@@ -16,6 +17,7 @@ from data.packing.archives import Entry, normalize_path
 from data.packing.folders import resolve_kind
 from data.packing.label_files import Row, read_rows, to_class_names
 from data.storage.remote import NotFound, Storage, open_fs
+from data.urls import is_web, join, split_query
 
 _REQUESTS_AT_ONCE = 16
 Location = tuple[fsspec.AbstractFileSystem, str]
@@ -30,7 +32,7 @@ def list_images(storage: Storage, url: str, classes: Sequence[str] | None) -> tu
     for row, (fs, path) in zip(rows, locations, strict=True):
         if lines.setdefault((id(fs), path), row.line) != row.line:
             raise UsageError(f"{url} names {row.path} twice, in lines {lines[id(fs), path]} and {row.line}")
-    infos = _infos(storage, locations)
+    infos = _infos(storage, urls, locations)
     missing = [row for row, info in zip(rows, infos, strict=True) if info is None or info["type"] != "file"]
     if missing:
         more = f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -40,42 +42,47 @@ def list_images(storage: Storage, url: str, classes: Sequence[str] | None) -> tu
 
 
 def _row_entry(row: Row, url: str, info: dict[str, Any] | None) -> Entry:
-    return Entry(normalize_path(row.path.rpartition("://")[2]), False, url, None, info["size"] if info else None)
+    path = normalize_path(split_query(row.path)[0].rpartition("://")[2])
+    return Entry(path, False, url, None, info["size"] if info else None)
 
 
 def _resolve(url: str, path: str) -> str:
     """Where a list at `url` finds a path."""
     if "://" in path or path.startswith("/"):
         return path
-    folder, slash, _ = url.rpartition("/")
-    return f"{folder}{slash}{normalize_path(path)}"
+    address, query = split_query(url)
+    folder, slash, _ = address.rpartition("/")
+    name = quote(normalize_path(path)) if is_web(url) else normalize_path(path)
+    return join(folder + query, name) if slash else name
 
 
-def _infos(storage: Storage, locations: list[Location]) -> list[dict[str, Any] | None]:
+def _infos(storage: Storage, urls: list[str], locations: list[Location]) -> list[dict[str, Any] | None]:
     """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
     folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in locations}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
         by_folder = dict(zip(folders, listed, strict=True))
 
-        def info(place: Location) -> dict[str, Any] | None:
+        def info(url: str, place: Location) -> dict[str, Any] | None:
             fs, path = place
             known = by_folder[id(fs), path.rpartition("/")[0]].get(path)
-            return known if known and known.get("size") is not None else _info(storage, fs, path)
+            return known if known and known.get("size") is not None else _info(storage, url)
 
-        return list(pool.map(info, locations))
+        return list(pool.map(info, urls, locations))
 
 
 def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
+    if is_web(folder):  # its page would have no sizes
+        return {}
     try:
-        infos = storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
+        infos = storage.list_folder(fs, folder)
     except DataError:  # not every server lists its folders
         return {}
     return {info["name"]: {**info, "type": "file"} for info in infos if resolve_kind(fs, info) == ("file", None)}
 
 
-def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+def _info(storage: Storage, url: str) -> dict[str, Any] | None:
     try:
-        return storage.with_retries("found", path, lambda: fs.info(path))
+        return storage.info(url)
     except NotFound:
         return None

@@ -15,21 +15,19 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
-import fsspec
-from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
-
 from data import codec
 from data.errors import DataError, UsageError
 from data.packing.label_files import read_classes
 from data.packing.pack import split_by_size
+from data.packing.tars import Tar, find_tars, walk_headers
+from data.packing.unfinished import Done, forget_done, keep_done, read_done
 from data.shards.labels import InvalidSample, class_numbers, fields, image_part, label_part, parse_labels
-from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
-from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
-from data.shards.tar_index import DamagedTar, TarSample, index_bytes, index_tar, printable
+from data.shards.manifest import MANIFEST, BadSample, Shard, write_manifest
+from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, HEADER_BYTES, ROW, table_bytes, table_rows
+from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
 from data.storage.prefetch import map_in_threads
-from data.storage.ranged_file import RangedFile
 from data.storage.remote import NotFound, Storage, open_fs, write_file
+from data.urls import join, split_query
 
 MOST_CLASSES = 2**20
 """Classes that are made up from the numbers of the labels at most: one wild number would make millions."""
@@ -38,7 +36,10 @@ _RUN_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Report:
-    """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum."""
+    """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum.
+
+    `kept` of the shards are those that an index which ended early had done.
+    """
 
     shards: int
     samples: int
@@ -46,13 +47,15 @@ class Report:
     classes: int
     broken: tuple[BadSample, ...]
     unchecked: int
+    kept: int = 0
 
 
-class Tar(NamedTuple):
-    """A tar and its size in bytes."""
+class DamagedTars(DataError):
+    """Some tars are damaged, so there is no manifest yet: `report` has them and what else cannot be used."""
 
-    url: str
-    bytes: int
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class _Indexed(NamedTuple):
     highest: int
     most_labels: int
     broken: list[BadSample]
+    damaged: bool = False
+    kept: bool = False
 
 
 def index(
@@ -90,17 +95,36 @@ def index(
 
     Manifest, tables and indexes go to `out`, or beside the tars. `classes` is a file with a name in each line; without
     it the classes are called by their numbers. Labels stand in `.cls`, or in the field `label_field` of `.json`.
-    `progress(done, total)` counts tars. UsageError where that cannot be; DataError where a tar is damaged, or reading
-    or writing fails.
+    `progress(done, total)` counts tars. UsageError where that cannot be; DamagedTars, when all others are done;
+    DataError where reading or writing fails. What was done by then is kept for the next try.
     """
     tars = find_tars(url)
-    folder = _common_folder([tar.url for tar in tars])
+    folder = _common_folder([split_query(tar.url)[0] for tar in tars])
     destination = out or folder
     _check_destination(destination)
     names = None if classes is None else list(read_classes(classes))
     numbers = None if names is None else {name: number for number, name in enumerate(names)}
     request = _Request(Storage(), folder, destination, decode, label_field, numbers)
-    found = list(map_in_threads(lambda tar: _index_tar(request, tar), tars, workers, progress))
+    asked = {"decode": decode, "classes": names, "label_field": label_field}
+    done = read_done(destination, asked)
+    found: list[_Indexed] = []
+
+    def work(tar: Tar) -> _Indexed:
+        return _kept(request, done or {}, tar) or _index_tar(request, tar)
+
+    try:
+        found.extend(map_in_threads(work, tars, workers, progress))
+        if damaged := sum(each.damaged for each in found):
+            raise DamagedTars(
+                f"{damaged} of {len(tars)} tars of {url} are damaged, so it has no {MANIFEST} yet; replace them or take"
+                " them away, and then the same command indexes only what it has not",
+                _report(found, names or [], decode),
+            )
+    except BaseException:
+        records = zip(tars, found, strict=False)
+        more = {split_query(tar.url)[0]: _record(tar, each) for tar, each in records if each.shard.samples}
+        keep_done(destination, asked, {**(done or {}), **more})
+        raise
     full = [each for each in found if each.shard.samples]
     if not full or max(each.highest for each in full) < 0:
         raise UsageError(f"{url} has no sample with a label; is it another --label-field?")
@@ -113,57 +137,25 @@ def index(
         labels_per_sample=max(1, *(each.most_labels for each in full)),
         shards_at=None if open_fs(destination) == open_fs(folder) else folder,
     )
+    if done is not None:
+        forget_done(destination)
+    return _report(found, numbered if names is None else names, decode)
+
+
+def _report(found: Sequence[_Indexed], classes: Sequence[str], decode: bool) -> Report:
+    full = [each for each in found if each.shard.samples]
     return Report(
         shards=len(full),
         samples=sum(each.shard.samples for each in full),
         bytes=sum(each.shard.bytes for each in full),
-        classes=len(numbered if names is None else names),
+        classes=len(classes),
         broken=tuple(chain.from_iterable(each.broken for each in found)),
         unchecked=0 if decode else sum(each.shard.samples for each in full),
+        kept=sum(each.kept for each in full),
     )
 
 
-# Which tars, and where to.
-
-
-def find_tars(url: str) -> list[Tar]:
-    """The tars of a folder, glob or brace pattern, in its order; UsageError where there are none, or one is missing."""
-    try:
-        patterns = list(braceexpand(url))
-    except ValueError as error:
-        raise UsageError(f"{url} is no pattern: {error}") from None
-    tars = [tar for pattern in patterns for tar in _matching(pattern)]
-    if len({tar.url for tar in tars}) < len(tars):
-        raise UsageError(f"{url} names a tar twice")
-    return tars
-
-
-def _matching(pattern: str) -> list[Tar]:
-    fs, path = open_fs(pattern)
-    try:
-        found = Storage().with_retries("listed", pattern, lambda: _listed(fs, path))
-    except NotFound:
-        raise UsageError(f"{pattern} does not exist") from None
-    tars = [each for each in found if each["name"].endswith(".tar") and each["type"] != "directory"]
-    if not tars:
-        raise UsageError(f"{pattern} has no .tar files (a compressed one must be unpacked first: gunzip, unzstd, unxz)")
-    return sorted(Tar(_url(fs, tar["name"]), _size(tar)) for tar in tars)
-
-
-def _listed(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
-    if any(sign in path for sign in "*?["):
-        return list(fs.glob(path, detail=True).values())
-    return [fs.info(path)] if path.endswith(".tar") else fs.ls(path, detail=True)
-
-
-def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if type(fs) is LocalFileSystem else fs.unstrip_protocol(path)
-
-
-def _size(info: dict[str, Any]) -> int:
-    if info["size"] is None:
-        raise DataError(f"{info['name']}: its server does not say how large it is")
-    return int(info["size"])
+# Where to.
 
 
 def _common_folder(urls: Sequence[str]) -> str:
@@ -186,12 +178,40 @@ def _check_destination(destination: str) -> None:
 # One tar.
 
 
-def _index_tar(request: _Request, tar: Tar) -> _Indexed:
-    name = tar.url.removeprefix(request.folder.rstrip("/") + "/")
+def _kept(request: _Request, done: Done, tar: Tar) -> _Indexed | None:
+    """What an earlier index found in a tar that is still the same, and whose table and index are there."""
+    record = done.get(split_query(tar.url)[0])
+    if record is None or record["of"] != [tar.bytes, tar.version]:
+        return None
+    shard = Shard(**record["shard"], query=split_query(tar.url)[1])
     try:
+        table, _ = (request.storage.size(join(request.destination, shard.stem + each)) for each in (".npy", ".idx"))
+    except NotFound:
+        return None
+    broken = [BadSample(shard.name, *each) for each in record["broken"]]
+    kept = _Indexed(shard, broken=broken, kept=True, **record["labels"])
+    return kept if table == HEADER_BYTES + ROW.itemsize * shard.samples else None
+
+
+def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
+    """What `_kept` needs."""
+    return {
+        "of": [tar.bytes, tar.version],
+        "shard": {"name": found.shard.name, "samples": found.shard.samples, "bytes": found.shard.bytes},
+        "broken": [[each.key, each.reason] for each in found.broken],
+        "labels": {"highest": found.highest, "most_labels": found.most_labels},
+    }
+
+
+def _index_tar(request: _Request, tar: Tar) -> _Indexed:
+    address, query = split_query(tar.url)
+    name = address.removeprefix(request.folder.rstrip("/") + "/")
+    try:
+        if tar.fault:
+            raise DamagedTar(tar.fault)
         samples = walk_headers(request.storage, tar, {label_part(request.label_field)})
     except DamagedTar as damage:
-        raise DamagedTar(f"{tar.url}: {damage}") from damage
+        return _Indexed(Shard(name, 0, tar.bytes), -1, 0, [BadSample(name, "", str(damage))], damaged=True)
     if not samples:
         return _Indexed(Shard(name, 0, tar.bytes), -1, 0, [BadSample(name, "", "has no samples; it is left out")])
     labels, faults = _labels(request, tar, samples)
@@ -202,12 +222,8 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     _write(request.destination, name, table_bytes(rows), index_bytes(samples))
     broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
     highest = max((max(each) for each in labels), default=-1)
-    return _Indexed(Shard(name, len(samples), tar.bytes), highest, max(map(len, labels), default=0), broken)
-
-
-def walk_headers(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
-    """The samples of a tar by its headers, read in ranges; DamagedTar where webdataset would lose some."""
-    return index_tar(RangedFile(lambda begin, end: storage.read(tar.url, begin, end), tar.bytes), keep)
+    shard = Shard(name, len(samples), tar.bytes, query)
+    return _Indexed(shard, highest, max(map(len, labels), default=0), broken)
 
 
 def _labels(request: _Request, tar: Tar, samples: list[TarSample]) -> tuple[list[tuple[int, ...]], dict[str, str]]:
@@ -276,7 +292,7 @@ def _read_and_decode(storage: Storage, tar: Tar, samples: list[TarSample], fault
 
 def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
     fs, folder = open_fs(destination)
-    path = join(folder, name.removesuffix(".tar"))
+    path = join(folder, name[: -len(".tar")])
     try:
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         write_file(fs, f"{path}.npy", table)

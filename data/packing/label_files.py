@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from data.errors import UsageError
 from data.shards.manifest import MANIFEST, read_manifest
 from data.storage.remote import NotFound, Storage, open_fs
+from data.urls import has_suffix, split_query
 
 LISTS = (".csv", ".jsonl")
 
@@ -30,7 +31,8 @@ class Row(NamedTuple):
 def read_classes(url: str) -> tuple[str, ...]:
     """The class names of a file, one in each line, or of the manifest of packed shards, in their order."""
     if is_packed(url):
-        return read_manifest(url.removesuffix(f"/{MANIFEST}")).classes
+        address, query = split_query(url)
+        return read_manifest(address.removesuffix(f"/{MANIFEST}") + query).classes
     lines_of: dict[str, int] = {}
     for line, name in _lines(url):
         if lines_of.setdefault(name, line) != line:
@@ -41,7 +43,7 @@ def read_classes(url: str) -> tuple[str, ...]:
 def is_packed(url: str) -> bool:
     """Whether this names packed shards, or their manifest, and not a file of class names."""
     fs, path = open_fs(url)
-    return url.endswith(f"/{MANIFEST}") or fs.isdir(path)
+    return has_suffix(url, f"/{MANIFEST}") or fs.isdir(path)
 
 
 def read_labels(url: str) -> dict[str, str] | list[str]:
@@ -68,7 +70,7 @@ def _split_pair(text: str) -> tuple[str, str]:
 
 def read_rows(url: str) -> list[Row]:
     """The samples of a CSV with columns `path` and `label`, or `labels` ("a;b"); or of a JSONL with such fields."""
-    parse = _csv_rows if url.endswith(".csv") else _json_rows
+    parse = _csv_rows if has_suffix(url, ".csv") else _json_rows
     try:
         rows = list(parse(url, _text(url)))
     except csv.Error as error:

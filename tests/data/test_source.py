@@ -17,7 +17,7 @@ from PIL import Image
 from data.codec import examine
 from data.packing.label_files import read_classes
 from data.shards.manifest import read_manifest
-from tests.data.servers import s3_server
+from tests.data.servers import http_server, s3_server
 from tests.data.test_pack import (
     BAD,
     GOOD,
@@ -373,3 +373,34 @@ def test_archives_and_lists_in_s3_are_packed_into_s3_as_on_disk(tmp_path):
         assert packed("s3://data/list.jsonl", "s3://data/out/list").samples == len(FLAT)
         assert read_classes("s3://data/out/list") == tuple(LABELS)
         assert not [path for path in fs.find("data/out") if ".packing" in path]
+
+
+ODD = ["a b", "100%41", "x#y", "d[1]", "q?", "c::d", "AT&T", "é"]
+"""Names of classes and files that mean something else in a URL."""
+
+
+def test_what_a_web_server_has_is_packed_as_what_lies_on_its_disk(tmp_path):
+    """Behind a query, too, which goes with every request."""
+    files = {f"{name}/{place}": encoded(i) for i, name in enumerate(ODD) for place in (f"{name}.jpg", "deep/1.JPG")}
+    packed(lay_out(tmp_path / "zoo", files), tmp_path / "of_folder")
+    tar_of(tmp_path / "zoo").rename(tmp_path / "zoo.TAR")
+    zip_of(tmp_path, files).rename(tmp_path / "other.ZIP")
+    packed(csv_of(tmp_path, files), tmp_path / "of_list")
+    with http_server(tmp_path) as server:
+        for number, place in enumerate(["zoo", "zoo/", "zoo.TAR", "other.ZIP", "list.csv"]):
+            for query in ("", "?sig=a%2Fb%3D"):
+                server.forget()
+                out = tmp_path / f"out{number}{query[:1] and 'q'}"
+                packed(f"{server.url}/{place}{query}", out)
+                assert files_in(out) == files_in(tmp_path / ("of_list" if place == "list.csv" else "of_folder"))
+                assert {request.query for request in server.requests} == {query[1:]}
+        for place in ("of_folder/", "of_folder", "of_folder/manifest.json"):
+            assert read_classes(f"{server.url}/{place}?sig=a%2Fb") == tuple(sorted(ODD))
+
+
+def test_the_sizes_that_a_page_lacks_are_asked_for_so_that_shards_have_the_same_bounds(tmp_path):
+    source = lay_out(tmp_path / "zoo", {f"a/{number}.jpg": encoded(number) for number in range(20)})
+    packed(source, tmp_path / "of_folder", bytes_per_shard=8000)
+    with http_server(tmp_path) as server:
+        assert packed(f"{server.url}/zoo", tmp_path / "out", bytes_per_shard=8000).shards > 1
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "of_folder")
