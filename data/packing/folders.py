@@ -80,7 +80,7 @@ def _open(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) 
 
 
 def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, url: str) -> Iterator[Entry]:
-    pending = [(root.rstrip("/"), "", url)]
+    pending, damaged = [(root.rstrip("/"), "", url)], []
     while pending:
         folder, inside, folder_url = pending.pop()
         for info in storage.list_folder(fs, folder):
@@ -93,9 +93,11 @@ def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, 
             if entry.folder:
                 pending.append((place, f"{inside}{name}/", where))
             if has_suffix(where, ".tar") and not entry.folder and not entry.fault:
-                yield from _class_tar(storage, fs, place, entry)
+                yield from _class_tar(storage, fs, place, entry, damaged)
             else:
                 yield entry
+    if damaged:
+        raise UsageError(f"{'; '.join(damaged)}; fetch what is not whole again, or take it away")
 
 
 def _file_or_folder(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, url: str) -> Entry:
@@ -105,15 +107,17 @@ def _file_or_folder(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: s
     return Entry(path, kind == "directory", url, None, info.get("size"), fault)
 
 
-def _class_tar(storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entry: Entry) -> Iterator[Entry]:
-    """The folder that a tar in a folder stands for, and what is in it."""
+def _class_tar(
+    storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entry: Entry, damaged: list[str]
+) -> Iterator[Entry]:
+    """The folder that a tar in a folder stands for, and what is in it; what is wrong with it is added to `damaged`."""
     folder = entry.path[: -len(".tar")]
     yield Entry(folder, True, entry.url)
     with _open(storage, fs, place, entry.url) as stream:
         try:
             yield from tar_entries(stream, entry.url, f"{folder}/").values()
         except tarfile.TarError as error:
-            raise UsageError(f"{entry.url} is not a whole tar ({error}); fetch it again, or take it away") from None
+            damaged.append(f"{entry.url} is not a whole tar ({error})")
 
 
 def resolve_kind(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[str, str | None]:

@@ -116,14 +116,15 @@ def index(
         found.extend(map_in_threads(work, tars, workers, progress))
         if damaged := sum(each.damaged for each in found):
             raise DamagedTars(
-                f"{damaged} of {len(tars)} tars of {url} are damaged, so it has no {MANIFEST} yet; replace them or take"
-                " them away, and then the same command indexes only what it has not",
+                f"{damaged} of {len(tars)} tars of {url} cannot be indexed, so there is no {MANIFEST} yet; replace"
+                " them or take them away: the same command then indexes only what is new",
                 _report(found, names or [], decode),
             )
     except BaseException:
         records = zip(tars, found, strict=False)
         more = {split_query(tar.url)[0]: _record(tar, each) for tar, each in records if each.shard.samples}
-        keep_done(destination, asked, {**(done or {}), **more})
+        if more:
+            keep_done(destination, asked, {**(done or {}), **more})
         raise
     full = [each for each in found if each.shard.samples]
     if not full or max(each.highest for each in full) < 0:

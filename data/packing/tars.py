@@ -15,7 +15,9 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import UsageError
+from data.packing.archives import is_hidden
 from data.packing.folders import resolve_kind
+from data.packing.label_files import abbreviate
 from data.shards.tar_index import TarSample, index_tar
 from data.storage.ranged_file import RangedFile
 from data.storage.remote import NotFound, Storage, known_size, open_fs
@@ -45,8 +47,10 @@ def find_tars(url: str) -> list[Tar]:
     except ValueError as error:
         raise UsageError(f"{url} is no pattern: {error}") from None
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        found = pool.map(lambda each: _matching(there + each), patterns)
-        tars = list(pool.map(_tar, chain.from_iterable(found)))
+        found = list(pool.map(lambda each: _matching(there + each), patterns))
+        if missing := [there + each for each, tars in zip(patterns, found, strict=True) if tars is None]:
+            raise UsageError(f"{abbreviate(missing)} {'does' if len(missing) == 1 else 'do'} not exist")
+        tars = list(pool.map(_tar, chain.from_iterable(each for each in found if each)))
     stem, times = Counter(split_query(tar.url)[0][: -len(".tar")] for tar in tars).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{url} names a tar twice, or two that would share an index: {stem}.tar")
@@ -59,24 +63,39 @@ def _split_pattern(url: str) -> tuple[str, str, str]:
     parts = re.findall("[^/]*/|[^/]+", address)
     for number, part in enumerate(parts):
         if re.search(r"[*?[{]", part):
-            fs, path = open_fs("".join(parts[: number + 1]).rstrip("/") + query)
-            if not Storage().with_retries("found", path, lambda: fs.exists(path)):  # noqa: B023
+            if not _is_there("".join(parts[: number + 1]).rstrip("/") + query):
                 return "".join(parts[:number]), "".join(parts[number:]), query
     return address, "", query
 
 
-def _matching(url: str) -> list[tuple[str, dict[str, Any]]]:
-    """URL and description of each tar that a glob names, or that lies in a folder, or of the one."""
+def _is_there(url: str) -> bool:
+    fs, path = open_fs(url)
+
+    def ask() -> bool:
+        try:
+            return fs.exists(path)
+        except PermissionError:  # what S3 says of a missing file to those who may not list
+            return False
+
+    return Storage().with_retries("found", url, ask)
+
+
+def _matching(url: str) -> list[tuple[str, dict[str, Any]]] | None:
+    """URL and description of each tar that a glob names, or that lies in a folder, or of the one; None if not there.
+
+    Hidden ones, such as macOS leaves, are named only where the pattern begins with their dot.
+    """
     storage = Storage()
     there, pattern, query = _split_pattern(url)
     try:
         if re.search(r"[*?[]", pattern):
             found = list(_glob(storage, *open_fs((there or ".") + query), pattern.strip("/").split("/")))
+        elif has_suffix(url, ".tar") and (named := storage.info(url))["type"] != "directory":
+            found = [named]
         else:
-            named = storage.info(url) if has_suffix(url, ".tar") else {"type": "directory"}
-            found = storage.list_folder(*open_fs(url)) if named["type"] == "directory" else [named]
+            found = list(_glob(storage, *open_fs(url), ["*"]))
     except NotFound:
-        raise UsageError(f"{url} does not exist") from None
+        return None
     fs = open_fs(url)[0]
     found = [each for each in found if has_suffix(each["name"], ".tar") and resolve_kind(fs, each)[0] != "directory"]
     if not found:
@@ -91,6 +110,8 @@ def _glob(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str, pattern:
         yield from _glob(storage, fs, folder, rest)
     for info in storage.list_folder(fs, folder):
         name = info["name"].rstrip("/")
+        if is_hidden(file_name(name)) and not first.startswith("."):
+            continue
         inside = name != folder.rstrip("/") and resolve_kind(fs, info)[0] == "directory"
         if first == "**" and inside:
             yield from _glob(storage, fs, name, pattern)
@@ -105,8 +126,10 @@ def _tar(found: tuple[str, dict[str, Any]]) -> Tar:
     """A tar that was found; a web server is asked for what its page does not say."""
     url, info = found
     fault = resolve_kind(open_fs(url)[0], info)[1]
-    if info["size"] is None:
-        info = Storage().info(url)
+    try:
+        info = Storage().info(url) if info["size"] is None else info
+    except NotFound:
+        return Tar(url, 0, fault="a link to nothing")
     return Tar(url, known_size(url, info), " ".join(str(info[key]) for key in _VERSIONS if key in info), fault)
 
 

@@ -432,7 +432,7 @@ WHOLE = tar_of(PAIRS)
 def test_a_tar_that_would_be_read_wrongly_is_refused_by_name(tmp_path, contents, message):
     (tmp_path / "a.tar").write_bytes(WHOLE)
     (tmp_path / "b.tar").write_bytes(contents)
-    with pytest.raises(DamagedTars, match="1 of 2 tars") as refused:
+    with pytest.raises(DamagedTars, match=r"1 of 2 tars .* cannot be indexed") as refused:
         indexed(tmp_path)
     (damaged,) = refused.value.report.broken
     assert (damaged.shard, damaged.key) == ("b.tar", "") and re.match(f".*{message}", damaged.reason)
@@ -512,6 +512,7 @@ def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_p
     [
         ("nowhere", {}, "nowhere does not exist"),
         ("set/{a,b}.tar", {}, r"set/b\.tar does not exist"),
+        ("set/{c,a,b}.tar", {}, r"set/b\.tar, set/c\.tar do not exist"),
         ("set/{a,a}.tar", {}, "names a tar twice"),
         ("set/*.tgz", {}, "has no .tar files"),
         ("set/{0..2.tar", {}, "does not exist|is no pattern"),
@@ -549,6 +550,7 @@ def test_out_may_be_the_folder_of_the_tars(tmp_path):
 
 
 def test_the_tars_of_a_folder_are_in_the_order_of_their_names(tmp_path):
-    for name in ("10.tar", "9.tar", "1.tar", "x.txt", ".hidden.txt"):
+    for name in ("10.tar", "9.tar", "1.tar", "x.txt", ".hidden.txt", "._9.tar"):
         (tmp_path / name).write_bytes(WHOLE)
     assert [Path(tar.url).name for tar in find_tars(str(tmp_path))] == ["1.tar", "10.tar", "9.tar"]
+    assert [Path(tar.url).name for tar in find_tars(f"{tmp_path}/._*")] == ["._9.tar"]

@@ -307,8 +307,11 @@ def test_an_archive_that_is_not_whole_is_refused(tmp_path):
     assert "cut.zip is not a whole zip" in refused(tmp_path / "cut.zip", tmp_path / "out")
     assert "empty.zip is empty" in refused(tmp_path / "empty.zip", tmp_path / "out")
     tars = class_tars(FILES)
-    cut = lay_out(tmp_path / "tars", {"a.b.tar": tars["a.b"], "cats.tar": tars["cats"][:-10_240]})
-    assert "cats.tar is not a whole tar" in refused(cut, tmp_path / "out")
+    cut = lay_out(tmp_path / "tars", {"a.b.tar": tars["a.b"], "cats.tar": tars["cats"][:-10_240], "日本.tar": b""})
+    message = refused(cut, tmp_path / "out")
+    assert "cats.tar is not a whole tar" in message and "日本.tar is not a whole tar" in message
+    assert "a.b.tar" not in message
+    (cut / "日本.tar").write_bytes(tars["日本"])
     assert "cats.tar in it is not whole" in refused(tar_of(cut), tmp_path / "out")
 
 
@@ -396,6 +399,23 @@ def test_what_a_web_server_has_is_packed_as_what_lies_on_its_disk(tmp_path):
                 assert {request.query for request in server.requests} == {query[1:]}
         for place in ("of_folder/", "of_folder", "of_folder/manifest.json"):
             assert read_classes(f"{server.url}/{place}?sig=a%2Fb") == tuple(sorted(ODD))
+
+
+def test_a_pack_from_a_link_that_is_signed_anew_resumes_and_notes_no_signature(tmp_path):
+    zip_of(tmp_path, FILES)
+    request = {"samples_per_shard": 1, "workers": 1}
+    packed(tmp_path / "zoo.zip", tmp_path / "whole", **request)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == len(FILES) - 1:
+            raise InterruptedError
+
+    with http_server(tmp_path) as server:
+        with pytest.raises(InterruptedError):
+            packed(f"{server.url}/zoo.zip?sig=first", tmp_path / "out", **request, progress=interrupt)
+        assert "first" not in (tmp_path / "out/.packing/request.json").read_text()
+        assert packed(f"{server.url}/zoo.zip?sig=second", tmp_path / "out", **request).kept > 0
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
 def test_the_sizes_that_a_page_lacks_are_asked_for_so_that_shards_have_the_same_bounds(tmp_path):
