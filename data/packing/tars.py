@@ -62,9 +62,8 @@ def _split_pattern(url: str) -> tuple[str, str, str]:
     address, query = split_query(url)
     parts = re.findall("[^/]*/|[^/]+", address)
     for number, part in enumerate(parts):
-        if re.search(r"[*?[{]", part):
-            if not _is_there("".join(parts[: number + 1]).rstrip("/") + query):
-                return "".join(parts[:number]), "".join(parts[number:]), query
+        if re.search(r"[*?[{]", part) and not _is_there("".join(parts[: number + 1]).rstrip("/") + query):
+            return "".join(parts[:number]), "".join(parts[number:]), query
     return address, "", query
 
 
