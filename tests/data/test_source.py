@@ -418,7 +418,7 @@ def test_a_pack_from_a_link_that_is_signed_anew_resumes_and_notes_no_signature(t
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
-def test_the_sizes_that_a_page_lacks_are_asked_for_so_that_shards_have_the_same_bounds(tmp_path):
+def test_sizes_that_a_page_lacks_are_asked_for_so_shards_have_the_same_bounds(tmp_path):
     source = lay_out(tmp_path / "zoo", {f"a/{number}.jpg": encoded(number) for number in range(20)})
     packed(source, tmp_path / "of_folder", bytes_per_shard=8000)
     with http_server(tmp_path) as server:
