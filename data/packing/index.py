@@ -179,29 +179,28 @@ def _check_destination(destination: str) -> None:
 # One tar.
 
 
+def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
+    """What to keep of a tar for the next try, in JSON; no query, which may be another then."""
+    shard = [found.shard.name, found.shard.samples, found.shard.bytes]
+    broken = [[each.key, each.reason] for each in found.broken]
+    return {"of": [tar.bytes, tar.version], "found": {**found._asdict(), "shard": shard, "broken": broken}}
+
+
 def _kept(request: _Request, done: Done, tar: Tar) -> _Indexed | None:
     """What an earlier index found in a tar that is still the same, and whose table and index are there."""
     record = done.get(split_query(tar.url)[0])
     if record is None or record["of"] != [tar.bytes, tar.version]:
         return None
-    shard = Shard(**record["shard"], query=split_query(tar.url)[1])
+    found = record["found"]
+    shard = Shard(*found["shard"], query=split_query(tar.url)[1])
     try:
         table, _ = (request.storage.size(join(request.destination, shard.stem + each)) for each in (".npy", ".idx"))
     except NotFound:
         return None
-    broken = [BadSample(shard.name, *each) for each in record["broken"]]
-    kept = _Indexed(shard, broken=broken, kept=True, **record["labels"])
-    return kept if table == HEADER_BYTES + ROW.itemsize * shard.samples else None
-
-
-def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
-    """What `_kept` needs."""
-    return {
-        "of": [tar.bytes, tar.version],
-        "shard": {"name": found.shard.name, "samples": found.shard.samples, "bytes": found.shard.bytes},
-        "broken": [[each.key, each.reason] for each in found.broken],
-        "labels": {"highest": found.highest, "most_labels": found.most_labels},
-    }
+    if table != HEADER_BYTES + ROW.itemsize * shard.samples:
+        return None
+    kept: dict[str, Any] = {**found, "shard": shard, "kept": True}
+    return _Indexed(**kept)._replace(broken=[BadSample(shard.name, *each) for each in found["broken"]])
 
 
 def _index_tar(request: _Request, tar: Tar) -> _Indexed:
