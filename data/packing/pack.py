@@ -34,6 +34,7 @@ from data.shards.manifest import BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
 from data.storage.prefetch import ordered_map
+from data.urls import split_query
 
 QUALITY = 92
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
@@ -102,7 +103,13 @@ def pack(
     found = list_source(source, labels, classes)
     plan = list(split_by_size(_shuffled(found, seed), _tar_bytes, samples_per_shard, bytes_per_shard))
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
-    request = {"source": source, **numbers, "resize": resize, "quality": quality, "listing": _fingerprint(found)}
+    request = {
+        "source": split_query(source)[0],
+        **numbers,
+        "resize": resize,
+        "quality": quality,
+        "listing": _fingerprint(found),
+    }
     done = resume(destination, request, overwrite)
     kept = len(done)
     with ThreadPoolExecutor(workers) as pool:
@@ -168,8 +175,9 @@ def _label_part(labels: tuple[int, ...], several: bool) -> tuple[str, bytes]:
 def _fingerprint(found: Source) -> str:
     """SHA-256 of all that the listing says: where each file is, how large, and its labels."""
     digest = hashlib.sha256(repr((found.classes, found.broken)).encode("utf-8", "surrogateescape"))
-    for each in zip(found.images, found.labels, strict=True):
-        digest.update(repr(each).encode("utf-8", "surrogateescape"))
+    for image, labels in zip(found.images, found.labels, strict=True):
+        named = image._replace(url=split_query(image.url)[0])  # a link that is signed anew is to the same file
+        digest.update(repr((named, labels)).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -22,9 +22,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import DataError, UsageError
-from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
+from data.shards.manifest import MANIFEST, BadSample, Shard, write_manifest
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.remote import Storage, open_fs, write_file
+from data.urls import join
 
 _OWN_FILE = re.compile(r"\.?(shard-\d{6,})\.(tar|idx|npy)(\.partial)?")
 _PACKING = ".packing"
@@ -100,7 +101,7 @@ def write_shard(
 def commit(destination: str, classes: Sequence[str], written: Sequence[Shard], labels_per_sample: int) -> None:
     """Removes what earlier packs left, which globs would take for samples, and writes the manifest last."""
     fs, folder = open_fs(destination)
-    stems = {shard.name.removesuffix(".tar") for shard in written}
+    stems = {shard.stem for shard in written}
     for name in _sizes(fs, folder):
         own = _OWN_FILE.fullmatch(name)
         if own and (own[1] not in stems or name.endswith(".partial")):
@@ -130,7 +131,7 @@ def _finished(record: Any) -> FinishedShard | None:
 def _has_its_files(done: FinishedShard, sizes: dict[str, int]) -> bool:
     if done.shard is None:
         return True
-    stem, table = done.shard.name.removesuffix(".tar"), HEADER_BYTES + ROW.itemsize * done.shard.samples
+    stem, table = done.shard.stem, HEADER_BYTES + ROW.itemsize * done.shard.samples
     expected = {f"{stem}.tar": done.shard.bytes, f"{stem}.npy": table, f"{stem}.idx": done.index_bytes}
     return expected.items() <= sizes.items()
 
