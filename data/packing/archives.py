@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 from data.errors import DataError, UsageError
 from data.shards.tar_index import tar_members
 from data.storage.ranged_file import RangedFile
+from data.urls import has_suffix
 
 _ZIP_HEADER_BYTES = 30
 _UTF_8, _UNICODE_PATH, _UNIX = 1 << 11, 0x7075, 3
@@ -57,11 +58,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def is_tar(name: str) -> bool:
-    """Whether a file in a folder or tar stands for a folder by its name."""
-    return name.lower().endswith(".tar")
-
-
 def normalize_path(name: str) -> str:
     """A path without empty and "." parts: "./a//b/" is "a/b"."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
@@ -75,7 +71,7 @@ def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) ->
         if not path or any(is_hidden(part) for part in path.split("/")):
             continue
         path = inside + path
-        if member.isreg() and is_tar(path):
+        if member.isreg() and has_suffix(path, ".tar"):
             folder = path[: -len(".tar")]
             entries |= {folder: Entry(folder, True, url)} | _nested_entries(stream, url, folder, begin, member)
         else:

@@ -17,11 +17,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import DataError, UsageError
-from data.packing.archives import Entry, is_hidden, is_tar, tar_entries, zip_entries
-from data.shards.manifest import join
+from data.packing.archives import Entry, is_hidden, tar_entries, zip_entries
 from data.shards.tar_index import decompressor_for
 from data.storage.ranged_file import RangedFile
 from data.storage.remote import Storage, open_fs
+from data.urls import file_name, has_suffix, is_web, join, split_query
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # with files, and empty
 NEEDED = "a folder of class folders, a tar or zip of one, or a list (.csv, .jsonl) is needed"
@@ -48,7 +48,7 @@ def _archive_entries(stream: BinaryIO, url: str) -> Iterable[Entry]:
     beginning = stream.read(6)
     stream.seek(0)
     try:
-        zipped = beginning.startswith(_ZIP) or url.lower().endswith(".zip")
+        zipped = beginning.startswith(_ZIP) or has_suffix(url, ".zip")
         return (zip_entries if zipped else tar_entries)(stream, url).values()
     except tarfile.TarError as error:
         raise UsageError(f"{url} {_describe_no_tar(beginning, error)}") from None
@@ -66,9 +66,7 @@ def _open(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) 
     """The file to read and seek in; from afar by ranges so long that not every image's header costs a request."""
     if isinstance(fs, LocalFileSystem):
         return cast(BinaryIO, fs.open(path, "rb"))
-    size = fs.info(path)["size"]
-    if size is None:
-        raise DataError(f"{url}: its server does not say how large it is")
+    size = storage.size(url)
     held = range(0), b""
 
     def read(begin: int, end: int) -> bytes:
@@ -82,39 +80,44 @@ def _open(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) 
 
 
 def _folder_entries(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, url: str) -> Iterator[Entry]:
-    pending = [(root.rstrip("/"), "")]
+    pending, damaged = [(root.rstrip("/"), "", url)], []
     while pending:
-        folder, inside = pending.pop()
-        for info in storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True)):  # noqa: B023
+        folder, inside, folder_url = pending.pop()
+        for info in storage.list_folder(fs, folder):
             place = info["name"].rstrip("/")
-            name = place.rpartition("/")[2]
+            name = file_name(place)
             if is_hidden(name) or place == folder:  # object stores list a folder in itself
                 continue
-            entry = _file_or_folder(fs, info, inside + name, join(url, inside + name))
+            where = join(folder_url, split_query(place)[0].rstrip("/").rpartition("/")[2])
+            entry = _file_or_folder(fs, info, inside + name, where)
             if entry.folder:
-                pending.append((place, f"{inside}{name}/"))
-            if is_tar(name) and not entry.folder and not entry.fault:
-                yield from _class_tar(storage, fs, place, entry)
+                pending.append((place, f"{inside}{name}/", where))
+            if has_suffix(where, ".tar") and not entry.folder and not entry.fault:
+                yield from _class_tar(storage, fs, place, entry, damaged)
             else:
                 yield entry
+    if damaged:
+        raise UsageError(f"{'; '.join(damaged)}; fetch what is not whole again, or take it away")
 
 
 def _file_or_folder(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, url: str) -> Entry:
     kind, fault = resolve_kind(fs, info)
-    if "::" in path and not fault:
+    if "::" in path and not fault and not (isinstance(fs, LocalFileSystem) or is_web(url)):
         fault = 'fsspec takes "::" in its name for a chain of file systems; rename it'
     return Entry(path, kind == "directory", url, None, info.get("size"), fault)
 
 
-def _class_tar(storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entry: Entry) -> Iterator[Entry]:
-    """The folder that a tar in a folder stands for, and what is in it."""
+def _class_tar(
+    storage: Storage, fs: fsspec.AbstractFileSystem, place: str, entry: Entry, damaged: list[str]
+) -> Iterator[Entry]:
+    """The folder that a tar in a folder stands for, and what is in it; what is wrong with it is added to `damaged`."""
     folder = entry.path[: -len(".tar")]
     yield Entry(folder, True, entry.url)
     with _open(storage, fs, place, entry.url) as stream:
         try:
             yield from tar_entries(stream, entry.url, f"{folder}/").values()
         except tarfile.TarError as error:
-            raise UsageError(f"{entry.url} is not a whole tar ({error}); fetch it again, or take it away") from None
+            damaged.append(f"{entry.url} is not a whole tar ({error})")
 
 
 def resolve_kind(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[str, str | None]:

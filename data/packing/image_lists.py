@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import fsspec
 
@@ -18,6 +19,7 @@ from data.packing.archives import Entry, normalize_path
 from data.packing.folders import resolve_kind
 from data.packing.label_files import read_rows
 from data.storage.remote import NotFound, Storage, open_fs
+from data.urls import is_web, join, split_query
 
 _REQUESTS_AT_ONCE = 16
 Location = tuple[fsspec.AbstractFileSystem, str]
@@ -59,49 +61,53 @@ def list_images(storage: Storage, url: str) -> tuple[list[Entry], list[tuple[str
 
 
 def _entry(found: _Found) -> Entry:
-    size = found.info["size"] if found.info else None
-    return Entry(normalize_path(found.path.rpartition("://")[2]), False, found.url, None, size)
+    path = normalize_path(split_query(found.path)[0].rpartition("://")[2])
+    return Entry(path, False, found.url, None, found.info["size"] if found.info else None)
 
 
 def _find(storage: Storage, url: str, paths: Sequence[str]) -> list[_Found]:
     urls = [_resolve(url, path) for path in paths]
     locations = [open_fs(each) for each in urls]
-    return [_Found(*each) for each in zip(paths, urls, locations, _infos(storage, locations), strict=True)]
+    return [_Found(*each) for each in zip(paths, urls, locations, _infos(storage, urls, locations), strict=True)]
 
 
 def _resolve(url: str, path: str) -> str:
     """Where a list at `url` finds a path."""
     if "://" in path or path.startswith("/"):
         return path
-    folder, slash, _ = url.rpartition("/")
-    return f"{folder}{slash}{normalize_path(path)}"
+    address, query = split_query(url)
+    folder, slash, _ = address.rpartition("/")
+    name = quote(normalize_path(path)) if is_web(url) else normalize_path(path)
+    return join(folder + query, name) if slash else name
 
 
-def _infos(storage: Storage, locations: list[Location]) -> list[dict[str, Any] | None]:
+def _infos(storage: Storage, urls: list[str], locations: list[Location]) -> list[dict[str, Any] | None]:
     """What the file systems say of each file, None where it is missing: by listing the folders, or else one by one."""
     folders = {(id(fs), path.rpartition("/")[0]): fs for fs, path in locations}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         listed = pool.map(lambda each: _ls(storage, each[1], each[0][1]), folders.items())
         by_folder = dict(zip(folders, listed, strict=True))
 
-        def info(place: Location) -> dict[str, Any] | None:
+        def info(url: str, place: Location) -> dict[str, Any] | None:
             fs, path = place
             known = by_folder[id(fs), path.rpartition("/")[0]].get(path)
-            return known if known and known.get("size") is not None else _info(storage, fs, path)
+            return known if known and known.get("size") is not None else _info(storage, url)
 
-        return list(pool.map(info, locations))
+        return list(pool.map(info, urls, locations))
 
 
 def _ls(storage: Storage, fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, dict[str, Any]]:
+    if is_web(folder):  # its page would have no sizes
+        return {}
     try:
-        infos = storage.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
+        infos = storage.list_folder(fs, folder)
     except DataError:  # not every server lists its folders
         return {}
     return {info["name"]: {**info, "type": "file"} for info in infos if resolve_kind(fs, info) == ("file", None)}
 
 
-def _info(storage: Storage, fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+def _info(storage: Storage, url: str) -> dict[str, Any] | None:
     try:
-        return storage.with_retries("found", path, lambda: fs.info(path))
+        return storage.info(url)
     except NotFound:
         return None

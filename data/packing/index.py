@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
-import fsspec
-from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
-
 from data import codec
 from data.errors import DataError, UsageError
 from data.packing.label_files import read_classes
 from data.packing.label_reading import Classes, describe_reading, reading_of
 from data.packing.pack import split_by_size
+from data.packing.tars import Tar, find_tars, walk_headers
+from data.packing.unfinished import Done, forget_done, keep_done, read_done
 from data.shards.labels import (
     MOST_SHOWN,
     InvalidSample,
@@ -34,12 +32,12 @@ from data.shards.labels import (
     number_of,
     parse_labels,
 )
-from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
-from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, table_bytes, table_rows
-from data.shards.tar_index import DamagedTar, TarSample, index_bytes, index_tar, printable
+from data.shards.manifest import MANIFEST, BadSample, Shard, write_manifest
+from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, HEADER_BYTES, ROW, table_bytes, table_rows
+from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
 from data.storage.prefetch import map_in_threads
-from data.storage.ranged_file import RangedFile
 from data.storage.remote import NotFound, Storage, open_fs, write_file
+from data.urls import join, split_query
 
 MOST_CLASSES = 2**20
 """Classes that are made up from the numbers of the labels at most: one wild number would make millions."""
@@ -50,7 +48,7 @@ _RUN_BYTES = 2**24
 class Report:
     """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum.
 
-    `labels` says how the labels were read.
+    `labels` says how the labels were read; `kept` of the shards are those that an index which ended early had done.
     """
 
     shards: int
@@ -60,13 +58,15 @@ class Report:
     broken: tuple[BadSample, ...]
     unchecked: int
     labels: str = ""
+    kept: int = 0
 
 
-class Tar(NamedTuple):
-    """A tar and its size in bytes."""
+class DamagedTars(DataError):
+    """Some tars are damaged, so there is no manifest yet: `report` has them and what else cannot be used."""
 
-    url: str
-    bytes: int
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class _Indexed(NamedTuple):
     label_field: str | None
     most_labels: int
     broken: list[BadSample]
+    damaged: bool = False
+    kept: bool = False
 
 
 def index(
@@ -106,42 +108,78 @@ def index(
     Manifest, tables and indexes go to `out`, or beside the tars. `classes` is a file with a name in each line, or
     packed shards; without it the classes are the names that occur, or the numbers up to the highest. Labels stand in
     `.cls` (without it or a `.json`, in `.txt`), in the field `label_field` of `.json`, or in a part (`.txt`).
-    `progress(done, total)` counts tars. UsageError where that cannot be; DataError where a tar is damaged, or reading
-    or writing fails.
+    `progress(done, total)` counts tars. UsageError where that cannot be; DamagedTars, when all others are done;
+    DataError where reading or writing fails. What was done by then is kept for the next try.
     """
     tars = find_tars(url)
-    folder = _common_folder([tar.url for tar in tars])
+    folder = _common_folder([split_query(tar.url)[0] for tar in tars])
     destination = out or folder
     _check_destination(destination)
     given = None if classes is None else read_classes(classes)
     request = _Request(Storage(), folder, destination, decode, label_field, given)
-    found = list(map_in_threads(lambda tar: _index_tar(request, tar), tars, workers, progress))
+    asked = {"decode": decode, "classes": given and list(given.names), "label_field": label_field}
+    done = read_done(destination, asked)
+    found: list[_Indexed] = []
+
+    def work(tar: Tar) -> _Indexed:
+        return _kept(request, done or {}, tar) or _index_tar(request, tar)
+
+    try:
+        found.extend(map_in_threads(work, tars, workers, progress))
+        report = _finish(url, request, found)
+    except BaseException:
+        records = zip(tars, found, strict=False)
+        more = {split_query(tar.url)[0]: _record(tar, each) for tar, each in records if each.shard.samples}
+        if more:
+            keep_done(destination, asked, {**(done or {}), **more})
+        raise
+    if done is not None:
+        forget_done(destination)
+    return report
+
+
+def _finish(url: str, request: _Request, found: Sequence[_Indexed]) -> Report:
+    """Writes the manifest when all tars are done, whose labels together say how they are to be read."""
+    if damaged := sum(each.damaged for each in found):
+        raise DamagedTars(
+            f"{damaged} of {len(found)} tars of {url} cannot be indexed, so there is no {MANIFEST} yet; replace them"
+            " or take them away: the same command then indexes only what is new",
+            _report(request, found, request.classes.names if request.classes else ()),
+        )
     full = [each for each in found if each.shard.samples]
-    broken = tuple(chain.from_iterable(each.broken for each in found))
     label_field = _common_field(full)
     labels = {label: f"{tar.shard.name} {key}" for tar in reversed(full) for label, key in tar.labels.items()}
     if not labels:
+        broken = [bad for each in found for bad in each.broken]
         example = f"; {broken[0].shard} {broken[0].key}, for one: {broken[0].reason}" if broken else ""
         raise UsageError(f"{url} has no sample with a label{example}; is it another --label-field?")
-    reading = reading_of(url, labels, given)
-    names = _made_up(labels, reading) if given is None else given.names
+    reading = reading_of(url, labels, request.classes)
+    names = request.classes.names if request.classes else _made_up(labels, reading)
     write_manifest(
-        destination,
+        request.destination,
         names,
         [each.shard for each in full],
         label_field=label_field,
         labels_per_sample=max(1, *(each.most_labels for each in full)),
-        shards_at=None if open_fs(destination) == open_fs(folder) else folder,
+        shards_at=None if open_fs(request.destination) == open_fs(request.folder) else request.folder,
         labels=reading,
     )
+    described = describe_reading(reading, label_field or ".cls", names, request.classes is not None)
+    return _report(request, found, names, described)
+
+
+def _report(request: _Request, found: Sequence[_Indexed], classes: Sequence[str], labels: str = "") -> Report:
+    full = [each for each in found if each.shard.samples]
+    samples = sum(each.shard.samples for each in full)
     return Report(
         shards=len(full),
-        samples=sum(each.shard.samples for each in full),
+        samples=samples,
         bytes=sum(each.shard.bytes for each in full),
-        classes=len(names),
-        broken=broken,
-        unchecked=0 if decode else sum(each.shard.samples for each in full),
-        labels=describe_reading(reading, label_field or ".cls", names, given is not None),
+        classes=len(classes),
+        broken=tuple(chain.from_iterable(each.broken for each in found)),
+        unchecked=0 if request.decode else samples,
+        labels=labels,
+        kept=sum(each.kept for each in full),
     )
 
 
@@ -165,47 +203,7 @@ def _made_up(labels: Collection[str], reading: Reading) -> Sequence[str]:
     return [str(number) for number in range(max(number_of(label) or 0 for label in labels) + 1)]
 
 
-# Which tars, and where to.
-
-
-def find_tars(url: str) -> list[Tar]:
-    """The tars of a folder, glob or brace pattern, in its order; UsageError where there are none, or one is missing."""
-    try:
-        patterns = list(braceexpand(url))
-    except ValueError as error:
-        raise UsageError(f"{url} is no pattern: {error}") from None
-    tars = [tar for pattern in patterns for tar in _matching(pattern)]
-    if len({tar.url for tar in tars}) < len(tars):
-        raise UsageError(f"{url} names a tar twice")
-    return tars
-
-
-def _matching(pattern: str) -> list[Tar]:
-    fs, path = open_fs(pattern)
-    try:
-        found = Storage().with_retries("listed", pattern, lambda: _listed(fs, path))
-    except NotFound:
-        raise UsageError(f"{pattern} does not exist") from None
-    tars = [each for each in found if each["name"].endswith(".tar") and each["type"] != "directory"]
-    if not tars:
-        raise UsageError(f"{pattern} has no .tar files (a compressed one must be unpacked first: gunzip, unzstd, unxz)")
-    return sorted(Tar(_url(fs, tar["name"]), _size(tar)) for tar in tars)
-
-
-def _listed(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
-    if any(sign in path for sign in "*?["):
-        return list(fs.glob(path, detail=True).values())
-    return [fs.info(path)] if path.endswith(".tar") else fs.ls(path, detail=True)
-
-
-def _url(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if type(fs) is LocalFileSystem else fs.unstrip_protocol(path)
-
-
-def _size(info: dict[str, Any]) -> int:
-    if info["size"] is None:
-        raise DataError(f"{info['name']}: its server does not say how large it is")
-    return int(info["size"])
+# Where to.
 
 
 def _common_folder(urls: Sequence[str]) -> str:
@@ -228,13 +226,40 @@ def _check_destination(destination: str) -> None:
 # One tar.
 
 
+def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
+    """What to keep of a tar for the next try, in JSON; no query, which may be another then."""
+    shard = [found.shard.name, found.shard.samples, found.shard.bytes]
+    broken = [[each.key, each.reason] for each in found.broken]
+    return {"of": [tar.bytes, tar.version], "found": {**found._asdict(), "shard": shard, "broken": broken}}
+
+
+def _kept(request: _Request, done: Done, tar: Tar) -> _Indexed | None:
+    """What an earlier index found in a tar that is still the same, and whose table and index are there."""
+    record = done.get(split_query(tar.url)[0])
+    if record is None or record["of"] != [tar.bytes, tar.version]:
+        return None
+    found = record["found"]
+    shard = Shard(*found["shard"], query=split_query(tar.url)[1])
+    try:
+        table, _ = (request.storage.size(join(request.destination, shard.stem + each)) for each in (".npy", ".idx"))
+    except NotFound:
+        return None
+    if table != HEADER_BYTES + ROW.itemsize * shard.samples:
+        return None
+    kept: dict[str, Any] = {**found, "shard": shard, "kept": True}
+    return _Indexed(**kept)._replace(broken=[BadSample(shard.name, *each) for each in found["broken"]])
+
+
 def _index_tar(request: _Request, tar: Tar) -> _Indexed:
-    name = tar.url.removeprefix(request.folder.rstrip("/") + "/")
+    address, query = split_query(tar.url)
+    name = address.removeprefix(request.folder.rstrip("/") + "/")
     kinds = {label_part(request.label_field), *(["txt"] if request.label_field is None else [])}
     try:
+        if tar.fault:
+            raise DamagedTar(tar.fault)
         samples = walk_headers(request.storage, tar, kinds)
     except DamagedTar as damage:
-        raise DamagedTar(f"{tar.url}: {damage}") from damage
+        return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, [BadSample(name, "", str(damage))], damaged=True)
     if not samples:
         broken = [BadSample(name, "", "has no samples; it is left out")]
         return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, broken)
@@ -248,12 +273,7 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
         rows = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
     _write(request.destination, name, table_bytes(rows), index_bytes(samples))
     broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
-    return _Indexed(Shard(name, len(samples), tar.bytes), labels, field, most, broken)
-
-
-def walk_headers(storage: Storage, tar: Tar, keep: set[str]) -> list[TarSample]:
-    """The samples of a tar by its headers, read in ranges; DamagedTar where webdataset would lose some."""
-    return index_tar(RangedFile(lambda begin, end: storage.read(tar.url, begin, end), tar.bytes), keep)
+    return _Indexed(Shard(name, len(samples), tar.bytes, query), labels, field, most, broken)
 
 
 def _only_text(samples: list[TarSample]) -> str | None:
@@ -331,7 +351,7 @@ def _read_and_decode(storage: Storage, tar: Tar, samples: list[TarSample], fault
 
 def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
     fs, folder = open_fs(destination)
-    path = join(folder, name.removesuffix(".tar"))
+    path = join(folder, name[: -len(".tar")])
     try:
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         write_file(fs, f"{path}.npy", table)

@@ -20,6 +20,7 @@ from data.packing.label_reading import Classes
 from data.shards.labels import composed, label_word
 from data.shards.manifest import MANIFEST, read_manifest
 from data.storage.remote import NotFound, Storage, open_fs
+from data.urls import has_suffix, split_query
 
 LISTS = (".csv", ".jsonl")
 
@@ -35,8 +36,9 @@ class Row(NamedTuple):
 def read_classes(url: str) -> Classes:
     """The class names of a file, one in each line, or of the manifest of packed shards, in their order."""
     fs, path = open_fs(url)
-    if url.endswith(f"/{MANIFEST}") or fs.isdir(path):
-        return Classes(read_manifest(url.removesuffix(f"/{MANIFEST}")).classes, counted=False)
+    address, query = split_query(url)
+    if address.endswith(f"/{MANIFEST}") or fs.isdir(path):
+        return Classes(read_manifest(address.removesuffix(f"/{MANIFEST}") + query).classes, counted=False)
     lines_of: dict[str, int] = {}
     for line, name in _lines(url):
         if lines_of.setdefault(composed(name), line) != line:
@@ -47,7 +49,7 @@ def read_classes(url: str) -> Classes:
 def read_labels(url: str, images: Collection[str]) -> dict[str, str] | list[str]:
     """Labels by file name, from lines `name label` (tab, comma or space); or one in each line, by sorted file name.
 
-    Names are as `file_name` has them. Where several signs could separate, the one before which `images` stand does.
+    Names are as `comparable_path` has them. Of several signs that could separate, the one after an image's name does.
     """
     lines = _lines(url)
     ways = [[(line, *_split_pair(text, sign)) for line, text in lines] for sign in ("\t", ",", None)]
@@ -66,7 +68,7 @@ def read_labels(url: str, images: Collection[str]) -> dict[str, str] | list[str]
     return labels
 
 
-def file_name(path: str) -> str:
+def comparable_path(path: str) -> str:
     """The path of a file as lists of any system are compared by it."""
     return composed(normalize_path(path.replace("\\", "/")))
 
@@ -75,12 +77,12 @@ def _split_pair(text: str, separator: str | None) -> tuple[str, str]:
     name, *label = text.split(separator, 1)
     if separator and '"' in text and len(quoted := next(csv.reader([text], delimiter=separator, strict=False))) == 2:
         name, *label = quoted
-    return file_name(name.strip()), composed(label[0].strip()) if label else ""
+    return comparable_path(name.strip()), composed(label[0].strip()) if label else ""
 
 
 def read_rows(url: str) -> list[Row]:
     """The samples of a CSV with columns `path` and `label`, or `labels` ("a;b"); or of a JSONL with such fields."""
-    parse = _csv_rows if url.lower().endswith(".csv") else _json_rows
+    parse = _csv_rows if has_suffix(url, ".csv") else _json_rows
     try:
         rows = list(parse(url, _text(url)))
     except csv.Error as error:

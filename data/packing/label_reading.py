@@ -15,6 +15,7 @@ from functools import cached_property
 
 from data.errors import UsageError
 from data.shards.labels import Reading, number_of
+from data.urls import without_secrets
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def to_class_names(
 
 def describe_reading(reading: Reading, where: str, names: Sequence[str], given: bool) -> str:
     """How labels were read, for the report; `given` says that the classes were."""
+    where = without_secrets(where)
     if reading is Reading.NAMES:
         return f"names in {where}" if given else f"{len(names)} names in {where}: {abbreviate(map(_short, names))}"
     first = int(reading is Reading.FROM_1)

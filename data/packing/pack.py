@@ -47,6 +47,7 @@ from data.shards.manifest import BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
 from data.storage.prefetch import ordered_map
+from data.urls import split_query
 
 QUALITY = 92
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
@@ -144,7 +145,8 @@ def pack(
     plan = [run for each in by_set for run in split_by_size(each, _tar_bytes, samples_per_shard, bytes_per_shard)]
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
     options: Request = {"resize": resize, "quality": quality, "holdout": holdout}
-    request = {"source": source, **numbers, **options, "listing": _fingerprint(found, candidates)}
+    listing = _fingerprint(found, candidates)
+    request = {"source": split_query(source)[0], **numbers, **options, "listing": listing}
     done = resume(destination, sets, request, overwrite)
     kept = len(done)
     with ThreadPoolExecutor(workers) as pool:
@@ -225,7 +227,8 @@ def _fingerprint(found: Source, candidates: Sequence[Candidate]) -> str:
     """SHA-256 of all that the listing says, where each file is, how large, and its labels, and of the sets."""
     digest = hashlib.sha256(repr((found.classes, found.broken)).encode("utf-8", "surrogateescape"))
     for each in candidates:
-        digest.update(repr((each.image, each.labels, each.set)).encode("utf-8", "surrogateescape"))
+        image = each.image._replace(url=split_query(each.image.url)[0])  # a link that is signed anew: the same file
+        digest.update(repr((image, each.labels, each.set)).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -25,9 +25,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import DataError, UsageError
-from data.shards.manifest import MANIFEST, BadSample, Shard, join, write_manifest
+from data.shards.manifest import MANIFEST, BadSample, Shard, write_manifest
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.remote import Storage, open_fs, write_file
+from data.urls import join
 
 TRAIN, VAL = "train/", "val/"
 """The folders of the two sets that a pack makes in its destination with images held out; else its one set is ""."""
@@ -115,7 +116,7 @@ def commit(destination: str, classes: Sequence[str], written: dict[str, list[Sha
     `written` are the shards of each set, named from `destination` on.
     """
     fs, folder = open_fs(destination)
-    stems = {shard.name.removesuffix(".tar") for shards in written.values() for shard in shards}
+    stems = {shard.stem for shards in written.values() for shard in shards}
     for name in _sizes(fs, folder, list(written)):
         own = _OWN_FILE.fullmatch(name)
         if own and (own[1] + own[2] not in stems or name.endswith(".partial")):
@@ -148,7 +149,7 @@ def _finished(record: Any) -> FinishedShard | None:
 def _has_its_files(done: FinishedShard, sizes: dict[str, int]) -> bool:
     if done.shard is None:
         return True
-    stem, table = done.shard.name.removesuffix(".tar"), HEADER_BYTES + ROW.itemsize * done.shard.samples
+    stem, table = done.shard.stem, HEADER_BYTES + ROW.itemsize * done.shard.samples
     expected = {f"{stem}.tar": done.shard.bytes, f"{stem}.npy": table, f"{stem}.idx": done.index_bytes}
     return expected.items() <= sizes.items()
 

@@ -13,20 +13,23 @@ reason. The same files give the same listing, whatever they lie in.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from data.errors import DataError, UsageError
 from data.packing.archives import Entry, unzip
 from data.packing.folders import NEEDED, list_entries
 from data.packing.image_lists import list_images
-from data.packing.label_files import LISTS, file_name, read_classes, read_labels
+from data.packing.label_files import LISTS, comparable_path, read_classes, read_labels
 from data.packing.label_reading import Classes, abbreviate, describe_reading, to_class_names
 from data.shards.labels import IMAGES, composed
 from data.shards.manifest import BadSample
 from data.shards.tar_index import printable
 from data.storage.remote import ByteSource, Storage
+from data.urls import has_suffix, split_query
 
+_REQUESTS_AT_ONCE = 16
 SUFFIXES = tuple(f".{name}" for name in IMAGES)
 
 
@@ -69,10 +72,11 @@ def list_source(url: str, labels: str | None = None, classes: str | None = None)
     `classes` fixes the classes and their order: a file with one in each line, or packed shards. UsageError where there
     is nothing, a list does not fit, a class is unknown, or one that is not fixed has no image file.
     """
-    url = url.rstrip("/") or "/"
+    address, query = split_query(url)
+    url = (address.rstrip("/") or "/") + query
     given = None if classes is None else read_classes(classes)
     storage = Storage()
-    if url.lower().endswith(LISTS):
+    if has_suffix(url, *LISTS):
         if labels is not None:
             raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
         return _labelled(storage, url, *list_images(storage, url), [], given, url)
@@ -125,7 +129,19 @@ def _make_source(
             where = f"{printable(image.path)} of {url}"
             raise UsageError(f"{where} is of class {printable(unknown[0])}, which --classes does not have")
     labels = tuple(tuple(numbers[name] for name in names) for names in label_names)
-    return Source(url, tuple(classes), given is not None, tuple(images), labels, tuple(broken), storage)
+    sized = tuple(_with_sizes(storage, images))
+    return Source(url, tuple(classes), given is not None, sized, labels, tuple(broken), storage)
+
+
+def _with_sizes(storage: Storage, images: list[Entry]) -> Iterator[Entry]:
+    """The images with their sizes, for which a web server is asked one by one: its pages lack them."""
+
+    def size(image: Entry) -> int | None:
+        return storage.info(image.url)["size"] if image.size is None else image.size
+
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for image, number in zip(images, pool.map(size, images), strict=True):
+            yield image._replace(size=number)
 
 
 def _example(broken: list[BadSample]) -> str:
@@ -164,14 +180,15 @@ def _images_and_broken(
     for entry in sorted(entries):
         if entry.folder:
             continue
-        if reason := entry.fault or fault_of_place(entry) or _fault_of_name(entry.path):
+        if reason := entry.fault or fault_of_place(entry) or fault_of_name(entry.path):
             broken.append(BadSample(None, printable(entry.path), reason))
         else:
             images.append(entry)
     return images, broken
 
 
-def _fault_of_name(path: str) -> str | None:
+def fault_of_name(path: str) -> str | None:
+    """Why a file of this name is no image; None where it is one."""
     if not path.lower().endswith(SUFFIXES):
         return f"not an image by its name ({' '.join(SUFFIXES)})"
     return None
@@ -203,7 +220,7 @@ def _one_folder_less(entries: list[Entry]) -> list[Entry]:
 
 def _listed_labels(url: str, images: list[Entry], labels: str) -> list[tuple[str, ...]]:
     """The labels of each image by the label list; UsageError where it lacks one, or names what is not there."""
-    paths = [file_name(image.path) for image in images]
+    paths = [comparable_path(image.path) for image in images]
     stems = [os.path.splitext(path)[0] for path in paths]
     listed = read_labels(labels, {*paths, *stems})
     if isinstance(listed, list):

@@ -7,7 +7,8 @@
 
 Where the tars are other tools' and stay where they are, the manifest says where (`shards_at`), and in which field of
 `.json` the labels stand (`label_field`), how many of them a sample has at most (`labels_per_sample`), and what they are
-(`labels`) if not the classes' numbers from 0: their names, or numbers from 1.
+(`labels`) if not the classes' numbers from 0: their names, or numbers from 1. A shard that a web server gives by a
+query has that as well (`query`).
 
 The manifest is written last: where it is, everything that it names is whole.
 """
@@ -30,6 +31,7 @@ from data.shards.labels import InvalidSample, Reading, class_numbers, composed, 
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.cache import NodeCache
 from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs, write_file
+from data.urls import has_suffix, join
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,11 +39,17 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name beside the manifest, its samples, its bytes."""
+    """One tar: its file name beside the manifest, its samples, its bytes; the query with which its server gives it."""
 
     name: str
     samples: int
     bytes: int
+    query: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The name without ".tar", under which its table and index lie."""
+        return self.name[: -len(".tar")]
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,10 @@ class Manifest:
 
     def url_of(self, shard: int, suffix: str = ".tar") -> str:
         """Where a shard's tar lies, or its ".npy" or ".idx"."""
-        folder = (self.shards_at or self.url) if suffix == ".tar" else self.url
-        return join(folder, self.shards[shard].name.removesuffix(".tar") + suffix)
+        found = self.shards[shard]
+        if suffix == ".tar":
+            return join(self.shards_at or self.url, found.name + found.query)
+        return join(self.url, found.stem + suffix)
 
     def labels_of(self, parts: Mapping[str, bytes]) -> tuple[int, ...]:
         """The numbers of a sample's classes, by its parts; InvalidSample where it has none, or one that is no class."""
@@ -92,11 +102,6 @@ class BadSample:
     shard: str | None
     key: str
     reason: str
-
-
-def join(folder: str, name: str) -> str:
-    """The URL or path of a file in a folder."""
-    return f"{folder.rstrip('/')}/{name}"
 
 
 # The manifest.
@@ -120,7 +125,7 @@ def write_manifest(
         for name, value in optional.items()
         if value not in (None, 1)
     )
-    rows = ",\n".join("  " + json.dumps(vars(shard), ensure_ascii=False) for shard in shards)
+    rows = ",\n".join("  " + json.dumps(_row(shard), ensure_ascii=False) for shard in shards)
     samples = sum(shard.samples for shard in shards)
     text = (
         f'{{"format": {FORMAT}, "samples": {samples},\n"classes": {json.dumps(list(classes), ensure_ascii=False)},\n'
@@ -128,6 +133,10 @@ def write_manifest(
     )
     fs, folder = open_fs(url)
     write_file(fs, join(folder, MANIFEST), text.encode())
+
+
+def _row(shard: Shard) -> dict[str, str | int]:
+    return {name: value for name, value in vars(shard).items() if value != ""}
 
 
 def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
@@ -153,10 +162,12 @@ def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
     if document["format"] != FORMAT:
         raise UsageError(f"{place} has format {document['format']}; this version reads format {FORMAT}")
     try:
-        shards = tuple(Shard(each["name"], each["samples"], each["bytes"]) for each in document["shards"])
+        shards = tuple(
+            Shard(each["name"], each["samples"], each["bytes"], each.get("query", "")) for each in document["shards"]
+        )
         classes, samples = tuple(map(composed, document["classes"])), document["samples"]
         labels = Reading(document.get("labels", Reading.FROM_0))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
     optional = {name: document[name] for name in ("label_field", "labels_per_sample", "shards_at") if name in document}
     manifest = Manifest(url, classes, shards, hashlib.sha256(contents).hexdigest(), labels=labels, **optional)
@@ -174,11 +185,13 @@ def _fault(manifest: Manifest, samples: object) -> str | None:
     if not manifest.shards:
         return "names no shards"
     for shard in manifest.shards:
-        if not isinstance(shard.name, str) or not shard.name.endswith(".tar"):
+        if not isinstance(shard.name, str) or not has_suffix(shard.name, ".tar"):
             return f"names a shard {shard.name!r}, which is no .tar"
+        if not isinstance(shard.query, str):
+            return f"gives {shard.name} a query that is no text"
         if any(type(number) is not int or number < 1 for number in (shard.samples, shard.bytes)):
             return f"gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes"
-    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+    if len({shard.stem for shard in manifest.shards}) < len(manifest.shards):
         return "names a shard twice"
     if manifest.samples != samples:
         return f"says {samples!r} samples, and its shards have {manifest.samples}"
@@ -200,13 +213,7 @@ def with_cache(manifest: Manifest, storage: Storage, folder: str | None, max_byt
 
 def _sizes_of(manifest: Manifest) -> Callable[[str], int | None]:
     """The bytes of a set's tars and tables by their URL."""
-    shards = {shard.name.removesuffix(".tar"): shard for shard in manifest.shards}
-    tars, tables = ((folder.rstrip("/") + "/") for folder in (manifest.shards_at or manifest.url, manifest.url))
-
-    def size_of(url: str) -> int | None:
-        if url.endswith(".npy") and (table := shards.get(url.removeprefix(tables).removesuffix(".npy"))):
-            return HEADER_BYTES + ROW.itemsize * table.samples
-        tar = shards.get(url.removeprefix(tars).removesuffix(".tar")) if url.endswith(".tar") else None
-        return tar.bytes if tar else None
-
-    return size_of
+    sizes = {manifest.url_of(number): shard.bytes for number, shard in enumerate(manifest.shards)}
+    for number, shard in enumerate(manifest.shards):
+        sizes[manifest.url_of(number, ".npy")] = HEADER_BYTES + ROW.itemsize * shard.samples
+    return sizes.get

@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.storage.remote import ReadError, Storage
+from data.urls import without_secrets
 
 BLOCK_BYTES = 4 << 20
 """One fetch: large enough for an object store, little more than a window of ImageNet needs."""
@@ -64,7 +65,7 @@ class NodeCache:
 
     def reread(self, url: str, begin: int, end: int, reason: str) -> bytes:
         """As Storage.reread, from the storage itself."""
-        self._storage.on_error(ReadError(url, begin, end, 1, reason))
+        self._storage.on_error(ReadError(without_secrets(url), begin, end, 1, reason))
         for number in _blocks(begin, end):
             self._drop(self._path(url, number))
         return self.read(url, begin, end)

@@ -11,7 +11,9 @@ Threads may share all of this, forked processes may not: fsspec's connections do
 from __future__ import annotations
 
 import errno
+import html
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -24,7 +26,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -33,6 +35,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data.errors import DataError, UsageError
 from data.storage.durable import write_atomically
+from data.urls import is_web, join, split_query, without_secrets
 
 MAX_WAIT = 30.0
 WARN_AT_ATTEMPT = 4
@@ -41,9 +44,11 @@ MIN_BYTES_PER_SECOND = 1 << 20
 """The timeout of an attempt allows for this rate, so it grows with the size of the request."""
 WHOLE_FILES_BYTES = 8 << 30
 """What a process keeps in unnamed temporary files of servers that give no ranges; one file at least."""
+_IN_QUERIES = "!#$%&'()*+,/:;=?@[]~"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
 _FATAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError, TypeError)
+_MISSING_STATUSES = {404, 410}
 _TRANSIENT_STATUSES = {408, 416, 425, 429}  # 416: a range past the end, so the file is shorter than it was
 Result = TypeVar("Result")
 
@@ -98,16 +103,31 @@ class Storage:
             return self.with_retries("read", url, lambda: self._whole(url))
         return self.with_retries("read", url, lambda: self._range(url, begin, end), begin, end)
 
+    def size(self, url: str) -> int:
+        """The bytes of a file; NotFound where there is none, DataError where its server does not say."""
+        return known_size(url, self.info(url))
+
+    def info(self, url: str) -> dict[str, Any]:
+        """What the file system says of a file or folder; NotFound where there is none."""
+        fs, path = open_fs(url)
+        return self.with_retries("found", url, lambda: _info(fs, path))
+
+    def list_folder(self, fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
+        """What lies in a folder, which is a path of `fs`; of a web server's page those links that lead into it."""
+        found = self.with_retries("listed", folder, lambda: fs.ls(folder or "/", detail=True))
+        return _entries_of_page(folder, found) if is_web(folder) else found
+
     def reread(self, url: str, begin: int, end: int, reason: str) -> bytes:
         """The same range once more, since what came was not what was written, which counts as a fault."""
-        self.on_error(ReadError(url, begin, end, 1, reason))
+        self.on_error(ReadError(without_secrets(url), begin, end, 1, reason))
         return self.read(url, begin, end)
 
     def with_retries(
         self, done: str, url: str, call: Callable[[], Result], begin: int | None = None, end: int | None = None
     ) -> Result:
         """What `call` returns at last; DataError ("cannot be read: ...") past the limits or if retrying is no use."""
-        what = url if begin is None else f"{url}: bytes {begin} to {end}"
+        shown = without_secrets(url)
+        what = shown if begin is None else f"{shown}: bytes {begin} to {end}"
         started = time.monotonic()
         for attempt in count(1):
             try:
@@ -120,7 +140,7 @@ class Storage:
             if _is_fatal(failure, whole=begin is None):
                 kind = NotFound if isinstance(failure, FileNotFoundError | NotADirectoryError) else DataError
                 raise kind(f"{what} cannot be {done}: {reason}") from failure
-            self.on_error(ReadError(url, begin, end, attempt, reason))
+            self.on_error(ReadError(shown, begin, end, attempt, reason))
             wait = self._wait(f"{url} {begin} {end}", attempt)
             if attempt >= self.attempts or spent + wait > self.timeout:
                 last = f"{attempt} attempts in {spent:.0f} s, the last: {reason}"
@@ -163,11 +183,23 @@ DEFAULT = Storage()
 def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and the path in it that a URL or path names; UsageError where nothing reads such URLs.
 
-    Its own retries are off, and so are its caches of listings, which would hide that a file has changed.
+    Its own retries are off, and so are its caches of listings, which would hide that a file has changed. A query is
+    sent as it stands, since a signature may be of its every letter. Of a path and a web address "::" is a part.
     """
+    if "://" not in url or url.startswith("file://"):
+        fs = fsspec.filesystem("file")
+        return fs, fs._strip_protocol(url)
     protocol = fsspec.core.split_protocol(url)[0] or "file"
+    address, query = split_query(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url, **_options(protocol))
+        options = _options(protocol)
+        if query:
+            import yarl
+
+            options["encoded"] = True
+            url = str(yarl.URL(address)) + quote(query, safe=_IN_QUERIES)
+        sent = url.replace("::", "%3A%3A") if is_web(url) else url
+        fs, path = fsspec.core.url_to_fs(sent, **options)
     except ImportError as error:
         extra = f"; pip install 'coatnet[{EXTRAS[protocol]}]'" if protocol in EXTRAS else ""
         raise UsageError(f"{url} cannot be opened: {error}{extra}") from None
@@ -176,6 +208,13 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if EXTRAS.get(protocol) == "s3":
         fs.retries = 1
     return fs, path
+
+
+def known_size(url: str, info: dict[str, Any]) -> int:
+    """The bytes of a file by what its file system says of it; DataError where that has no size."""
+    if info["size"] is None:
+        raise DataError(f"{url}: its server does not say how large it is")
+    return info["size"]
 
 
 def write_file(fs: fsspec.AbstractFileSystem, path: str, contents: bytes, storage: Storage = DEFAULT) -> None:
@@ -230,6 +269,24 @@ def _call(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments: 
     return outcome.result(seconds)
 
 
+def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    try:
+        return fs.info(path)
+    except FileNotFoundError as missing:
+        cause = missing.__cause__  # of a web server this error stands for all others too
+        if cause is None or not is_web(path) or _status(cause) in _MISSING_STATUSES:
+            raise
+        raise cause from None
+
+
+def _entries_of_page(folder: str, links: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The files and folders in a folder by the links of its page, which has others as well, such as those that sort."""
+    names = (html.unescape(link["name"].removeprefix(folder.rstrip("/") + "/")).removeprefix("./") for link in links)
+    inside = sorted({name for name in names if re.fullmatch(r"[^/?#]+/?", name)})
+    kinds = {True: "directory", False: "file"}
+    return [{"name": join(folder, name), "size": None, "type": kinds[name.endswith("/")]} for name in inside]
+
+
 # What a failed attempt was.
 
 
@@ -246,7 +303,7 @@ def _is_fatal(error: Exception, whole: bool) -> bool:
     )
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
     places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
     values = (getattr(place, name, None) for place, name in places)
@@ -257,7 +314,9 @@ def _reason(error: Exception) -> str:
     """One line; of an HTTP error without its URL, so that like ones can be counted together."""
     if status := _status(error):
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text = str(error).partition("\n")[0][:200] or ("past its deadline" if isinstance(error, TimeoutError) else "")
+    text = without_secrets(str(error).partition("\n")[0])[:200] or (
+        "past its deadline" if isinstance(error, TimeoutError) else ""
+    )
     return f"{type(error).__name__}: {text}".removeprefix("OSError: ").removesuffix(": ")
 
 
@@ -276,8 +335,8 @@ def _warn_without_ranges(server: str) -> None:
     if server not in _without_ranges:
         _without_ranges.add(server)
         print(
-            f"{server} does not support ranged reads: whole files are kept in {tempfile.gettempdir()}, up to"
-            f" {WHOLE_FILES_BYTES >> 30} GiB a process; a server that knows Range requests would be much faster",
+            f"{without_secrets(server)} does not support ranged reads: whole files are kept in {tempfile.gettempdir()},"
+            f" up to {WHOLE_FILES_BYTES >> 30} GiB a process; a server that knows Range requests would be much faster",
             file=sys.stderr,
         )
 

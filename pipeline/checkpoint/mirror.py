@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from data.storage.durable import publish, sync_folder, write_atomically
 from data.storage.prefetch import ordered_map
 from data.storage.remote import DEFAULT, NotFound, open_fs, send_file, write_file
+from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.reader import (
     CheckpointReader,
@@ -115,7 +116,7 @@ class Mirror:
             _delete(self._url, old)
 
     def _warn(self, step: int, problem: str, error: Exception) -> None:
-        reason = _without_credentials(first_line(error))
+        reason = without_secrets(first_line(error))
         self._emit("mirror_failed", step=step, reason=reason)
         print(f"warning: {problem}: {reason}; training continues", file=sys.stderr)
 
@@ -195,7 +196,7 @@ def restore_from_mirror(config: Config) -> None:
         found = complete(list_copies(url))
     except DataError as error:
         raise DataError(
-            f"checkpoint.mirror: {_without_credentials(str(error))}; {run} has no checkpoint, and the mirror may have"
+            f"checkpoint.mirror: {error}; {run} has no checkpoint, and the mirror may have"
             " one: try again, or begin without it with checkpoint.mirror=null"
         ) from None
     if not found:
@@ -215,7 +216,7 @@ def restore_from_mirror(config: Config) -> None:
 
 
 def _fetch_newest(run: Path, url: str, found: Copies) -> None:
-    place = _without_credentials(url)
+    place = without_secrets(url)
 
     def fetch(folder: Path) -> None:
         hidden = folder.with_name(f".{folder.name}.mirrored")
@@ -266,7 +267,3 @@ def _fetch_small_files(run: Path, url: str) -> None:
         if not (run / name).exists():
             with suppress(NotFound):
                 write_atomically(run / name, DEFAULT.read(f"{url}/{name}"))
-
-
-def _without_credentials(text: str) -> str:
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.urls import without_secrets
+
 if TYPE_CHECKING:
     from data.packing.index import Report
     from data.packing.pack import HoldoutReport, PackReport, SetReport
@@ -57,12 +59,17 @@ def index_and_report(
     as_json: bool,
 ) -> int:
     """Indexes with a progress bar, prints the report; returns the exit status."""
-    from data.packing.index import index
+    from data.packing.index import DamagedTars, index
 
     options: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
-    with _bar("indexing") as progress:
-        report = index(url, out, **options, workers=workers or (_cpus() if decode else 16), progress=progress)
-    summary = f"{out or url}: {_counts(report)}, {len(report.broken)} that cannot be used"
+    try:
+        with _bar("indexing") as progress:
+            report = index(url, out, **options, workers=workers or (_cpus() if decode else 16), progress=progress)
+    except DamagedTars as damaged:
+        _print(damaged.report, as_json, "cannot be used")
+        raise
+    kept = f"; {report.kept} shards were indexed before" if report.kept else ""
+    summary = f"{out or url}: {_counts(report)}; {len(report.broken)} that cannot be used{kept}"
     _print(report, as_json, "cannot be used", summary)
     return 0
 
@@ -73,7 +80,7 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
 
     with _bar("checking") as progress:
         report = verify(url, workers=workers or _cpus(), progress=progress)
-    _print(report, as_json, "broken", f"{url}: {_counts(report)}, {len(report.broken) or 'nothing'} broken")
+    _print(report, as_json, "broken", f"{url}: {_counts(report)}; {len(report.broken) or 'nothing'} broken")
     if report.unchecked and not as_json:
         print(
             f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
@@ -87,19 +94,21 @@ def _counts(report: Report | SetReport) -> str:
     return f"{report.samples} samples of {report.classes} classes in {report.shards} shards, {size}"
 
 
-def _print(report: Report | PackReport, as_json: bool, label: str, summary: str) -> None:
-    """The report as JSON, or its summary, after its broken samples on standard error."""
+def _print(report: Report | PackReport, as_json: bool, label: str, summary: str = "") -> None:
+    """The report as JSON; or all shards that are broken as a whole, the first broken samples, and the summary."""
     if as_json:
         print(json.dumps(asdict(report)))
         return
-    for each in report.broken[:MAX_LISTED]:
+    shards, samples = ([each for each in report.broken if bool(each.key) == part] for part in (False, True))
+    for each in (*shards, *samples[:MAX_LISTED]):
         place = " ".join(name for name in (each.shard, each.key) if name)
         print(f"{label}: {place}: {each.reason}", file=sys.stderr)
-    if len(report.broken) > MAX_LISTED:
-        print(f"and {len(report.broken) - MAX_LISTED} more; --json lists all", file=sys.stderr)
+    if len(samples) > MAX_LISTED:
+        print(f"and {len(samples) - MAX_LISTED} more; --json lists all", file=sys.stderr)
     if report.labels:
         print(f"labels: {report.labels}")
-    print(summary)
+    if summary:
+        print(without_secrets(summary))
 
 
 @contextmanager

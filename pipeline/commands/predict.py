@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.packing.archives import is_hidden
-from data.packing.sources import SUFFIXES
+from data.packing.sources import SUFFIXES, fault_of_name
 from data.shards.tar_index import printable
 from pipeline.checkpoint.pretrained import load_model, load_weights
+from pipeline.commands.data import MAX_LISTED
 from pipeline.config.schema import Config
 from pipeline.errors import UsageError
 
@@ -46,7 +47,11 @@ def predict(
     as_json: bool,
 ) -> int:
     """Prints the `top` most likely classes of each image; returns the exit status, 1 where one was left out."""
-    files = image_files([Path(each) for each in images])
+    files, passed_over = image_files([Path(each.removeprefix("file://")) for each in images])
+    for file, reason in passed_over[:MAX_LISTED]:
+        print(f"passed over: {printable(str(file))}: {reason}", file=sys.stderr)
+    if len(passed_over) > MAX_LISTED:
+        print(f"and {len(passed_over) - MAX_LISTED} more files are passed over", file=sys.stderr)
     reader, kind, config = load_weights(source, weights, resolution, crop)
     import torch
 
@@ -67,38 +72,45 @@ def predict(
     return 1 if left_out else 0
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """These files, and the images in these folders by their suffix; UsageError where a path has none."""
+def image_files(paths: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """These files, and the images in these folders; and what in the folders is passed over, with the reason.
+
+    UsageError where a path has no images.
+    """
+    files: list[Path] = []
+    passed_over: list[tuple[Path, str]] = []
     try:
-        return [file for path in paths for file in _images_at(path)]
+        for path in paths:
+            if not path.exists():
+                raise UsageError(f"{path} does not exist; pass images, or folders of images")
+            found = [(path, None)] if path.is_file() else list(_walk(path))
+            inside = [file for file, reason in found if reason is None]
+            if not inside:
+                raise UsageError(f"{path} has no files with the suffix of an image: {' '.join(SUFFIXES)}")
+            files += inside
+            passed_over += [(file, reason) for file, reason in found if reason]
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}; fix that, or leave it out") from None
+    return files, passed_over
 
 
-def _images_at(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UsageError(f"{path} does not exist; pass images, or folders of images")
-    inside = list(_images_in(path))
-    if not inside:
-        raise UsageError(f"{path} has no files with the suffix of an image: {' '.join(SUFFIXES)}")
-    return inside
+def _walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """What lies in a folder and its subfolders, with the reason to pass it over; as in packing, links are followed.
 
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    """The images in a folder and its subfolders; as in packing, hidden files are skipped and links are followed.
-
-    Except links to a parent folder, which would never end. A broken link is an image that cannot be read.
+    A broken link is an image that cannot be read.
     """
     for each in sorted(folder.iterdir()):
         if is_hidden(each.name):
-            continue
-        if each.is_dir():
-            if not (each.is_symlink() and each.resolve() in {around.resolve() for around in each.absolute().parents}):
-                yield from _images_in(each)
-        elif each.suffix.lower() in SUFFIXES and (each.is_file() or not each.exists()):
-            yield each
+            yield each, "hidden"
+        elif each.is_dir():
+            if each.is_symlink() and each.resolve() in {around.resolve() for around in each.absolute().parents}:
+                yield each, "a link to a folder around it"
+            else:
+                yield from _walk(each)
+        elif each.exists() and not each.is_file():
+            yield each, "not a regular file"
+        else:
+            yield each, fault_of_name(each.name)
 
 
 def predictions(

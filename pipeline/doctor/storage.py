@@ -56,6 +56,7 @@ def check_dataset(key: str, url: str) -> list[Check]:
     from data.errors import DataError, UsageError
     from data.shards.manifest import read_manifest
     from data.storage.remote import Storage
+    from data.urls import without_secrets
 
     storage = Storage(attempts=2, attempt_timeout=30, timeout=60)
     try:
@@ -67,7 +68,8 @@ def check_dataset(key: str, url: str) -> list[Check]:
         figures = {"read": f"{format_number(size / (time.perf_counter() - start) / 1e6)} MB/s"}
     except (UsageError, DataError) as error:
         return [Check(key, "broken", str(error), f"correct {key}, or make it readable from here (mount, credentials)")]
-    return [Check(key, "ok", f"{url}: {manifest.samples} samples in {len(manifest.shards)} shards", figures=figures)]
+    detail = f"{without_secrets(url)}: {manifest.samples} samples in {len(manifest.shards)} shards"
+    return [Check(key, "ok", detail, figures=figures)]
 
 
 def nearest_folder(run: Path) -> Path:

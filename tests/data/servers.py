@@ -3,7 +3,7 @@
     with http_server(folder) as server:                     # server.url is http://127.0.0.1:PORT
         server.plan = once("503")                           # each range is refused once, then given
         read(f"{server.url}/a.tar")
-        server.requests                                     # [Request(method, path, range, fault, bytes), ...]
+        server.requests                                     # [Request(method, path, range, fault, query, bytes), ...]
 
     with s3_server() as server:                             # s3://data exists; AWS_* variables point at it
         pack("images", "s3://data/train", ...)
@@ -16,6 +16,7 @@ status; "drop" (closed half-way), "hang" (silence), "trickle" (a byte every 0.1 
 formed), "whole" (no ranges: status 200 and everything), "damage" (a flipped bit). The plan may be replaced any time.
 """
 
+import html
 import http.client
 import logging
 import threading
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 import pytest
@@ -42,6 +43,7 @@ class Request:
     path: str
     range: str | None
     fault: str | None
+    query: str = ""
     bytes: int = 0
 
 
@@ -91,12 +93,12 @@ class Server(ThreadingHTTPServer):
         self._asked: Counter[tuple[str, str | None]] = Counter()
         self._lock = threading.Lock()
 
-    def enter(self, method: str, path: str, asked: str | None) -> Request:
+    def enter(self, method: str, path: str, query: str, asked: str | None) -> Request:
         """Counts a request and plans its answer."""
         with self._lock:
             fault = self.plan(path, asked, self._asked[path, asked]) if method in ("GET", "PUT") else None
             self._asked[path, asked] += 1
-            self.requests.append(Request(method, path, asked, fault))
+            self.requests.append(Request(method, path, asked, fault, query))
             return self.requests[-1]
 
     def forget(self) -> None:
@@ -126,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         asked = "PUT" if self.command == "PUT" else self.headers.get("Range")
-        self.request_now = self.front.enter(self.command, unquote(urlsplit(self.path).path), asked)
+        place = urlsplit(self.path)
+        self.request_now = self.front.enter(self.command, unquote(place.path), place.query, asked)
         fault = self.request_now.fault or ""
         if fault == "hang":
             self.front.ended.wait(60)
@@ -167,10 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def http_server(folder: Path) -> Iterator[Server]:
-    """The files of a folder, with ranges."""
+    """The files of a folder, with ranges; of each folder in it a page of links, as web servers make them."""
 
     def answer(method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         file = folder / unquote(urlsplit(path).path).lstrip("/")
+        if file.is_dir():
+            return 200, {"Content-Type": "text/html", "Content-Length": "0"}, _page(file) if method == "GET" else b""
         if not file.is_file():
             return 404, {}, b"not here"
         content = file.read_bytes()
@@ -184,6 +189,13 @@ def http_server(folder: Path) -> Iterator[Server]:
 
     with _served(Server(answer)) as server:
         yield server
+
+
+def _page(folder: Path) -> bytes:
+    """Links to what is in a folder, among those to its parents and to other orders of itself."""
+    names = [quote(file.name, safe="&") + "/" * file.is_dir() for file in folder.iterdir()]
+    links = ["?C=N;O=D", "../", "/", *(html.escape(name) for name in names), *(f"./{name}" for name in names[:1])]
+    return "".join(f'<a href="{link}">{link}</a>\n' for link in links).encode()
 
 
 @contextmanager

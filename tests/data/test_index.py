@@ -3,13 +3,16 @@
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import fsspec
 import numpy as np
@@ -17,6 +20,8 @@ import pytest
 import torch
 import webdataset
 from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
@@ -24,11 +29,14 @@ from data.augment import Augmentation
 from data.errors import DataError, UsageError
 from data.loader import LoaderSpec, training_batches
 from data.order import Order, SampleRange
-from data.packing.index import Report, find_tars, index
+from data.packing.index import DamagedTars, Report, index
+from data.packing.tars import find_tars
 from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, sample_table, table_rows
 from data.shards.tar_index import index_tar
+from data.storage.remote import NotFound, ReadError, Storage
+from tests.data.servers import forever, http_server
 
 SIDE, SAMPLES = 24, 30
 
@@ -202,6 +210,87 @@ def test_a_folder_a_glob_and_a_pattern_give_the_same_on_disk_and_in_memory(tmp_p
     assert len(found) == 1
 
 
+NAMES = [
+    "a b",
+    "100%",
+    "100%41",
+    "x#y",
+    "d[1]",
+    "q?",
+    "st*r",
+    "{a,b}",
+    "{half",
+    "c::d",
+    "back\\slash",
+    "é",
+    "AT&T",
+    "x.tar",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_mean_themselves_wherever_they_are_whatever_signs_they_have(tmp_path, name):
+    folder = written(tmp_path / name, [{"jpg": image(0), "cls": b"0"}])
+    (folder / "a.tar").rename(folder / f"{name}.TAR")
+    (tmp_path / "link").symlink_to(name)
+    with http_server(tmp_path) as server:
+        web = f"{server.url}/{quote(name)}"
+        places = [folder, f"{folder}/", f"{folder}/{name}.TAR", f"file://{folder}", tmp_path / "link"]
+        places += [f"{folder}/*.TAR", f"{folder}/**/*.TAR"]
+        places += [f"{web}/", f"{web}/{quote(name)}.TAR", f"{web}/*.TAR", f"{web}/?a=1", f"{web}/{quote(name)}.TAR?a=1"]
+        for number, place in enumerate(map(str, places)):
+            out = tmp_path / f"out{number}"
+            indexed(place, out)
+            assert [each.key for each in everything(read_manifest(str(out)))] == ["0000"], place
+
+
+def test_a_query_goes_with_every_request_as_it_was_written_and_into_no_message(tmp_path, capsys):
+    by_webdataset(tmp_path)
+    asked = "sig=a%2Fb%3D+%2B&expires=2030-01-01T00:00:00Z"
+    with http_server(tmp_path) as server:
+        places = ["/", *(f"/set-{pattern}.tar" for pattern in ("{000..002}", "000", "*"))]
+        for number, place in enumerate(places):
+            server.forget()
+            out = tmp_path / f"out{number}"
+            indexed(f"{server.url}{place}?{asked}", out, decode=True)
+            assert all(isinstance(each, Sample) for each in everything(read_manifest(str(out))))
+            tars = [request.query for request in server.requests if request.path.endswith("0.tar")]
+            assert tars and set(tars) == {asked}
+            assert not any("sig" in file.name for file in out.iterdir())
+        faults: list[ReadError] = []
+        manifest = read_manifest(str(tmp_path / "out1"), Storage(attempts=5, first_wait=0.0, on_error=faults.append))
+        server.plan = forever("503")
+        with pytest.raises(DataError, match=r"set-000\.tar\?\.\.\.: bytes") as failed:
+            everything(manifest)
+        assert len(faults) == 5
+        for said in (str(failed.value), repr(faults), capsys.readouterr().err):
+            assert "2030" not in said and "sig" not in said
+
+
+def test_each_tar_has_its_own_query_and_its_name_alone_says_that_it_is_one(tmp_path):
+    by_webdataset(tmp_path)
+    with http_server(tmp_path) as server:
+        indexed(server.url + "/{set-000.tar?a=1,set-001.tar?a=2}", tmp_path / "out")
+        assert len(everything(read_manifest(str(tmp_path / "out")))) == 24
+        asked = {(request.path, request.query) for request in server.requests if request.path.startswith("/set-")}
+        assert asked == {("/set-000.tar", "a=1"), ("/set-001.tar", "a=2")}
+        for url, message in {
+            "/set-000?file=set-000.tar": "does not exist",
+            "/out/manifest.json?file=set-000.tar": "has no .tar files",
+            "/{set-000.tar?a=1,set-000.tar?a=2}": "names a tar twice",
+        }.items():
+            with pytest.raises(UsageError, match=message):
+                indexed(server.url + url, tmp_path / "another")
+
+
+def test_a_server_that_refuses_a_tar_is_not_said_to_lack_it(tmp_path):
+    with http_server(tmp_path) as server:
+        server.answer = lambda *asked: (403, {"Content-Length": "0"}, b"")
+        with pytest.raises(DataError, match=r"a\.tar cannot be found: HTTP 403") as refused:
+            indexed(f"{server.url}/a.tar", tmp_path / "out")
+        assert not isinstance(refused.value, NotFound)
+
+
 def test_a_set_indexed_in_place_can_be_moved_and_keeps_the_pattern_s_order(tmp_path):
     for name in ("b", "a"):
         (tmp_path / "sets" / name).mkdir(parents=True)
@@ -309,12 +398,12 @@ def test_a_label_that_is_none_is_listed_and_the_sample_is_broken_for_training(tm
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
-def tar_of(names: list[str], pax_headers: dict[str, str] | None = None) -> bytes:
+def tar_of(names: list[str], pax_headers: dict[str, str] | None = None, label: str = "0") -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, pax_headers=pax_headers or {}) as tar:
         for name in names:
             member = tarfile.TarInfo(name)
-            content = b"0" if name.endswith("cls") else b"x" * 600
+            content = label.encode() if name.endswith("cls") else b"x" * 600
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return stream.getvalue()
@@ -342,9 +431,79 @@ WHOLE = tar_of(PAIRS)
 def test_a_tar_that_would_be_read_wrongly_is_refused_by_name(tmp_path, contents, message):
     (tmp_path / "a.tar").write_bytes(WHOLE)
     (tmp_path / "b.tar").write_bytes(contents)
-    with pytest.raises(DataError, match=rf"{tmp_path}/b\.tar: .*{message}"):
+    with pytest.raises(DamagedTars, match=r"1 of 2 tars .* cannot be indexed") as refused:
         indexed(tmp_path)
+    (damaged,) = refused.value.report.broken
+    assert (damaged.shard, damaged.key) == ("b.tar", "") and re.match(f".*{message}", damaged.reason)
     assert not (tmp_path / "manifest.json").exists()
+
+
+@given(st.sets(st.integers(0, 5), min_size=1), st.booleans(), st.sampled_from(["{}", "é{}", "00{}"]))
+def test_all_damaged_tars_are_named_and_the_next_index_reads_only_those(tmp_path_factory, damaged, decode, label):
+    folder = tmp_path_factory.mktemp("set")
+    whole = {f"{n}.tar": tar_of(PAIRS, label=label.format(n)) for n in range(6)}
+    for number, (name, contents) in enumerate(whole.items()):
+        (folder / name).write_bytes([contents, contents[:1900], b""][(number in damaged) * (1 + number % 2)])
+    with pytest.raises(DamagedTars) as refused:
+        indexed(f"counted://{folder}", decode=decode)
+    named = {str(each.shard) for each in refused.value.report.broken if not each.key}
+    assert named == {f"{number}.tar" for number in damaged}
+    for name in named:
+        (folder / name).write_bytes(whole[name])
+    Counted.reads.clear()
+    again = indexed(f"counted://{folder}", decode=decode)
+    assert again.kept == 6 - len(damaged)
+    assert sum(Counted.reads) <= (1 + decode) * sum(len(whole[name]) for name in named)
+    made = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".npy", ".idx", ".json")}
+    for file in made:
+        (folder / file).unlink()
+    assert indexed(f"counted://{folder}", decode=decode) == replace(again, kept=0)
+    assert {name: (folder / name).read_bytes() for name in made} == made
+    assert {file.name for file in folder.iterdir()} == {*whole, *made}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: os.utime(folder / "0.tar", ns=(1, 1)),
+        lambda folder: (folder / "0.tar").write_bytes(WHOLE + bytes(10240)),
+        lambda folder: (folder / "0.npy").unlink(),
+        lambda folder: (folder / "0.idx").unlink(),
+        lambda folder: (folder / ".indexed.json").write_text("{"),
+    ],
+    ids=["touched", "longer", "table", "index", "note"],
+)
+def test_what_has_changed_since_an_index_ended_early_is_indexed_again(tmp_path, change):
+    for name, contents in {"0": WHOLE, "1": WHOLE[:1900]}.items():
+        (tmp_path / f"{name}.tar").write_bytes(contents)
+    with pytest.raises(DamagedTars):
+        indexed(tmp_path)
+    (tmp_path / "1.tar").write_bytes(WHOLE)
+    change(tmp_path)
+    report = indexed(tmp_path)
+    assert (report.kept, report.shards, report.samples) == (0, 2, 4)
+
+
+def test_when_labels_are_refused_what_is_done_is_kept_too(tmp_path):
+    for number, label in enumerate(["7", "007", "cat"]):
+        (tmp_path / f"{number}.tar").write_bytes(tar_of(PAIRS, label=label))
+    with pytest.raises(UsageError, match="two ways"):
+        indexed(tmp_path)
+    (tmp_path / "1.tar").write_bytes(tar_of(PAIRS, label="dog"))
+    report = indexed(tmp_path)
+    assert (report.kept, report.shards, report.classes) == (2, 3, 3)
+    assert not (tmp_path / ".indexed.json").exists()
+
+
+def test_another_request_keeps_nothing_of_an_index_that_ended_early(tmp_path):
+    for name, contents in {"0": WHOLE, "1": WHOLE[:1900]}.items():
+        (tmp_path / f"{name}.tar").write_bytes(contents)
+    with pytest.raises(DamagedTars):
+        indexed(tmp_path)
+    (tmp_path / "1.tar").write_bytes(WHOLE)
+    (tmp_path / "names").write_text("cat\n")
+    assert indexed(tmp_path, classes=str(tmp_path / "names")).kept == 0
+    assert not (tmp_path / ".indexed.json").exists()
 
 
 def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_path):
@@ -363,6 +522,7 @@ def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_p
     [
         ("nowhere", {}, "nowhere does not exist"),
         ("set/{a,b}.tar", {}, r"set/b\.tar does not exist"),
+        ("set/{c,a,b}.tar", {}, r"set/b\.tar, set/c\.tar do not exist"),
         ("set/{a,a}.tar", {}, "names a tar twice"),
         ("set/*.tgz", {}, "has no .tar files"),
         ("set/{0..2.tar", {}, "does not exist|is no pattern"),
@@ -403,6 +563,7 @@ def test_out_may_be_the_folder_of_the_tars(tmp_path):
 
 
 def test_the_tars_of_a_folder_are_in_the_order_of_their_names(tmp_path):
-    for name in ("10.tar", "9.tar", "1.tar", "x.txt", ".hidden.txt"):
+    for name in ("10.tar", "9.tar", "1.tar", "x.txt", ".hidden.txt", "._9.tar"):
         (tmp_path / name).write_bytes(WHOLE)
     assert [Path(tar.url).name for tar in find_tars(str(tmp_path))] == ["1.tar", "10.tar", "9.tar"]
+    assert [Path(tar.url).name for tar in find_tars(f"{tmp_path}/._*")] == ["._9.tar"]

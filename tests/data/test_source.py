@@ -17,7 +17,7 @@ from PIL import Image
 from data.codec import examine
 from data.packing.label_files import read_classes
 from data.shards.manifest import read_manifest
-from tests.data.servers import s3_server
+from tests.data.servers import http_server, s3_server
 from tests.data.test_pack import (
     BAD,
     GOOD,
@@ -304,8 +304,11 @@ def test_an_archive_that_is_not_whole_is_refused(tmp_path):
     assert "cut.zip is not a whole zip" in refused(tmp_path / "cut.zip", tmp_path / "out")
     assert "empty.zip is empty" in refused(tmp_path / "empty.zip", tmp_path / "out")
     tars = class_tars(FILES)
-    cut = lay_out(tmp_path / "tars", {"a.b.tar": tars["a.b"], "cats.tar": tars["cats"][:-10_240]})
-    assert "cats.tar is not a whole tar" in refused(cut, tmp_path / "out")
+    cut = lay_out(tmp_path / "tars", {"a.b.tar": tars["a.b"], "cats.tar": tars["cats"][:-10_240], "日本.tar": b""})
+    message = refused(cut, tmp_path / "out")
+    assert "cats.tar is not a whole tar" in message and "日本.tar is not a whole tar" in message
+    assert "a.b.tar" not in message
+    (cut / "日本.tar").write_bytes(tars["日本"])
     assert "cats.tar in it is not whole" in refused(tar_of(cut), tmp_path / "out")
 
 
@@ -370,3 +373,52 @@ def test_archives_and_lists_in_s3_are_packed_into_s3_as_on_disk(tmp_path):
         assert packed("s3://data/list.jsonl", "s3://data/out/list").samples == len(FLAT)
         assert read_classes("s3://data/out/list").names == tuple(LABELS)
         assert not [path for path in fs.find("data/out") if ".packing" in path]
+
+
+ODD = ["a b", "100%41", "x#y", "d[1]", "q?", "c::d", "AT&T", "é"]
+"""Names of classes and files that mean something else in a URL."""
+
+
+def test_what_a_web_server_has_is_packed_as_what_lies_on_its_disk(tmp_path):
+    """Behind a query, too, which goes with every request."""
+    files = {f"{name}/{place}": encoded(i) for i, name in enumerate(ODD) for place in (f"{name}.jpg", "deep/1.JPG")}
+    packed(lay_out(tmp_path / "zoo", files), tmp_path / "of_folder")
+    tar_of(tmp_path / "zoo").rename(tmp_path / "zoo.TAR")
+    zip_of(tmp_path, files).rename(tmp_path / "other.ZIP")
+    packed(csv_of(tmp_path, files), tmp_path / "of_list")
+    with http_server(tmp_path) as server:
+        for number, place in enumerate(["zoo", "zoo/", "zoo.TAR", "other.ZIP", "list.csv"]):
+            for query in ("", "?sig=a%2Fb%3D"):
+                server.forget()
+                out = tmp_path / f"out{number}{query[:1] and 'q'}"
+                report = packed(f"{server.url}/{place}{query}", out)
+                assert "sig" not in report.labels and (place in report.labels) == (place == "list.csv")
+                assert files_in(out) == files_in(tmp_path / ("of_list" if place == "list.csv" else "of_folder"))
+                assert {request.query for request in server.requests} == {query[1:]}
+        for place in ("of_folder/", "of_folder", "of_folder/manifest.json"):
+            assert read_classes(f"{server.url}/{place}?sig=a%2Fb").names == tuple(sorted(ODD))
+
+
+def test_a_pack_from_a_link_that_is_signed_anew_resumes_and_notes_no_signature(tmp_path):
+    zip_of(tmp_path, FILES)
+    request = {"samples_per_shard": 1, "workers": 1}
+    packed(tmp_path / "zoo.zip", tmp_path / "whole", **request)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == len(FILES) - 1:
+            raise InterruptedError
+
+    with http_server(tmp_path) as server:
+        with pytest.raises(InterruptedError):
+            packed(f"{server.url}/zoo.zip?sig=first", tmp_path / "out", **request, progress=interrupt)
+        assert "first" not in (tmp_path / "out/.packing/request.json").read_text()
+        assert packed(f"{server.url}/zoo.zip?sig=second", tmp_path / "out", **request).kept > 0
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_sizes_that_a_page_lacks_are_asked_for_so_shards_have_the_same_bounds(tmp_path):
+    source = lay_out(tmp_path / "zoo", {f"a/{number}.jpg": encoded(number) for number in range(20)})
+    packed(source, tmp_path / "of_folder", bytes_per_shard=8000)
+    with http_server(tmp_path) as server:
+        assert packed(f"{server.url}/zoo", tmp_path / "out", bytes_per_shard=8000).shards > 1
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "of_folder")

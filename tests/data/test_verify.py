@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 from webdataset import TarWriter
 
-from data.errors import UsageError
+from data.errors import DataError, UsageError
 from data.packing.index import Report, index
 from data.packing.verify import verify
 from data.shards.manifest import BadSample
@@ -92,11 +93,6 @@ def size_of_another(folder: Path) -> None:
     (folder / TABLE).write_bytes(table_bytes(rows))
 
 
-def shard_twice(folder: Path) -> None:
-    for suffix in ("tar", "npy", "idx"):
-        shutil.copy(folder / f"shard-000000.{suffix}", folder / f"shard-000001.{suffix}")
-
-
 def one_class_less(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "classes": manifest["classes"][:3]}))
@@ -113,7 +109,6 @@ def one_class_less(folder: Path) -> None:
         (table_of_another, {"its row of the sample table is not that of its headers"}),
         (row_of_another, {"its row of the sample table is not that of its headers"}),
         (size_of_another, {"decodes to *; its row says *"}),
-        (shard_twice, {"its key is that of an earlier sample"}),
         (one_class_less, {"its label is '3'; it must be 0 to 2 or the name of a class"}),
     ],
 )  # fmt: skip
@@ -131,6 +126,26 @@ def test_an_image_that_was_marked_and_does_not_decode_is_found(by_hand, packed, 
     reasons = {each.key: each.reason for each in verified(manifest.url).broken}
     assert set(reasons) == {"0000", "0001"}
     assert "its row says 0 x 0" in reasons["0000"] and "truncated" in reasons["0001"]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_keys_are_unique_in_a_shard_and_may_begin_anew_in_the_next(packed, tmp_path_factory, shards):
+    """The keys of each shard."""
+    folder = tmp_path_factory.mktemp("set")
+
+    def write(number: int, keys: Iterable[int]) -> None:
+        with TarWriter(str(folder / f"{number}.tar"), encoder=False, mtime=0) as writer:
+            for key in keys:
+                writer.write({"__key__": f"{key}", "png": packed.originals["bee/1"].encoded, "cls": b"0"})
+
+    for number, keys in enumerate(shards):
+        write(number, dict.fromkeys(keys))
+    request = {"decode": True, "classes": None, "label_field": None, "workers": 1}
+    index(str(folder), None, **request, progress=lambda done, total: None)
+    for number, keys in enumerate(shards):
+        write(number, keys)
+    with_a_key_twice = {f"{number}.tar" for number, keys in enumerate(shards) if len(set(keys)) < len(keys)}
+    assert {each.shard for each in verified(folder).broken} == with_a_key_twice
 
 
 def test_without_a_manifest_there_is_nothing_to_check(tmp_path):
@@ -158,7 +173,7 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
 
     broken = [{"shard": "a.tar", "key": "1", "reason": "does not decode: truncated or damaged"}]
     size = (folder / "a.tar").stat().st_size
-    found = {"shards": 1, "samples": 2, "bytes": size, "classes": 2, "labels": ""}
+    found = {"shards": 1, "samples": 2, "bytes": size, "classes": 2, "labels": "", "kept": 0}
     read = {**found, "labels": "numbers from 0 in .cls"}
     assert run("index", str(folder), "--out", str(tmp_path / "out")) == (0, {**read, "broken": [], "unchecked": 2})
     assert run("verify", str(tmp_path / "out")) == (1, {**found, "broken": broken, "unchecked": 2})
@@ -168,3 +183,17 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
     assert run("index", str(folder), "--decode") == (0, {**read, "broken": broken, "unchecked": 0})
     assert run("verify", str(folder)) == (1, {**found, "broken": broken, "unchecked": 0})
     assert verified(folder).broken == (BadSample(**broken[0]),)
+    (folder / "b.tar").write_bytes(b"")
+    (folder / "manifest.json").unlink()
+    status, document = run("index", str(folder))
+    assert (status, document["broken"]) == (1, [{"shard": "b.tar", "key": "", "reason": "not a whole tar: empty file"}])
+
+
+def test_every_broken_shard_is_printed_and_the_first_of_the_samples(tmp_path):
+    """Fetching shards again takes the list of all; samples are listed by --json."""
+    folder = foreign(tmp_path / "set")
+    for number in range(30):
+        (folder / f"cut-{number:02d}.tar").write_bytes(b"")
+    result = CliRunner().invoke(app, ["data", "index", str(folder)])
+    assert [f"cut-{number:02d}.tar: not a whole tar" in result.stderr for number in range(30)] == [True] * 30
+    assert isinstance(result.exception, DataError) and "30 of 31 tars" in str(result.exception)

@@ -72,6 +72,12 @@ def test_what_does_not_decode_is_in_its_place_with_an_error(
     assert [len(row["predictions"]) for row in found] == [2, 0, 0, 0, 0, 2, 2]
     assert [bool(row.get("error")) for row in found] == [False, True, True, True, True, False, False]
     assert found[0]["predictions"] == found[5]["predictions"] == found[6]["predictions"]
+    for number in range(30):
+        (tmp_path / "deep" / f"{number:02d}.txt").touch()
+    done = coatnet("predict", exported, tmp_path / "deep")
+    passed_over = [line for line in done.stderr.splitlines() if line.startswith("passed over")]
+    assert done.returncode == 0 and len(passed_over) == 20 and "and 10 more files are passed over" in done.stderr
+    assert f"{tmp_path}/deep/00.txt: not an image by its name" in passed_over[0]
     done = coatnet("predict", exported, tmp_path / "a.png", tmp_path / "c.jpg")
     assert done.returncode == 1 and done.stdout.count("\n") == 1 and done.stdout.count(" %") == 5
     (warning,) = [line for line in done.stderr.splitlines() if line.startswith("left out")]
@@ -116,7 +122,17 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
         (photos / "dog" / name).symlink_to(target)
     packed = [image.path for image in list_source(str(photos)).images]
     assert packed == ["cat/a.jpg", "cat/deep/B.PNG", "dog/linked/c.webp"]
-    assert [str(file.relative_to(photos)) for file in image_files([photos])] == [*packed, "dog/lost.jpg"]
+    files, passed_over = image_files([photos])
+    assert [str(file.relative_to(photos)) for file in files] == [*packed, "dog/lost.jpg"]
+    reasons = {str(file.relative_to(photos)): reason for file, reason in passed_over}
+    assert reasons.pop("dog/notes.txt").startswith("not an image by its name (.bmp")
+    assert reasons == {
+        ".hidden": "hidden",
+        "__MACOSX": "hidden",
+        "dog/.y.png": "hidden",
+        "dog/pipe.png": "not a regular file",
+        "dog/up": "a link to a folder around it",
+    }
     assert read(photos / "dog" / "lost.jpg").error == "No such file or directory"
 
 
