@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from data import codec
 from data.errors import DataError, UsageError
+from data.packing.candidates import split_by_size
 from data.packing.label_files import read_classes
 from data.packing.label_reading import Classes, describe_reading, reading_of
-from data.packing.pack import split_by_size
 from data.packing.tars import Tar, find_tars, walk_headers
 from data.packing.unfinished import Done, forget_done, keep_done, read_done
 from data.shards.labels import (

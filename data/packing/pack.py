@@ -10,27 +10,29 @@ order, one after the other.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from webdataset import TarWriter
 
 from data import codec, rng
 from data.errors import DataError, UsageError
 from data.packing.archives import DamagedMember
-from data.packing.copies import name_contents
-from data.packing.holdout import held_out
+from data.packing.candidates import (
+    Candidate,
+    candidates_of,
+    fingerprint_of,
+    image_bytes,
+    split_by_size,
+    split_sets,
+    tar_bytes,
+)
 from data.packing.resize import shrink
 from data.packing.resume import (
     TRAIN,
@@ -42,7 +44,7 @@ from data.packing.resume import (
     resume,
     write_shard,
 )
-from data.packing.sources import Entry, Source, check_empty_classes, list_source
+from data.packing.sources import Source, check_empty_classes, list_source
 from data.shards.manifest import BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
@@ -52,7 +54,6 @@ from data.urls import split_query
 QUALITY = 92
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
 _WRITES_AT_ONCE = 2
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,6 @@ class PackReport(SetReport):
     kept: int
     holdout: HoldoutReport | None
     labels: str = ""
-
-
-class Candidate(NamedTuple):
-    """An image on its way into a shard; `label` is the part that says its classes: extension and contents.
-
-    With images held out `set` is the folder of its set, and `contents` the same for the same bytes.
-    """
-
-    image: Entry
-    key: str
-    labels: tuple[int, ...]
-    label: tuple[str, bytes]
-    set: str = ""
-    contents: bytes = b""
 
 
 class Examined(NamedTuple):
@@ -139,13 +126,13 @@ def pack(
     sets = ("",) if holdout is None else (TRAIN, VAL)
     check_destination(source, destination, sets, overwrite)
     found = list_source(source, labels, classes)
-    candidates = _candidates(found) if holdout is None else _split(found, holdout, seed, progress)
+    candidates = candidates_of(found) if holdout is None else split_sets(found, holdout, seed, progress)
     shuffled = [candidates[i] for i in rng.permutation(seed, rng.Stream.PACK, 0, len(candidates))]
     by_set = [[candidate for candidate in shuffled if candidate.set == name] for name in sets]
-    plan = [run for each in by_set for run in split_by_size(each, _tar_bytes, samples_per_shard, bytes_per_shard)]
+    plan = [run for each in by_set for run in split_by_size(each, tar_bytes, samples_per_shard, bytes_per_shard)]
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
     options: Request = {"resize": resize, "quality": quality, "holdout": holdout}
-    listing = _fingerprint(found, candidates)
+    listing = fingerprint_of(found, candidates)
     request = {"source": split_query(source)[0], **numbers, **options, "listing": listing}
     done = resume(destination, sets, request, overwrite)
     kept = len(done)
@@ -191,92 +178,6 @@ def _check_numbers(
         raise UsageError(f"--holdout={holdout} is no share of the images; it must be above 0 and below 1, such as 0.1")
 
 
-# The order, the keys and the shards, from the listing alone.
-
-
-def _candidates(found: Source) -> list[Candidate]:
-    keys = unique_keys([image.path for image in found.images])
-    several = any(len(labels) > 1 for labels in found.labels)
-    return [
-        Candidate(image, key, labels, _label_part(labels, several))
-        for image, key, labels in zip(found.images, keys, found.labels, strict=True)
-    ]
-
-
-def _split(found: Source, holdout: float, seed: int, progress: Callable[[int, int], None]) -> list[Candidate]:
-    """The candidates, each with its contents and set."""
-    contents = name_contents(found, progress)
-    held = held_out([image.path for image in found.images], found.labels, contents, holdout, seed)
-    if not any(held):
-        raise UsageError(
-            f"--holdout={holdout} takes no image: it is less than half an image of each class of {found.url}, or every"
-            " class has only one; take a larger share, or pack other images as an evaluation set"
-        )
-    return [
-        candidate._replace(set=VAL if for_val else TRAIN, contents=name)
-        for candidate, for_val, name in zip(_candidates(found), held, contents, strict=True)
-    ]
-
-
-def _label_part(labels: tuple[int, ...], several: bool) -> tuple[str, bytes]:
-    """Of a set in which some sample has several labels, all have them in the same place."""
-    return ("json", json.dumps({"labels": labels}).encode()) if several else ("cls", str(labels[0]).encode())
-
-
-def _fingerprint(found: Source, candidates: Sequence[Candidate]) -> str:
-    """SHA-256 of all that the listing says, where each file is, how large, and its labels, and of the sets."""
-    digest = hashlib.sha256(repr((found.classes, found.broken)).encode("utf-8", "surrogateescape"))
-    for each in candidates:
-        image = each.image._replace(url=split_query(each.image.url)[0])  # a link that is signed anew: the same file
-        digest.update(repr((image, each.labels, each.set)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def unique_keys(paths: Iterable[str]) -> list[str]:
-    """A key for each path, all different: no suffix, and only letters, digits, "_", "-" and "/".
-
-    webdataset ends a key at its first dot and skips "__x__/..."; DALI's index is split_by_size at spaces. Of paths with
-    the same key the first keeps it, the next get "-2", "-3", ...
-    """
-    taken: dict[str, int] = {}
-    keys = []
-    for path in paths:
-        plain = re.sub(r"[^\w/-]", "_", unicodedata.normalize("NFC", os.path.splitext(path)[0]))
-        key = plain = re.sub(r"^__+", "_", plain)
-        while key in taken:
-            taken[plain] += 1
-            key = f"{plain}-{taken[plain]}"
-        taken[key] = 1
-        keys.append(key)
-    return keys
-
-
-def split_by_size(
-    items: Iterable[Item], bytes_of: Callable[[Item], int], most_items: int | None, most_bytes: int | None
-) -> Iterator[list[Item]]:
-    """The items in runs of at most this many items and bytes; a run has at least one item."""
-    run: list[Item] = []
-    size = 0
-    for item in items:
-        more = bytes_of(item)
-        if run and (len(run) == most_items or (most_bytes is not None and size + more > most_bytes)):
-            yield run
-            run, size = [], 0
-        run.append(item)
-        size += more
-    if run:
-        yield run
-
-
-def _image_bytes(candidate: Candidate) -> int:
-    return candidate.image.size or 0
-
-
-def _tar_bytes(candidate: Candidate) -> int:
-    """What a sample takes in a tar: two headers, and label and image in whole blocks."""
-    return 2 * 512 + sum(-(-size // 512) * 512 for size in (len(candidate.label[1]), _image_bytes(candidate)))
-
-
 # Reading and decoding, in threads; the results come in order.
 
 
@@ -290,7 +191,7 @@ def _examine_all(
 ) -> Iterator[Examined]:
     """Every candidate after the shards that are kept, in order, read and decoded."""
     before, total = sum(map(len, plan[:kept])), sum(map(len, plan))
-    chunks = split_by_size(chain.from_iterable(plan[kept:]), _image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
+    chunks = split_by_size(chain.from_iterable(plan[kept:]), image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
     results = ordered_map(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
     progress(before, total)
     for done, each in enumerate(chain.from_iterable(results), start=before + 1):

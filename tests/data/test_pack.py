@@ -21,7 +21,8 @@ from PIL import Image
 
 from data import codec
 from data.errors import DataError, UsageError
-from data.packing.pack import PackReport, pack, unique_keys
+from data.packing.candidates import unique_keys
+from data.packing.pack import PackReport, pack
 from data.packing.sources import SUFFIXES, list_source
 from data.shards.manifest import read_manifest
 from data.shards.sample_table import FLAG_DECODED
