@@ -201,7 +201,7 @@ def _codec(encoded: bytes) -> str:
 
 
 def _variant(codec: str, encoded: Any) -> str | None:
-    """What the file is if DALI's pixels of such are not nvImageCodec's; Undecodable if nobody's are right."""
+    """What the file is if DALI's pixels of such are not nvImageCodec's; Undecodable if neither's are right."""
     try:
         if codec == "jpeg":
             return _variant_of_jpeg(encoded)

@@ -28,7 +28,7 @@ import xxhash
 from pipeline.errors import RunFailed, UsageError
 
 T = TypeVar("T")
-FORMAT = 4
+FORMAT = 5
 READING_THREADS = 8
 """More than CPUs: most wait for the disk."""
 BLOCKS_AT_ONCE = 16
@@ -110,7 +110,7 @@ class CheckpointReader:
         self._files, self._block_bytes = manifest["files"], manifest["block_bytes"]
         self._verified: set[tuple[str, int]] = set()
         self._slices: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for entry in manifest["stretches"]:
+        for entry in manifest["slices"]:
             self._slices.setdefault((entry["parameter"], entry["kind"]), []).append(entry)
 
     def state(self) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def _write_part(folder: Path, rank: int, part: RankShard) -> None:
         {"parameter": name, "kind": kind, "file": file, "offset": offset, "start": start, "count": count}
         for (name, kind, start, count), offset in zip(part.index, part.snapshot.offsets, strict=True)
     ]
-    facts = {"files": {file: checksums}, "stretches": found, "blocking": part.blocking}
+    facts = {"files": {file: checksums}, "slices": found, "blocking": part.blocking}
     write_atomically(folder / _part(rank), json.dumps(facts))
 
 
@@ -271,7 +271,7 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Glob
         "block_bytes": BLOCK_BYTES,
         "parameters": common.shapes,
         "files": files,
-        "stretches": [stretch for part in parts for stretch in part["stretches"]],
+        "slices": [each for part in parts for each in part["slices"]],
     }
     write_atomically(folder / "manifest.json", json.dumps({"sha256": digest_of(manifest), **manifest}))
     for rank in range(world_size):

@@ -101,7 +101,7 @@ class WeightsAndBiases:
         online = wandb.setup(settings).settings.mode == "online"  # the environment may say otherwise
         try:
             if online and not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("nobody is logged in (`wandb login`, or WANDB_API_KEY)")
+                raise RuntimeError("not logged in (`wandb login`, or WANDB_API_KEY)")
             page = begin()
         except Exception as error:
             _say(f"{first_line(error)}; rows are kept, and `wandb sync {self._run}/wandb/offline-run-*` sends them")

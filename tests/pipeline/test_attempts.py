@@ -47,7 +47,7 @@ def finish_checkpoint(run: Path, step: int, attempt: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {
         "format": FORMAT, "step": step, "attempt": attempt, "world_size": 1, "block_bytes": 1,
-        "parameters": {}, "files": {}, "stretches": [],
+        "parameters": {}, "files": {}, "slices": [],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps({"sha256": digest_of(manifest), **manifest}))
     return folder

@@ -238,7 +238,7 @@ def test_a_missing_slice_is_damage_that_names_the_parameter(tmp_path):
 def test_a_partial_read_verifies_its_own_blocks_and_no_others(checkpoint):
     """So that a rank reads only what it needs of a large file."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    piece = next(s for s in manifest["stretches"] if s["parameter"] == "head.weight" and s["count"] >= 100)
+    piece = next(s for s in manifest["slices"] if s["parameter"] == "head.weight" and s["count"] >= 100)
     name, kind, first = piece["parameter"], piece["kind"], piece["start"]
     path = checkpoint / piece["file"]
     contents = bytearray(path.read_bytes())
