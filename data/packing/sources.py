@@ -195,10 +195,9 @@ def fault_of_name(path: str) -> str | None:
 
 
 def _without_outer_folder(entries: list[Entry]) -> list[Entry]:
-    """Entries without the one folder around everything, if it has folders in it and no files."""
-    if any(not entry.folder and entry.path.count("/") < 2 for entry in entries):
-        return entries
-    return _one_folder_less(entries)
+    """Entries without the one folder around everything, if it has folders of images in it."""
+    images = (entry.path for entry in entries if not entry.folder and fault_of_name(entry.path) is None)
+    return _one_folder_less(entries) if any(path.count("/") > 1 for path in images) else entries
 
 
 def _without_outer_folders(entries: list[Entry]) -> list[Entry]:

@@ -7,6 +7,7 @@ training set or a newer format is refused, and never skipped.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from pipeline.checkpoint.attempts import trusted_checkpoints
 from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint, newest_good
 from pipeline.distributed.collectives import all_gather, from_rank_zero
+from pipeline.distributed.environment import rank_and_world_size
 from pipeline.errors import UsageError
 from pipeline.run.events import Events
 from pipeline.training import zero
@@ -56,11 +58,17 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
         f"{run}/checkpoints",
         folders,
         verified_by_all,
-        lambda folder, error: events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error)),
+        lambda folder, error: _report_damage(events, folder, error),
         "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
         " or begin again",
     )
     return _apply(engine, owned, average, reader)
+
+
+def _report_damage(events: Events, folder: Path, error: DamagedCheckpoint) -> None:
+    events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error))
+    if rank_and_world_size()[0] == 0:
+        print(f"warning: {error}; trying the checkpoint before {folder.name}", file=sys.stderr)
 
 
 def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_fingerprint: str) -> CheckpointReader:

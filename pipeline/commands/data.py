@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.urls import without_secrets
+from pipeline.formatting import pluralize
 
 if TYPE_CHECKING:
     from data.packing.index import Report
@@ -91,7 +92,8 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
 
 def _counts(report: Report | SetReport) -> str:
     size = f"{report.bytes / 1e6:.1f} MB"
-    return f"{report.samples} samples of {report.classes} classes in {report.shards} shards, {size}"
+    classes, shards = pluralize(report.classes, "class", "classes"), pluralize(report.shards, "shard")
+    return f"{pluralize(report.samples, 'sample')} of {classes} in {shards}, {size}"
 
 
 def _print(report: Report | PackReport, as_json: bool, label: str, summary: str = "") -> None:

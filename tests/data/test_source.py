@@ -120,6 +120,16 @@ def test_an_archive_is_packed_to_the_same_bytes_as_a_folder_of_its_files(kind, t
     assert [each.key for each in report.broken] == sorted(set(BAD) & set(files))
 
 
+@pytest.mark.parametrize("stray", ["readme.txt", "cover.jpg"])
+def test_a_folder_around_class_folders_is_no_class_whatever_else_it_holds(stray, tmp_path):
+    files = {**FILES, stray: b"-"}
+    packed(lay_out(tmp_path / "zoo", files), tmp_path / "of_folder")
+    outer = tar_bytes({f"zoo/{path}": contents for path, contents in files.items()})
+    report = packed(lay_out(tmp_path / "in", {"zoo.tar": outer}) / "zoo.tar", tmp_path / "out")
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "of_folder")
+    assert [each.key for each in report.broken] == [stray]
+
+
 @pytest.mark.parametrize("kind", [csv_of, jsonl_of])
 def test_a_list_is_packed_to_the_samples_of_the_folder_that_it_lists(kind, tmp_path):
     packed(lay_out(tmp_path / "images", FILES), tmp_path / "of_folder")
