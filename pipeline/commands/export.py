@@ -204,9 +204,18 @@ def _check_place(target: Path, overwrite: bool, as_folder: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{target} exists; choose another name, or pass --overwrite")
-    is_export = not target.is_dir() or {path.name for path in target.iterdir()} <= TIMM_FOLDER
-    if target.is_dir() != as_folder or not is_export:
+    if target.is_dir() != as_folder or not _is_export(target):
         raise UsageError(f"{target} is not from this command, so it is not replaced; choose another name")
+
+
+def _is_export(target: Path) -> bool:
+    if target.is_dir():
+        return {path.name for path in target.iterdir()} <= TIMM_FOLDER
+    try:
+        weights_file.WeightsFile(target)
+    except UsageError:
+        return False
+    return True
 
 
 def _put(target: Path, write: Callable[[Path], None]) -> int:

@@ -153,11 +153,12 @@ def test_an_existing_target_is_replaced_only_on_request_and_only_an_export(
         export(str(run), str(out), None, None, overwrite=False)
     assert export(str(run), str(out), None, "model", overwrite=True) == 0
     assert WeightsFile(out).has_kind("weight") and [path.name for path in tmp_path.iterdir()] == [out.name]
-    before = contents(run)
-    for layout, place in ((None, out.with_suffix("")), ("timm", run)):
+    other, before = tmp_path / "other.safetensors", contents(run)
+    save_file({"weight": np.zeros(3, np.float32)}, other)
+    for layout, place in ((None, out.with_suffix("")), ("timm", run), (None, other)):
         with pytest.raises(UsageError, match=r"ends in .safetensors|is not from this command"):
             export(str(run), str(place), layout, None, overwrite=True)
-    assert contents(run) == before
+    assert contents(run) == before and [*load_file(other)] == ["weight"]
 
 
 @pytest.mark.parametrize("folder", ["a file", "/proc"])
