@@ -133,11 +133,10 @@ def plain(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     Only the header is read, since what was packed or indexed is known to decode; older sets may have such variants.
     """
-    head = encoded[:64].tobytes()
-    if head.startswith((b"\x89PNG", b"RIFF")):
+    if len(encoded) and encoded[0] in b"\x89R":  # PNG and WebP have none
         return encoded
     try:
-        codec = _codec(head)
+        codec = _codec(encoded[:64].tobytes())
         if _variant(codec, encoded if codec == "jpeg" else encoded.tobytes()) is None:
             return encoded
         return np.frombuffer(decode(encoded.tobytes())[0], np.uint8)
