@@ -140,7 +140,7 @@ def train_steps(
                 heartbeat.beat("a micro batch")
 
             # Applied, skipped or rolled back: the same verdict on every rank.
-            totals, applied = report.totals(), engine.was_step_applied()
+            totals, applied = report.totals, engine.was_step_applied()
             verdict, reason, state.guard = state.guard.update(step + 1, totals.mean_loss, applied)
             assert applied == (verdict is Verdict.APPLY), f"step {step + 1} was applied although {reason}"
             if totals.superseded:

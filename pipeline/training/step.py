@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -50,8 +51,9 @@ class StepReport:
         """Sums up over all ranks; returns the step's mean loss on the device, for which no host waits."""
         return all_reduce_sum(self._sums)[0] / self._micro_batches_per_step
 
+    @cached_property
     def totals(self) -> StepTotals:
-        """The sums on the host, which waits for them."""
+        """The sums on the host, which waits for them, once."""
         loss, bad_samples, read_retries, stop, superseded = self._sums.tolist()
         mean_loss = loss / self._micro_batches_per_step
         return StepTotals(mean_loss, int(bad_samples), int(read_retries), stop > 0, superseded > 0)

@@ -26,7 +26,7 @@ def record_step(
 
     Collective. RunFailed where more than `max_bad_fraction` of an epoch's samples were replaced.
     """
-    totals = report.totals()
+    totals = report.totals
     state.audit.add(report.micro_batches, applied=not reason)
     if totals.bad_samples:
         replaced = state.audit.replaced()

@@ -14,8 +14,9 @@ from models import coatnet
 from models.coatnet import CoAtNet
 from models.convert import LAYOUTS, TIMM_DEFAULTS, from_timm, settings, to_timm
 from models.variants import layout_of
+from tests.peers import peer
 
-timm = pytest.importorskip("timm")
+timm = peer("timm")
 
 CLASSES = 7
 OTHERS = ["coatnet_rmlp_1_rw_224", "coatnet_0_rw_224", "coatnext_nano_rw_224", "maxvit_tiny_tf_224", "resnet50"]

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UsageError
 from pipeline.lineage import unknown_lineage
 from pipeline.training.model import build_model, init_weights
+from tests.peers import peer
 from tests.pipeline.networks import export_network
 from tests.pipeline.runs import ROOT, coatnet, contents, events
 
@@ -223,7 +224,7 @@ def network_of(file: Path) -> tuple[torch.nn.Module, Config]:
 
 
 def test_timm_opens_the_folder_and_importing_it_gives_the_same_file(coatnet_0: Path, tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
+    timm = peer("timm")
     assert export(str(coatnet_0), str(tmp_path / "timm"), "timm", None, overwrite=False) == 0
     assert len({path.stat().st_mode for path in (tmp_path / "timm").iterdir()}) == 1
     theirs = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
@@ -244,7 +245,7 @@ def test_timm_opens_the_folder_and_importing_it_gives_the_same_file(coatnet_0: P
 def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], safe: bool
 ) -> None:
-    timm = pytest.importorskip("timm")
+    timm = peer("timm")
     theirs = timm.create_model("coatnet_0_224", num_classes=4, img_size=32, drop_path_rate=0.1).eval()
     timm.models.save_for_hf(theirs, tmp_path / "timm", safe_serialization=safe)
     done = import_from_timm(str(tmp_path / "timm"), str(tmp_path / "ours.safetensors"), overwrite=False)

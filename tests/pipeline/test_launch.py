@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.distributed import preload
 from pipeline.distributed.environment import cpus_per_rank, is_rank, local_world_size, rank_and_world_size
+from tests.pipeline.runs import alive
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 300
@@ -93,13 +94,6 @@ def wait_for(folder: Path, *expected: str) -> None:
     while not all((folder / name).exists() for name in expected):
         assert time.monotonic() < deadline, f"{expected} did not come"
         time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @contextmanager
