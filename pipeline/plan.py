@@ -21,6 +21,7 @@ from pipeline.config.batch_size import check_world_size, micro_batches_of, total
 from pipeline.config.parsing import changes, read_resolved
 from pipeline.config.schema import Augment, Config
 from pipeline.errors import UsageError
+from pipeline.run.jsonl import evaluated_steps
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
     """Tracked and mutable keys that differ from the run's configuration: name -> [old, new]."""
     newest: int | None
     """The step of the newest checkpoint."""
+    evaluated: bool
+    """Whether that step's evaluation is recorded."""
     read_errors: list[ReadError]
     """Reads that failed and were retried, as the reading threads append them."""
 
@@ -51,7 +54,9 @@ class Plan:
 
     @property
     def finished(self) -> bool:
-        return (self.newest or 0) >= self.steps
+        """Whether nothing is left to do, the evaluation of the last step included."""
+        newest = self.newest or 0
+        return newest > self.steps or (newest == self.steps and (self.val is None or self.evaluated))
 
 
 def make_plan(config: Config, command: str, world_size: int, local_world_size: int) -> Plan:
@@ -67,7 +72,10 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
-    return Plan(train, val, order, length, changed, latest_step(Path(config.run.dir)), read_errors)
+    run = Path(config.run.dir)
+    newest = latest_step(run)
+    evaluated = newest is not None and newest in evaluated_steps(run / "metrics.jsonl")
+    return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
 
 
 def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:

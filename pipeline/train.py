@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, forward, backward, step, log, evaluate, checkpoint.
+"""The training loop, top to bottom: data, forward, backward, step, log, checkpoint, evaluate.
 
     coatnet pretrain configs/tiny.yaml                        # one process
     coatnet pretrain configs/tiny.yaml --procs 2              # two ranks on this machine
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from data.loader import Batch
+from data.loader import Batch, LoaderSpec
 from models.coatnet import stochastic_depth_rates
 from pipeline.attempt import Attempt, begin_attempt
 from pipeline.checkpoint.checkpointer import Checkpointer
@@ -26,7 +26,7 @@ from pipeline.config.batch_size import micro_batches_of
 from pipeline.config.schema import Config
 from pipeline.distributed import heartbeat
 from pipeline.errors import Interrupted
-from pipeline.monitoring.metrics import open_metrics
+from pipeline.monitoring.metrics import Metrics, open_metrics
 from pipeline.monitoring.profiler import Profiler
 from pipeline.monitoring.summary import print_summary
 from pipeline.plan import Plan
@@ -108,6 +108,8 @@ def train_steps(
         Profiler(config.log.profile, attempt.run / "profile", attempt.rank, log, state.step, plan.steps) as profiler,
     ):
         heartbeat.beat_step(None)
+        if not evaluate_if_due(config, plan, attempt, engine, state, metrics, spec):  # a stop had cut it short
+            save_and_stop(attempt, checkpoints, state, plan)
         for step, micro_batches, data_wait in steps:
             last = step + 1 == plan.steps
             profiler.before(step + 1)
@@ -123,9 +125,7 @@ def train_steps(
             deepspeed_engine.set_schedule(engine, lr, ema_decay)
 
             # Forward and backward, one pass per micro batch; DeepSpeed accumulates, and steps after the last pass.
-            stop, superseded = attempt.is_stop_requested(), attempt.is_superseded()
-            read_errors = plan.take_read_errors()
-            report = StepReport(attempt.device, micro_batches, micro_batches_per_step, read_errors, stop, superseded)
+            report = StepReport(attempt.device, micro_batches, micro_batches_per_step, plan.take_read_errors())
             for number in range(accumulation_steps):
                 padding = number == len(micro_batches)  # other ranks have one more: a pass whose gradients are zero
                 batch = micro_batches[0 if padding else number]
@@ -134,7 +134,8 @@ def train_steps(
                     if not padding:
                         report.add_loss(loss)
                     if number == accumulation_steps - 1:  # the gate is NaN for a bad loss: no gradient
-                        loss = loss * state.guard.gate(report.all_reduce())
+                        mean_loss = report.all_reduce(attempt.is_stop_requested(), attempt.is_superseded())
+                        loss = loss * state.guard.gate(mean_loss)
                     engine.backward(gradient_scale * loss)
                     engine.step()
                 heartbeat.beat("a micro batch")
@@ -162,21 +163,38 @@ def train_steps(
             record_epochs(events, log, state)
             metrics.log_step(state.step, totals.mean_loss, lr, float(engine.get_global_grad_norm()), data_wait, last)
 
-            # Evaluate, checkpoint, stop.
-            if plan.val is not None and (last or is_due(state.step, config.evaluate.every)):
-                bn_ema = state.bn_ema if config.evaluate.weights == "ema" else None
-                with deepspeed_engine.evaluation_mode(engine, bn_ema):
-                    result = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec)
-                metrics.log_evaluation(state.step, result, "model" if bn_ema is None else "ema")
-            checkpoints.check()
-            if last or totals.stop or is_due(state.step, config.checkpoint.every):
+            # Checkpoint, evaluate, stop.
+            if last or is_due(state.step, config.checkpoint.every):
                 checkpoints.save(state)
-            if totals.stop and not last:
-                checkpoints.wait()
-                attempt.record_interruption(state.step)
-                checkpoints.close()
-                raise Interrupted(f"stopped after step {state.step} of {plan.steps}; run the same command to resume")
+            evaluated = evaluate_if_due(config, plan, attempt, engine, state, metrics, spec)
+            if not evaluated or (totals.stop and not last):
+                save_and_stop(attempt, checkpoints, state, plan)
     return True
+
+
+def evaluate_if_due(
+    config: Config, plan: Plan, attempt: Attempt, engine: Any, state: TrainState, metrics: Metrics, spec: LoaderSpec
+) -> bool:
+    """Evaluates where that is due after this step and not yet recorded; False where a request to stop cut it short."""
+    due = state.step == plan.steps or is_due(state.step, config.evaluate.every)
+    if plan.val is None or not due or state.step == 0 or metrics.is_evaluated(state.step):
+        return True
+    bn_ema = state.bn_ema if config.evaluate.weights == "ema" else None
+    crop, loss = config.evaluate.crop_fraction, config.train.loss
+    with deepspeed_engine.evaluation_mode(engine, bn_ema):
+        result = evaluate(engine, plan.val, crop, loss, spec, attempt.is_stop_requested)
+    if result is not None:
+        metrics.log_evaluation(state.step, result, "model" if bn_ema is None else "ema")
+    return result is not None
+
+
+def save_and_stop(attempt: Attempt, checkpoints: Checkpointer, state: TrainState, plan: Plan) -> NoReturn:
+    """Returns to the launcher by Interrupted, once the last step is in a durable checkpoint."""
+    checkpoints.save(state)
+    checkpoints.wait()
+    attempt.record_interruption(state.step)
+    checkpoints.close()
+    raise Interrupted(f"stopped after step {state.step} of {plan.steps}; run the same command to resume")
 
 
 def is_due(step: int, every: int | None) -> bool:

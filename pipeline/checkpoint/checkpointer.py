@@ -40,6 +40,7 @@ class Checkpointer:
             "ancestry": [*ancestors, entry],
         }
         root = self._run / "checkpoints"
+        self._saved: int | None = None  # the last step that is in a checkpoint, or will be
         self._writer = CheckpointWriter(root, events.attempt, *rank_and_world_size(), config.checkpoint, events)
 
     def resume(self) -> TrainState:
@@ -51,13 +52,16 @@ class Checkpointer:
         audit = EpochAudit(self._train_set.samples, self._train.global_batch, saved["epochs"] if saved else None)
         made = rollbacks, bn_ema
         state = TrainState.from_json(saved, audit, *made) if saved else TrainState.begin(audit, *made)
+        self._saved = state.step if saved else None
         event = "training_resumed" if saved else "training_started"
         self._events.write(event, step=state.step, new_augmentations=self._new_augmentations)
         return state
 
     def save(self, state: TrainState) -> None:
-        """Copies the state to the host and returns; a thread writes it."""
-        self._writer.save(self._engine, state.bn_ema, {**state.to_json(), **self._provenance})
+        """Copies the state to the host and returns; a thread writes it. Nothing where this step is saved already."""
+        if state.step != self._saved:
+            self._writer.save(self._engine, state.bn_ema, {**state.to_json(), **self._provenance})
+            self._saved = state.step
 
     def check(self) -> None:
         """Raises what the writing of the last checkpoint raised."""

@@ -73,7 +73,9 @@ def _evaluate(reader: Weights, kind: str, config: Config, manifest: Manifest) ->
     model = load_model(reader, kind, config, device)
     spec = loader_spec(config, device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        return evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, spec)
+        metrics = evaluate(model, manifest, config.evaluate.crop_fraction, config.train.loss, spec)
+    assert metrics is not None  # no stop is asked for
+    return metrics
 
 
 def _format_metrics(source: str, step: int, config: Config, row: dict) -> str:

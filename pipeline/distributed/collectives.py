@@ -19,6 +19,11 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any rank."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+
+
 def from_rank_zero(work: Callable[[], Item]) -> Item:
     """The result of `work` on rank 0, on every rank; an error of it is raised on every rank."""
     outcome: list[Any] = [None, None]

@@ -18,6 +18,7 @@ import torch
 
 from data.loader import Batch
 from pipeline.config.schema import Config
+from pipeline.distributed.collectives import from_rank_zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.formatting import format_percent
 from pipeline.monitoring.mfu import device_name, peak_images_per_second
@@ -25,7 +26,7 @@ from pipeline.monitoring.progress import Console
 from pipeline.monitoring.tensorboard import TensorBoard
 from pipeline.monitoring.wandb import WeightsAndBiases
 from pipeline.plan import Plan
-from pipeline.run.jsonl import JsonLines, cut_back
+from pipeline.run.jsonl import JsonLines, cut_back, evaluated_steps
 from pipeline.training.evaluation import EvalMetrics
 from pipeline.training.model import count_model
 
@@ -64,10 +65,15 @@ class Metrics:
         samples: int,
         peak: float | None,
         consumed: Samples | None,
+        evaluated: set[int],
     ) -> None:
-        """`samples`: an epoch's. `peak`: images per second of all ranks at their devices' peak, where it is known."""
+        """`samples`: an epoch's. `peak`: images per second of all ranks at their devices' peak, where it is known.
+
+        `evaluated`: the steps that have an evaluation already.
+        """
         self._sinks, self._console, self._every, self._consumed = sinks, console, every, consumed
         self._global_batch, self._samples, self._peak = global_batch, samples, peak
+        self._evaluated = evaluated
         self._start_interval()
 
     def __enter__(self) -> Metrics:
@@ -101,10 +107,15 @@ class Metrics:
         self._write(row)
         self._console.print_row(row)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation after a step is recorded, by this start or an earlier one."""
+        return step in self._evaluated
+
     def log_evaluation(self, step: int, result: EvalMetrics, weights: str) -> None:
         """The time of an evaluation does not count as training."""
         row = {"step": step, "top1": result.top1, "top5": result.top5, "eval_loss": result.loss, "weights": weights}
         self._write(row)
+        self._evaluated.add(step)
         self._console.print(f"{self._console.at(step)}  top-1 {format_percent(result.top1, 2)}  loss {result.loss:.4f}")
 
     def log_samples(self, step: int, batches: list[Batch]) -> None:
@@ -154,10 +165,12 @@ def open_metrics(
         sinks = [MetricsFile(run, step), TensorBoard(run / "tensorboard", attempt, step)]
         if config.log.wandb is not None:
             sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))
+    evaluated = from_rank_zero(lambda: evaluated_steps(run / "metrics.jsonl"))
     consumed = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     multiply_adds = count_model(config.model, config.train, len(plan.train.classes)).multiply_adds
     peak = peak_images_per_second(device_name(device), config.train.precision, multiply_adds, world_size)
-    return Metrics(sinks, console, config.log.every, config.train.global_batch, plan.train.samples, peak, consumed)
+    batch, samples = config.train.global_batch, plan.train.samples
+    return Metrics(sinks, console, config.log.every, batch, samples, peak, consumed, evaluated)
 
 
 def _memory_bytes() -> int:

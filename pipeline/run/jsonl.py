@@ -57,6 +57,11 @@ def cut_back(path: Path, step: int) -> None:
         write_atomically(path, "".join(kept))
 
 
+def evaluated_steps(path: Path) -> set[int]:
+    """The steps whose evaluation metrics.jsonl has."""
+    return {row["step"] for row in read_lines(path) if "eval_loss" in row and "step" in row}
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)

@@ -15,7 +15,7 @@ import torch
 
 from data.loader import LoaderSpec, evaluation_batches
 from data.shards.manifest import BadSample, Manifest
-from pipeline.distributed.collectives import all_gather, all_reduce_sum
+from pipeline.distributed.collectives import all_gather, all_reduce_sum, any_rank
 from pipeline.distributed.heartbeat import beat
 from pipeline.training.losses import Kind, loss_fn
 from pipeline.training.model import normalize
@@ -42,10 +42,12 @@ def evaluate(
     crop_fraction: float | None,
     kind: Kind,
     spec: LoaderSpec,
-) -> EvalMetrics:
+    is_stop_requested: Callable[[], bool] = lambda: False,
+) -> EvalMetrics | None:
     """Metrics of `forward` (images [n, 3, h, w] -> logits [n, classes]) over the whole set; collective.
 
-    `kind` is the loss that it was trained with, here without label smoothing.
+    `kind` is the loss that it was trained with, here without label smoothing. None as soon as a stop is requested on
+    any rank, which is asked before each batch.
     """
     results = torch.zeros(4, manifest.samples, dtype=torch.float64, device=spec.device)  # loss, top1, top5, used
     broken: list[BadSample] = []
@@ -55,6 +57,8 @@ def evaluate(
     passes = -(-manifest.samples // (spec.micro_batch * spec.world_size))
     with evaluation_batches(manifest, crop_fraction, spec) as batches:
         for batch in islice(chain(batches, repeat(None)), passes):
+            if any_rank(is_stop_requested(), spec.device):
+                return None
             images = padding if batch is None else torch.cat([batch.images, padding[len(batch.images) :]])
             logits = forward(normalize(images))
             beat("an evaluation batch")

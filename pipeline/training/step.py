@@ -33,22 +33,25 @@ class StepReport:
         micro_batches: list[Batch],
         micro_batches_per_step: int,
         read_errors: list[ReadError],
-        stop: bool,
-        superseded: bool,
     ) -> None:
         """`micro_batches` are this rank's; all ranks together have `micro_batches_per_step`."""
         self.micro_batches, self.read_errors = micro_batches, read_errors
-        bad_samples = sum(len(batch.broken) for batch in micro_batches)
-        parts = [0.0, bad_samples, len(read_errors), stop, superseded]
-        self._sums = torch.tensor(parts, dtype=torch.float64, device=device)
         self._micro_batches_per_step = micro_batches_per_step
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Counts a micro batch's loss."""
         self._sums[0] += loss.detach()
 
-    def all_reduce(self) -> torch.Tensor:
-        """Sums up over all ranks; returns the step's mean loss on the device, for which no host waits."""
+    def all_reduce(self, stop: bool, superseded: bool) -> torch.Tensor:
+        """Sums up over all ranks; returns the step's mean loss on the device, for which no host waits.
+
+        `stop` is whether this rank received a signal, `superseded` whether it has seen a newer attempt.
+        """
+        bad_samples = sum(len(batch.broken) for batch in self.micro_batches)
+        facts = torch.tensor([bad_samples, len(self.read_errors), stop, superseded], dtype=torch.float64)
+        on_gpu = self._sums.is_cuda  # pinned, so that the host need not wait for the copy either
+        self._sums[1:] = facts.pin_memory().to(self._sums.device, non_blocking=True) if on_gpu else facts
         return all_reduce_sum(self._sums)[0] / self._micro_batches_per_step
 
     @cached_property

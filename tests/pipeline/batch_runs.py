@@ -152,7 +152,9 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     losses, spec = {}, loader_spec(config, device)
     for kind, swapped in (("ema", average), ("model", None)):
         with evaluation_mode(engine, swapped):
-            losses[kind] = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec).loss
+            result = evaluate(engine, plan.val, config.evaluate.crop_fraction, config.train.loss, spec)
+            assert result is not None
+            losses[kind] = result.loss
     (folder / "losses.json").write_text(json.dumps(losses))
     writer = CheckpointWriter(folder / "checkpoints", 0, rank, world_size, Checkpoint(keep_last=1), events)
     writer.save(engine, average, state)
