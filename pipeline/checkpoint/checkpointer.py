@@ -46,7 +46,7 @@ class Checkpointer:
         """Loads the newest good checkpoint into the engine; returns its state, or without one that of a new run."""
         pause()
         bn_ema = ema.clone(ema.statistics(self._engine.module)) if self._train.ema else None
-        saved = restore(self._engine, self._run, bn_ema, self._train_set.fingerprint, self._events)
+        saved = restore(self._engine, self._run, bn_ema, self._train_set, self._events)
         rollbacks = from_rank_zero(lambda: load_rollbacks(self._run, saved))
         audit = EpochAudit(self._train_set.samples, self._train.global_batch, saved["epochs"] if saved else None)
         made = rollbacks, bn_ema
