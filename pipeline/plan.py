@@ -19,13 +19,15 @@ from data.shards.complete import complete_if_writable, with_checksums
 from data.shards.manifest import Manifest, read_manifest, with_cache
 from data.storage.remote import DEFAULT, ReadError, Storage
 from pipeline.checkpoint.attempts import trusted_checkpoints
-from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, step_of
+from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
 from pipeline.checkpoint.train_set import check_train_set
 from pipeline.config.batch_size import check_world_size, micro_batches_of, total_steps
 from pipeline.config.parsing import changes, read_resolved
 from pipeline.config.schema import Augment, Config
 from pipeline.distributed.environment import is_first_process, is_rank_zero
 from pipeline.errors import UsageError
+from pipeline.run.events import last_logged_step, last_saved_step
+from pipeline.run.jsonl import read_lines
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,25 @@ def _newest(run: Path, train: Manifest) -> int | None:
     """The step of a run's newest checkpoint; UsageError where that was trained on other data than these."""
     folders = trusted_checkpoints(run)
     if not folders:
+        if not checkpoints(run / "checkpoints"):
+            _check_none_lost(run)
         return None
     with suppress(DamagedCheckpoint):  # the ranks report it, and take an older one
         check_train_set(train, CheckpointReader(folders[-1]))
     return step_of(folders[-1])
+
+
+def _check_none_lost(run: Path) -> None:
+    """UsageError where a run without checkpoints has had some: it does not begin again by itself."""
+    saved = last_saved_step(read_lines(run / "events.jsonl"))
+    abandoned = map(step_of, checkpoints(run / "checkpoints" / "abandoned"))  # by a rollback
+    if saved is not None and saved not in abandoned:
+        raise UsageError(
+            f"run.dir={run}: its checkpoints are gone: it had saved step {saved} and logged step"
+            f" {last_logged_step(run)}, and there is no checkpoint in {run}/checkpoints, nor at a mirror"
+            " (checkpoint.mirror). Copy one back; or begin again from step 1 with --restart, which sets the old files"
+            " aside, or in another folder with run.dir=..."
+        )
 
 
 def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:
