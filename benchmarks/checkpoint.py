@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
+from data.shards.manifest import Manifest
 from pipeline.checkpoint.reader import step_name
 from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.writer import CheckpointWriter
@@ -51,14 +52,14 @@ def engine_and_average() -> tuple[Any, ema.Statistics]:
 def measure(folder: Path) -> tuple[dict[str, float], int, bool]:
     """The median seconds of each piece of work, the bytes, and whether all reads were from a cold page cache."""
     engine, average = engine_and_average()
-    run, plain = folder / "run", folder / "plain"
+    run, plain, train_set = folder / "run", folder / "plain", Manifest("", (), ())
     events = Events(run, 0, 0)
     writer = CheckpointWriter(run / "checkpoints", 0, 0, 1, Checkpoint(), events)
     content, rounds, cold = None, [], True
     for step in range(1, ROUNDS + 2):
         # Each piece of work begins with nothing of the files in memory, and so finds pages that the one before let go.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        state = {"step": step, "applied_steps": step, "train_fingerprint": ""}
+        state = {"step": step, "applied_steps": step, "train_fingerprint": train_set.fingerprint}
         stall = timed(partial(writer.save, engine, average, state))
         save = stall + timed(writer.wait)
         files = list((run / "checkpoints" / step_name(step)).iterdir())
@@ -68,7 +69,7 @@ def measure(folder: Path) -> tuple[dict[str, float], int, bool]:
         plain.unlink(missing_ok=True)
         plain_write = timed(partial(write, plain, content))
         cold &= dropped([plain])
-        load = timed(partial(restore, engine, run, average, "", events))
+        load = timed(partial(restore, engine, run, average, train_set, events))
         cold &= dropped(files)
         plain_read = timed(partial(read, plain, content))
         cold &= dropped([plain])

@@ -23,6 +23,7 @@ from pipeline.errors import DataError, RunFailed, first_line
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.events import Events
+from pipeline.run.identity import settle
 from pipeline.run.lock import RunLocked, acquire_lock
 from pipeline.training.engine import start_process_group
 from pipeline.watchdog.watchdog import start_watchdog
@@ -74,15 +75,15 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
     device = start_process_group(config.run.hang_timeout)
 
-    def take() -> int:
+    def take() -> tuple[int, str]:
         claimed = claim(run)
         _held.append(claimed.lock)
         clean_partial(run / "checkpoints")
-        return claimed.attempt
+        return claimed.attempt, settle(run).id
 
-    number = from_rank_zero(take)
+    number, identity = from_rank_zero(take)
     events = Events(run, number, rank)
-    events.write("attempt_started", world_size=world_size, torch=torch.__version__, changed=plan.changed)
+    events.write("attempt_started", run=identity, world_size=world_size, torch=torch.__version__, changed=plan.changed)
     if rank == 0:
         write_config(run, config)
     stacks = run / "logs" / f"stacks-attempt-{number}.txt"

@@ -48,6 +48,9 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML preset, 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.learning_rate=5e-4")]
 Ranks = Annotated[int, typer.Option("--procs", min=1, help="ranks to run on this machine")]
 Check = Annotated[bool, typer.Option("--check", help="check the configuration, without data, and stop")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="begin anew; what is in run.dir is set aside in its folder restarted-N")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Source = Annotated[
     str | None,
@@ -69,11 +72,13 @@ MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum
 
 
 @app.command(epilog="Example: coatnet pretrain configs/tiny.yaml --procs 2 run.dir=runs/tiny data.train=digits/train")
-def pretrain(config: ConfigFile, overrides: Overrides = None, procs: Ranks = 1, check: Check = False) -> None:
+def pretrain(
+    config: ConfigFile, overrides: Overrides = None, procs: Ranks = 1, check: Check = False, restart: Restart = False
+) -> None:
     """Train, or resume from the newest good checkpoint in run.dir. `coatnet keys` lists what can be set."""
     from pipeline.commands.pretrain import pretrain
 
-    raise typer.Exit(pretrain(config, overrides or [], procs, check))
+    raise typer.Exit(pretrain(config, overrides or [], procs, check, restart))
 
 
 @app.command(epilog="Example: coatnet finetune configs/tiny_finetune.yaml --from runs/tiny run.dir=runs/tiny-40")
@@ -84,11 +89,12 @@ def finetune(
     weights: Weights = None,
     procs: Ranks = 1,
     check: Check = False,
+    restart: Restart = False,
 ) -> None:
     """Start from another run's weights (its moving average, if it has one), usually at another resolution."""
     from pipeline.commands.finetune import finetune
 
-    raise typer.Exit(finetune(config, overrides or [], source, weights, procs, check))
+    raise typer.Exit(finetune(config, overrides or [], source, weights, procs, check, restart))
 
 
 @app.command(epilog="Example: coatnet preview configs/tiny.yaml digits.png data.train=digits/train")

@@ -5,6 +5,7 @@ Reads only; without torch, so that a wrong request is refused at once. Every ran
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ import numpy as np
 from data.augment import Augmentation
 from data.memory import check_memory
 from data.order import Order, accumulation_steps
+from data.shards.complete import complete_if_writable, with_checksums
 from data.shards.manifest import Manifest, read_manifest, with_cache
 from data.storage.remote import DEFAULT, ReadError, Storage
-from pipeline.checkpoint.attempts import latest_step
+from pipeline.checkpoint.attempts import trusted_checkpoints
+from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
+from pipeline.checkpoint.train_set import check_train_set
 from pipeline.config.batch_size import check_world_size, micro_batches_of, total_steps
 from pipeline.config.parsing import changes, read_resolved
 from pipeline.config.schema import Augment, Config
+from pipeline.distributed.environment import is_first_process, is_rank_zero
 from pipeline.errors import UsageError
-from pipeline.run.jsonl import evaluated_steps
+from pipeline.run.events import last_logged_step, last_saved_step
+from pipeline.run.jsonl import evaluated_steps, read_lines
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,47 @@ class Plan:
 def make_plan(config: Config, command: str, world_size: int, local_world_size: int) -> Plan:
     """The plan of a request, or UsageError with what is wrong and what would do."""
     check_ranks(config, world_size)
-    changed = config_changes(Path(config.run.dir), config, command)
+    run = Path(config.run.dir)
+    changed = config_changes(run, config, command)
     read_errors: list[ReadError] = []
     storage = Storage(on_error=read_errors.append)
     train, order = training_set(config, storage)
+    if train.fingerprint is None and is_rank_zero():
+        train = complete_if_writable(train) if is_first_process() else with_checksums(train)
+    newest = _newest(run, train)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
         raise UsageError(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
-    run = Path(config.run.dir)
-    newest = latest_step(run)
     evaluated = newest is not None and newest in evaluated_steps(run / "metrics.jsonl")
     return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
+
+
+def _newest(run: Path, train: Manifest) -> int | None:
+    """The step of a run's newest checkpoint; UsageError where that was trained on other data than these."""
+    folders = trusted_checkpoints(run)
+    if not folders:
+        if not checkpoints(run / "checkpoints"):
+            _check_none_lost(run)
+        return None
+    with suppress(DamagedCheckpoint):  # the ranks report it, and take an older one
+        check_train_set(train, CheckpointReader(folders[-1]))
+    return step_of(folders[-1])
+
+
+def _check_none_lost(run: Path) -> None:
+    """UsageError where a run without checkpoints has had some: it does not begin again by itself."""
+    saved = last_saved_step(read_lines(run / "events.jsonl"))
+    abandoned = map(step_of, checkpoints(run / "checkpoints" / "abandoned"))  # by a rollback
+    if saved is not None and saved not in abandoned:
+        raise UsageError(
+            f"run.dir={run}: its checkpoints are gone: it had saved step {saved} and logged step"
+            f" {last_logged_step(run)}, and there is no checkpoint in {run}/checkpoints, nor at a mirror"
+            " (checkpoint.mirror). Copy one back; or begin again from step 1 with --restart, which sets the old files"
+            " aside, or in another folder with run.dir=..."
+        )
 
 
 def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:

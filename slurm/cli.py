@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli import AsJson, ConfigFile, Overrides, Weights, app, main, path_argument, path_option
+from pipeline.cli import AsJson, ConfigFile, Overrides, Restart, Source, Weights, app, main, path_argument
 
 submit_app = typer.Typer(
     help="Submit a run to Slurm; its job requeues itself until the run ends.", no_args_is_help=True
@@ -19,7 +19,6 @@ Then = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch script and exit")]
 Cluster = Annotated[str, typer.Option(metavar="slurm|local", help="local: this machine, detached")]
-Source = Annotated[str, path_option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file")]
 Run = Annotated[Path, path_argument(metavar="RUN", help="the run's folder")]
 
 
@@ -30,27 +29,29 @@ def submit_pretrain(
     then: Then = None,
     cluster: Cluster = "slurm",
     dry_run: DryRun = False,
+    restart: Restart = False,
 ) -> None:
     """Pretrain, or resume, in a job of slurm.nodes nodes."""
     from slurm.submit import submit
 
-    raise typer.Exit(submit("pretrain", config, overrides or [], None, None, then, cluster, dry_run))
+    raise typer.Exit(submit("pretrain", config, overrides or [], None, None, then, cluster, dry_run, restart))
 
 
 @submit_app.command("finetune", epilog="Example: coatnet submit finetune fine.yaml --from runs/a run.dir=runs/b")
 def submit_finetune(
     config: ConfigFile,
-    source: Source,
+    source: Source = None,
     overrides: Overrides = None,
     weights: Weights = None,
     then: Then = None,
     cluster: Cluster = "slurm",
     dry_run: DryRun = False,
+    restart: Restart = False,
 ) -> None:
     """Fine-tune, or resume, in a job of slurm.nodes nodes."""
     from slurm.submit import submit
 
-    raise typer.Exit(submit("finetune", config, overrides or [], source, weights, then, cluster, dry_run))
+    raise typer.Exit(submit("finetune", config, overrides or [], source, weights, then, cluster, dry_run, restart))
 
 
 @submit_app.command("doctor", epilog="Example: coatnet submit doctor tiny.yaml run.dir=runs/a slurm.nodes=2")

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
+from pipeline.run.identity import identify, settle
 from pipeline.run.jsonl import JsonLines, read_lines
 
 START_MARKER = "begins: start"
@@ -73,29 +74,36 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def record_submission(run: Path, **facts: Any) -> None:
-    """A line in jobs.jsonl; the run is no longer cancelled."""
-    append(folder(run) / "jobs.jsonl", facts)
+    """A line in jobs.jsonl, with the run's id; the run is no longer cancelled."""
+    append(folder(run) / "jobs.jsonl", {"run": settle(run).id, **facts})
     (folder(run) / "cancelled").unlink(missing_ok=True)
 
 
 def submissions(run: Path) -> list[dict[str, Any]]:
-    return list(read_lines(folder(run) / "jobs.jsonl"))
+    """The submissions of this run, and not those of the run whose folder was copied."""
+    return _own(run, read_lines(folder(run) / "jobs.jsonl"))
+
+
+def _own(run: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the run's id; older ones have none, and are not a copy's."""
+    identity = identify(run)
+    return [row for row in rows if (row["run"] == identity.id if "run" in row else identity.copy_of is None)]
 
 
 def record_start(run: Path, name: str, nodes: tuple[str, ...]) -> None:
-    append(folder(run) / "starts.jsonl", {"start": name, "event": "start", "nodes": nodes})
+    append(folder(run) / "starts.jsonl", {"run": settle(run).id, "start": name, "event": "start", "nodes": nodes})
 
 
 def record_end(run: Path, ended: JobStart) -> None:
     row = {"time": round(ended.ended or time.time(), 3), "start": ended.name, "event": "end", "cause": ended.cause}
-    row |= {"step": ended.last_step, "failed_nodes": ended.failed_nodes}
+    row |= {"run": settle(run).id, "step": ended.last_step, "failed_nodes": ended.failed_nodes}
     append(folder(run) / "starts.jsonl", row | {"decision": ended.decision, "again": ended.again})
 
 
 def starts(run: Path) -> list[JobStart]:
     """All starts of all jobs of a run, in order."""
     by_name: dict[str, JobStart] = {}
-    for row in read_lines(folder(run) / "starts.jsonl"):
+    for row in _own(run, read_lines(folder(run) / "starts.jsonl")):
         name = row["start"]
         if row["event"] == "start":
             by_name[name] = JobStart(name, tuple(row["nodes"]), row["time"])

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.config.schema import Slurm
 from pipeline.distributed.environment import FILE, START, slurm_port
+from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import read_lines
 from slurm import history, scheduler
 from slurm.history import JobStart
@@ -194,7 +195,7 @@ def record_and_decide(
     """Records why a start ended, on which nodes if those are to blame, and what follows; returns that."""
     *before, start = [start for start in history.starts(run) if start.job == allocation.job]
     failed = nodes if cause in {Cause.NODE_LOST, *FAILURES} else ()
-    ended = replace(start, ended=time.time(), cause=cause, last_step=last_step_done(run), failed_nodes=failed)
+    ended = replace(start, ended=time.time(), cause=cause, last_step=last_logged_step(run), failed_nodes=failed)
     decision = requeue_decision(cause, [*before, ended], request.slurm.max_restarts, request.slurm.backoff)
     record_end(run, replace(ended, decision=decision.why, again=decision.again))
     return decision
@@ -208,7 +209,7 @@ def close_stale_starts(run: Path, allocation: Allocation) -> None:
             again = start.job == allocation.job
             why = f"{cause}: Slurm started it again" if again else f"{cause}: its job ended"
             at = max(start.began, history.last_update(run))
-            ended = replace(start, ended=at, cause=cause, last_step=last_step_done(run), failed_nodes=nodes)
+            ended = replace(start, ended=at, cause=cause, last_step=last_logged_step(run), failed_nodes=nodes)
             record_end(run, replace(ended, decision=why, again=again))
 
 
@@ -225,10 +226,6 @@ def first_failed_node(run: Path, allocation: Allocation, output: list[str]) -> t
     """The node of the rank that failed first; others fail because of it."""
     failures = sorted(history.failures(run, allocation.start), key=lambda row: row["time"])
     return tuple([*nodes_of_killed_tasks(output), *(row["host"] for row in failures)][:1])
-
-
-def last_step_done(run: Path) -> int:
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- Slurm

@@ -19,6 +19,7 @@ from pipeline.checkpoint.reader import checkpoints, step_of
 from pipeline.errors import UsageError
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
+from pipeline.run.events import last_saved_step
 from pipeline.run.jsonl import read_lines
 from pipeline.run.lock import LockHolder, lock_holder
 from slurm import history, scheduler
@@ -268,6 +269,8 @@ def _without_job(snapshot: RunSnapshot) -> tuple[str, str | None]:
     last = snapshot.last_event(*STATE_EVENTS)
     newest = max(snapshot.checkpoints, default=None)
     again = "the same command " + ("begins again" if newest is None else f"resumes from step {newest}")
+    if newest is None and (saved := last_saved_step(snapshot.events)) is not None:
+        again = f"its checkpoints are gone, the last of step {saved}: copy one back, or begin again with --restart"
     if last.get("event") == "finished":
         return "done", None
     if last.get("event") == "interrupted":

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.commands.finetune import check_compatible_config, check_source, source_of
-from pipeline.commands.pretrain import check_config
+from pipeline.commands.pretrain import check_config, set_aside_config, set_files_aside
 from pipeline.config.parsing import read_config, to_yaml
 from pipeline.config.schema import Config, Slurm
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
+from pipeline.run.identity import settle
 from pipeline.run.jsonl import read_lines
 from pipeline.run.lock import RunLocked, lock_holder
 from slurm import history, scheduler
@@ -52,8 +53,9 @@ def submit(
     then: str | None,
     cluster: str,
     dry_run: bool,
+    restart: bool = False,
 ) -> int:
-    """Submits a run, and its fine-tuning after it; returns the exit status."""
+    """Submits a run, anew with `restart`, and its fine-tuning after it; returns the exit status."""
     if cluster not in ("slurm", "local"):
         raise UsageError(f"--cluster is {cluster!r}; it is slurm or local")
     chain = [JobSpec(command, read_config(preset, overrides), source, weights)]
@@ -66,7 +68,8 @@ def submit(
             )
         preset, *changes = shlex.split(then)
         chain.append(JobSpec("finetune", read_config(preset, changes), str(chain[0].run), evaluate=True))
-    for job, before in zip(chain, [None, *chain], strict=False):
+    anew = set_aside_config(chain[0].config) if restart else chain[0].config
+    for job, before in zip([replace(chain[0], config=anew), *chain[1:]], [None, *chain], strict=False):
         check(job, before)
     dependency: str | None = None
     if not dry_run:
@@ -74,6 +77,10 @@ def submit(
         if cluster == "slurm":
             check_cluster(chain[0].config.slurm)
             dependency = ":".join(["afterany", *ending]) if ending else None
+        if restart and ending:
+            raise UsageError(f"{chain[0].run}: job {ending[0]} is still being cancelled; --restart waits for its end")
+        if restart:
+            set_files_aside(chain[0].config)
     for job in chain:
         dependency = f"afterok:{submit_one(job, dependency, cluster, dry_run)}"
     return 0
@@ -83,7 +90,7 @@ def check(job: JobSpec, before: JobSpec | None) -> None:
     """UsageError where the run could not begin or resume with this request, after the job that is `before` it."""
     slurm = job.config.slurm
     if job.command == "finetune" and job.source is None:
-        raise UsageError("submit finetune needs --from RUN")
+        source_of(job.run, None, job.weights)
     if job.evaluate and job.config.data.val is None:
         raise UsageError("--then evaluates in the end, so its data.val must be set")
     for nodes in range(slurm.min_nodes or slurm.nodes, slurm.nodes + 1):
@@ -190,6 +197,7 @@ def submit_one(job: JobSpec, dependency: str | None, cluster: str, dry_run: bool
     if cluster == "slurm":
         for warning in warnings(stop_seconds(job.run), slurm.signal_seconds, grace_seconds(slurm.partition)):
             print(f"warning: {warning}", file=sys.stderr)
+    settle(job.run)  # before the job can start, which does the same
     options, text, command = prepare(job, folder, dependency)
     number = submit_locally(folder, text) if cluster == "local" else submit_to_slurm(folder, options, text, command)
     facts = {"command": job.command, "nodes": slurm.nodes, "dependency": dependency}

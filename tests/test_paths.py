@@ -134,7 +134,7 @@ def test_a_base_may_lie_in_the_home_folder(environment: Path, tmp_path: Path) ->
 
 
 def test_a_caches_variable_that_is_not_set_is_an_error_where_the_cache_is_used() -> None:
-    manifest = Manifest("http://127.0.0.1:9/", ("a",), (Shard("a.tar", 1, 1),), "")
+    manifest = Manifest("http://127.0.0.1:9/", ("a",), (Shard("a.tar", 1, 1),))
     with pytest.raises(UsageError, match=r"data\.cache\.dir is \$UNSET/x, and the environment variable UNSET"):
         with_cache(manifest, DEFAULT, "$UNSET/x", None)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from data.packing.label_files import read_classes
 from data.packing.label_reading import Classes, describe_reading, reading_of
 from data.packing.tars import Tar, find_tars, walk_headers
 from data.packing.unfinished import Done, forget_done, keep_done, read_done
+from data.shards.complete import complete
 from data.shards.labels import (
     MOST_SHOWN,
     InvalidSample,
@@ -32,8 +33,16 @@ from data.shards.labels import (
     number_of,
     parse_labels,
 )
-from data.shards.manifest import MANIFEST, BadSample, Shard, write_manifest
-from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, HEADER_BYTES, ROW, table_bytes, table_rows
+from data.shards.manifest import MANIFEST, BadSample, Shard, read_manifest, write_manifest
+from data.shards.sample_table import (
+    FLAG_DECODED,
+    FLAG_UNCHECKED,
+    HEADER_BYTES,
+    ROW,
+    table_bytes,
+    table_checksum,
+    table_rows,
+)
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
 from data.storage.prefetch import map_in_threads
 from data.storage.remote import NotFound, Storage, open_fs, write_file
@@ -109,15 +118,17 @@ def index(
     packed shards; without it the classes are the names that occur, or the numbers up to the highest. Labels stand in
     `.cls` (without it or a `.json`, in `.txt`), in the field `label_field` of `.json`, or in a part (`.txt`).
     `progress(done, total)` counts tars. UsageError where that cannot be; DamagedTars, when all others are done;
-    DataError where reading or writing fails. What was done by then is kept for the next try.
+    DataError where reading or writing fails. What was done by then is kept for the next try. A manifest of format 1
+    that is there already is completed, and no tar is read.
     """
     tars = find_tars(url)
     folder = _common_folder([split_query(tar.url)[0] for tar in tars])
     destination = out or folder
-    _check_destination(destination)
+    if _holds_manifest(destination):
+        return _complete(destination)
     given = None if classes is None else read_classes(classes)
     request = _Request(Storage(), folder, destination, decode, label_field, given)
-    asked = {"decode": decode, "classes": given and list(given.names), "label_field": label_field}
+    asked = {"decode": decode, "classes": given and list(given.names), "label_field": label_field, "tables": True}
     done = read_done(destination, asked)
     found: list[_Indexed] = []
 
@@ -215,12 +226,21 @@ def _common_folder(urls: Sequence[str]) -> str:
     return folder or "/"
 
 
-def _check_destination(destination: str) -> None:
+def _holds_manifest(destination: str) -> bool:
     fs, folder = open_fs(destination)
     place = join(folder, MANIFEST)
-    held = Storage().with_retries("read", destination, lambda: fs.exists(place))
-    if held:
+    return Storage().with_retries("read", destination, lambda: fs.exists(place))
+
+
+def _complete(destination: str) -> Report:
+    """Completes a manifest of format 1; UsageError where one of this format is there."""
+    manifest = read_manifest(destination)
+    if manifest.fingerprint is not None:
         raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
+    shards = complete(manifest).shards
+    what = f"as {MANIFEST} has them, which was completed with the checksums of its sample tables"
+    size = sum(shard.bytes for shard in shards)
+    return Report(len(shards), manifest.samples, size, len(manifest.classes), (), 0, what, len(shards))
 
 
 # One tar.
@@ -228,7 +248,7 @@ def _check_destination(destination: str) -> None:
 
 def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
     """What to keep of a tar for the next try, in JSON; no query, which may be another then."""
-    shard = [found.shard.name, found.shard.samples, found.shard.bytes]
+    shard = [found.shard.name, found.shard.samples, found.shard.bytes, "", found.shard.table]
     broken = [[each.key, each.reason] for each in found.broken]
     return {"of": [tar.bytes, tar.version], "found": {**found._asdict(), "shard": shard, "broken": broken}}
 
@@ -239,7 +259,7 @@ def _kept(request: _Request, done: Done, tar: Tar) -> _Indexed | None:
     if record is None or record["of"] != [tar.bytes, tar.version]:
         return None
     found = record["found"]
-    shard = Shard(*found["shard"], query=split_query(tar.url)[1])
+    shard = replace(Shard(*found["shard"]), query=split_query(tar.url)[1])
     try:
         table, _ = (request.storage.size(join(request.destination, shard.stem + each)) for each in (".npy", ".idx"))
     except NotFound:
@@ -271,9 +291,10 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
         rows = _read_and_decode(request.storage, tar, samples, faults)
     else:
         rows = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
-    _write(request.destination, name, table_bytes(rows), index_bytes(samples))
+    table = table_bytes(rows)
+    _write(request.destination, name, table, index_bytes(samples))
     broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
-    return _Indexed(Shard(name, len(samples), tar.bytes, query), labels, field, most, broken)
+    return _Indexed(Shard(name, len(samples), tar.bytes, query, table_checksum(table)), labels, field, most, broken)
 
 
 def _only_text(samples: list[TarSample]) -> str | None:

@@ -18,7 +18,15 @@ from data.packing.index import Report
 from data.packing.tars import Tar, walk_headers
 from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
-from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, HEADER_BYTES, ROW, row_checksums, table_bytes
+from data.shards.sample_table import (
+    FLAG_DECODED,
+    FLAG_UNCHECKED,
+    HEADER_BYTES,
+    ROW,
+    row_checksums,
+    table_bytes,
+    table_checksum,
+)
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
 from data.storage.prefetch import map_in_threads
 from data.storage.remote import NotFound, Storage
@@ -141,7 +149,11 @@ def _table(manifest: Manifest, number: int, found: _Findings) -> NDArray[np.void
     if len(contents) != len(empty) or contents[:HEADER_BYTES] != empty[:HEADER_BYTES]:
         found.faults.append(f"its sample table (.npy) is not one of {count} samples")
         return None
-    return np.frombuffer(contents[HEADER_BYTES:], ROW)
+    rows, noted = np.frombuffer(contents[HEADER_BYTES:], ROW), manifest.shards[number].table
+    is_whole = np.array_equal(rows["row_crc"], row_checksums(rows))  # else its damaged rows are listed
+    if noted and is_whole and table_checksum(contents) != noted:
+        found.faults.append("its sample table (.npy) is another than the manifest's")
+    return rows
 
 
 def _usable(rows: NDArray[np.void], headers: list[TarSample] | None, size: int, found: _Findings) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Shards on disk: manifest, tar, DALI index and sample table; written, read and checked here, at any fsspec URL.
 
-    manifest.json       {"format": 1, "samples": N, "classes": [...], "shards": [{"name", "samples", "bytes"}, ...]}
+    manifest.json       {"format": 2, "samples": N, "classes": [...], "shards": [{"name", "samples", "bytes", "table"}]}
     shard-000000.tar    an ordinary WebDataset tar: KEY.jpg and KEY.cls of each sample
     shard-000000.idx    DALI's own index of it (wds2idx, v1.2)
     shard-000000.npy    one row of 32 bytes a sample; row i lies at byte 256 + 32 i, so any run of rows is one range
@@ -9,6 +9,9 @@ Where the tars are other tools' and stay where they are, the manifest says where
 `.json` the labels stand (`label_field`), how many of them a sample has at most (`labels_per_sample`), and what they are
 (`labels`) if not the classes' numbers from 0: their names, or numbers from 1. A shard that a web server gives by a
 query has that as well (`query`).
+
+`table` is the checksum of a shard's .npy. Format 1 lacks it: such a manifest is completed by complete.py, and keeps
+the SHA-256 of what it was (`format_1`), which older checkpoints have of their training set.
 
 The manifest is written last: where it is, everything that it names is whole.
 """
@@ -33,18 +36,22 @@ from data.storage.cache import NodeCache
 from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs, write_file
 from data.urls import has_suffix, join
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name beside the manifest, its samples, its bytes; the query with which its server gives it."""
+    """One tar: its file name beside the manifest, its samples, its bytes; the query with which its server gives it.
+
+    `table` is the checksum of its sample table, empty in format 1.
+    """
 
     name: str
     samples: int
     bytes: int
     query: str = ""
+    table: str = ""
 
     @property
     def stem(self) -> str:
@@ -54,16 +61,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What lies at `url`; `fingerprint` is the SHA-256 of the manifest's bytes, in hexadecimal."""
+    """What lies at `url`; `format_1` is the SHA-256 of the manifest's bytes where it has, or had, that format."""
 
     url: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
-    fingerprint: str
     label_field: str | None = None
     labels_per_sample: int = 1
     shards_at: str | None = None
     labels: Reading = Reading.FROM_0
+    format_1: str | None = None
     storage: ByteSource = field(default=DEFAULT, compare=False, repr=False)
 
     @cached_property
@@ -75,6 +82,19 @@ class Manifest:
     def mean_sample_bytes(self) -> float:
         """Bytes of tar a sample takes on average."""
         return sum(shard.bytes for shard in self.shards) / self.samples
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """What the set is, wherever it lies, as a SHA-256; None where the tables' checksums are not known."""
+        if not all(shard.table for shard in self.shards):
+            return None
+        content = [self.classes, self.label_field, self.labels_per_sample, self.labels]
+        rows = [[shard.samples, shard.bytes, shard.table] for shard in self.shards]
+        return hashlib.sha256(json.dumps([*content, rows]).encode()).hexdigest()
+
+    def is_set_of(self, fingerprint: str) -> bool:
+        """Whether a checkpoint with this fingerprint was trained on it; older ones have that of a manifest's bytes."""
+        return fingerprint in (self.fingerprint, self.format_1)
 
     def url_of(self, shard: int, suffix: str = ".tar") -> str:
         """Where a shard's tar lies, or its ".npy" or ".idx"."""
@@ -116,19 +136,20 @@ def write_manifest(
     labels_per_sample: int = 1,
     shards_at: str | None = None,
     labels: Reading = Reading.FROM_0,
+    format_1: str | None = None,
 ) -> None:
     """Puts the manifest at `url`, to be called when all else is there; the same content gives the same bytes."""
     optional = {"label_field": label_field, "labels_per_sample": labels_per_sample, "shards_at": shards_at}
-    optional |= {"labels": None if labels is Reading.FROM_0 else labels}
+    optional |= {"labels": None if labels is Reading.FROM_0 else labels, "format_1": format_1}
     lines = "".join(
         f'"{name}": {json.dumps(value, ensure_ascii=False)},\n'
         for name, value in optional.items()
         if value not in (None, 1)
     )
     rows = ",\n".join("  " + json.dumps(_row(shard), ensure_ascii=False) for shard in shards)
-    samples = sum(shard.samples for shard in shards)
+    samples, number = sum(shard.samples for shard in shards), FORMAT if all(shard.table for shard in shards) else 1
     text = (
-        f'{{"format": {FORMAT}, "samples": {samples},\n"classes": {json.dumps(list(classes), ensure_ascii=False)},\n'
+        f'{{"format": {number}, "samples": {samples},\n"classes": {json.dumps(list(classes), ensure_ascii=False)},\n'
         f'{lines}"shards": [\n{rows}\n]}}\n'
     )
     fs, folder = open_fs(url)
@@ -159,24 +180,28 @@ def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
         raise UsageError(f"{place} is not JSON ({error}); pack again") from None
     if not isinstance(document, dict) or "format" not in document:
         raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is the path another?")
-    if document["format"] != FORMAT:
-        raise UsageError(f"{place} has format {document['format']}; this version reads format {FORMAT}")
+    if document["format"] not in (1, FORMAT):
+        raise UsageError(f"{place} has format {document['format']}; this version reads formats 1 and {FORMAT}")
     try:
         shards = tuple(
-            Shard(each["name"], each["samples"], each["bytes"], each.get("query", "")) for each in document["shards"]
+            Shard(each["name"], each["samples"], each["bytes"], each.get("query", ""), each.get("table", ""))
+            for each in document["shards"]
         )
         classes, samples = tuple(map(composed, document["classes"])), document["samples"]
         labels = Reading(document.get("labels", Reading.FROM_0))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
-    optional = {name: document[name] for name in ("label_field", "labels_per_sample", "shards_at") if name in document}
-    manifest = Manifest(url, classes, shards, hashlib.sha256(contents).hexdigest(), labels=labels, **optional)
-    if fault := _fault(manifest, samples):
+    names = ("label_field", "labels_per_sample", "shards_at", "format_1")
+    optional = {name: document[name] for name in names if name in document}
+    if document["format"] == 1:
+        optional["format_1"] = hashlib.sha256(contents).hexdigest()
+    manifest = Manifest(url, classes, shards, labels=labels, **optional)
+    if fault := _fault(manifest, samples, document["format"]):
         raise UsageError(f"{place} {fault}; pack again")
     return manifest
 
 
-def _fault(manifest: Manifest, samples: object) -> str | None:
+def _fault(manifest: Manifest, samples: object, number: int) -> str | None:
     """What does not hold of a manifest, in a few words."""
     if not manifest.classes or not all(isinstance(each, str) for each in manifest.classes):
         return "names no classes"
@@ -189,6 +214,8 @@ def _fault(manifest: Manifest, samples: object) -> str | None:
             return f"names a shard {shard.name!r}, which is no .tar"
         if not isinstance(shard.query, str):
             return f"gives {shard.name} a query that is no text"
+        if not isinstance(shard.table, str) or bool(shard.table) != (number > 1):
+            return f"has format {number} and gives {shard.name} the table {shard.table!r}"
         if any(type(number) is not int or number < 1 for number in (shard.samples, shard.bytes)):
             return f"gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes"
     if len({shard.stem for shard in manifest.shards}) < len(manifest.shards):
@@ -197,8 +224,9 @@ def _fault(manifest: Manifest, samples: object) -> str | None:
         return f"says {samples!r} samples, and its shards have {manifest.samples}"
     if type(manifest.labels_per_sample) is not int or manifest.labels_per_sample < 1:
         return f"gives a sample {manifest.labels_per_sample!r} labels"
-    if not all(isinstance(each, str | None) for each in (manifest.label_field, manifest.shards_at)):
-        return "has a label_field or shards_at that is no text"
+    texts = (manifest.label_field, manifest.shards_at, manifest.format_1)
+    if not all(isinstance(each, str | None) for each in texts):
+        return "has a label_field, shards_at or format_1 that is no text"
     return None
 
 
@@ -208,7 +236,8 @@ def with_cache(manifest: Manifest, storage: Storage, folder: str | None, max_byt
     if folder is None or isinstance(files, LocalFileSystem):
         return replace(manifest, storage=storage)
     place = Path(expand(folder, "data.cache.dir"))
-    return replace(manifest, storage=NodeCache(storage, place, max_bytes, manifest.fingerprint, _sizes_of(manifest)))
+    version = manifest.fingerprint or manifest.format_1 or ""
+    return replace(manifest, storage=NodeCache(storage, place, max_bytes, version, _sizes_of(manifest)))
 
 
 def _sizes_of(manifest: Manifest) -> Callable[[str], int | None]:

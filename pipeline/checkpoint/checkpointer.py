@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.heartbeat import pause
 from pipeline.lineage import lineage_entry
 from pipeline.plan import Plan
-from pipeline.run.events import Events
+from pipeline.run.events import Events, last_logged_step
 from pipeline.training import ema
 from pipeline.training.epoch_audit import EpochAudit
 from pipeline.training.state import TrainState
@@ -47,15 +48,25 @@ class Checkpointer:
         """Loads the newest good checkpoint into the engine; returns its state, or without one that of a new run."""
         pause()
         bn_ema = ema.clone(ema.statistics(self._engine.module)) if self._train.ema else None
-        saved = restore(self._engine, self._run, bn_ema, self._train_set.fingerprint, self._events)
+        saved = restore(self._engine, self._run, bn_ema, self._train_set, self._events)
         rollbacks = from_rank_zero(lambda: load_rollbacks(self._run, saved))
         audit = EpochAudit(self._train_set.samples, self._train.global_batch, saved["epochs"] if saved else None)
         made = rollbacks, bn_ema
         state = TrainState.from_json(saved, audit, *made) if saved else TrainState.begin(audit, *made)
         self._saved = state.step if saved else None
         event = "training_resumed" if saved else "training_started"
-        self._events.write(event, step=state.step, new_augmentations=self._new_augmentations)
+        lost = self._warn_of_lost_steps() if saved is None and self._writer.rank == 0 else {}
+        self._events.write(event, step=state.step, **lost, new_augmentations=self._new_augmentations)
         return state
+
+    def _warn_of_lost_steps(self) -> dict[str, int]:
+        """The steps that a run had done before it could save any, for the event; {} at a first start."""
+        lost = last_logged_step(self._run)
+        if lost:
+            print(
+                f"warning: {self._run} begins again: it had no checkpoint yet, {lost} steps are lost", file=sys.stderr
+            )
+        return {"steps_lost": lost} if lost else {}
 
     def save(self, state: TrainState) -> None:
         """Copies the state to the host and returns; a thread writes it. Nothing where this step is saved already."""

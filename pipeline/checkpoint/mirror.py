@@ -1,8 +1,9 @@
 """Copies checkpoints to checkpoint.mirror in the background, and restores a run from there when its folder is gone.
 
 URL/checkpoints/step-N/ has the files of a checkpoint, manifest.json last: a copy without it is incomplete. URL itself
-has the small files that resuming needs. One checkpoint is copied at a time, and the newest is next. A copy that fails
-is an event and a warning, and training continues.
+has the small files that resuming needs; its run.json says whose mirror it is, and no other run writes or deletes there.
+One checkpoint is copied at a time, and the newest is next. A copy that fails is an event and a warning, and training
+continues.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ from pipeline.checkpoint.reader import (
     step_name,
     step_of,
 )
+from pipeline.config.parsing import read_resolved
 from pipeline.config.schema import Config
 from pipeline.errors import DataError, RunFailed, UsageError, first_line
+from pipeline.run.identity import NOTE, Identity, from_json, identify, lies_elsewhere, read_identity, settle, to_json
 from pipeline.run.lock import acquire_lock
 
-SMALL_FILES = ("config.yaml", "source.json", "wandb.json", "metrics.jsonl", "events.jsonl")
+SMALL_FILES = ("config.yaml", "source.json", "metrics.jsonl", "events.jsonl")
 PIECE_BYTES, PIECES_AT_ONCE = 16 << 20, 8
 _MANIFEST = "manifest.json"
 
@@ -53,6 +56,7 @@ class Mirror:
     def __init__(self, url: str, run: Path, keep_last: int, keep_every: int | None, emit: Callable[..., None]) -> None:
         self._url, self._run, self._emit = url, run, emit
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._identity: Identity | None = None
         self._waiting: list[Path] = []
         self._current: Path | None = None
         self._lock = threading.Lock()
@@ -86,6 +90,7 @@ class Mirror:
             self._waiting = [each for each in self._waiting if step_of(each) <= after]
         self.wait()
         try:
+            self._claim()
             for step in list_copies(self._url):
                 if step > after:
                     _delete(self._url, step)
@@ -101,11 +106,23 @@ class Mirror:
     def _copy(self, folder: Path) -> None:
         step, began = step_of(folder), time.monotonic()
         try:
+            self._claim()
             size = upload(folder, self._run, self._url)
             self._emit("mirrored", step=step, seconds=round(time.monotonic() - began, 3), bytes=size)
             self._prune(step)
         except Exception as error:  # as in delete_after
             self._warn(step, f"{folder.name} has no good copy at the mirror", error)
+
+    def _claim(self) -> None:
+        """Notes at the mirror whose it is; DataError where it is another run's, or this one was started elsewhere."""
+        owner, identity = owner_of(self._url), self._identity or settle(self._run)
+        if owner is not None and owner != identity and (self._identity or _is_anothers(owner, identity, self._url)):
+            raise DataError(f"{self._url} is the mirror of the run in {owner.folder}")
+        if owner != identity:
+            fs, top = open_fs(self._url)
+            DEFAULT.with_retries("made", top, lambda: fs.makedirs(top, exist_ok=True))
+            write_file(fs, f"{top}/{NOTE}", to_json(identity).encode())
+        self._identity = identity
 
     def _prune(self, step: int) -> None:
         """Deletes the copies that the one of this step supersedes, as for local ones, and incomplete older ones."""
@@ -136,6 +153,14 @@ def upload(folder: Path, run: Path, url: str) -> int:
             write_file(fs, f"{top}/{small.name}", small.read_bytes())
     write_file(fs, f"{place}/{_MANIFEST}", (folder / _MANIFEST).read_bytes())
     return sum(file.stat().st_size for file in files)
+
+
+def owner_of(url: str) -> Identity | None:
+    """The run whose mirror a URL is; None where nothing says so. DataError where it cannot be read."""
+    try:
+        return from_json(DEFAULT.read(f"{url.rstrip('/')}/{NOTE}"))
+    except NotFound:
+        return None
 
 
 def list_copies(url: str) -> Copies:
@@ -190,15 +215,24 @@ def restore_from_mirror(config: Config) -> None:
     fs, top = open_fs(url)
     if isinstance(fs, LocalFileSystem) and Path(top).resolve() == run.resolve():
         raise UsageError(f"checkpoint.mirror={url} is run.dir itself; choose another place, or null")
+    identity = identify(run)
+    if identity.copy_of is not None and _may_mirror_to(Path(identity.copy_of), url):
+        raise _not_ours(run, url, identity.copy_of)
     if latest_step(run) is not None:
         return
     try:
-        found = complete(list_copies(url))
+        found, owner = complete(list_copies(url)), owner_of(url)
     except DataError as error:
         raise DataError(
             f"checkpoint.mirror: {error}; {run} has no checkpoint, and the mirror may have"
             " one: try again, or begin without it with checkpoint.mirror=null"
         ) from None
+    if owner is not None:
+        known = read_identity(run)
+        if known is None and lies_elsewhere(owner, run):  # what is restored would be a copy of it
+            known = Identity("", str(run.resolve()), copy_of=owner.folder)
+        if known is not None and _is_anothers(owner, known, url):
+            raise _not_ours(run, url, owner.folder)
     if not found:
         return
     try:
@@ -213,6 +247,36 @@ def restore_from_mirror(config: Config) -> None:
             f"run.dir={run}: the checkpoint at the mirror cannot be copied back: {error.strerror or error};"
             " fix that, then the same command resumes from there"
         ) from None
+
+
+def _is_anothers(owner: Identity, identity: Identity, url: str) -> bool:
+    """Whether the mirror's owner is not this run, nor one that it is a copy of and that mirrors elsewhere."""
+    if owner.id == identity.id:
+        return False
+    if owner.folder == identity.folder:  # a run that was in this folder before
+        return bool(list_copies(url))
+    return owner.folder != identity.copy_of or _may_mirror_to(Path(owner.folder), url)
+
+
+def _may_mirror_to(run: Path, url: str) -> bool:
+    """Whether another run, if there still is one, has this mirror, by its configuration."""
+    try:
+        theirs = read_resolved(run / "config.yaml").checkpoint.mirror
+    except UsageError:
+        return (run / NOTE).exists()
+    return theirs is not None and _place(theirs) == _place(url)
+
+
+def _place(url: str) -> tuple[object, str]:
+    fs, top = open_fs(url)
+    return fs, str(Path(top).resolve()) if isinstance(fs, LocalFileSystem) else top.rstrip("/")
+
+
+def _not_ours(run: Path, url: str, owner: str) -> UsageError:
+    return UsageError(
+        f"checkpoint.mirror={without_secrets(url)} is the mirror of the run in {owner}, and run.dir={run} is another"
+        " run: set another checkpoint.mirror, or null, or resume that run in its own folder"
+    )
 
 
 def _fetch_newest(run: Path, url: str, found: Copies) -> None:
@@ -263,7 +327,7 @@ def _read_piece(url: str, piece: tuple[int, int]) -> bytes:
 
 def _fetch_small_files(run: Path, url: str) -> None:
     """Downloads those that the folder lacks."""
-    for name in SMALL_FILES:
+    for name in (*SMALL_FILES, NOTE):
         if not (run / name).exists():
             with suppress(NotFound):
                 write_atomically(run / name, DEFAULT.read(f"{url}/{name}"))

@@ -91,7 +91,7 @@ class CheckpointReader:
         self.folder = folder
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
-            digest = manifest.pop("sha256")
+            digest = self.digest = manifest.pop("sha256")
         except OSError as error:
             raise DamagedCheckpoint(f"{folder}/manifest.json: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):

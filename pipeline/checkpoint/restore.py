@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from data.shards.manifest import Manifest
 from pipeline.checkpoint.attempts import trusted_checkpoints
 from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint, newest_good
+from pipeline.checkpoint.train_set import check_train_set
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.errors import UsageError
@@ -30,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ANOTHER_RUN = "put back the configuration and the program that wrote it, or begin another run with run.dir=..."
 
 
-def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprint: str, events: Events) -> State | None:
+def restore(engine: Any, run: Path, average: Statistics | None, train: Manifest, events: Events) -> State | None:
     """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
 
     Collective. RunFailed where checkpoints exist and none is good; UsageError where the newest is of another training
@@ -45,7 +47,7 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
 
     def verified_by_all(folder: Path) -> CheckpointReader:
         try:
-            reader, problem = _verified(folder, owned, {**shapes, **buffers}, train_fingerprint), None
+            reader, problem = _verified(folder, owned, {**shapes, **buffers}, train), None
         except (UsageError, DamagedCheckpoint) as error:
             reader, problem = None, error
         problems = all_gather([problem] if problem else [])
@@ -60,7 +62,7 @@ def restore(engine: Any, run: Path, average: Statistics | None, train_fingerprin
         verified_by_all,
         lambda folder, error: _report_damage(events, folder, error),
         "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
-        " or begin again",
+        " or begin again with --restart",
     )
     return _apply(engine, owned, average, reader)
 
@@ -71,7 +73,7 @@ def _report_damage(events: Events, folder: Path, error: DamagedCheckpoint) -> No
         print(f"warning: {error}; trying the checkpoint before {folder.name}", file=sys.stderr)
 
 
-def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_fingerprint: str) -> CheckpointReader:
+def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train: Manifest) -> CheckpointReader:
     """A checkpoint of which everything that this rank needs is verified.
 
     DamagedCheckpoint where a byte of it is wrong, UsageError where it is of another network or training set.
@@ -82,11 +84,7 @@ def _verified(folder: Path, owned: list[ParamSlice], shapes: Shapes, train_finge
     for kind in owned[0].values if owned else ():
         if not reader.has_kind(kind):
             raise UsageError(f"{folder} holds no {kind}; {_ANOTHER_RUN}")
-    if reader.state()["train_fingerprint"] != train_fingerprint:
-        raise UsageError(
-            f"data.train holds another training set than the one {folder} was trained on;"
-            " put it back, or begin another run with run.dir=..."
-        )
+    check_train_set(train, reader)
     reader.verify((s.name, kind, s.start, own.numel()) for s in owned for kind, own in s.values.items())
     return reader
 

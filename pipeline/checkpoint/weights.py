@@ -41,6 +41,7 @@ class WeightsFile:
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is not from this version of coatnet export or coatnet import; make it with one")
         self._metadata = metadata
+        self.digest = hashlib.sha256(json.dumps(metadata["sha256"], sort_keys=True).encode()).hexdigest()
         self.step: int = metadata["step"]
         self.shapes = {name: shape for name, shape in shapes.items() if not name.endswith(STATISTICS)}
 

@@ -1,6 +1,7 @@
 """`coatnet finetune`: trains another run's weights, at another resolution or for other classes, or resumes.
 
-The source is pinned at the first start (RUN/source.json), so that a restart never begins from a newer checkpoint. Its
+The source is pinned at the first start (RUN/source.json), so that a restart never begins from a newer checkpoint; a run
+that has begun no longer needs it. The same weights may come to lie elsewhere, and other ones are refused. The source's
 weights are the moving average if it has one; how they are converted is in ../checkpoint/pretrained.py. Augmentation is
 compared with that of the source's whole ancestry first (../lineage.py).
 """
@@ -9,21 +10,24 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.storage.durable import write_atomically
+from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import restore_from_mirror
 from pipeline.checkpoint.pretrained import check_compatible_network, convert_weights, describe_classifier, map_classes
-from pipeline.checkpoint.weights import Weights, open_weights, select_weights
-from pipeline.commands.pretrain import check_config, run
+from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint
+from pipeline.checkpoint.weights import Weights, WeightsFile, open_weights, select_weights
+from pipeline.commands.pretrain import begin_anew, check_config, run, set_aside_config
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_rank, rank_and_world_size
 from pipeline.errors import UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
+from pipeline.run.identity import read_identity
 
 if TYPE_CHECKING:
     import torch
@@ -37,32 +41,50 @@ class Source:
     """What a fine-tuning begins from: a run, one checkpoint of it, and its lineage (lineage.lineage_entry).
 
     Of an exported file `run` and `checkpoint` are the file. `weights` is `ema` or `model`; None, in older runs, means
-    the average where there is one.
+    the average where there is one. `digest` is of these weights, `run_id` the run's (run/identity.py).
     """
 
     run: str
     checkpoint: str
     ancestry: list[dict[str, Any]]
     weights: str | None = None
+    digest: str | None = None
+    run_id: str | None = None
 
     def reader(self) -> Weights:
+        if not Path(self.checkpoint).exists():
+            raise UsageError(
+                f"{self.checkpoint} is gone, from which this run is to begin (source.json): copy it back, or begin from"
+                " another with --restart"
+            )
         return open_weights(Path(self.checkpoint))
 
 
 def finetune(
-    preset: str, overrides: list[str], source: str | None, weights: str | None, procs: int, check: bool
+    preset: str,
+    overrides: list[str],
+    source: str | None,
+    weights: str | None,
+    procs: int,
+    check: bool,
+    restart: bool = False,
 ) -> int:
-    """Fine-tunes, or resumes; returns the exit status."""
+    """Fine-tunes, resumes, or begins anew with `restart`; returns the exit status."""
     config = read_config(preset, overrides)
+    anew = set_aside_config(config) if restart else config
     if check:  # without data
         if source is None and not is_rank():
             print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
-        classes = None if source is None else check_source(config, source, weights)
+        classes = None if source is None else check_source(anew, source, weights)
         return check_config(config, procs, likely_classes=classes)
-    if source is None or _is_preset(source):
-        problem = "needs --from RUN" if source is None else f"needs a run: pretrain with {source} first"
-        raise UsageError(f"finetune {problem}; only --check works without one, or with a preset")
-    run_folder, path = Path(config.run.dir), Path(source)
+    if source is not None and _is_preset(source):
+        raise UsageError(f"finetune needs a run: pretrain with {source} first; only --check works with a preset")
+    run_folder, path = Path(config.run.dir), None if source is None else Path(source)
+    if restart:
+        found = source_of(Path(anew.run.dir), path, weights)
+        check_new_augmentations(config, found.ancestry)
+        check_compatible_network(config, _config_of(found.reader()), found.run)
+        begin_anew(config, "finetune", procs)
     restore_from_mirror(config)
     ancestors = source_of(run_folder, path, weights).ancestry
     check_ancestry(config, ancestors)
@@ -142,24 +164,57 @@ def describe_start(config: Config, plan: Plan, source: Source) -> str:
     return f"from {source.run} at step {reader.step}: its {kind}, {tables}; {describe_classifier(rows, theirs)}"
 
 
-def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
-    """The source that a run is pinned to, or else the newest checkpoint of `source`; UsageError where they differ."""
+def source_of(run_folder: Path, source: Path | None, weights: str | None) -> Source:
+    """The source that a run is pinned to, or else the newest checkpoint of `source`; UsageError where they differ.
+
+    Where the same weights lie elsewhere now, it is the source there.
+    """
     pinned = run_folder / "source.json"
     if not pinned.exists():
+        if source is None:
+            raise UsageError("finetune needs --from RUN; only --check works without one")
         reader = open_weights(source)
         ancestors = reader.state()["ancestry"]
         if ancestors is None:
             ancestors = [unknown_lineage(str(source))]
         kind = "ema" if select_weights(reader, weights) == "ema" else "model"
-        return Source(str(source.resolve()), str(reader.folder.resolve()), ancestors, kind)
+        identity = read_identity(source)
+        places = str(source.resolve()), str(reader.folder.resolve())
+        return Source(*places, ancestors, kind, reader.digest, identity.id if identity else None)
     found = Source(**json.loads(pinned.read_text()))
     begun = f"run.dir={run_folder} was started from {found.run}"
-    suggestion = "resume with the first, or fine-tune into another folder with run.dir=..."
-    if found.run != str(source.resolve()):
-        raise UsageError(f"{begun}, and --from is {source.resolve()}; {suggestion}")
+    suggestion = "resume with the first, or without --from, or fine-tune into another folder with run.dir=..."
+    if source is not None:
+        there = _find_weights(source, Path(found.checkpoint).name)
+        if not _is_source(found, source, there, has_begun=latest_step(run_folder) is not None):
+            others = " has other weights" if found.run == str(source.resolve()) else f" is {source.resolve()}"
+            raise UsageError(f"{begun}, and --from{others}; {suggestion}")
+        if there is not None:
+            found = replace(found, run=str(source.resolve()), checkpoint=str(there.folder.resolve()))
     if weights and found.weights and weights != found.weights:
         raise UsageError(f"{begun} with --weights {found.weights}, and now it is {weights}; {suggestion}")
     return found
+
+
+def _find_weights(source: Path, step: str) -> Weights | None:
+    """The file or checkpoint that a path is, or a run's checkpoint of this name; None where it cannot be read."""
+    checkpoint = source if (source / "manifest.json").exists() else source / "checkpoints" / step
+    try:
+        return WeightsFile(source) if source.is_file() else CheckpointReader(checkpoint)
+    except (UsageError, DamagedCheckpoint):
+        return None
+
+
+def _is_source(pinned: Source, source: Path, there: Weights | None, has_begun: bool) -> bool:
+    """Whether a path leads to the weights that a run is pinned to, or, if they are gone there, to where they lay."""
+    if there is not None and pinned.digest is not None:
+        return there.digest == pinned.digest
+    if pinned.run == str(source.resolve()):
+        return True
+    if pinned.digest is None or not source.exists():  # as older runs wrote it; or a place that has nothing any more
+        return pinned.digest is not None and has_begun
+    identity = read_identity(source)  # of the same run, which has gone on since then
+    return identity is not None and identity.id == pinned.run_id
 
 
 def pin_source(run_folder: Path, source: Source) -> None:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.checkpoint.mirror import restore_from_mirror
+from data.urls import without_secrets
+from pipeline.checkpoint.attempts import latest_step
+from pipeline.checkpoint.mirror import list_copies, restore_from_mirror
 from pipeline.config.batch_size import padding_share
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
@@ -17,13 +19,16 @@ from pipeline.distributed.launcher import launch
 from pipeline.errors import UsageError
 from pipeline.monitoring.wandb import check_wandb
 from pipeline.plan import Plan, check_ranks, make_plan
+from pipeline.run.restart import next_place, set_aside
 
 
-def pretrain(preset: str, overrides: list[str], procs: int, check: bool) -> int:
-    """Trains, or resumes; returns the exit status."""
+def pretrain(preset: str, overrides: list[str], procs: int, check: bool, restart: bool = False) -> int:
+    """Trains, resumes, or begins anew with `restart`; returns the exit status."""
     config = read_config(preset, overrides)
     if check:
         return check_config(config, procs)
+    if restart:
+        begin_anew(config, "pretrain", procs)
 
     def work(plan: Plan) -> None:
         from pipeline.train import train
@@ -31,6 +36,37 @@ def pretrain(preset: str, overrides: list[str], procs: int, check: bool) -> int:
         train(config, plan, ancestors=[])
 
     return run(config, "pretrain", procs, work)
+
+
+def set_aside_config(config: Config) -> Config:
+    """The configuration with the folder that a run's files would be set aside in: one of a run that has not begun."""
+    place = next_place(Path(config.run.dir))
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(place)})})
+
+
+def begin_anew(config: Config, command: str, procs: int) -> None:
+    """Sets a run's files aside, so that it begins anew, once that is known to be possible."""
+    if is_rank():
+        raise UsageError(
+            "--restart sets a run's files aside once, before its ranks start: under torchrun or srun move them"
+            " yourself, or choose another folder with run.dir=..."
+        )
+    make_plan(set_aside_config(config), command, procs, procs)
+    set_files_aside(config)
+
+
+def set_files_aside(config: Config) -> None:
+    """Moves what is in a run's folder into a folder in it; UsageError where its mirror would bring it back."""
+    run, mirror = Path(config.run.dir), config.checkpoint.mirror
+    if mirror is not None and list_copies(mirror):
+        raise UsageError(
+            f"checkpoint.mirror={without_secrets(mirror)} has checkpoints, from which the run would resume: with"
+            " --restart set another place, or null"
+        )
+    newest = latest_step(run)
+    if (place := set_aside(run)) is not None:
+        had = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
+        print(f"{run} begins anew: what was there, with {had}, is in {place}")
 
 
 def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
@@ -48,7 +84,8 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
     if is_first_process() and (wasted := padding_share(config.train, world_size)):
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
-        return launch(sys.argv[1:], procs, Path(config.run.dir) / "logs", import_training)
+        arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
+        return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
     from pipeline.attempt import record_exit_reason  # they import torch
     from pipeline.memory.oom import explain_oom
 

@@ -54,7 +54,11 @@ class Cache(Section):
 
 class Data(Section):
     train: str = key(
-        ..., "packed training set: a folder or any fsspec URL that holds manifest.json", expanded=True, min_length=1
+        ...,
+        "packed training set: a folder or any fsspec URL that holds manifest.json; a run may find the same elsewhere",
+        "tracked",
+        expanded=True,
+        min_length=1,
     )
     val: str | None = key(None, "packed evaluation set; null: no evaluation during training", "mutable", expanded=True)
     shuffle_window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)

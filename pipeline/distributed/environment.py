@@ -64,7 +64,12 @@ def slurm_port(environment: Mapping[str, str]) -> int:
 
 def is_first_process() -> bool:
     """Whether this is the process in which the command was started, or rank 0 of another launcher."""
-    return LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0"
+    return LAUNCHER not in os.environ and is_rank_zero()
+
+
+def is_rank_zero() -> bool:
+    """Whether this is rank 0, or no rank at all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def rank_and_world_size() -> tuple[int, int]:

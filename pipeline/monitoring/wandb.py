@@ -8,16 +8,14 @@ is our step: W&B's own counter may only rise, and would drop repeated steps, whi
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import sys
 import threading
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from data.storage.durable import write_atomically
 from pipeline.errors import UsageError, first_line
+from pipeline.run.identity import settle
 
 INIT_SECONDS, FINISH_SECONDS = 30, 10
 """How long its server may take to answer, and, when a run ends, to take what is left."""
@@ -35,19 +33,11 @@ def check_wandb(project: str | None) -> None:
         )
 
 
-def wandb_id(run: Path) -> str:
-    """The run's id; a new one is written to RUN/wandb.json before it is used."""
-    note = run / "wandb.json"
-    if not note.exists():
-        write_atomically(note, json.dumps({"id": os.urandom(8).hex()}) + "\n")
-    return json.loads(note.read_text())["id"]
-
-
 class WeightsAndBiases:
-    """The run's page in a project, under its resolved configuration and nothing else of it."""
+    """The run's page in a project, under its id and resolved configuration, and nothing else of it."""
 
     def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
-        self._run, self._project, self._config, self._id = run, project, config, wandb_id(run)
+        self._run, self._project, self._config, self._id = run, project, config, settle(run).id
         self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._done = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.jsonl import JsonLines
+from pipeline.run.jsonl import JsonLines, read_lines
 
 
 class Events:
@@ -23,3 +24,19 @@ class Events:
         if self._lines is None:
             self._lines = JsonLines(self._path)
         self._lines.write({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
+
+
+def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
+    """The step of the last checkpoint that a run has written and not abandoned by a rollback; None where none is."""
+    saved: list[int] = []
+    for row in events:
+        if row["event"] == "checkpoint":
+            saved.append(row["step"])
+        elif row["event"] == "rollback":
+            saved = [step for step in saved if step <= row["to"]]
+    return max(saved, default=None)
+
+
+def last_logged_step(run: Path) -> int:
+    """The last step in metrics.jsonl; 0 where there is none."""
+    return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)

@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.errors import DataError, UsageError
+from data.shards.labels import Reading
 from data.shards.manifest import Shard, read_manifest, write_manifest
 from data.shards.sample_table import FLAG_DECODED, ROW, read_rows, row_checksums, sample_table, table_bytes
 from data.shards.tar_index import index_bytes, index_tar
@@ -126,7 +129,7 @@ def test_numpy_opens_the_table_and_its_rows_begin_at_byte_256(tmp_path, count):
 
 
 CLASSES = ["Hütte", 'a "b"', "c"]
-SHARDS = [Shard("shard-000000.tar", 3, 9000), Shard("shard-000001.tar", 2, 5000)]
+SHARDS = [Shard("shard-000000.tar", 3, 9000, table="f0"), Shard("shard-000001.tar", 2, 5000, table="f1")]
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
@@ -155,13 +158,31 @@ def test_a_manifest_has_its_optional_fields_only_where_they_differ(tmp_path, opt
     assert manifest.url_of(0, ".npy") == f"{tmp_path}/shard-000000.npy"
 
 
-def test_the_fingerprint_is_that_of_the_content(tmp_path):
-    seen = set()
-    for name, classes, of in [("a", CLASSES, SHARDS), ("b", CLASSES, SHARDS), ("c", CLASSES[:2], SHARDS)]:
+other_rows: list[tuple[str, Any]] = [("samples", 4), ("bytes", 9001), ("table", "f2")]
+NAMES = [replace(shard, name=f"part/{shard.stem}.TAR", query="?token=9") for shard in SHARDS]
+
+
+@pytest.mark.parametrize(
+    ("classes", "shards", "options", "is_the_same"),
+    [
+        (CLASSES, NAMES, {"shards_at": "s3://elsewhere", "format_1": "ab"}, True),
+        (CLASSES[:2], SHARDS, {}, False),
+        (CLASSES[::-1], SHARDS, {}, False),
+        (CLASSES, SHARDS[::-1], {}, False),
+        (CLASSES, SHARDS[:1], {}, False),
+        *((CLASSES, [replace(SHARDS[0], **{name: value}), SHARDS[1]], {}, False) for name, value in other_rows),
+        (CLASSES, SHARDS, {"label_field": "a.b"}, False),
+        (CLASSES, SHARDS, {"labels_per_sample": 2}, False),
+        (CLASSES, SHARDS, {"labels": Reading.NAMES}, False),
+    ],
+)
+def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(tmp_path, classes, shards, options, is_the_same):
+    prints = []
+    for name, content in (("a", (CLASSES, SHARDS, {})), ("b", (classes, shards, options))):
         (tmp_path / name).mkdir()
-        write_manifest(str(tmp_path / name), classes, of)
-        seen.add(read_manifest(str(tmp_path / name)).fingerprint)
-    assert len(seen) == 2
+        write_manifest(str(tmp_path / name), *content[:2], **content[2])
+        prints.append(read_manifest(str(tmp_path / name)).fingerprint)
+    assert (prints[0] == prints[1]) is is_the_same and None not in prints
 
 
 def changed(**changes: object) -> bytes:
@@ -181,7 +202,9 @@ SHARD = {"name": "s.tar", "samples": 5, "bytes": 9}
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[1]", "is not a manifest of shards"),
         (changed(format=None), "is not a manifest of shards"),
-        (changed(format=2), "has format 2; this version reads format 1"),
+        (changed(format=3), "has format 3; this version reads formats 1 and 2"),
+        (changed(format=2), "has format 2 and gives s.tar the table ''"),
+        (changed(shards=[{**SHARD, "table": "f0"}]), "has format 1 and gives s.tar the table 'f0'"),
         (changed(shards=None), "not a whole manifest"),
         (changed(shards=[{"name": "s.tar"}]), "not a whole manifest"),
         (changed(classes=7), "not a whole manifest"),

@@ -93,6 +93,9 @@ def size_of_another(folder: Path) -> None:
     (folder / TABLE).write_bytes(table_bytes(rows))
 
 
+OTHER_TABLE = "its sample table (.npy) is another than the manifest's"
+
+
 def one_class_less(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "classes": manifest["classes"][:3]}))
@@ -106,9 +109,9 @@ def one_class_less(folder: Path) -> None:
         (lambda folder: (folder / INDEX).unlink(), {"has no DALI index (.idx)"}),
         (lambda folder: (folder / TABLE).write_bytes(b""), {"its sample table (.npy) is not one of 9 samples"}),
         (tar_cut, {"lies past the end of the tar", "not a whole tar: *", "has 20490 bytes; the manifest says *"}),
-        (table_of_another, {"its row of the sample table is not that of its headers"}),
-        (row_of_another, {"its row of the sample table is not that of its headers"}),
-        (size_of_another, {"decodes to *; its row says *"}),
+        (table_of_another, {OTHER_TABLE, "its row of the sample table is not that of its headers"}),
+        (row_of_another, {OTHER_TABLE, "its row of the sample table is not that of its headers"}),
+        (size_of_another, {OTHER_TABLE, "decodes to *; its row says *"}),
         (one_class_less, {"its label is '3'; it must be 0 to 2 or the name of a class"}),
     ],
 )  # fmt: skip

@@ -147,7 +147,7 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     average = ema.clone(ema.statistics(model))
     folder.mkdir(parents=True, exist_ok=True)
     events = Events(folder, 0, rank)
-    state = restore(engine, Path(config.run.dir), average, plan.train.fingerprint, events)
+    state = restore(engine, Path(config.run.dir), average, plan.train, events)
     assert state is not None
     losses, spec = {}, loader_spec(config, device)
     for kind, swapped in (("ema", average), ("model", None)):

@@ -9,10 +9,12 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.packing.pack import pack
+from data.shards.manifest import read_manifest, write_manifest
 from pipeline.checkpoint.reader import CheckpointReader, checkpoints
 from pipeline.distributed.launcher import COMMANDS
 from pipeline.doctor.environment import GRAY_JPEG
@@ -55,6 +57,13 @@ def pack_two(folder: Path) -> Path:
     source, packed = str(folder / "images"), folder / "packed"
     pack(source, str(packed), **sizes, seed=0, workers=1, overwrite=False, progress=lambda done, total: None)
     return packed
+
+
+def as_format_1(packed: Path) -> bytes:
+    """Gives packed images a manifest as older versions wrote it; returns its bytes."""
+    manifest = read_manifest(str(packed))
+    write_manifest(str(packed), manifest.classes, [replace(shard, table="") for shard in manifest.shards])
+    return (packed / "manifest.json").read_bytes()
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
     assert of_change["mutable"] == {name for name in documented_keys() if name.startswith(mutable)}
     assert of_change["tracked"] == {
         "train.epochs", "train.steps", "optim.learning_rate", "optim.final_learning_rate", "optim.warmup_steps",
-        "optim.decay",
+        "optim.decay", "data.train",
     }  # fmt: skip
 
 

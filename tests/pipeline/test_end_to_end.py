@@ -21,6 +21,7 @@ from pipeline.checkpoint.reader import CheckpointReader, checkpoints
 from tests.data.servers import s3_server, shares
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
+    as_format_1,
     coatnet,
     consumed,
     contents,
@@ -160,6 +161,48 @@ def test_another_training_set_under_the_same_name_is_refused(
     shutil.copytree(digits / "val", data)
     refused = coatnet(*request_of(tmp_path / "run", *run, "train.steps=4", procs=1))
     assert refused.returncode == 2 and "another training set" in refused.stderr
+
+
+def test_a_run_resumes_to_the_bit_where_its_data_lie_now(
+    copy: Path, undisturbed: Path, request_of: Callable[..., list[object]], digits: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(digits / "train", tmp_path / "elsewhere"))
+    as_format_1(data)
+    for folder in checkpoints(copy / "checkpoints")[3:]:
+        shutil.rmtree(folder)
+    done = coatnet(*request_of(copy, f"data.train={data}/"))
+    assert done.returncode == 0, done.stderr
+    assert events(copy, "attempt_started")[-1]["changed"]["data.train"] == [f"{digits}/train", f"{data}/"]
+    assert curve(copy) == curve(undisturbed) and last_state(copy) == last_state(undisturbed)
+    assert json.loads((data / "manifest.json").read_text())["format"] == 2
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_again_only_by_restart(
+    copy: Path, request_of: Callable[..., list[object]]
+) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    before = contents(copy)
+    refused = coatnet(*request_of(copy))
+    assert refused.returncode == 2 and contents(copy) == before
+    assert f"had saved step {STEPS} and logged step {STEPS}" in refused.stderr and "--restart" in refused.stderr
+    anew = coatnet(*request_of(copy, "train.steps=2", "model.head_size=32", "--restart", procs=1))
+    assert anew.returncode == 0, anew.stderr
+    assert contents(copy / "restarted-1") == before
+    assert [row["step"] for row in events(copy, "training_started")] == [0] and last_step(copy) == 2
+    again = coatnet(*request_of(copy, "train.steps=2", "model.head_size=32", procs=1))
+    assert "done already" in again.stdout and not (copy / "restarted-2").exists()
+
+
+def test_a_run_that_never_saved_begins_again_and_tells_how_many_steps_are_lost(
+    undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(undisturbed / name, run)
+    again = coatnet(*request_of(run, "train.steps=1", procs=1))
+    assert again.returncode == 0 and f"begins again: it had no checkpoint yet, {STEPS} steps are lost" in again.stderr
+    assert events(run, "training_started")[0]["steps_lost"] == STEPS and last_step(run) == 1
 
 
 def test_one_folder_of_ones_own_takes_a_pack_and_a_pretraining(digits: Path, tmp_path: Path) -> None:

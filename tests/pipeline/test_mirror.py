@@ -82,7 +82,7 @@ def test_a_copy_has_all_files_the_manifest_last_and_the_small_files(run, s3):
     assert sorted(list_copies(URL)[4]) == FILES
     put = [request.path.removeprefix("/data/runs/tiny/") for request in s3.requests if request.method == "PUT"]
     assert set(put) == {f"checkpoints/{step_name(4)}/{file}" for file in FILES} | {
-        "config.yaml", "metrics.jsonl", "events.jsonl"
+        "config.yaml", "metrics.jsonl", "events.jsonl", "run.json"
     }  # fmt: skip
     assert put[-1] == f"checkpoints/{step_name(4)}/manifest.json"
 
@@ -104,6 +104,7 @@ def test_a_checkpoint_that_is_written_again_replaces_its_copy(run, s3, tmp_path)
     write_ranks(run / "checkpoints", [rank], 4)
     mirrored(run, URL, [4])
     assert "rank-00001.safetensors" not in list_copies(URL)[4]
+    shutil.rmtree(run)
     restore_from_mirror(config_of(tmp_path / "other"))
     read_everything(tmp_path / "other" / "checkpoints" / step_name(4))
 

@@ -239,7 +239,7 @@ def test_two_starts_are_one_curve_in_tensorboard(watched: Any) -> None:
 def test_two_attempts_are_one_wandb_run_with_all_steps_and_no_machine_data(watched: Any) -> None:
     run, _, starts = watched
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-    identity = json.loads((run / "wandb.json").read_text())["id"]
+    identity = json.loads((run / "run.json").read_text())["id"]
     later = [row for row in starts[1] if row["step"] > 4]
     assert [in_wandb(file) for file in files] == [(identity, "", starts[0]), (identity, "", later)]
     for content in (file.read_bytes() for file in (run / "wandb").rglob("*") if file.suffix in (".wandb", ".json")):

@@ -62,6 +62,7 @@ def test_a_run_whose_folder_is_gone_resumes_from_its_mirror_to_the_bit(
     done = coatnet(*request_of(run, f"checkpoint.mirror={mirror}"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("was restored from") == 1
+    assert len(events(run, "copied")) == 1 and not events(run, "mirror_failed")
     assert [row["step"] for row in events(run, "training_resumed")] == [4]
     assert [row["attempt"] for row in events(run, "attempt_started")] == [0, 1]
     assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)

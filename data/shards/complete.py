@@ -1,0 +1,61 @@
+"""Completing a manifest of format 1 with its sample tables' checksums, so that the set is known by its content.
+
+All tables are read once, 32 bytes a sample, and the manifest is written again. Where it cannot be written, the tables
+are read at each start of a training.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from data.errors import DataError
+from data.shards.manifest import MANIFEST, Manifest, Shard, write_manifest
+from data.shards.sample_table import HEADER_BYTES, ROW, table_checksum
+from data.storage.prefetch import map_in_threads
+from data.urls import join, without_secrets
+
+_TABLES_AT_ONCE = 16
+
+
+def complete(manifest: Manifest) -> Manifest:
+    """The manifest with its tables' checksums, written; DataError where that or reading a table fails."""
+    completed = with_checksums(manifest)
+    _rewrite(completed)
+    return completed
+
+
+def complete_if_writable(manifest: Manifest) -> Manifest:
+    """The manifest with its tables' checksums; a warning where it cannot be written."""
+    completed = with_checksums(manifest)
+    try:
+        _rewrite(completed)
+    except DataError as error:
+        url, tars = without_secrets(manifest.url), without_secrets(manifest.shards_at or manifest.url)
+        command = f"coatnet data index {tars}" + (f" --out {url}" if manifest.shards_at else "")
+        print(
+            f"warning: {join(url, MANIFEST)} has format 1, without checksums of the sample tables, so these are read at"
+            f" each start; `{command}` adds them once ({error})",
+            file=sys.stderr,
+        )
+    return completed
+
+
+def with_checksums(manifest: Manifest) -> Manifest:
+    """The manifest with its tables' checksums; DataError where one is no table of its shard's samples."""
+
+    def with_checksum(number: int) -> Shard:
+        shard, url = manifest.shards[number], manifest.url_of(number, ".npy")
+        contents = manifest.storage.read(url)
+        if len(contents) != HEADER_BYTES + ROW.itemsize * shard.samples:
+            raise DataError(f"{without_secrets(url)} is not a table of {shard.samples} samples; pack or index it again")
+        return replace(shard, table=table_checksum(contents))
+
+    numbers = range(len(manifest.shards))
+    shards = map_in_threads(with_checksum, numbers, _TABLES_AT_ONCE, lambda done, total: None)
+    return replace(manifest, shards=tuple(shards))
+
+
+def _rewrite(manifest: Manifest) -> None:
+    names = ("label_field", "labels_per_sample", "shards_at", "labels", "format_1")
+    write_manifest(manifest.url, manifest.classes, manifest.shards, **{name: getattr(manifest, name) for name in names})

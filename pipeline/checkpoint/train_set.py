@@ -1,0 +1,23 @@
+"""Whether the training set is the one that a checkpoint was trained on, by its content, wherever it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data.shards.manifest import Manifest
+from data.urls import without_secrets
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.errors import UsageError
+
+
+def check_train_set(train: Manifest, reader: CheckpointReader) -> None:
+    """UsageError, naming both places, where it is another; the ranks but 0 may not know what a set of format 1 is."""
+    state: dict[str, Any] = reader.state()
+    if train.fingerprint is None or train.is_set_of(state["train_fingerprint"]):
+        return
+    before = state["config"]["data"]["train"]
+    raise UsageError(
+        f"data.train={without_secrets(train.url)} holds another training set than the one that {reader.folder} was"
+        f" trained on, which lay at {without_secrets(before)}; set data.train to where it lies now, or begin another"
+        " run with run.dir=..."
+    )

@@ -1,0 +1,39 @@
+"""Beginning a run anew in its folder: what it has is set aside in RUN/restarted-N, and nothing is removed."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+from pipeline.errors import RunFailed
+from pipeline.run.lock import acquire_lock
+
+_STAYS = (".lock", "restarted-")
+
+
+def next_place(run: Path) -> Path:
+    """The folder for what is set aside next, which does not exist yet."""
+    return next(place for number in count(1) if not (place := run / f"restarted-{number}").exists())
+
+
+def set_aside(run: Path) -> Path | None:
+    """Moves all that a run has to `next_place`, and returns that; None where it has nothing.
+
+    RunLocked where the run is alive.
+    """
+    if not run.is_dir():
+        return None
+    with acquire_lock(run):
+        there = sorted(path for path in run.iterdir() if not path.name.startswith(_STAYS))
+        if not there:
+            return None
+        place = next_place(run)
+        try:
+            place.mkdir()
+            for path in there:
+                path.rename(place / path.name)
+        except OSError as error:
+            raise RunFailed(
+                f"run.dir={run}: not all of it can be moved to {place}: {error.strerror}: {error.filename}"
+            ) from None
+    return place
