@@ -258,14 +258,28 @@ def test_what_the_cluster_can_never_provide_is_refused_at_submission(
 def test_a_job_gets_the_same_environment_inside_another_as_outside(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:
-    """The other job has its own memory, tasks and GPUs, and torchrun's variables."""
+    """The other job has its own memory, tasks and GPUs, torchrun's variables, and a limit on CPU time."""
     outer = ["salloc", "--quiet", "--ntasks=3", "--mem-per-cpu=100", "srun", "--ntasks=1", "--overlap"]
-    outer += ["env", "RANK=5", "WORLD_SIZE=8", "CUDA_VISIBLE_DEVICES=7", "SBATCH_OUTPUT=/dev/null"]
+    outer += [
+        "env",
+        "RANK=5",
+        "WORLD_SIZE=8",
+        "CUDA_VISIBLE_DEVICES=7",
+        "SBATCH_OUTPUT=/dev/null",
+        "prlimit",
+        "--cpu=7777",
+        "env",
+    ]
     seen = {}
     for place, words in (("outside", ["env", "--unset=CUDA_VISIBLE_DEVICES"]), ("inside", outer)):
         run, file = tmp_path / place, tmp_path / f"{place}.env"
         submit = [f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", "slurm.cli", "submit", "pretrain"]
-        request = [*keys(digits, run), *JOB, f"slurm.setup=[env -0 > {file}]", "slurm.srun_args=[--version]"]
+        request = [
+            *keys(digits, run),
+            *JOB,
+            f"slurm.setup=[CPU=$(ulimit -t) env -0 > {file}]",
+            "slurm.srun_args=[--version]",
+        ]
         cluster.run(*words, *submit, ROOT / "configs/tiny.yaml", *request)
         end(cluster, submissions(run)[-1]["job"])
         seen[place] = dict(pair.split("=", 1) for pair in file.read_text().split("\0") if "=" in pair)
