@@ -112,10 +112,11 @@ def main(run: Path, request: Request) -> int:
         decision = record_and_decide(run, request, allocation, cause, failed)
         log(run, f"end of {allocation.start}: {decision.why}")
         if not decision.again:
-            cancel_next_elements(allocation)
+            result = 0 if cause is Cause.DONE else max(1, min(status, 125))
             if cause is Cause.DONE and request.evaluate is not None:
-                return evaluate(run, request, allocation)
-            return 0 if cause is Cause.DONE else max(1, min(status, 125))
+                result = evaluate(run, request, allocation)
+            cancel_next_elements(allocation)
+            return result
         if allocation.nodes:
             return requeue_job(run, request.slurm, allocation, decision)
         time.sleep(decision.after)
@@ -216,9 +217,7 @@ def close_stale_starts(run: Path, allocation: Allocation) -> None:
     for start in history.starts(run):
         if start.ended is None and start.name != allocation.start:
             cause, nodes = classify_missing_exit(history.batch_log(run, start), start.nodes, lost_nodes(start.nodes))
-            again = start.job == allocation.job and not (
-                cause is Cause.CANCELLED and allocation.first_element is not None
-            )
+            again = start.job == allocation.job and (cause is not Cause.CANCELLED or allocation.first_element is None)
             why = f"{cause}: Slurm started it again" if again else f"{cause}: its job ended"
             at = max(start.began, history.last_update(run))
             ended = replace(start, ended=at, cause=cause, last_step=last_step_done(run), failed_nodes=nodes)

@@ -220,7 +220,8 @@ def test_a_cancelled_run_resumes_when_it_is_submitted_again(
 
 
 def test_a_bad_request_fails_once_and_status_shows_why(cluster: Cluster, submitted: Submit) -> None:
-    run, job = submitted("data.train=no/such/data")
+    """The ranks get the script's environment though sbatch exports none of the submitter's."""
+    run, job = submitted("data.train=no/such/data", "slurm.sbatch=[--export=NONE]")
     assert end(cluster, job) == "FAILED"
     assert causes(run) == ["bad request"]
     facts = status(cluster, run)
