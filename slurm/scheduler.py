@@ -65,7 +65,7 @@ def show_job(job_id: str) -> dict[str, str] | None:
     elements = [parse_record(line) for line in output.splitlines() if line.strip()]
 
     def life(job: dict[str, str]) -> tuple[bool, ...]:
-        return job["JobState"] in BUSY, job["JobState"] in WAITING, job.get("NodeList") != "(null)"
+        return job["JobState"] in BUSY, job["JobState"] in WAITING, job.get("NodeList", "(null)") not in ("", "(null)")
 
     return max(elements, key=life, default=None)  # scontrol lists the newest first
 

@@ -176,7 +176,8 @@ def test_where_jobs_must_not_requeue_themselves_an_array_resumes(
     wait_until(lambda: causes(run)[-1:] == ["done"])
     assert causes(run) == ["killed rank", "done"] and [start.name for start in starts(run)] == [f"{job}.0", f"{job}.1"]
     wait_until(lambda: not cluster.run("squeue", "-h", "-j", job))
-    assert status(cluster, run)["state"] == "done"
+    facts = status(cluster, run)
+    assert (facts["state"], facts["jobs"][0]["state"]) == ("done", "COMPLETED")
     assert equals_undisturbed(run, undisturbed)
 
 
