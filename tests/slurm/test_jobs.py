@@ -327,7 +327,9 @@ def test_where_preemption_cancels_an_array_is_chosen_or_advised(
 
 def preempt(cluster: Cluster) -> str:
     """A job on all nodes, before which those of main and cheap give way."""
-    return cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3")
+    return cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3", "--output=/dev/null"
+    )
 
 
 @pytest.mark.torture
