@@ -33,6 +33,7 @@ demo: $(INSTALLED)
 	@CUDA_VISIBLE_DEVICES= .venv/bin/python demo/demo.py
 
 lint: $(INSTALLED)
+	@! grep -rnE '^(<<<<<<<|>>>>>>>) ' --include='*.md' README.md docs  # what a merge left
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config.parsing import read_config
 from pipeline.errors import RunFailed
 from slurm import history, job, scheduler
-from slurm.submit import JobSpec, check_cluster, prepare, submit_to_slurm
+from slurm.submit import JobSpec, check_cluster, prepare, submission_lock, submit_to_slurm
 
 MINUTES = 15
 POLL_SECONDS = 2.0
@@ -30,7 +30,8 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
         return 0
     check_cluster(config.slurm)
     folder = history.folder(spec.run) / "doctor"
-    number = submit_to_slurm(folder, *prepare(spec, folder, None))
+    with submission_lock(folder):
+        number = submit_to_slurm(*prepare(spec, folder, None))
     log, report = folder / f"{number}_0_log.out", folder / f"{number}.txt"
     print(f"job {number} examines {config.slurm.nodes} nodes; the report comes here, and into {report}", flush=True)
     try:

@@ -40,10 +40,13 @@ from slurm.requeue import (
     nodes_of_killed_tasks,
     nodes_reported_failed,
     requeue_decision,
+    srun_error,
 )
 from slurm.sbatch import tasks_per_node
 
 MAX_OUTPUT_LINES = 1000
+LOG_BY_RANK = 'exec "$@" >> "$0-$SLURM_PROCID.log" 2>&1'
+"""Not srun's --output: what it makes of a % in a path depends on what follows."""
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED", "POWERING", "UNKNOWN")
 """Prefixes of the states of nodes that jobs die on; a draining node finishes its jobs."""
 
@@ -70,6 +73,8 @@ class Allocation:
     job: str
     restart: int
     nodes: tuple[str, ...]
+    first_element: int | None = None
+    """Of the job array whose element `restart` this is; None where it is none."""
 
     @property
     def start(self) -> str:
@@ -83,7 +88,8 @@ def get_allocation(restart: int = 0) -> Allocation:
         return Allocation(f"local-{os.getpid()}", restart, ())
     nodes = scheduler.run_slurm("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()
     if "SLURM_ARRAY_JOB_ID" in environment:
-        return Allocation(environment["SLURM_ARRAY_JOB_ID"], int(environment["SLURM_ARRAY_TASK_ID"]), tuple(nodes))
+        element, first = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN"))
+        return Allocation(environment["SLURM_ARRAY_JOB_ID"], element, tuple(nodes), first)
     return Allocation(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", 0)), tuple(nodes))
 
 
@@ -94,7 +100,10 @@ def main(run: Path, request: Request) -> int:
         allocation = get_allocation(restart)
         log(run, f"{history.START_MARKER} {allocation.start} on {', '.join(allocation.nodes) or 'this machine'}")
         close_stale_starts(run, allocation)
+        if element_before_was_cancelled(run, allocation):
+            history.cancel(run)
         if history.is_cancelled(run):
+            cancel_next_elements(allocation)
             return 1
         history.record_start(run, allocation.start, allocation.nodes)
         status, output = run_ranks(run, request, allocation, request.command)
@@ -104,11 +113,11 @@ def main(run: Path, request: Request) -> int:
         decision = record_and_decide(run, request, allocation, cause, failed)
         log(run, f"end of {allocation.start}: {decision.why}")
         if not decision.again:
-            if request.slurm.requeue == "array":  # its other elements have nothing to do
-                scheduler.ask_with_retries("scancel", "--state=PENDING", allocation.job)
+            result = 0 if cause is Cause.DONE else max(1, min(status, 125))
             if cause is Cause.DONE and request.evaluate is not None:
-                return evaluate(run, request, allocation)
-            return 0 if cause is Cause.DONE else max(1, min(status, 125))
+                result = evaluate(run, request, allocation)
+            cancel_next_elements(allocation)
+            return result
         if allocation.nodes:
             return requeue_job(run, request.slurm, allocation, decision)
         time.sleep(decision.after)
@@ -137,10 +146,11 @@ def run_ranks(
         nodes, per_node = len(allocation.nodes), tasks_per_node(slurm)
         options = [f"--nodes={nodes}", f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}"]
         options += [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
-        options += ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--open-mode=append"]
-        options += [f"--output={run}/logs/{allocation.job}-%t.log"] if stdout is None else []
-        program = ["srun", *options, *slurm.srun_args, *program]
-        for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE"):  # of the job as it was submitted
+        options += ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered"]
+        logged = ["/bin/sh", "-c", LOG_BY_RANK, f"{run}/logs/{allocation.job}"] if stdout is None else []
+        program = ["srun", *options, *slurm.srun_args, *logged, *program]
+        # of the job as it was submitted, and whether sbatch handed an environment on: the ranks get all of this one
+        for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_EXPORT_ENV"):
             environment.pop(name, None)
         environment |= {"MASTER_ADDR": allocation.nodes[0], "MASTER_PORT": str(slurm_port(os.environ))}
     else:
@@ -176,12 +186,14 @@ def read_ending(run: Path, request: Request, allocation: Allocation, status: int
     began = history.starts(run)[-1].began
     events = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
     last = next((row for row in reversed(events) if row["event"] in ("finished", "interrupted", *HANG_EVENTS)), {})
-    had_nothing_to_do = status == 0 and not last
+    refused = srun_error(output)
+    had_nothing_to_do = status == 0 and not last and refused is None
     return Ending(
         status,
         "finished" if had_nothing_to_do else last.get("event"),
         last.get("reason"),
         tuple(row["status"] for row in history.failures(run, allocation.start)),
+        refused,
         history.is_cancelled(run),
         tuple(sorted({*lost_nodes(allocation.nodes), *nodes_reported_failed(output)})),
         seconds_left() if allocation.nodes else None,
@@ -206,7 +218,7 @@ def close_stale_starts(run: Path, allocation: Allocation) -> None:
     for start in history.starts(run):
         if start.ended is None and start.name != allocation.start:
             cause, nodes = classify_missing_exit(history.batch_log(run, start), start.nodes, lost_nodes(start.nodes))
-            again = start.job == allocation.job
+            again = start.job == allocation.job and (cause is not Cause.CANCELLED or allocation.first_element is None)
             why = f"{cause}: Slurm started it again" if again else f"{cause}: its job ended"
             at = max(start.began, history.last_update(run))
             ended = replace(start, ended=at, cause=cause, last_step=last_logged_step(run), failed_nodes=nodes)
@@ -233,7 +245,7 @@ def first_failed_node(run: Path, allocation: Allocation, output: list[str]) -> t
 
 def requeue_job(run: Path, slurm: Slurm, allocation: Allocation, decision: Decision) -> int:
     """Requeues this job; with an array the next of its elements follows by itself."""
-    if slurm.requeue == "array":
+    if allocation.first_element is not None:
         time.sleep(decision.after)
         return 1
     facts = scheduler.parse_record(scheduler.ask_with_retries("scontrol", "-o", "show", "job", allocation.job))
@@ -257,6 +269,23 @@ def requeue_job(run: Path, slurm: Slurm, allocation: Allocation, decision: Decis
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(600)  # not reached
     return 1
+
+
+def cancel_next_elements(allocation: Allocation) -> None:
+    """Those of an array that wait have nothing to do."""
+    if allocation.first_element is not None:
+        scheduler.ask_with_retries("scancel", "--state=PENDING", allocation.job)
+
+
+def element_before_was_cancelled(run: Path, allocation: Allocation) -> bool:
+    """Whether a person ended the element of an array before this one: that is meant to end the run."""
+    if allocation.first_element is None or allocation.restart == allocation.first_element:
+        return False
+    before = replace(allocation, restart=allocation.restart - 1)
+    for start in history.starts(run):
+        if start.name == before.start:
+            return classify_missing_exit(history.batch_log(run, start), start.nodes, ())[0] is Cause.CANCELLED
+    return scheduler.show_job(f"{before.job}_{before.restart}") is None  # what is cancelled as it waits is forgotten
 
 
 def lost_nodes(nodes: tuple[str, ...]) -> tuple[str, ...]:

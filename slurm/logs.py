@@ -59,11 +59,20 @@ def batch_log(run: Path) -> Path | None:
 
 
 def exit_reason(run: Path) -> str | None:
-    """The last error in the batch script's log, else its last line."""
+    """The last error in the batch script's log, else its last line; of a rank that only exited, its log's last line."""
     batch = batch_log(run)
     lines = tail(batch, 200)[1].decode(errors="replace").splitlines() if batch else []
-    errors = [line for line in lines if line.startswith(("coatnet: ", "srun: error: ")) and "Terminated" not in line]
-    return (errors or [line for line in lines if line.strip()] or [None])[-1]
+    errors = [
+        line
+        for line in lines
+        if line.startswith(("coatnet: ", "srun: error: ", "srun: fatal: ")) and "Terminated" not in line
+    ]
+    reason = (errors or [line for line in lines if line.strip()] or [None])[-1]
+    exited = re.match(r"srun: error: \S+ tasks? (\d+)\S*: Exited", reason or "")
+    if exited and (rank_log := newest_log(run, int(exited[1]))):
+        said = [line for line in tail(rank_log, 20)[1].decode(errors="replace").splitlines() if line.strip()]
+        return f"rank {exited[1]}: {said[-1]}" if said else reason
+    return reason
 
 
 def all_logs(run: Path) -> list[Path]:

@@ -12,6 +12,8 @@ from slurm.history import JobStart
 MAX_BACKOFF_SECONDS = 3600.0
 FAILURES_AT_SAME_STEP = 3
 """After which a run is given up."""
+NO_PROGRAM = (126, 127)
+"""Exit statuses of a shell that could not start a rank's program."""
 MAX_NODE_FAILURES = 2
 """After which a node is excluded."""
 
@@ -25,13 +27,14 @@ class Cause(StrEnum):
     CRASH = "crash"
     KILLED_RANK = "killed rank"
     HANG = "hang"
+    NOT_STARTED = "not started"
     NODE_LOST = "node lost"
     CANCELLED = "cancelled"
     BAD_REQUEST = "bad request"
 
 
 HANG_EVENTS = ("heartbeat_lost", "hang")
-FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG}
+FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG, Cause.NOT_STARTED}
 """Which count towards slurm.max_restarts."""
 
 
@@ -47,6 +50,8 @@ class Ending:
     """The signal that asked for the stop."""
     statuses: tuple[int, ...] = ()
     """Exit statuses that failing ranks recorded."""
+    srun_error: str | None = None
+    """Why srun started no ranks."""
     cancelled: bool = False
     lost: tuple[str, ...] = ()
     """The job's nodes that are down."""
@@ -71,7 +76,11 @@ def classify_exit(ending: Ending) -> Cause:
         return Cause.BAD_REQUEST
     if ending.event in HANG_EVENTS:
         return Cause.HANG
-    return Cause.CRASH if ending.statuses else Cause.KILLED_RANK
+    if ending.statuses:
+        return Cause.CRASH
+    if ending.srun_error is not None and "fatal:" in ending.srun_error:
+        return Cause.BAD_REQUEST
+    return Cause.NOT_STARTED if ending.srun_error is not None or ending.status in NO_PROGRAM else Cause.KILLED_RANK
 
 
 def classify_missing_exit(
@@ -84,19 +93,25 @@ def classify_missing_exit(
     """
     text = "".join(log)
     failed = {*lost, *nodes_reported_failed(log)}
-    if "CANCELLED AT" not in text:
+    if not re.search(r"\*\*\* JOB .* CANCELLED AT", text):  # srun ends steps itself
         failed.add(nodes[0])
     if failed or "DUE TO NODE FAILURE" in text:
         return Cause.NODE_LOST, tuple(sorted(failed))
     if "DUE TO TIME LIMIT" in text:
         return Cause.TIME_LIMIT, ()
-    return (Cause.PREEMPTED if " DUE TO " in text else Cause.CANCELLED), ()
+    return (Cause.PREEMPTED if re.search(r"CANCELLED AT .* DUE TO ", text) else Cause.CANCELLED), ()
 
 
 def nodes_reported_failed(log: Sequence[str]) -> list[str]:
     """The nodes that srun reports as gone or unable to start ranks; they may be back by now."""
     failed = r"srun: error: (?:Node failure on |Task launch for .* failed on node )([^\s:]+)"
     return [match[1] for line in log if (match := re.match(failed, line))]
+
+
+def srun_error(log: Sequence[str]) -> str | None:
+    """Srun's line where it started no ranks: for its options or environment (fatal), or as Slurm gave it no step."""
+    refused = re.compile(r"srun: (?:fatal: |error: (?:Unable to create step|.*launch failed))")
+    return next((line.strip() for line in log if refused.match(line)), None)
 
 
 def nodes_of_killed_tasks(log: Sequence[str]) -> list[str]:

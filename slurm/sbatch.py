@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pipeline
 from pipeline.config.schema import Slurm
+from pipeline.errors import UsageError
 
 MAX_ARRAY_RESTARTS = 1000
 
@@ -24,18 +26,21 @@ def tasks_per_node(slurm: Slurm) -> int:
     return slurm.tasks_per_node or slurm.gpus_per_node or 1
 
 
-def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[str, Any]:
-    """submitit's parameters; `dependency` as sbatch has it, afterok:4711."""
+def parameters(
+    slurm: Slurm, name: str, folder: Path, dependency: str | None = None, array: bool = False
+) -> dict[str, Any]:
+    """submitit's parameters; `folder` is the batch log's, `dependency` as sbatch has it, afterok:4711."""
+    # An array's element ends where another job is requeued: the next one takes its place.
+    again = {"array": f"0-{MAX_ARRAY_RESTARTS}%1", "no-requeue": True} if array else {"requeue": True}
+    more: dict[str, Any] = {"kill-on-invalid-dep": "yes", **again}
+    more |= {"output": f"{literal(folder)}/%j_0_log.out", "propagate": "NONE"}  # limits: the nodes', not this shell's
     extra = (option.removeprefix("--").partition("=") for option in slurm.sbatch)
-    more: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
     more |= {name: value if equals else True for name, equals, value in extra}
     if slurm.min_nodes is not None and slurm.min_nodes < slurm.nodes:
         # ntasks must fit the fewest nodes; exclusive, since each node runs its full number of ranks all the same. A job
         # that survives the loss of a node lowers its request itself (job.py): Slurm would wait for as many as before.
         min_tasks = slurm.min_nodes * tasks_per_node(slurm)
         more |= {"nodes": f"{slurm.min_nodes}-{slurm.nodes}", "ntasks": min_tasks, "exclusive": True, "no-kill": True}
-    if slurm.requeue == "array":
-        more |= {"array": f"0-{MAX_ARRAY_RESTARTS}%1", "requeue": None}
     options = {
         "job_name": name,
         "nodes": slurm.nodes,
@@ -54,9 +59,16 @@ def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[s
         "setup": list(slurm.setup) or None,
         "stderr_to_stdout": True,
         "use_srun": False,
-        "additional_parameters": {key: value for key, value in more.items() if value is not None},
+        "additional_parameters": more,
     }
     return {key: value for key, value in options.items() if value is not None}
+
+
+def literal(path: Path) -> str:
+    """A path for --output, where % begins a pattern, and a backslash anywhere turns patterns off."""
+    if re.search(r"[:\\\x00-\x1f]", str(path)):  # a colon ends a folder on Python's path, where the program is
+        raise UsageError(f"run.dir: a job's folder may have no colon, backslash or line break: {str(path)!r}")
+    return str(path).replace("%", "%%")
 
 
 def batch_command(python: str, code: Path, module: str, run: Path, request: Path) -> str:

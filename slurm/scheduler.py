@@ -12,10 +12,12 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import RunFailed, UsageError
 from slurm import history
+from slurm.environment import outside_jobs
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 """States of a job that will start, or start again."""
@@ -23,7 +25,7 @@ BUSY = {"RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_
 """States of a job that has nodes."""
 ACTIVE = WAITING | BUSY
 _LOCAL = "local-"
-_OVER = ("Invalid job id", "already completing or completed")
+_OVER = ("Invalid job id", "already completing or completed", "not found")
 TIMEOUT_SECONDS = 60
 RETRY_SECONDS = 10.0
 RETRY_TIMEOUT_SECONDS = 1800.0
@@ -53,7 +55,7 @@ def can_ask(job_id: str, host: str | None = None) -> bool:
 def show_job(job_id: str) -> dict[str, str] | None:
     """A job's record by Slurm's names (JobState, Reason, Restarts ...); None where Slurm knows nothing.
 
-    Of a job array the element that is most alive. SlurmUnavailable where Slurm does not answer.
+    Of a job array the element that is most alive, else that ran last. SlurmUnavailable where Slurm does not answer.
     """
     if job_id.startswith(_LOCAL):
         return {"JobId": job_id, "JobState": "RUNNING"} if _is_batch_process(int(job_id.removeprefix(_LOCAL))) else None
@@ -61,7 +63,11 @@ def show_job(job_id: str) -> dict[str, str] | None:
         return None
     output = _unless_forgotten("scontrol", "-o", "show", "job", job_id)
     elements = [parse_record(line) for line in output.splitlines() if line.strip()]
-    return max(elements, key=lambda job: (job["JobState"] in BUSY, job["JobState"] in WAITING), default=None)
+
+    def life(job: dict[str, str]) -> tuple[bool, ...]:
+        return job["JobState"] in BUSY, job["JobState"] in WAITING, job.get("NodeList", "(null)") not in ("", "(null)")
+
+    return max(elements, key=life, default=None)  # scontrol lists the newest first
 
 
 def parse_record(line: str) -> dict[str, str]:
@@ -109,12 +115,12 @@ def is_installed() -> bool:
     return shutil.which("scontrol") is not None
 
 
-def run_slurm(*command: str) -> str:
+def run_slurm(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """The output of a client program. SlurmRefused where Slurm says no, SlurmUnavailable where it does not answer."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False,
-            env=dict(os.environ) | {"SLURM_TIME_FORMAT": "standard"},
+            env={**(environment or outside_jobs(os.environ)), "SLURM_TIME_FORMAT": "standard"},
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmUnavailable(f"{command[0]} is not on this machine's PATH: ask from a login node") from None
@@ -123,7 +129,7 @@ def run_slurm(*command: str) -> str:
             f"{command[0]} did not answer in {TIMEOUT_SECONDS} s: is Slurm's controller up?"
         ) from None
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         last = lines[-1].removeprefix(f"{command[0]}: ") if lines else f"exit status {done.returncode}"
         if any(words in last.lower() for words in _SILENT):
             raise SlurmUnavailable(f"Slurm does not answer: {command[0]}: {last}")

@@ -227,7 +227,8 @@ def _of_active_job(snapshot: RunSnapshot, job: str, record: Mapping[str, str]) -
             return "running", "evaluating"
         return _of_final_start(snapshot, last)
     if state in WAITING or (last is not None and last.ended is not None):
-        reasons = [last.decision if last is not None else None, _reason(record)]
+        refusal = snapshot.exit_reason if last is not None and last.cause == Cause.NOT_STARTED else None
+        reasons = [refusal, last.decision if last is not None else None, _reason(record)]
         is_requeued = last is not None or restarts > 0
         return "requeued" if is_requeued else "pending", "; ".join(filter(None, reasons)) or None
     return _running(snapshot)

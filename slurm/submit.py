@@ -8,7 +8,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.identity import settle
 from pipeline.run.jsonl import read_lines
-from pipeline.run.lock import RunLocked, lock_holder
+from pipeline.run.lock import RunLocked, lock_holder, try_lock
 from slurm import history, scheduler
+from slurm.environment import for_sbatch, outside_jobs, replaced_environment
 from slurm.job import Request
 from slurm.sbatch import batch_command, parameters, script, snapshot, tasks_per_node
 
@@ -38,6 +40,8 @@ class JobSpec:
     weights: str | None = None
     """Of its source: `ema` or `model`; None: the average where there is one."""
     evaluate: bool = False
+    array: bool = False
+    """Whether its job is an array, whose next element resumes, or one that requeues itself."""
 
     @property
     def run(self) -> Path:
@@ -68,22 +72,44 @@ def submit(
             )
         preset, *changes = shlex.split(then)
         chain.append(JobSpec("finetune", read_config(preset, changes), str(chain[0].run), evaluate=True))
+    chain = [replace(job, array=job.config.slurm.requeue == "array") for job in chain]
     anew = set_aside_config(chain[0].config) if restart else chain[0].config
     for job, before in zip([replace(chain[0], config=anew), *chain[1:]], [None, *chain], strict=False):
         check(job, before)
-    dependency: str | None = None
-    if not dry_run:
+    if dry_run:
+        for job, dependency in zip(chain, [None, "afterok:JOB-BEFORE"], strict=False):
+            with tempfile.TemporaryDirectory() as temporary:
+                print(prepare(job, Path(temporary), dependency)[1])
+        return 0
+    if cluster == "slurm":
+        check_cluster(chain[0].config.slurm)
+        chain = [with_restarts(job, is_followed=job is not chain[-1]) for job in chain]
+    with ExitStack() as locks:
+        for job in chain:
+            locks.enter_context(submission_lock(history.folder(job.run)))
         ending, *_ = [jobs_being_cancelled(job.run) for job in chain]
-        if cluster == "slurm":
-            check_cluster(chain[0].config.slurm)
-            dependency = ":".join(["afterany", *ending]) if ending else None
         if restart and ending:
             raise UsageError(f"{chain[0].run}: job {ending[0]} is still being cancelled; --restart waits for its end")
         if restart:
             set_files_aside(chain[0].config)
-    for job in chain:
-        dependency = f"afterok:{submit_one(job, dependency, cluster, dry_run)}"
+        dependency = ":".join(["afterany", *ending]) if ending and cluster == "slurm" else None
+        for job in chain:
+            dependency = f"afterok:{submit_one(job, dependency, cluster)}"
     return 0
+
+
+@contextmanager
+def submission_lock(folder: Path) -> Iterator[None]:
+    """One submission at a time into a folder: UsageError while another is at work, whose job the next one finds."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".submitting").open("w")
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}; choose a run.dir that can be written") from None
+    with file:
+        if not try_lock(file):
+            raise UsageError(f"{folder}: another `coatnet submit` is at work there; coatnet status shows its job")
+        yield
 
 
 def check(job: JobSpec, before: JobSpec | None) -> None:
@@ -147,15 +173,35 @@ def unsatisfiable_reason(slurm: Slurm, partition: Mapping[str, str]) -> str | No
 def partitions(names: str | None) -> list[dict[str, str]]:
     """Slurm's records (State, TotalNodes, MaxTime, GraceTime ...) of partitions, comma-separated.
 
-    None: the default partition, or all where there is none. UsageError where one does not exist.
+    None: a person's or Slurm's default partition, or all where there is none. UsageError where one does not exist.
     """
     lines = scheduler.run_slurm("scontrol", "-o", "show", "partition").splitlines()
     records = {record["PartitionName"]: record for record in map(scheduler.parse_record, lines) if record}
     default = [name for name, record in records.items() if record["Default"] == "YES"]
+    names = names or os.environ.get("SBATCH_PARTITION")
     selected = names.split(",") if names else default or list(records)
     if missing := [name for name in selected if name not in records]:
         raise UsageError(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(records))}")
     return [records[name] for name in selected]
+
+
+def with_restarts(job: JobSpec, is_followed: bool) -> JobSpec:
+    """With the way to restart that the partition leaves it, and says what it chose."""
+    requeue = job.config.slurm.requeue
+    cancelling = [record for record in partitions(job.config.slurm.partition) if "CANCEL" in record["PreemptMode"]]
+    if not cancelling or requeue == "array":
+        return job
+    why = f"partition {cancelling[0]['PartitionName']} cancels the jobs it preempts (PreemptMode=CANCEL)"
+    if requeue is None and not is_followed:
+        print(f"{why}: {job.run} is submitted as a job array, whose next element resumes (slurm.requeue=array)")
+        return replace(job, array=True)
+    grace = cancelling[0]["GraceTime"]
+    print(
+        f"warning: {why}: {job.run} requeues itself only if it has saved within GraceTime, {grace} s;"
+        " slurm.requeue=array always resumes" + (", but is not followed by --then" if is_followed else ""),
+        file=sys.stderr,
+    )
+    return job
 
 
 def stop_seconds(run: Path) -> float:
@@ -187,19 +233,15 @@ def warnings(needed: float, signal: float, grace: float) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- submission
 
 
-def submit_one(job: JobSpec, dependency: str | None, cluster: str, dry_run: bool) -> str:
+def submit_one(job: JobSpec, dependency: str | None, cluster: str) -> str:
     """Writes what the job needs into the run's folder and submits it; returns the job's id."""
     slurm, folder = job.config.slurm, history.folder(job.run)
-    if dry_run:
-        with tempfile.TemporaryDirectory() as temporary:
-            print(prepare(job, Path(temporary), dependency)[1])
-        return "JOB-BEFORE"
     if cluster == "slurm":
         for warning in warnings(stop_seconds(job.run), slurm.signal_seconds, grace_seconds(slurm.partition)):
             print(f"warning: {warning}", file=sys.stderr)
     settle(job.run)  # before the job can start, which does the same
     options, text, command = prepare(job, folder, dependency)
-    number = submit_locally(folder, text) if cluster == "local" else submit_to_slurm(folder, options, text, command)
+    number = submit_locally(folder, text) if cluster == "local" else submit_to_slurm(options, text, command)
     facts = {"command": job.command, "nodes": slurm.nodes, "dependency": dependency}
     history.record_submission(job.run, job=number, **facts, host=os.uname().nodename)
     waits = f", {dependency}" if dependency else ""
@@ -221,23 +263,24 @@ def prepare(job: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[st
     request.write_text(written.model_dump_json(indent=1) + "\n")
     module = "slurm.doctor" if job.command == "doctor" else "slurm.job"
     last_line = batch_command(sys.executable, code, module, job.run, request)
-    options = parameters(job.config.slurm, f"coatnet-{job.run.name}", dependency)
+    options = parameters(job.config.slurm, f"coatnet-{job.run.name}", folder, dependency, job.array)
     return options, script(folder, last_line, options), last_line
 
 
-def submit_to_slurm(folder: Path, options: dict[str, Any], text: str, command: str) -> str:
+def submit_to_slurm(options: dict[str, Any], text: str, command: str) -> str:
     """The job's id; UsageError with sbatch's words where it refuses."""
-    trial = folder / ".check.sh"
-    trial.write_text(text)
-    scheduler.run_slurm("sbatch", "--test-only", str(trial))
-    trial.unlink()
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
 
-    executor = SlurmExecutor(folder=folder)
-    executor.update_parameters(**options)
+    environment = for_sbatch(os.environ, {*options, *options["additional_parameters"]})
     try:
-        return executor._submit_command(command).job_id
+        with tempfile.TemporaryDirectory() as folder, replaced_environment(environment):
+            trial = Path(folder) / "check.sh"
+            trial.write_text(text)
+            scheduler.run_slurm("sbatch", "--test-only", str(trial), environment=environment)
+            executor = SlurmExecutor(folder=folder)  # it takes %j in a folder's name for a pattern: not the run's
+            executor.update_parameters(**options)
+            return executor._submit_command(command).job_id
     except FailedJobError as error:
         raise UsageError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
 
@@ -246,10 +289,10 @@ def submit_locally(folder: Path, text: str) -> str:
     """Runs the script on this machine, in a session of its own, so that it outlives this terminal."""
     path = folder / "local.sh"
     path.write_text(text)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     with (folder / "local.log").open("ab") as log:
         process = subprocess.Popen(
-            ["bash", str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+            ["bash", str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=outside_jobs(os.environ),
             start_new_session=True,
         )  # fmt: skip
     return f"local-{process.pid}"

@@ -304,8 +304,8 @@ class Slurm(Section):
     backoff: float = key(
         60, "seconds before a restart after a failure; doubled while there is no progress", "mutable", ge=0
     )
-    requeue: Literal["scontrol", "array"] = key(
-        "scontrol", "how a job restarts: scontrol requeue, or array, where a site forbids that in jobs", "mutable"
+    requeue: Literal["scontrol", "array"] | None = key(
+        None, "how a job restarts: scontrol requeue, or the next of an array; null: as the partition allows", "mutable"
     )
 
     @model_validator(mode="after")

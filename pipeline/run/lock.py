@@ -74,7 +74,7 @@ def acquire_lock(run: Path) -> TextIO:
     except OSError as error:
         raise UsageError(f"run.dir={run}: {error.strerror}; choose a folder that can be written") from None
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-    while not _try_lock(lock):
+    while not try_lock(lock):
         if time.monotonic() > deadline:
             raise RunLocked(run, _read_holder(run))
         time.sleep(0.1)
@@ -89,7 +89,7 @@ def _read_holder(run: Path) -> LockHolder:
     return LockHolder(int(match[1]), match[2], match[3] or "") if match else LockHolder(0, "an unknown host", "")
 
 
-def _try_lock(lock: TextIO) -> bool:
+def try_lock(lock: TextIO) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

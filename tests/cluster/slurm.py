@@ -7,8 +7,8 @@
 
 Each node has its own processes, hostname and /etc/hosts, but the network and the disks are this machine's, so a node
 that is powered off still closes its connections. Partitions: `main` (the default), whose jobs those of `high` preempt
-by requeueing. A requeued job starts again after about ten seconds. There is no accounting: sacct does not work, but
-scontrol knows all jobs to the end. A job without --mem takes whole nodes.
+by requeueing, and `cheap`, whose jobs they cancel at once. A requeued job starts again after about ten seconds. There
+is no accounting: sacct does not work, but scontrol knows all jobs to the end. A job without --mem takes whole nodes.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ class Cluster:
         preempted = f"PreemptMode=REQUEUE GraceTime={GRACE_SECONDS} MaxTime=3-0"
         lines.append(f"PartitionName=main Nodes=ALL Default=YES PriorityTier=1 {preempted}")
         lines.append("PartitionName=high Nodes=ALL PriorityTier=10")
+        lines.append("PartitionName=cheap Nodes=ALL PriorityTier=1 PreemptMode=CANCEL")
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 
     def _machine(self, name: str) -> Machine:

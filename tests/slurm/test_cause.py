@@ -17,6 +17,7 @@ from slurm.requeue import (
     nodes_of_killed_tasks,
     nodes_reported_failed,
     requeue_decision,
+    srun_error,
 )
 
 LONG = 10**5
@@ -44,6 +45,10 @@ LONG = 10**5
         (Ending(1, "hang"), Cause.HANG),
         (Ending(137, "hang", statuses=(1,)), Cause.HANG),
         (Ending(137), Cause.KILLED_RANK),
+        (Ending(1, srun_error="srun: fatal: --mem and --mem-per-cpu are mutually exclusive"), Cause.BAD_REQUEST),
+        (Ending(1, srun_error="srun: error: Unable to create step for job 2: ..."), Cause.NOT_STARTED),
+        (Ending(0, srun_error="srun: error: task 0 launch failed: ..."), Cause.NOT_STARTED),
+        (Ending(127), Cause.NOT_STARTED),
         (Ending(137, lost=("n2",)), Cause.NODE_LOST),
         (Ending(1, statuses=(1,), lost=("n2",)), Cause.NODE_LOST),
         (Ending(1, "heartbeat_lost", lost=("n2",)), Cause.NODE_LOST),
@@ -58,6 +63,8 @@ REQUEUED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:19:
 LOST = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20:11 DUE TO NODE FAILURE, SEE SLURMCTLD LOG\n"
 TOO_LONG = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20:11 DUE TO TIME LIMIT ***\n"
 CANCELLED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20:11 ***\n"
+STEP = "slurmstepd-n2: error: *** STEP 2.0 ON n2 CANCELLED AT 2026-11-24T18:20:10 ***\n"
+"""Also where srun ends a step itself."""
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,8 @@ CANCELLED = "slurmstepd-n1: error: *** JOB 2 ON n1 CANCELLED AT 2026-11-24T18:20
         ([LOST], (), (Cause.NODE_LOST, ())),
         (["srun: error: n2: task 3: Exited with exit code 1\n"], (), (Cause.NODE_LOST, ("n1",))),
         ([], (), (Cause.NODE_LOST, ("n1",))),
+        ([STEP], (), (Cause.NODE_LOST, ("n1",))),
+        ([STEP, REQUEUED], (), (Cause.PREEMPTED, ())),
         ([TOO_LONG], (), (Cause.TIME_LIMIT, ())),
         ([CANCELLED], (), (Cause.CANCELLED, ())),
     ],
@@ -88,6 +97,8 @@ def test_srun_reports_the_nodes_of_killed_tasks_and_failed_launches() -> None:
     assert nodes_of_killed_tasks(log) == ["n2", "n1"]
     refused = "srun: error: Task launch for StepId=2.0 failed on node n7: Communication connection failure\n"
     assert nodes_reported_failed([*log, refused]) == ["n7"]
+    assert srun_error(log) is None
+    assert srun_error([*log, (line := "srun: fatal: No command given to execute.") + "\n"]) == line
 
 
 def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[JobStart]:

@@ -6,17 +6,22 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.parsing import read_config
 from slurm.history import starts, submissions
-from slurm.submit import grace_seconds, warnings
+from slurm.submit import JobSpec, grace_seconds, warnings, with_restarts
+from tests import forked
 from tests.cluster.slurm import GRACE_SECONDS, KILL_SECONDS, Cluster
 from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, rows, wait_until
 from tests.slurm.jobs import JOB, causes, command, keys, ranks, read, status, trains
 
+NAME = "50% %j-%2t, [lr=1-2] it's#1"
+"""Of a run: Slurm takes much of it for patterns, options or comments."""
 Submit = Callable[..., tuple[Path, str]]
 
 
@@ -34,7 +39,7 @@ def submitted(cluster: Cluster, digits: Path, tmp_path: Path) -> Iterator[Submit
     jobs: list[str] = []
 
     def submit(*more: str) -> tuple[Path, str]:
-        run = tmp_path / "run"
+        run = tmp_path / NAME
         done = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *keys(digits, run), *JOB, *more)
         assert done.returncode == 0, done.stderr
         jobs.append(submissions(run)[-1]["job"])
@@ -73,6 +78,7 @@ def test_a_run_that_is_requeued_resumes_where_it_stopped(cluster: Cluster, train
     assert events(run, "training_resumed")[0]["step"] == events(run, "interrupted")[0]["step"]
     assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == list(range(1, 41))
     assert (status(cluster, run)["state"], status(cluster, run)["restarts"]) == ("done", 1)
+    assert "done: 40 steps" in command(cluster, "logs", str(run)).stdout
 
 
 @pytest.mark.torture
@@ -170,7 +176,8 @@ def test_where_jobs_must_not_requeue_themselves_an_array_resumes(
     wait_until(lambda: causes(run)[-1:] == ["done"])
     assert causes(run) == ["killed rank", "done"] and [start.name for start in starts(run)] == [f"{job}.0", f"{job}.1"]
     wait_until(lambda: not cluster.run("squeue", "-h", "-j", job))
-    assert status(cluster, run)["state"] == "done"
+    facts = status(cluster, run)
+    assert (facts["state"], facts["jobs"][0]["state"]) == ("done", "COMPLETED")
     assert equals_undisturbed(run, undisturbed)
 
 
@@ -214,7 +221,8 @@ def test_a_cancelled_run_resumes_when_it_is_submitted_again(
 
 
 def test_a_bad_request_fails_once_and_status_shows_why(cluster: Cluster, submitted: Submit) -> None:
-    run, job = submitted("data.train=no/such/data")
+    """The ranks get the script's environment though sbatch exports none of the submitter's."""
+    run, job = submitted("data.train=no/such/data", "slurm.sbatch=[--export=NONE]")
     assert end(cluster, job) == "FAILED"
     assert causes(run) == ["bad request"]
     facts = status(cluster, run)
@@ -237,7 +245,7 @@ def test_what_the_cluster_can_never_provide_is_refused_at_submission(
 ) -> None:
     for request, message in (
         (["slurm.nodes=3", "train.global_batch=96"], "slurm.nodes=3 is more than partition main gives: 2"),
-        (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here; there are high, main"),
+        (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here; there are cheap, high, main"),
         (["slurm.time=3-00:00:01"], "slurm.time=3-00:00:01 is longer than partition main allows: 3-00:00:00"),
         (["slurm.memory=900G"], "sbatch: "),
         (["slurm.nodes=9"], "too few for 18 ranks"),
@@ -247,3 +255,95 @@ def test_what_the_cluster_can_never_provide_is_refused_at_submission(
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
     assert cluster.run("squeue", "-h", "-n", "coatnet-run") == ""
+
+
+def test_a_job_gets_the_same_environment_inside_another_as_outside(
+    cluster: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    """The other job has its own memory, tasks and GPUs, torchrun's variables, and a limit on CPU time."""
+    outer = ["salloc", "--quiet", "--ntasks=3", "--mem-per-cpu=100", "srun", "--ntasks=1", "--overlap"]
+    outer += [
+        "env",
+        "RANK=5",
+        "WORLD_SIZE=8",
+        "CUDA_VISIBLE_DEVICES=7",
+        "SBATCH_OUTPUT=/dev/null",
+        "prlimit",
+        "--cpu=7777",
+        "env",
+    ]
+    seen = {}
+    for place, words in (("outside", ["env", "--unset=CUDA_VISIBLE_DEVICES"]), ("inside", outer)):
+        run, file = tmp_path / place, tmp_path / f"{place}.env"
+        submit = [f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", "slurm.cli", "submit", "pretrain"]
+        request = [
+            *keys(digits, run),
+            *JOB,
+            f"slurm.setup=[CPU=$(ulimit -t) env -0 > {file}]",
+            "slurm.srun_args=[--version]",
+        ]
+        cluster.run(*words, *submit, ROOT / "configs/tiny.yaml", *request)
+        end(cluster, submissions(run)[-1]["job"])
+        seen[place] = dict(pair.split("=", 1) for pair in file.read_text().split("\0") if "=" in pair)
+    inside, outside = seen["inside"], seen["outside"]
+    assert inside.keys() == outside.keys() and "SLURM_CONF" in inside
+    differing = {name for name in inside if inside[name] != outside[name]}
+    assert differing <= {f"SLURM_{name}" for name in ("JOB_ID", "JOBID", "JOB_NAME", "SUBMIT_HOST", "TASK_PID")}
+
+
+def test_what_srun_refuses_is_a_bad_request_and_status_shows_its_line(cluster: Cluster, submitted: Submit) -> None:
+    run, job = submitted("slurm.srun_args=[--mem-per-cpu=1,--mem-per-gpu=1]")
+    assert end(cluster, job) == "FAILED" and causes(run) == ["bad request"]
+    assert "srun: fatal: --mem, --mem-per-cpu, and --mem-per-gpu are" in status(cluster, run)["reason"]
+
+
+def test_of_two_submissions_of_a_run_at_once_one_is_refused(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    words = ["submit", "pretrain", "configs/tiny.yaml", *keys(digits, tmp_path), *JOB]
+    both = [forked.Command("slurm.cli", *words, env=cluster.environment) for _ in range(2)]
+    assert sorted(each.wait(60) for each in both) == [0, 2]
+    (submission,) = submissions(tmp_path)
+    cluster.run("scancel", submission["job"])
+
+
+def test_where_preemption_cancels_an_array_is_chosen_or_advised(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+
+    def chosen(partition: str, requeue: str, is_followed: bool = False) -> tuple[bool, str]:
+        overrides = [f"slurm.partition={partition}", f"slurm.requeue={requeue}", f"run.dir={tmp_path}"]
+        job = JobSpec("pretrain", read_config("configs/tiny.yaml", [*overrides, "data.train=here"]))
+        is_array = with_restarts(job, is_followed).array
+        said = capsys.readouterr()
+        return is_array, said.out + said.err
+
+    assert chosen("main", "null") == chosen("high", "scontrol") == (False, "")
+    is_array, said = chosen("cheap", "null")
+    assert is_array and said.startswith("partition cheap cancels the jobs it preempts")
+    for requeue, is_followed in (("scontrol", False), ("null", True)):
+        is_array, said = chosen("main,cheap", requeue, is_followed)
+        assert not is_array and said.startswith("warning: partition cheap cancels")
+
+
+def preempt(cluster: Cluster) -> str:
+    """A job on all nodes, before which those of main and cheap give way."""
+    return cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 3", "--output=/dev/null"
+    )
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("waiting", [True, False])
+def test_an_array_survives_preemption_by_cancelling_but_not_a_persons_scancel(
+    cluster: Cluster, training: Submit, waiting: bool
+) -> None:
+    """Of its second element alone, as it waits or as it trains."""
+    run, job = training("slurm.partition=cheap", "train.steps=3000")
+    other = preempt(cluster)
+    cluster.wait(other, "RUNNING")
+    if not waiting:
+        wait_until(trains(run, 1))
+    cluster.run("scancel", f"{job}_1")
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job))
+    assert status(cluster, run)["state"] == "cancelled"
+    assert causes(run) == (["preempted"] if waiting else ["preempted", "cancelled"])
