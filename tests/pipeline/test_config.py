@@ -426,6 +426,25 @@ def test_a_number_is_decimal_with_zeros_before_it_and_with_an_exponent(small, wh
     assert (config.run.seed, config.optim.eps, config.optim.weight_decay) == (whole, float(f"{number:e}"), whole * 1000)
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_takes_the_words_of_older_yaml_too(small, value):
+    for word in ("true", "yes", "on", "TRUE", "Yes", "On") if value else ("false", "no", "off", "False", "NO", "OFF"):
+        config = read_config(small, [f"augment.flip={word}", f"log.samples={word}"])
+        assert (config.augment.flip, config.log.samples) == (value, value)
+
+
+def test_minutes_that_an_older_run_kept_as_a_number_are_read(small):
+    tree = read_config(small, ["slurm.time=90"]).model_dump(mode="json")
+    older = {**tree, "slurm": {**tree["slurm"], "time": 90}}
+    assert validate(older, "checkpoint") == validate(tree, "checkpoint")
+
+
+def test_a_file_with_the_line_ends_and_the_mark_of_windows_is_read(small, tmp_path):
+    path = tmp_path / "windows.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
+    assert read_config(str(path), []) == read_config(small, [])
+
+
 NAMES = st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True)
 
 
