@@ -23,6 +23,7 @@ from models.coatnet import stochastic_depth_rates
 from pipeline.attempt import Attempt, begin_attempt
 from pipeline.checkpoint.checkpointer import Checkpointer
 from pipeline.config.batch_size import micro_batches_of
+from pipeline.config.contradictions import cpu_flags, warnings
 from pipeline.config.schema import Config
 from pipeline.distributed import heartbeat
 from pipeline.errors import Interrupted
@@ -71,6 +72,8 @@ def train(
     requested a stop.
     """
     with begin_attempt(config, plan) as attempt:
+        for warning in warnings(config, plan.steps, cpu_flags() if attempt.device.type == "cpu" else None):
+            attempt.console.print(f"warning: {warning}")
         model = deepspeed_engine.build_initial_model(config, plan, attempt.device, initial_weights)
         engine = deepspeed_engine.build_engine(model, config.train, config.optim, config.zero)
         checkpoints = Checkpointer(engine, config, plan, ancestors, attempt.events)
@@ -105,7 +108,7 @@ def train_steps(
     with (
         open_metrics(config, plan, attempt.number, attempt.console, attempt.device, state.step) as metrics,
         training_steps(config, plan, spec, state.step, state.skipped_steps()) as steps,
-        Profiler(config.log.profile, attempt.run / "profile", attempt.rank, log, state.step, plan.steps) as profiler,
+        Profiler(config.log.profile, attempt.run / "profile", attempt.rank, log, state.step) as profiler,
     ):
         heartbeat.beat_step(None)
         if not evaluate_if_due(config, plan, attempt, engine, state, metrics, spec):  # a stop had cut it short

@@ -23,7 +23,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from pipeline.checkpoint.attempts import latest_step
-from pipeline.config.schema import Slurm
+from pipeline.config.schema import Slurm, parse_duration
 from pipeline.distributed.environment import FILE, START, slurm_port
 from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import read_lines
@@ -314,7 +314,7 @@ def is_down(state: str) -> bool:
 def seconds_left() -> float | None:
     """Of this job's time limit; None without one."""
     job = os.environ["SLURM_JOB_ID"]
-    return scheduler.parse_duration(scheduler.ask_with_retries("squeue", "-h", "-j", job, "-o", "%L"))
+    return parse_duration(scheduler.ask_with_retries("squeue", "-h", "-j", job, "-o", "%L"))
 
 
 def log(run: Path, line: str) -> None:

@@ -158,16 +158,3 @@ def _unless_forgotten(*command: str) -> str:
         if any(words in str(error) for words in _OVER):
             return ""
         raise
-
-
-def parse_duration(time: str) -> int | None:
-    """Seconds of a time as minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]].
-
-    None where it is not a number, as UNLIMITED.
-    """
-    days, dash, clock = time.strip().rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not dash):
-        return None
-    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))

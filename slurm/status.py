@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.checkpoint.attempts import recorded_rollbacks, trusted_checkpoints
 from pipeline.checkpoint.reader import checkpoints, step_of
+from pipeline.config.core_yaml import read_yaml
 from pipeline.errors import UsageError
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
@@ -148,8 +147,8 @@ def _config(run: Path) -> dict[str, Any]:
     files = [run / "config.yaml", *history.folder(run).glob("config-*.yaml")]
     newest = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=None)
     try:
-        tree = yaml.safe_load(newest.read_bytes()) if newest else None
-    except (yaml.YAMLError, ValueError):  # half-written, or with a date that does not exist
+        tree = read_yaml(newest.read_text(encoding="utf-8")) if newest else None
+    except ValueError:  # half-written
         tree = None
     sections = tree.items() if isinstance(tree, dict) else ()
     return {name: section for name, section in sections if isinstance(section, dict)}

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.commands.finetune import check_compatible_config, check_source, source_of
 from pipeline.commands.pretrain import check_config, set_aside_config, set_files_aside
 from pipeline.config.parsing import read_config, to_yaml
-from pipeline.config.schema import Config, Slurm
+from pipeline.config.schema import Config, Slurm, parse_duration
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.identity import settle
@@ -160,7 +160,7 @@ def unsatisfiable_reason(slurm: Slurm, partition: Mapping[str, str]) -> str | No
     """Why a job would stay pending in a partition forever. Pure."""
     name = partition["PartitionName"]
     max_nodes = min(int(partition[limit]) for limit in ("TotalNodes", "MaxNodes") if partition[limit].isdigit())
-    max_time, time = scheduler.parse_duration(partition["MaxTime"]), scheduler.parse_duration(str(slurm.time))
+    max_time, time = parse_duration(partition["MaxTime"]), parse_duration(slurm.time)
     if partition["State"] != "UP":
         return f"partition {name} is {partition['State']}"
     if (slurm.min_nodes or slurm.nodes) > max_nodes:

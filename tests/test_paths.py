@@ -128,7 +128,7 @@ def test_a_variable_that_is_not_set_is_named_with_its_key_and_where_it_stands(tm
 
 
 def test_a_base_may_lie_in_the_home_folder(environment: Path, tmp_path: Path) -> None:
-    (environment / "base.yaml").write_text(TINY.read_text() + "\nrun: {seed: 5}")
+    (environment / "base.yaml").write_text(TINY.read_text().replace("run: {", "run: {seed: 5, "))
     (tmp_path / "top.yaml").write_text("base: ~/base.yaml")
     assert read_config(str(tmp_path / "top.yaml"), ["data.train=x"]).run.seed == 5
 

@@ -12,6 +12,7 @@ from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import list_copies, restore_from_mirror
 from pipeline.config.batch_size import padding_share
+from pipeline.config.contradictions import check_job, cpu_flags, known_steps, warnings
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_first_process, is_rank, local_world_size, rank_and_world_size
@@ -110,10 +111,13 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
 
     `likely_classes` is assumed where model.classes is null.
     """
+    import torch
+
     from pipeline.monitoring.summary import training_summary
     from pipeline.training.model import count_model
 
     check_ranks(config, procs)
+    check_job(config.slurm)
     check_wandb(config.log.wandb)
     classes = config.model.classes or likely_classes or 1000
     counts = count_model(config.model, config.train, classes)
@@ -124,8 +128,10 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
     print("valid:", "\n".join(lines))
     if config.model.classes is None:
         print(f"model.classes is null: {classes:,} classes are assumed until the data is read")
-    if wasted := padding_share(config.train, procs):
-        print(f"warning: {wasted}", file=sys.stderr)
+    on_gpu = config.slurm.gpus_per_node or torch.cuda.is_available()
+    found = warnings(config, known_steps(config), None if on_gpu else cpu_flags())
+    for warning in filter(None, (*found, padding_share(config.train, procs))):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from data.paths import expand
+from pipeline.config.core_yaml import YamlError, read_yaml, write_yaml
 from pipeline.config.schema import Config, Section, describe_type, documented_keys, item_type, section_type
 from pipeline.errors import UsageError
 
@@ -82,7 +82,7 @@ def _override_with(message: str, overrides: Sequence[str]) -> str | None:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML; reading it again gives an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def read_resolved(path: Path) -> Config:
@@ -106,21 +106,38 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str
     tree = _load(path)
     base = tree.pop("base", None)
     if base is not None and not isinstance(base, str):
-        raise UsageError(f"{path}: base is {base!r}; it must be the name of a YAML file beside this one")
+        raise UsageError(f"{path}: base is {_as_json(base)}; it must be the name of a YAML file beside this one")
     below = _file_layers(path.parent / expand(base, f"{path}: base"), (*seen, path)) if base else []
     return [*below, (tree, str(path))]
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, unchecked; UsageError where it is missing or holds none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"), _takes_text)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: {error.strerror}{_similar_file(path)}") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; presets lie in configs/") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}: line {line}: not UTF-8; save the file in that encoding") from None
+    except YamlError as error:
+        raise UsageError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: holds {type(tree).__name__}, not sections; see configs/tiny.yaml")
+        content = "is empty" if tree is None else f"holds {'a list' if isinstance(tree, list) else 'a single value'}"
+        raise UsageError(f"{path}: {content}; a preset is a mapping of sections, as in configs/tiny.yaml")
     return tree
+
+
+def _similar_file(missing: Path) -> str:
+    presets = {path.name: path for path in (*Path("configs").rglob("*.yaml"), *missing.parent.glob("*.yaml"))}
+    near = difflib.get_close_matches(missing.name, presets, 1, 0.7)
+    return f"; did you mean {presets[near[0]]}?" if near else ""
+
+
+def _takes_text(name: str) -> bool:
+    return name == "base" or documented_keys().get(name, {}).get("text", False)
 
 
 def _parse_override(text: str) -> tuple[dict[str, Any], str]:
@@ -128,9 +145,9 @@ def _parse_override(text: str) -> tuple[dict[str, Any], str]:
     if not equals or not name:
         raise UsageError(f"{text}: an override has the form section.key=value")
     try:
-        leaf = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
-        raise UsageError(f"{text}: the value is not YAML: {' '.join(str(error).split())}") from None
+        leaf = read_yaml(value, _takes_text, name)
+    except YamlError as error:
+        raise UsageError(f"{text}: {error.problem}") from None
     for part in reversed(name.split(".")):
         leaf = {part: leaf}
     return leaf, text
@@ -203,7 +220,8 @@ def _message(error: Any, tree: dict[str, Any]) -> str:
 
 def _as_json(value: Any) -> str:
     """A value as it could be written in YAML."""
-    return json.dumps(value, default=str, ensure_ascii=False)
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _get(tree: Any, path: list[Any]) -> Any:

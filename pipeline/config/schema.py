@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -287,7 +288,7 @@ class Slurm(Section):
     tasks_per_node: int | None = key(None, "ranks on each node; null: one for each GPU, or 1", "mutable", ge=1)
     cpus_per_task: int | None = key(None, "CPUs of each rank; null: the cluster's default", "mutable", ge=1)
     memory: str | None = key(None, "memory of each node, as 200G; null: the cluster's default", "mutable")
-    time: str | int = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "mutable")
+    time: str = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "mutable")
     partition: str | None = key(None, "partition; null: the cluster's default", "mutable")
     account: str | None = key(None, "account; null: the user's default", "mutable")
     qos: str | None = key(None, "quality of service; null: the default", "mutable")
@@ -307,6 +308,17 @@ class Slurm(Section):
     requeue: Literal["scontrol", "array"] | None = key(
         None, "how a job restarts: scontrol requeue, or the next of an array; null: as the partition allows", "mutable"
     )
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_is_a_duration(cls, value: Any) -> Any:
+        time = str(value) if type(value) is int else value  # minutes, as checkpoints of older runs have them
+        if isinstance(time, str) and parse_duration(time) is None and time.upper() not in ("UNLIMITED", "INFINITE"):
+            raise ValueError(
+                f"slurm.time is {json.dumps(time)}; it must be minutes, minutes:seconds, hours:minutes:seconds,"
+                " days-hours[:minutes[:seconds]], or UNLIMITED"
+            )
+        return time
 
     @model_validator(mode="after")
     def _options_are_options(self) -> Slurm:
@@ -355,8 +367,23 @@ def profiled_steps(profile: object) -> range | None:
     return range(int(found[1]), int(found[2]) + 1) or None if found else None
 
 
+def parse_duration(time: str) -> int | None:
+    """Seconds of a time of Slurm: minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]].
+
+    None where it is not a number, as UNLIMITED.
+    """
+    found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", time.strip())
+    if found is None:
+        return None
+    days, *clock = found.groups()
+    parts = [int(part) for part in clock if part is not None]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+@cache
 def documented_keys() -> dict[str, dict[str, Any]]:
-    """Every key by its full name, in order: `meaning`, `default`, `change`, `expanded`.
+    """Every key by its full name, in order: `meaning`, `default`, `change`, `expanded`, `text` (whether it takes text).
 
     Lists of sections count as one key.
     """
@@ -370,7 +397,8 @@ def documented_keys() -> dict[str, dict[str, Any]]:
             else:
                 extra = info.json_schema_extra
                 assert isinstance(extra, dict)
-                found[prefix + name] = {"meaning": info.description, "default": info.default, **extra}
+                text = str in (info.annotation, *get_args(info.annotation))
+                found[prefix + name] = {"meaning": info.description, "default": info.default, "text": text, **extra}
 
     visit(Config, "")
     return found
@@ -406,7 +434,8 @@ def _describe(schema: dict[str, Any]) -> str:
         return f"a list of {len(schema['prefixItems'])} numbers"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
     kinds |= {"string": "text, not empty" if schema.get("minLength") else "text"}
-    kinds |= {"array": f"a list of {'whole numbers' if schema.get('items') == {'type': 'integer'} else 'sections'}"}
+    items = {"integer": "whole numbers", "string": "texts"}.get(schema.get("items", {}).get("type"), "sections")
+    kinds |= {"array": f"a list of {items}"}
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     stated = [f"{word} {schema[limit]}" for limit, word in limits.items() if limit in schema]
     return f"{kinds.get(schema.get('type', ''), 'a section')} {' and '.join(stated)}".strip()

@@ -1,7 +1,7 @@
 """A profiler's trace of a few steps of rank 0, where log.profile asks for it: RUN/profile/steps-100-105.json.gz.
 
-It is a Chrome trace: open it at ui.perfetto.dev. A run that resumes after the first of the steps, or ends before
-it, writes no trace, and says so.
+It is a Chrome trace: open it at ui.perfetto.dev. A run that resumes after the first of the steps writes no trace, and
+says so.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Profiler:
     """Traces the steps that log.profile names; call `before` each step, and close it after the last."""
 
     def __init__(
-        self, profile: str | None, folder: Path, rank: int, log: Callable[[str], None], first_step: int, last: int
+        self, profile: str | None, folder: Path, rank: int, log: Callable[[str], None], first_step: int
     ) -> None:
-        """For the steps after `first_step`, up to `last`."""
+        """For the steps after `first_step`."""
         self._steps = profiled_steps(profile) if rank == 0 else None
         self._folder, self._log = folder, log
         self._running: torch.profiler.profile | None = None
-        if self._steps is not None and not first_step < self._steps[0] <= last:
-            log(f"log.profile={profile} begins outside of steps {first_step + 1:,} to {last:,}: no trace is written")
+        if self._steps is not None and self._steps[0] <= first_step:
+            log(f"log.profile={profile} begins before step {first_step + 1:,}, the next one: no trace is written")
 
     def __enter__(self) -> Profiler:
         return self

@@ -48,7 +48,10 @@ class RunLocked(UsageError):
 
     def __init__(self, run: Path, holder: LockHolder) -> None:
         super().__init__(f"run.dir={run}: already running ({holder}); end it first, or choose another run.dir")
-        self.holder = holder
+        self.run, self.holder = run, holder
+
+    def __reduce__(self) -> tuple[type[RunLocked], tuple[Path, LockHolder]]:  # rank 0 sends it to the others
+        return RunLocked, (self.run, self.holder)
 
 
 def lock_holder(run: Path) -> LockHolder | None:

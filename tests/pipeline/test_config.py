@@ -1,12 +1,13 @@
 """The configuration: every key documented, every wrong one named with what would do, layers that add up."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,6 +29,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("configs") / "small.yaml"
     path.write_text(SMALL)
     return str(path)
+
+
+LAUGHS = "a: &a [1, 2, 3, 4]\n" + "\n".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghijk")
+)
+"""A few lines that stand for 14 billion values."""
 
 
 def preset(folder: Path, name: str, text: str) -> str:
@@ -157,14 +164,15 @@ def test_a_misspelt_key_is_never_taken_and_is_recognised(small, key, place, lett
         ("augment.crop_area=[0, 1]", "augment.crop_area is [0.0, 1.0]; it must rise within 0 to 1"),
         ("augment.crop_area=[0.5, 1.1]", "augment.crop_area is [0.5, 1.1]; it must rise within 0 to 1"),
         ("optim.betas=[0.9, 1.0]", "optim.betas is [0.9, 1.0]; both must be at least 0 and below 1"),
-        ("run.dir=12", "run.dir is 12; it must be text, not empty"),
+        ("run.dir=[12]", 'run.dir is ["12"]; it must be text, not empty'),
+        ("slurm.time=1.5", 'slurm.time is "1.5"; it must be minutes, minutes:seconds,'),
+        ("slurm.setup=module load", 'slurm.setup is "module load"; it must be a list of texts'),
         ("run.dir=", "run.dir is null; it must be text, not empty"),
         ("run.dir=''", 'run.dir is ""; it must be text, not empty'),
-        ("run.dir=2024-02-03", 'run.dir is "2024-02-03"; it must be text'),
         ("run.seed.more=3", 'run.seed is {"more": 3}; it must be a whole number'),
         ("train=5", "train is 5; it is a section with epochs, steps,"),
         ("train=null", "train is null; it is a section with epochs, steps,"),
-        ("augment.randaugment=on", "augment.randaugment is true; it is a section with layers, magnitude"),
+        ("augment.randaugment=on", 'augment.randaugment is "on"; it is a section with layers, magnitude'),
         ("model.stages=3", "model.stages is 3; it must be a list of sections, or null"),
         ("model.stages=[3]", "model.stages.0 is 3; it must be a section with kind, blocks, width, stride"),
         ("model.stages=[{kind: a, blocks: 1, width: 8}]", '0.kind is "a"; it must be mbconv or transformer'),
@@ -176,9 +184,7 @@ def test_a_wrong_value_is_refused_in_a_line_with_key_value_and_what_is_allowed(s
     assert message in line
 
 
-@pytest.mark.parametrize(
-    "text", ["train.steps", "=3", "train.steps=[1", "run.dir=2024-13-45", "run.dir=!!python/object:x"]
-)
+@pytest.mark.parametrize("text", ["train.steps", "=3", "train.steps=[1", "run.dir=a #b", "run.dir=!!python/object:x"])
 def test_a_malformed_override_is_refused_in_a_line_that_repeats_it(small, text):
     (line,) = refused(small, text)
     assert text in line
@@ -216,12 +222,21 @@ def test_what_must_be_given_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a", "holds list, not sections"),
-        ("", "holds NoneType, not sections"),
-        ("a: [", "not YAML"),
-        ("run: {dir: 2024-13-45}", "not YAML: month must be in 1..12"),
-        ("base: [x]", "base is ['x']; it must be the name of a YAML file"),
-        ("base: nowhere.yaml", "nowhere.yaml: No such file or directory; presets lie in configs/"),
+        ("- a", "top.yaml: holds a list; a preset is a mapping of sections"),
+        ("a", "top.yaml: holds a single value; a preset is a mapping of sections"),
+        ("# nothing", "top.yaml: is empty; a preset is a mapping of sections"),
+        ("a:\n- [", "top.yaml: line 2: not YAML"),
+        ("a:\n\tb: 1", "top.yaml: line 2: not YAML"),
+        ("a: 1\n---\nb: 2", "top.yaml: line 2: not YAML: expected a single document"),
+        ("1: x", "top.yaml: 1: unknown; the configuration has run, data"),
+        ("[a]: x", "top.yaml: line 1: a key must be text"),
+        ("run: !mine {}", "top.yaml: line 1: !mine is no type of YAML's core schema"),
+        ("run: &run {seed: 1}\nlog: {<<: *run}", "top.yaml: line 2: merge keys (<<) are not part of YAML 1.2"),
+        ("run: &run [*run]", "nested too deeply, or an alias within what it stands for"),
+        ("[" * 10_000, "nested too deeply"),
+        (LAUGHS, "more than 10,000 values"),
+        ("base: [x]", 'base is ["x"]; it must be the name of a YAML file'),
+        ("base: tip.yaml", "tip.yaml: No such file or directory; did you mean"),
         ("train:", "train is null; it is a section with"),
     ],
 )
@@ -343,6 +358,123 @@ def test_a_configuration_survives_overrides_and_yaml_unchanged(small, tmp_path_f
     assert read_config(str(path), []) == config
     assert changes(config, read_resolved(path)) == {}
     assert validate(config.model_dump(mode="json"), "checkpoint") == config
+
+
+TEXT_KEYS = sorted(name for name, facts in documented_keys().items() if facts["text"])
+LOOKS_LIKE_A_NUMBER = r"[-+]?[0-9][0-9_]{0,3}(\.[0-9]{0,3})?([eE][-+]?[0-9]{1,3})?|0[xob][0-9a-fA-F]{1,6}|\.(inf|NAN)"
+LOOKS_LIKE_A_TIME = r"[0-9]{1,4}(:[0-5]?[0-9]){1,2}|[12][0-9]{3}-[01][0-9]-[0-3][0-9]"
+LOOKS_LIKE_A_BOOLEAN = r"true|TRUE|False|yes|No|on|OFF|y|N"
+words = st.one_of(*(st.from_regex(each, fullmatch=True) for each in (LOOKS_LIKE_A_NUMBER, LOOKS_LIKE_A_TIME)))
+words |= st.sampled_from(LOOKS_LIKE_A_BOOLEAN.split("|"))
+texts = words | st.sampled_from(
+    ["null", "~", "a: b", "a #b", "#", "- a", "@", "'", '"', "\u2028", "=", "<<", "[", "\ufeff"]
+)
+texts |= st.text(st.characters(exclude_categories=["Cs"], exclude_characters="~$"), min_size=1)
+
+
+def with_text(key: str, text: str) -> Config:
+    """A configuration in which this key has this text; texts that it does not take are not tried."""
+    section, *inside, leaf = key.split(".")
+    is_list = documented_keys()[key]["default"] == ()
+    value: Any = [f"--{text}" if leaf == "sbatch" else text, text][: 1 if leaf == "sbatch" else 2] if is_list else text
+    for name in reversed([*inside, leaf]):
+        value = {name: value}
+    sections = {"data": {"train": "x"}, "model": {"name": "coatnet_0"}, "train": {"steps": 1}}
+    try:
+        return validate({**sections, section: {**sections.get(section, {}), **value}}, "tree")
+    except UsageError:
+        reject()
+
+
+@given(st.sampled_from(TEXT_KEYS), texts)
+def test_a_text_that_is_written_is_read_again_by_this_and_by_older_yaml(tmp_path_factory, key, text):
+    assume(not {"~", "$"} & set(text))
+    config, path = with_text(key, text), tmp_path_factory.getbasetemp() / "text.yaml"
+    by_pyyaml = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    for written in (to_yaml(config), by_pyyaml):  # older runs have PyYAML's
+        path.write_text(written, encoding="utf-8")
+        assert read_resolved(path) == config
+    assert yaml.safe_load(to_yaml(config)) == config.model_dump(mode="json")
+
+
+@given(st.sampled_from(TEXT_KEYS), words)
+def test_what_is_typed_for_a_text_is_never_changed(small, tmp_path_factory, key, word):
+    assume(with_text(key, word) and key != "model.name")
+    section, _, leaf = key.rpartition(".")
+    typed = ("--" if leaf == "sbatch" else "") + word
+    typed = f"[{typed}]" if documented_keys()[key]["default"] == () else typed
+    above = preset(
+        tmp_path_factory.getbasetemp(), "above.yaml", f"base: {small}\n{nested(section, f'{leaf}: {typed}')}"
+    )
+    for config in (read_config(small, [f"{key}={typed}"]), read_config(above, [])):
+        found: Any = config
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert str(found[0] if isinstance(found, tuple) else found).removeprefix("--") == word
+
+
+def nested(section: str, content: str) -> str:
+    """YAML in which a section, of any depth, has this content."""
+    return "".join(f"{name}: {{" for name in section.split(".")) + content + "}" * len(section.split("."))
+
+
+@given(st.integers(0, 10**6), st.integers(0, 3), st.floats(1e-9, 1e9))
+def test_a_number_is_decimal_with_zeros_before_it_and_with_an_exponent(small, whole, zeros, number):
+    config = read_config(
+        small, [f"run.seed={'0' * zeros}{whole}", f"optim.eps={number:e}", f"optim.weight_decay={whole}e3"]
+    )
+    assert (config.run.seed, config.optim.eps, config.optim.weight_decay) == (whole, float(f"{number:e}"), whole * 1000)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_takes_the_words_of_older_yaml_too(small, value):
+    for word in ("true", "yes", "on", "TRUE", "Yes", "On") if value else ("false", "no", "off", "False", "NO", "OFF"):
+        config = read_config(small, [f"augment.flip={word}", f"log.samples={word}"])
+        assert (config.augment.flip, config.log.samples) == (value, value)
+
+
+def test_minutes_that_an_older_run_kept_as_a_number_are_read(small):
+    tree = read_config(small, ["slurm.time=90"]).model_dump(mode="json")
+    older = {**tree, "slurm": {**tree["slurm"], "time": 90}}
+    assert validate(older, "checkpoint") == validate(tree, "checkpoint")
+
+
+def test_a_file_with_the_line_ends_and_the_mark_of_windows_is_read(small, tmp_path):
+    path = tmp_path / "windows.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
+    assert read_config(str(path), []) == read_config(small, [])
+
+
+NAMES = st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True)
+
+
+@given(NAMES, st.lists(st.sampled_from("xyz"), max_size=3), st.booleans(), st.integers(0, 8), st.integers(0, 8))
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(
+    small, tmp_path_factory, names, sections, flow, which, place
+):
+    """In block or flow style, at any depth, in a file or as the value of an override."""
+    twice, place = names[which % len(names)], place % (len(names) + 1)
+    keys = [f"{name}: 1" for name in (*names[:place], twice, *names[place:])]
+    one, other = (number for number, line in enumerate(keys, 1) if line.startswith(twice))
+    if flow:
+        text = "".join(f"{{{name}: " for name in sections) + "{" + ",\n".join(keys) + "}" * (1 + len(sections))
+    else:
+        above = [f"{'  ' * depth}{name}:" for depth, name in enumerate(sections)]
+        text = "\n".join([*above, *("  " * len(sections) + line for line in keys)])
+        one, other = one + len(sections), other + len(sections)
+    path = preset(tmp_path_factory.getbasetemp(), "twice.yaml", text)
+    message = f"{'.'.join([*sections, twice])} is given twice, here and in line {one}"
+    assert refused(path) == [f"{path}: line {other}: {message}"]
+    assert refused(small, f"run={text}")[-1].endswith(f": run.{message}")
+
+
+@given(st.text("ab:{}[]&*!#-?|>'\"%@`<~,=\\ \n\t\r0.e\ufeff\x00\u2028") | st.binary())
+def test_any_file_at_all_is_read_or_refused_in_yamls_words(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for line in refused(str(path)):
+        assert line.startswith(f"{path}: ") or f"{path.parent}/" in line  # of a base
+        assert not re.search(r"Error|NoneType|dict|\bstr\b|codec", line)
 
 
 @given(settings_of_keys, settings_of_keys)

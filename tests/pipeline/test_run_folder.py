@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pickle
 import random
 import re
 import signal
@@ -66,8 +67,11 @@ def test_a_run_is_refused_while_another_process_holds_it(tmp_path, monkeypatch):
     acquire_lock(tmp_path).close()  # an earlier holder is not named
     with holder(tmp_path) as process:
         for _ in range(2):  # a refused claim does not change the holder
-            with pytest.raises(UsageError, match=rf"already running \(process {process.pid} on \S+\); end it first"):
+            with pytest.raises(
+                UsageError, match=rf"already running \(process {process.pid} on \S+\); end it first"
+            ) as refused:
                 claim(tmp_path)
+            assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)  # so it reaches all ranks
         process.send_signal(signal.SIGKILL)
         process.wait()
         claim(tmp_path).lock.close()

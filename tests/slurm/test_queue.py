@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.schema import parse_duration
 from pipeline.errors import UsageError
 from slurm import history, scheduler
 from slurm.cancel import cancel
@@ -111,4 +112,4 @@ def test_of_an_array_the_most_active_element_counts(slurm: Cluster, tmp_path: Pa
     ],
 )  # fmt: skip
 def test_durations_are_parsed_as_slurm_writes_them(time: str, seconds: int | None) -> None:
-    assert scheduler.parse_duration(time) == seconds
+    assert parse_duration(time) == seconds
