@@ -20,12 +20,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from data.storage.durable import write_atomically
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.config.schema import Slurm
 from pipeline.distributed.environment import FILE, START, slurm_port
+from pipeline.errors import RunFailed, UsageError
 from pipeline.run.jsonl import read_lines
+from pipeline.run.small_files import NUMBER
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.requeue import (
@@ -59,7 +62,10 @@ class Request(BaseModel):
 
 
 def read_request(path: Path) -> Request:
-    return Request.model_validate_json(path.read_text())
+    try:
+        return Request.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise UsageError(f"{path} is damaged: submit the run again, which writes another") from None
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,8 @@ def evaluate(run: Path, request: Request, allocation: Allocation) -> int:
     command = ["evaluate", str(run), "--data", str(request.evaluate), "--json"]
     status, _ = run_ranks(run, request, allocation, command, partial)
     if status == 0:
-        partial.rename(run / "evaluation.json")
+        write_atomically(run / "evaluation.json", partial.read_bytes())
+        partial.unlink()
     log(run, f"evaluated: {run}/evaluation.json" if status == 0 else f"evaluation failed with status {status}")
     return status
 
@@ -173,7 +180,7 @@ def evaluate(run: Path, request: Request, allocation: Allocation) -> int:
 def read_ending(run: Path, request: Request, allocation: Allocation, status: int, output: list[str]) -> Ending:
     """What the run's files, Slurm and srun's output know of a start that has just ended."""
     began = history.starts(run)[-1].began
-    events = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
+    events = [row for row in read_lines(run / "events.jsonl", event=str, time=NUMBER) if row["time"] >= began]
     last = next((row for row in reversed(events) if row["event"] in ("finished", "interrupted", *HANG_EVENTS)), {})
     had_nothing_to_do = status == 0 and not last
     return Ending(
@@ -228,7 +235,7 @@ def first_failed_node(run: Path, allocation: Allocation, output: list[str]) -> t
 
 
 def last_step_done(run: Path) -> int:
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in read_lines(run / "metrics.jsonl", step=int)), default=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- Slurm
@@ -298,5 +305,5 @@ def log(run: Path, line: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), read_request(Path(sys.argv[2]))))
-    except scheduler.ERRORS as error:
+    except (UsageError, RunFailed, OSError) as error:
         sys.exit(f"coatnet: {error}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.storage.durable import write_atomically
 from pipeline.commands.finetune import check_compatible_config, check_source, source_of
 from pipeline.commands.pretrain import check_config
 from pipeline.config.parsing import read_config, to_yaml
@@ -21,6 +22,7 @@ from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.jsonl import read_lines
 from pipeline.run.lock import RunLocked, lock_holder
+from pipeline.run.small_files import NUMBER
 from slurm import history, scheduler
 from slurm.job import Request
 from slurm.sbatch import batch_command, parameters, script, snapshot, tasks_per_node
@@ -153,8 +155,9 @@ def partitions(names: str | None) -> list[dict[str, str]]:
 
 def stop_seconds(run: Path) -> float:
     """The longest of a run's last steps and saves together; 0 where it has never trained."""
-    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl") if "step_seconds" in row]
-    saves = [row["seconds"] for row in read_lines(run / "events.jsonl") if row["event"] == "checkpoint"]
+    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl", step_seconds=NUMBER)]
+    rows = read_lines(run / "events.jsonl", event=str, seconds=NUMBER)
+    saves = [row["seconds"] for row in rows if row["event"] == "checkpoint"]
     return max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
 
 
@@ -202,25 +205,31 @@ def submit_one(job: JobSpec, dependency: str | None, cluster: str, dry_run: bool
 def prepare(job: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
     """Copies program and configuration; returns submitit's parameters, the script, and the script's last line."""
     folder.mkdir(parents=True, exist_ok=True)
-    code, number = snapshot(folder), len(list(folder.glob("request-*.json")))
+    code, number = snapshot(folder), _next_number(folder)
     resolved, request = folder / f"config-{number}.yaml", folder / f"request-{number}.json"
-    resolved.write_text(to_yaml(job.config))
+    write_atomically(resolved, to_yaml(job.config))
     command = [job.command, str(resolved)]
     command += ["--from", job.source] if job.source else []
     command += ["--weights", job.weights] if job.weights else []
     evaluate = job.config.data.val if job.evaluate else None
     written = Request(command=command, python=sys.executable, code=str(code), slurm=job.config.slurm, evaluate=evaluate)
-    request.write_text(written.model_dump_json(indent=1) + "\n")
+    write_atomically(request, written.model_dump_json(indent=1) + "\n")
     module = "slurm.doctor" if job.command == "doctor" else "slurm.job"
     last_line = batch_command(sys.executable, code, module, job.run, request)
     options = parameters(job.config.slurm, f"coatnet-{job.run.name}", dependency)
     return options, script(folder, last_line, options), last_line
 
 
+def _next_number(folder: Path) -> int:
+    """A number that no request has: jobs that wait read theirs when they start."""
+    numbers = (re.fullmatch(r"(?:request|config)-(\d+)\.(?:json|yaml)", file.name) for file in folder.iterdir())
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
+
+
 def submit_to_slurm(folder: Path, options: dict[str, Any], text: str, command: str) -> str:
     """The job's id; UsageError with sbatch's words where it refuses."""
     trial = folder / ".check.sh"
-    trial.write_text(text)
+    write_atomically(trial, text)
     scheduler.run_slurm("sbatch", "--test-only", str(trial))
     trial.unlink()
     from submitit.core.utils import FailedJobError
@@ -237,7 +246,7 @@ def submit_to_slurm(folder: Path, options: dict[str, Any], text: str, command: s
 def submit_locally(folder: Path, text: str) -> str:
     """Runs the script on this machine, in a session of its own, so that it outlives this terminal."""
     path = folder / "local.sh"
-    path.write_text(text)
+    write_atomically(path, text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     with (folder / "local.log").open("ab") as log:
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.storage.durable import write_atomically
+from pipeline.checkpoint.attempts import newest_state
 from pipeline.checkpoint.mirror import restore_from_mirror
 from pipeline.checkpoint.pretrained import check_compatible_network, convert_weights, describe_classifier, map_classes
 from pipeline.checkpoint.weights import Weights, open_weights, select_weights
@@ -21,9 +22,10 @@ from pipeline.commands.pretrain import check_config, run
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_rank, rank_and_world_size
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
+from pipeline.run.small_files import DamagedFile, read_object, warn_damaged
 
 if TYPE_CHECKING:
     import torch
@@ -144,15 +146,16 @@ def describe_start(config: Config, plan: Plan, source: Source) -> str:
 
 def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
     """The source that a run is pinned to, or else the newest checkpoint of `source`; UsageError where they differ."""
-    pinned = run_folder / "source.json"
-    if not pinned.exists():
+    found = _pinned_source(run_folder)
+    if found is None and (state := newest_state(run_folder)) is not None:
+        return _source_of_begun(run_folder, source, state["ancestry"][:-1], weights)
+    if found is None:
         reader = open_weights(source)
         ancestors = reader.state()["ancestry"]
         if ancestors is None:
             ancestors = [unknown_lineage(str(source))]
         kind = "ema" if select_weights(reader, weights) == "ema" else "model"
         return Source(str(source.resolve()), str(reader.folder.resolve()), ancestors, kind)
-    found = Source(**json.loads(pinned.read_text()))
     begun = f"run.dir={run_folder} was started from {found.run}"
     suggestion = "resume with the first, or fine-tune into another folder with run.dir=..."
     if found.run != str(source.resolve()):
@@ -160,6 +163,32 @@ def source_of(run_folder: Path, source: Path, weights: str | None) -> Source:
     if weights and found.weights and weights != found.weights:
         raise UsageError(f"{begun} with --weights {found.weights}, and now it is {weights}; {suggestion}")
     return found
+
+
+def _pinned_source(run_folder: Path) -> Source | None:
+    """What RUN/source.json holds; None where there is none, or it is damaged."""
+    file = run_folder / "source.json"
+    try:
+        row = read_object(file, run=str, checkpoint=str, ancestry=list)
+        return Source(row["run"], row["checkpoint"], row["ancestry"], row.get("weights"))
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        warn_damaged(file, error, "the run's checkpoint says what it began from, or, before the first one, --from")
+        return None
+
+
+def _source_of_begun(run_folder: Path, source: Path, ancestors: list[dict[str, Any]], weights: str | None) -> Source:
+    """The source of a run whose source.json is lost, by its newest checkpoint; UsageError where --from is another."""
+    warn_damaged(run_folder / "source.json", "it is missing", "the run's newest checkpoint says what it began from")
+    try:
+        theirs = open_weights(source).state()["ancestry"] or [unknown_lineage(str(source))]
+    except (UsageError, RunFailed):
+        theirs = ancestors  # a run that has begun needs its source no more
+    if [each["run"] for each in theirs] != [each["run"] for each in ancestors]:
+        began = f"was started from {ancestors[-1]['run']}" if ancestors else "is no fine-tuning"
+        raise UsageError(f"run.dir={run_folder} {began}, and --from is {source}; fine-tune into another run.dir=...")
+    return Source(str(source.resolve()), str(source.resolve()), ancestors, weights)
 
 
 def pin_source(run_folder: Path, source: Source) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from data.storage.durable import write_atomically
 from pipeline.errors import UsageError, first_line
+from pipeline.run.small_files import DamagedFile, read_object, warn_damaged
 
 INIT_SECONDS, FINISH_SECONDS = 30, 10
 """How long its server may take to answer, and, when a run ends, to take what is left."""
@@ -37,10 +38,15 @@ def check_wandb(project: str | None) -> None:
 
 def wandb_id(run: Path) -> str:
     """The run's id; a new one is written to RUN/wandb.json before it is used."""
-    note = run / "wandb.json"
-    if not note.exists():
-        write_atomically(note, json.dumps({"id": os.urandom(8).hex()}) + "\n")
-    return json.loads(note.read_text())["id"]
+    note, new = run / "wandb.json", os.urandom(8).hex()
+    try:
+        return read_object(note, id=str)["id"]
+    except FileNotFoundError:
+        pass
+    except DamagedFile as error:
+        warn_damaged(note, error, "the rows of this start and later ones go to a new page")
+    write_atomically(note, json.dumps({"id": new}) + "\n")
+    return new
 
 
 class WeightsAndBiases:
