@@ -53,7 +53,7 @@ class WeightsAndBiases:
     """The run's page in a project, under its resolved configuration and nothing else of it."""
 
     def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
-        self._run, self._project, self._config, self._id = run, project, config, wandb_id(run)
+        self._run, self._project, self._config = run, project, config
         self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._done = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -85,8 +85,10 @@ class WeightsAndBiases:
         """Its run, or, where it can't be reached, one that is kept here."""
         import wandb
 
+        identity = wandb_id(self._run)
+
         def begin(mode: Literal["offline"] | None = None) -> Any:
-            where = {"project": self._project, "id": self._id, "name": self._run.name, "dir": str(self._run)}
+            where = {"project": self._project, "id": identity, "name": self._run.name, "dir": str(self._run)}
             return wandb.init(**where, resume="allow", config=self._config, mode=mode)
 
         settings = wandb.Settings(
