@@ -20,7 +20,7 @@ from pipeline.checkpoint.attempts import latest_step, newest_state
 from pipeline.config.batch_size import check_world_size, micro_batches_of, total_steps
 from pipeline.config.parsing import changes, read_resolved, validate
 from pipeline.config.schema import Augment, Config
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.run.small_files import warn_damaged
 
 
@@ -154,7 +154,7 @@ def _config_of(file: Path) -> tuple[Config | None, str]:
     try:
         return read_resolved(file), ""
     except UsageError as error:
-        return None, str(error)
+        return None, first_line(error).partition(";")[0]
 
 
 def _fixed(differing: dict[str, tuple[str, Any, Any]]) -> list[str]:

@@ -134,8 +134,8 @@ def _read(run: Path, number: int) -> dict[str, Any] | None:
     """An attempt's record; None where there is none, or it is damaged."""
     file = run / "attempts" / f"{number}.json"
     try:
-        record = read_object(file, found=list, rollbacks=list)
-        if all(has(back, _ROLLBACK) for back in record["rollbacks"]):
+        record = {"rollbacks": [], **read_object(file, found=list)}
+        if isinstance(record["rollbacks"], list) and all(has(back, _ROLLBACK) for back in record["rollbacks"]):
             return record
         raise DamagedFile(f"{file} is not what was written")
     except FileNotFoundError:

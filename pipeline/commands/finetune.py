@@ -185,7 +185,7 @@ def _source_of_begun(run_folder: Path, source: Path, ancestors: list[dict[str, A
         theirs = open_weights(source).state()["ancestry"] or [unknown_lineage(str(source))]
     except (UsageError, RunFailed):
         theirs = ancestors  # a run that has begun needs its source no more
-    if [each["run"] for each in theirs] != [each["run"] for each in ancestors]:
+    if not ancestors or [each["run"] for each in theirs] != [each["run"] for each in ancestors]:
         began = f"was started from {ancestors[-1]['run']}" if ancestors else "is no fine-tuning"
         raise UsageError(f"run.dir={run_folder} {began}, and --from is {source}; fine-tune into another run.dir=...")
     return Source(str(source.resolve()), str(source.resolve()), ancestors, weights)

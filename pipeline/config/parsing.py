@@ -119,7 +119,8 @@ def _load(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: holds {type(tree).__name__}, not sections; see configs/tiny.yaml")
+        held = "is empty" if tree is None else f"holds {type(tree).__name__}, not sections"
+        raise UsageError(f"{path}: {held}; see configs/tiny.yaml")
     return tree
 
 

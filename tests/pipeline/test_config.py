@@ -217,7 +217,7 @@ def test_what_must_be_given_is_named(tmp_path):
     ("text", "message"),
     [
         ("- a", "holds list, not sections"),
-        ("", "holds NoneType, not sections"),
+        ("", "is empty"),
         ("a: [", "not YAML"),
         ("run: {dir: 2024-13-45}", "not YAML: month must be in 1..12"),
         ("base: [x]", "base is ['x']; it must be the name of a YAML file"),
