@@ -149,6 +149,7 @@ WRITTEN = {"config.yaml", "events.jsonl", "metrics.jsonl", ".lock", "logs/rank-0
 
 def faults(begun: Begun, chosen: list[tuple[str, str, Damage]], out: Path) -> list[str]:
     """What ended otherwise than it should, in these cases."""
+    begun.restored()
     healthy = {str(command): ended(*command) for command in readers(begun, out)}
     assert [status for status, _ in healthy.values()] == [0, 0, 0, 2, 0, 0, 0, 0, 0], healthy
     status, said = ended(*begun.request)
