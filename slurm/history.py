@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.storage.durable import write_atomically
 from pipeline.errors import UsageError
 from pipeline.run.jsonl import JsonLines, read_lines
-from pipeline.run.small_files import NUMBER, has
+from pipeline.run.small_files import NUMBER, has, write_atomically
 
 _END = {"cause": str, "step": int, "failed_nodes": list, "decision": str, "again": bool}
 _FAILURE = {"start": str, "time": NUMBER, "rank": int, "host": str, "status": int, "message": str}

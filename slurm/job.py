@@ -22,13 +22,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from data.storage.durable import write_atomically
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.config.schema import Slurm
 from pipeline.distributed.environment import FILE, START, slurm_port
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run.jsonl import read_lines
-from pipeline.run.small_files import NUMBER
+from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.requeue import (

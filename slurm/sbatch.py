@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from data.storage.durable import publish, write_atomically
 from pipeline.config.schema import Slurm
+from pipeline.run.small_files import publish, write_atomically
 
 MAX_ARRAY_RESTARTS = 1000
 

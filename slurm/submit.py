@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.storage.durable import write_atomically
 from pipeline.commands.finetune import check_compatible_config, check_source, source_of
 from pipeline.commands.pretrain import check_config
 from pipeline.config.parsing import read_config, to_yaml
@@ -22,7 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.jsonl import read_lines
 from pipeline.run.lock import RunLocked, lock_holder
-from pipeline.run.small_files import NUMBER
+from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.job import Request
 from slurm.sbatch import batch_command, parameters, script, snapshot, tasks_per_node

@@ -1,6 +1,6 @@
-"""A run's small files as they are read: what is damaged is named once, and done without where that is safe.
+"""A run's small files: written whole, and read so that damage is named once, and done without where that is safe.
 
-A power cut, a full disk or a person can leave any of them empty, cut or replaced. A reader that can do without says
+A full disk, another program or a person can leave any of them empty, cut or replaced. A reader that can do without says
 what it takes instead: on standard error, and with the next start in events.jsonl (`damaged_file`).
 """
 
@@ -13,9 +13,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from data.storage.durable import publish, write_atomically
 from pipeline.distributed.environment import is_first_process
 from pipeline.errors import RunFailed, first_line
 
+__all__ = [
+    "NUMBER", "DamagedFile", "has", "parse", "publish", "read_object", "take_damaged", "warn_damaged",
+    "write_atomically",
+]  # fmt: skip
 NUMBER = int | float
 Kinds = Mapping[str, type | UnionType]
 """What an object must have at least: name -> type."""
