@@ -170,7 +170,8 @@ def faults(begun: Begun, chosen: list[tuple[str, str, Damage]], out: Path) -> li
             found.append(f"{place}: {status}: {said}")
         elif not blocked:
             now = last_state(begun.run), curve(begun.run)[-1], consumed(begun.run)[3]
-            found += [f"{place}: other weights, metrics or samples"] * (now != expected)
+            pairs = zip(("weights", "metrics", "samples"), now, expected, strict=True)
+            found += [f"{place}: other {what}" for what, ours, theirs in pairs if ours != theirs]
     return found
 
 
