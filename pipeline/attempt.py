@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -25,6 +25,7 @@ from pipeline.plan import Plan
 from pipeline.run.events import Events
 from pipeline.run.identity import settle
 from pipeline.run.lock import RunLocked, acquire_lock
+from pipeline.run.small_files import take_damaged
 from pipeline.training.engine import start_process_group
 from pipeline.watchdog.watchdog import start_watchdog
 
@@ -84,6 +85,8 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     number, identity = from_rank_zero(take)
     events = Events(run, number, rank)
     events.write("attempt_started", run=identity, world_size=world_size, torch=torch.__version__, changed=plan.changed)
+    for file, reason, instead in take_damaged(run):
+        events.write("damaged_file", file=file, reason=reason, instead=instead)
     if rank == 0:
         write_config(run, config)
     stacks = run / "logs" / f"stacks-attempt-{number}.txt"
@@ -100,11 +103,12 @@ def record_exit_reason(run: Path) -> Iterator[None]:
 
     try:
         yield
-    except (RunFailed, DataError) as error:
+    except (RunFailed, DataError, OSError) as error:
         if FILE not in os.environ and (attempt := latest_of_this_process(run)) is not None:
-            Events(run, attempt, 0).write("failed", message=first_line(error))
-            with (run / "logs" / "rank-0.log").open("a") as log:
-                print(f"coatnet: {error}", file=log)
+            with suppress(OSError):  # where the folder can't be written, the terminal still has the error
+                Events(run, attempt, 0).write("failed", message=first_line(error))
+                with (run / "logs" / "rank-0.log").open("a") as log:
+                    print(f"coatnet: {error}", file=log)
         raise
 
 

@@ -343,6 +343,11 @@ def _report(error: Exception) -> int:
             if status < 3:
                 record_failure(status, str(error))
             return status
+    if isinstance(error, OSError) and error.filename is not None:  # the machine's, or a stranger's in a run's folder
+        said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        print(f"coatnet: {said}; put that right, then run the same command again", file=sys.stderr)
+        record_failure(1, said)
+        return 1
     meaning = next((meaning for part, meaning in _GLOO_ERRORS.items() if part in str(error)), None)
     if is_rank() and meaning:
         print(f"coatnet: rank {rank_and_world_size()[0]} {meaning}", file=sys.stderr)

@@ -7,12 +7,12 @@ first, and fine-tuning is refused one that no ancestor saw, unless `augment.allo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
+from pipeline.run.small_files import DamagedFile, read_object, warn_damaged
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -97,10 +97,11 @@ def lineage_warning(config: Config, ancestors: list[dict[str, Any]]) -> str | No
 def noted_ancestors(run: Path) -> list[Any] | None:
     """The ancestors in RUN/source.json; [] of a run without a source, None where the file is damaged."""
     try:
-        return json.loads((run / "source.json").read_bytes())["ancestry"]
+        return read_object(run / "source.json", ancestry=list)["ancestry"]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, LookupError, TypeError):
+    except DamagedFile as error:
+        warn_damaged(run / "source.json", error, "the run's ancestry is not shown")
         return None
 
 

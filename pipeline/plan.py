@@ -18,16 +18,17 @@ from data.order import Order, accumulation_steps
 from data.shards.complete import complete_if_writable, with_checksums
 from data.shards.manifest import Manifest, read_manifest, with_cache
 from data.storage.remote import DEFAULT, ReadError, Storage
-from pipeline.checkpoint.attempts import trusted_checkpoints
+from pipeline.checkpoint.attempts import newest_state, trusted_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
 from pipeline.checkpoint.train_set import check_train_set
 from pipeline.config.batch_size import check_world_size, micro_batches_of, total_steps
-from pipeline.config.parsing import changes, read_resolved
+from pipeline.config.parsing import changes, read_resolved, validate
 from pipeline.config.schema import Augment, Config
 from pipeline.distributed.environment import is_first_process, is_rank_zero
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, first_line
 from pipeline.run.events import last_logged_step, last_saved_step
 from pipeline.run.jsonl import evaluated_steps, read_lines
+from pipeline.run.small_files import warn_damaged
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _newest(run: Path, train: Manifest) -> int | None:
 
 def _check_none_lost(run: Path) -> None:
     """UsageError where a run without checkpoints has had some: it does not begin again by itself."""
-    saved = last_saved_step(read_lines(run / "events.jsonl"))
+    saved = last_saved_step(read_lines(run / "events.jsonl", event=str))
     abandoned = map(step_of, checkpoints(run / "checkpoints" / "abandoned"))  # by a rollback
     if saved is not None and saved not in abandoned:
         raise UsageError(
@@ -169,14 +170,35 @@ def config_changes(path: Path, config: Config, command: str) -> dict[str, Any]:
 
     Raises UsageError with the keys where one differs that defines the run.
     """
-    resolved = path / "config.yaml"
-    if not resolved.exists():
-        return {}
-    differing = changes(read_resolved(resolved), config)
-    fixed = [f"{name} was {old!r}, now {new!r}" for name, (kind, old, new) in differing.items() if kind == "immutable"]
+    before, problem = _config_of(path / "config.yaml")
+    differing = changes(before, config) if before else {}
+    fixed = _fixed(differing)
+    if (before is None or fixed) and (saved := newest_state(path)) is not None:
+        # The file may be gone, empty or cut: what the newest checkpoint was trained with decides.
+        there = changes(validate(saved["config"], f"{path}: its newest checkpoint"), config)
+        if before is None or not _fixed(there):
+            instead = "the configuration in the newest checkpoint is compared with instead"
+            warn_damaged(path / "config.yaml", problem or "it is not what the newest checkpoint has", instead)
+            differing, fixed = there, _fixed(there)
+    elif before is None and (path / "config.yaml").exists():
+        warn_damaged(path / "config.yaml", problem, "the run has no checkpoint, and begins with what is requested now")
     if fixed:
         raise UsageError(
             f"run.dir={path}: this run was started with another configuration: {'; '.join(fixed)}."
             f" These keys define a run: put them back, or {command} into another folder with run.dir=..."
         )
     return {name: [old, new] for name, (_, old, new) in differing.items()}
+
+
+def _config_of(file: Path) -> tuple[Config | None, str]:
+    """What a run's config.yaml holds, or None and why it can't be read."""
+    try:
+        return read_resolved(file), ""
+    except UsageError as error:
+        return None, first_line(error).partition(";")[0]
+
+
+def _fixed(differing: dict[str, tuple[str, Any, Any]]) -> list[str]:
+    """Those of the keys that differ which define a run, with both values."""
+    immutable = {name: (old, new) for name, (kind, old, new) in differing.items() if kind == "immutable"}
+    return [f"{name} was {old!r}, now {new!r}" for name, (old, new) in immutable.items()]

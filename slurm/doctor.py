@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from pipeline.config.parsing import read_config
-from pipeline.errors import RunFailed
+from pipeline.errors import RunFailed, UsageError
 from slurm import history, job, scheduler
 from slurm.submit import JobSpec, check_cluster, prepare, submission_lock, submit_to_slurm
 
@@ -69,5 +69,5 @@ def main(run: Path, request: job.Request) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), job.read_request(Path(sys.argv[2]))))
-    except scheduler.ERRORS as error:
+    except (UsageError, RunFailed, OSError) as error:
         sys.exit(f"coatnet: {error}")

@@ -14,6 +14,7 @@ Slurm, which then requeues the job itself, or with its node.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,10 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.run.identity import identify, settle
 from pipeline.run.jsonl import JsonLines, read_lines
+from pipeline.run.small_files import NUMBER, has, write_atomically
 
+_END = {"cause": str, "step": int, "failed_nodes": list, "decision": str, "again": bool}
+_FAILURE = {"start": str, "time": NUMBER, "rank": int, "host": str, "status": int, "message": str}
 START_MARKER = "begins: start"
 """What the batch script logs before it starts the ranks, followed by the start's name."""
 
@@ -81,7 +85,8 @@ def record_submission(run: Path, **facts: Any) -> None:
 
 def submissions(run: Path) -> list[dict[str, Any]]:
     """The submissions of this run, and not those of the run whose folder was copied."""
-    return _own(run, read_lines(folder(run) / "jobs.jsonl"))
+    rows = read_lines(folder(run) / "jobs.jsonl", job=str, time=NUMBER)
+    return _own(run, (row for row in rows if re.fullmatch(r"(local-)?\d+", row["job"])))
 
 
 def _own(run: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,26 +108,28 @@ def record_end(run: Path, ended: JobStart) -> None:
 def starts(run: Path) -> list[JobStart]:
     """All starts of all jobs of a run, in order."""
     by_name: dict[str, JobStart] = {}
-    for row in _own(run, read_lines(folder(run) / "starts.jsonl")):
+    for row in _own(run, read_lines(folder(run) / "starts.jsonl", start=str, event=str, time=NUMBER)):
         name = row["start"]
-        if row["event"] == "start":
-            by_name[name] = JobStart(name, tuple(row["nodes"]), row["time"])
-        elif name in by_name:
+        if row["event"] == "start" and has(row, {"nodes": list}) and re.fullmatch(r".+\.\d+", name):
+            by_name[name] = JobStart(name, tuple(map(str, row["nodes"])), row["time"])
+        elif name in by_name and has(row, _END):
             by_name[name] = replace(
                 by_name[name], ended=row["time"], cause=row["cause"], last_step=row["step"],
-                failed_nodes=tuple(row["failed_nodes"]), decision=row["decision"], again=row["again"],
+                failed_nodes=tuple(map(str, row["failed_nodes"])), decision=row["decision"], again=row["again"],
             )  # fmt: skip
     return list(by_name.values())
 
 
 def failures(run: Path, start: str) -> Iterator[dict[str, Any]]:
     """What failing ranks of a start recorded: `start`, `time`, `rank`, `host`, `status`, `message`."""
-    return (row for row in read_lines(folder(run) / "failures.jsonl") if row["start"] == start)
+    return (row for row in read_lines(folder(run) / "failures.jsonl", **_FAILURE) if row["start"] == start)
 
 
 def batch_log(run: Path, start: JobStart) -> list[str]:
     """The batch script's log of a start; no lines where there is none."""
     for file in folder(run).glob("*_log.out"):  # an array has one for each of its elements
+        if not file.is_file():
+            continue
         _, marker, after = file.read_text(errors="replace").partition(f"{START_MARKER} {start.name} ")
         if marker:
             return after.partition(f"{START_MARKER} ")[0].splitlines()
@@ -138,7 +145,7 @@ def last_update(run: Path) -> float:
 def cancel(run: Path) -> None:
     """Records that a person has cancelled the run: its jobs do not requeue themselves any more."""
     folder(run).mkdir(parents=True, exist_ok=True)
-    (folder(run) / "cancelled").write_text(f"{os.uname().nodename} {time.time():.0f}\n")
+    write_atomically(folder(run) / "cancelled", f"{os.uname().nodename} {time.time():.0f}\n")
 
 
 def is_cancelled(run: Path) -> bool:

@@ -20,13 +20,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.config.schema import Slurm, parse_duration
 from pipeline.distributed.environment import FILE, START, slurm_port
+from pipeline.errors import RunFailed, UsageError
 from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import read_lines
+from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.requeue import (
@@ -63,7 +65,10 @@ class Request(BaseModel):
 
 
 def read_request(path: Path) -> Request:
-    return Request.model_validate_json(path.read_text())
+    try:
+        return Request.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise UsageError(f"{path} is damaged: submit the run again, which writes another") from None
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,8 @@ def evaluate(run: Path, request: Request, allocation: Allocation) -> int:
     command = ["evaluate", str(run), "--data", str(request.evaluate), "--json"]
     status, _ = run_ranks(run, request, allocation, command, partial)
     if status == 0:
-        partial.rename(run / "evaluation.json")
+        write_atomically(run / "evaluation.json", partial.read_bytes())
+        partial.unlink()
     log(run, f"evaluated: {run}/evaluation.json" if status == 0 else f"evaluation failed with status {status}")
     return status
 
@@ -184,7 +190,7 @@ def evaluate(run: Path, request: Request, allocation: Allocation) -> int:
 def read_ending(run: Path, request: Request, allocation: Allocation, status: int, output: list[str]) -> Ending:
     """What the run's files, Slurm and srun's output know of a start that has just ended."""
     began = history.starts(run)[-1].began
-    events = [row for row in read_lines(run / "events.jsonl") if row["time"] >= began]
+    events = [row for row in read_lines(run / "events.jsonl", event=str, time=NUMBER) if row["time"] >= began]
     last = next((row for row in reversed(events) if row["event"] in ("finished", "interrupted", *HANG_EVENTS)), {})
     refused = srun_error(output)
     had_nothing_to_do = status == 0 and not last and refused is None
@@ -324,5 +330,5 @@ def log(run: Path, line: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), read_request(Path(sys.argv[2]))))
-    except scheduler.ERRORS as error:
+    except (UsageError, RunFailed, OSError) as error:
         sys.exit(f"coatnet: {error}")

@@ -42,11 +42,11 @@ def newest_log(run: Path, rank: int | None) -> Path | None:
     With `--procs` and with `--cluster local` rank 0 prints to its launcher, so the latter's batch log is its log.
     """
     number, rank_logs = rank or 0, run / "logs"
-    under_slurm = [file for file in rank_logs.glob(f"*-{number}.log") if not file.name.startswith("rank-")]
-    under_slurm += [file for file in [history.folder(run) / "local.log"] if number == 0 and file.exists()]
+    under_slurm = [file for file in all_logs(run) if re.fullmatch(rf"\d+-{number}\.log", file.name)]
+    under_slurm += [file for file in [history.folder(run) / "local.log"] if number == 0 and file.is_file()]
     newest = max(under_slurm, key=_changed, default=None)
     plain = rank_logs / f"rank-{number}.log"
-    if not plain.exists():
+    if not plain.is_file():
         return newest or (batch_log(run) if rank is None else None)
     if newest is not None and _changed(plain) < _changed(newest) + SAME_TIME_SECONDS:
         return newest  # contains what rank-N.log contains, and how the rank ended
@@ -77,7 +77,7 @@ def exit_reason(run: Path) -> str | None:
 
 def all_logs(run: Path) -> list[Path]:
     batch = [file for file in history.folder(run).glob("*") if re.search(r"(\.log|_log\.out)$", file.name)]
-    return [*(run / "logs").glob("*.log"), *batch]
+    return [file for file in [*(run / "logs").glob("*.log"), *batch] if file.is_file()]
 
 
 def tail(path: Path, lines: int) -> tuple[int, bytes]:

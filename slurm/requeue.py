@@ -89,8 +89,10 @@ def classify_missing_exit(
     """Why a batch script was killed before it recorded an end, and the nodes that failed.
 
     `log` are the last lines of its log: Slurm's as it killed the script, or none where the script's node (the first of
-    `nodes`) is gone. `lost` are the nodes that are down now.
+    `nodes`, empty without Slurm) is gone. `lost` are the nodes that are down now.
     """
+    if not nodes:  # without Slurm nothing says what killed it
+        return Cause.KILLED_RANK, ()
     text = "".join(log)
     failed = {*lost, *nodes_reported_failed(log)}
     if not re.search(r"\*\*\* JOB .* CANCELLED AT", text):  # srun ends steps itself

@@ -10,13 +10,13 @@ import hashlib
 import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pipeline
 from pipeline.config.schema import Slurm
 from pipeline.errors import UsageError
+from pipeline.run.small_files import publish, write_atomically
 
 MAX_ARRAY_RESTARTS = 1000
 
@@ -88,17 +88,26 @@ PACKAGES = ("pipeline", "models", "data", "slurm")
 
 
 def snapshot(folder: Path) -> Path:
-    """Copies all modules to FOLDER/code-HASH; a folder of that name already has the same bytes."""
-    source = Path(pipeline.__file__).resolve().parent.parent
-    files = sorted(file for package in PACKAGES for file in (source / package).rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(source)}\n".encode() + file.read_bytes())
-    code = folder / f"code-{digest.hexdigest()[:12]}"
-    if not code.exists():
+    """Copies all modules to FOLDER/code-HASH; a folder of that name that has other bytes is damaged, and replaced."""
+    modules = _modules(Path(pipeline.__file__).resolve().parent.parent)
+    code = folder / f"code-{_digest(modules)}"
+    if not code.is_dir() or _digest(_modules(code)) != _digest(modules):
         partial = folder / f".{code.name}.{os.getpid()}"
-        for file in files:
-            (partial / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, partial / file.relative_to(source))
-        os.replace(partial, code)
+        for name, content in modules.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(partial / name, content)
+        publish(partial, code)
     return code
+
+
+def _modules(folder: Path) -> dict[str, bytes]:
+    """The program's modules in a folder, by their names."""
+    files = sorted(file for package in PACKAGES for file in (folder / package).rglob("*.py") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def _digest(modules: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, content in modules.items():
+        digest.update(f"{name}\n".encode() + content)
+    return digest.hexdigest()[:12]

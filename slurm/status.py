@@ -21,6 +21,7 @@ from pipeline.monitoring.progress import eta_seconds
 from pipeline.run.events import last_saved_step
 from pipeline.run.jsonl import read_lines
 from pipeline.run.lock import LockHolder, lock_holder
+from pipeline.run.small_files import NUMBER, has, warn_damaged
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.logs import exit_reason
@@ -31,6 +32,14 @@ BEGIN_EVENTS = ("training_started", "training_resumed")
 STATE_EVENTS = ("attempt_started", *BEGIN_EVENTS, "interrupted", "finished", "failed", "out_of_memory", *HANG_EVENTS)
 FINAL = {Cause.DONE, Cause.CANCELLED, Cause.BAD_REQUEST}
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
+EVENT_FIELDS = {
+    **{event: {"step": int} for event in (*BEGIN_EVENTS, "step_skipped", "interrupted")},
+    **{event: {"ranks": list} for event in HANG_EVENTS},
+    "failed": {"message": str},
+    "out_of_memory": {"rank": int, "error": str},
+}
+ROW_FIELDS = {"step": int, "loss": NUMBER | str, "step_seconds": NUMBER, "images_per_second": NUMBER}
+"""Without which a row of events.jsonl or metrics.jsonl is not the program's."""
 RESUBMIT = "submit it again to resume"
 JobRecords = Mapping[str, Mapping[str, str] | None]
 """Slurm's record of each job, None where it has forgotten it; a job is missing where Slurm could not be asked."""
@@ -131,8 +140,16 @@ def read_run(run: Path) -> RunSnapshot:
         submissions=submissions,
         starts=starts,
         failures=failures,
-        events=[row for row in read_lines(run / "events.jsonl") if "event" in row and "time" in row],
-        rows=[row for row in read_lines(run / "metrics.jsonl") if "loss" in row and "step" in row],
+        events=[
+            row
+            for row in read_lines(run / "events.jsonl", event=str, time=NUMBER)
+            if has(row, EVENT_FIELDS.get(row["event"], {}))
+        ],
+        rows=[
+            row
+            for row in read_lines(run / "metrics.jsonl", **ROW_FIELDS)
+            if row["loss"] in ("nan", "inf", "-inf") or not isinstance(row["loss"], str)
+        ],
         rollbacks=recorded_rollbacks(run),
         checkpoints=_checkpoints(run),
         holder=lock_holder(run),
@@ -145,13 +162,16 @@ def read_run(run: Path) -> RunSnapshot:
 def _config(run: Path) -> dict[str, Any]:
     """The newest resolved configuration: of the last start, or of a submission that has not started yet."""
     files = [run / "config.yaml", *history.folder(run).glob("config-*.yaml")]
-    newest = max((file for file in files if file.exists()), key=lambda file: file.stat().st_mtime, default=None)
-    try:
-        tree = read_yaml(newest.read_text(encoding="utf-8")) if newest else None
-    except ValueError:  # half-written
-        tree = None
-    sections = tree.items() if isinstance(tree, dict) else ()
-    return {name: section for name, section in sections if isinstance(section, dict)}
+    for file in sorted(filter(Path.exists, files), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            tree = read_yaml(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            warn_damaged(file, " ".join(str(error).split()), "showing what else there is")
+            continue
+        if isinstance(tree, dict):
+            return {name: section for name, section in tree.items() if isinstance(section, dict)}
+        warn_damaged(file, "it is empty, or not sections", "showing what else there is")
+    return {}
 
 
 def _checkpoints(run: Path) -> list[int]:
@@ -159,6 +179,9 @@ def _checkpoints(run: Path) -> list[int]:
         return [step_of(folder) for folder in trusted_checkpoints(run)]
     except UsageError:  # written in a newer program's format
         return [step_of(folder) for folder in checkpoints(run / "checkpoints")]
+    except OSError as error:
+        warn_damaged(run / "checkpoints", error.strerror or str(error), "the run's checkpoints are not shown")
+        return []
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -292,7 +315,8 @@ def _failure(snapshot: RunSnapshot, start: JobStart) -> str:
 def _hang(event: Mapping[str, Any]) -> str | None:
     if event.get("event") not in HANG_EVENTS:
         return None
-    ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in event.get("ranks", []))
+    known = [each for each in event["ranks"] if has(each, {"rank": int})]
+    ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in known)
     what = "no heartbeat of" if event["event"] == "heartbeat_lost" else "no progress, suspect:"
     return f"{what} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
@@ -345,10 +369,11 @@ def _not_applied(snapshot: RunSnapshot) -> list[int]:
 def _steps(snapshot: RunSnapshot, row: Mapping[str, Any]) -> int | None:
     """The run's length; in epochs it is known once the number of samples is stated or follows from the metrics."""
     train, data = snapshot.config.get("train") or {}, snapshot.config.get("data") or {}
-    if train.get("steps") is not None or train.get("epochs") is None:
-        return train.get("steps")
-    samples = data.get("train_samples") or (round(row["samples"] / row["epoch"]) if row.get("epoch") else None)
-    if samples is None or "global_batch" not in train:
+    if has(train, {"steps": int}) or not has(train, {"epochs": NUMBER, "global_batch": int}):
+        return train["steps"] if has(train, {"steps": int}) else None
+    is_counted = has(row, {"samples": int, "epoch": NUMBER}) and row["epoch"]
+    samples = data.get("train_samples") or (round(row["samples"] / row["epoch"]) if is_counted else None)
+    if not isinstance(samples, int):
         return None
     from pipeline.config.batch_size import total_steps
 

@@ -23,6 +23,7 @@ from pipeline.plan import config_changes
 from pipeline.run.identity import settle
 from pipeline.run.jsonl import read_lines
 from pipeline.run.lock import RunLocked, lock_holder, try_lock
+from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.environment import for_sbatch, outside_jobs, replaced_environment
 from slurm.job import Request
@@ -206,8 +207,9 @@ def with_restarts(job: JobSpec, is_followed: bool) -> JobSpec:
 
 def stop_seconds(run: Path) -> float:
     """The longest of a run's last steps and saves together; 0 where it has never trained."""
-    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl") if "step_seconds" in row]
-    saves = [row["seconds"] for row in read_lines(run / "events.jsonl") if row["event"] == "checkpoint"]
+    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl", step_seconds=NUMBER)]
+    rows = read_lines(run / "events.jsonl", event=str, seconds=NUMBER)
+    saves = [row["seconds"] for row in rows if row["event"] == "checkpoint"]
     return max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
 
 
@@ -252,19 +254,25 @@ def submit_one(job: JobSpec, dependency: str | None, cluster: str) -> str:
 def prepare(job: JobSpec, folder: Path, dependency: str | None) -> tuple[dict[str, Any], str, str]:
     """Copies program and configuration; returns submitit's parameters, the script, and the script's last line."""
     folder.mkdir(parents=True, exist_ok=True)
-    code, number = snapshot(folder), len(list(folder.glob("request-*.json")))
+    code, number = snapshot(folder), _next_number(folder)
     resolved, request = folder / f"config-{number}.yaml", folder / f"request-{number}.json"
-    resolved.write_text(to_yaml(job.config))
+    write_atomically(resolved, to_yaml(job.config))
     command = [job.command, str(resolved)]
     command += ["--from", job.source] if job.source else []
     command += ["--weights", job.weights] if job.weights else []
     evaluate = job.config.data.val if job.evaluate else None
     written = Request(command=command, python=sys.executable, code=str(code), slurm=job.config.slurm, evaluate=evaluate)
-    request.write_text(written.model_dump_json(indent=1) + "\n")
+    write_atomically(request, written.model_dump_json(indent=1) + "\n")
     module = "slurm.doctor" if job.command == "doctor" else "slurm.job"
     last_line = batch_command(sys.executable, code, module, job.run, request)
     options = parameters(job.config.slurm, f"coatnet-{job.run.name}", folder, dependency, job.array)
     return options, script(folder, last_line, options), last_line
+
+
+def _next_number(folder: Path) -> int:
+    """A number that no request has: jobs that wait read theirs when they start."""
+    numbers = (re.fullmatch(r"(?:request|config)-(\d+)\.(?:json|yaml)", file.name) for file in folder.iterdir())
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
 def submit_to_slurm(options: dict[str, Any], text: str, command: str) -> str:
@@ -288,7 +296,7 @@ def submit_to_slurm(options: dict[str, Any], text: str, command: str) -> str:
 def submit_locally(folder: Path, text: str) -> str:
     """Runs the script on this machine, in a session of its own, so that it outlives this terminal."""
     path = folder / "local.sh"
-    path.write_text(text)
+    write_atomically(path, text)
     with (folder / "local.log").open("ab") as log:
         process = subprocess.Popen(
             ["bash", str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,

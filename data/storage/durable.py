@@ -1,8 +1,7 @@
 """Local files and folders that have their names only once they are whole, and keep them through a power cut.
 
 Everything is written to a hidden name beside the final one, synced and renamed. What renames without this module means
-something else: `attempts` claims a number that must be free, `cache` keeps blocks that may be lost, Slurm's job
-publishes what srun wrote.
+something else: `attempts` claims a number that must be free, `cache` keeps blocks that may be lost.
 """
 
 from __future__ import annotations
@@ -21,11 +20,16 @@ def write_atomically(path: Path, contents: str | bytes | Iterable[bytes]) -> Non
     if isinstance(contents, str):
         contents = contents.encode()
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.writelines([contents] if isinstance(contents, bytes) else contents)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.writelines([contents] if isinstance(contents, bytes) else contents)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk's error has none
+        raise
 
 
 def publish(partial: Path, final: Path) -> None:

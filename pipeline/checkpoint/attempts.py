@@ -3,7 +3,7 @@
 A process that seemed dead (its node unreachable, its memory frozen) can wake up and write, and nothing can prevent
 that. So each attempt records in RUN/attempts/N.json which checkpoints it found. A checkpoint is trusted if the attempt
 after its writer's found it, or if there is none. A rollback (rollback.py) is a new attempt too, whose record lacks the
-checkpoints that it abandons.
+checkpoints that it abandons. A record that cannot be read keeps its number, and the one after it decides.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data.storage.durable import sync_folder, write_atomically
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
 from pipeline.errors import RunFailed
 from pipeline.run.jsonl import read_lines
+from pipeline.run.small_files import DamagedFile, has, read_object, warn_damaged
 
 POLL_SECONDS = 3.0
+_ROLLBACK = {"to": int, "first": int, "last": int}
 
 
 def allocate(run: Path) -> int:
     """The next attempt's number; no two starts get the same, on any file system with hard links."""
-    started = sum(row["event"] == "attempt_started" for row in read_lines(run / "events.jsonl"))
+    started = sum(row["event"] == "attempt_started" for row in read_lines(run / "events.jsonl", event=str))
     number = max(latest_attempt(run) + 1, started)  # events count where records are missing
     while not _record(run, number, [folder.name for folder in trusted_checkpoints(run)], recorded_rollbacks(run)):
         number += 1
@@ -43,8 +47,12 @@ def allocate_next(run: Path, attempt: int, to: int, rollbacks: list[dict[str, in
 
 def recorded_rollbacks(run: Path) -> list[dict[str, int]]:
     """The rollbacks up to the newest attempt: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
-    newest = latest_attempt(run)
-    return _read(run, newest).get("rollbacks", []) if newest >= 0 else []
+    if (newest := latest_attempt(run)) < 0:
+        return []
+    if (record := _read(run, newest)) is not None:
+        return record["rollbacks"]
+    rows = read_lines(run / "events.jsonl", **_ROLLBACK)
+    return [{name: row[name] for name in _ROLLBACK} for row in rows if row.get("event") == "rollback"]
 
 
 def _record(run: Path, number: int, found: list[str], rollbacks: list[dict[str, int]]) -> bool:
@@ -53,13 +61,14 @@ def _record(run: Path, number: int, found: list[str], rollbacks: list[dict[str, 
     records.mkdir(parents=True, exist_ok=True)
     facts = {"process": os.getpid(), "host": os.uname().nodename, "found": found, "rollbacks": rollbacks}
     hidden = records / f".{facts['host']}-{facts['process']}"
-    hidden.write_text(json.dumps(facts) + "\n")
+    write_atomically(hidden, json.dumps(facts) + "\n")
     try:
         os.link(hidden, records / f"{number}.json")  # atomic, and fails where the name exists
     except FileExistsError:
         return False
     finally:
         hidden.unlink()
+    sync_folder(records)
     return True
 
 
@@ -71,7 +80,7 @@ def latest_attempt(run: Path) -> int:
 def latest_of_this_process(run: Path) -> int | None:
     """The newest attempt's number, if this process, as its rank 0, began it; else None."""
     newest = latest_attempt(run)
-    facts = _read(run, newest) if newest >= 0 else {}
+    facts = _read(run, newest) or {}
     return newest if (facts.get("process"), facts.get("host")) == (os.getpid(), os.uname().nodename) else None
 
 
@@ -102,7 +111,7 @@ def trusted_checkpoints(run: Path) -> list[Path]:
     found = checkpoints(run / "checkpoints")
     if not (numbers := sorted(_numbers(run))):
         return found
-    known = set(_read(run, numbers[-1])["found"])
+    known = (_read(run, numbers[-1]) or {"found": []})["found"]
     return [folder for folder in found if folder.name in known or not _is_stale(run, folder, numbers)]
 
 
@@ -112,16 +121,36 @@ def _is_stale(run: Path, folder: Path, numbers: list[int]) -> bool:
         attempt = CheckpointReader(folder).attempt
     except DamagedCheckpoint:
         return False  # its reader will report the damage
-    later = [number for number in numbers if number > attempt]
-    return bool(later) and folder.name not in _read(run, later[0])["found"]
+    records = (_read(run, number) for number in numbers if number > attempt)
+    decides = next((record for record in records if record is not None), None)
+    return decides is not None and folder.name not in decides["found"]
 
 
 def _numbers(run: Path) -> list[int]:
-    return [int(file.stem) for file in (run / "attempts").glob("*.json") if file.stem.isdigit()]
+    return [int(file.stem) for file in (run / "attempts").glob("*.json") if file.stem.isdecimal()]
 
 
-def _read(run: Path, number: int) -> dict[str, Any]:
-    return json.loads((run / "attempts" / f"{number}.json").read_text())
+def _read(run: Path, number: int) -> dict[str, Any] | None:
+    """An attempt's record; None where there is none, or it is damaged."""
+    file = run / "attempts" / f"{number}.json"
+    try:
+        record = {"rollbacks": [], **read_object(file, found=list)}
+        if isinstance(record["rollbacks"], list) and all(has(back, _ROLLBACK) for back in record["rollbacks"]):
+            return record
+        raise DamagedFile(f"{file} is not what was written")
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        warn_damaged(file, error, f"without it the checkpoints before attempt {number} are taken as they are")
+        return None
+
+
+def newest_state(run: Path) -> dict[str, Any] | None:
+    """state.json of the newest trusted checkpoint in which it is good: what a run's lost small files said, too."""
+    for folder in reversed(trusted_checkpoints(run)):
+        with suppress(DamagedCheckpoint):  # who restores it reports the damage
+            return CheckpointReader(folder).state()
+    return None
 
 
 def latest_step(run: Path) -> int | None:

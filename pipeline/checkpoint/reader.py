@@ -44,8 +44,9 @@ def step_name(step: int) -> str:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The folders of complete checkpoints, oldest first."""
-    return sorted((p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
+    """The folders of complete checkpoints, oldest first. OSError where a folder of that name can't be read."""
+    found = root.iterdir() if root.exists() else ()
+    return sorted((p for p in found if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -50,6 +51,7 @@ BLOCK_BYTES = 1 << 20
 COPY_SHARE = 0.75
 """Share of the available memory that the copies of a machine's ranks may take."""
 PART_TIMEOUT_SECONDS = 1800.0
+_LEFT = re.compile(r"\.step-\d+\.(attempt-\d+(\.failed)?|pruned|mirrored|replaced)")
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -297,7 +299,8 @@ def prune(root: Path, keep_last: int, keep_every: int | None, step: int, spared:
 def clean_partial(root: Path) -> None:
     """Removes what earlier attempts left half-written or half-removed; only for the holder of the run's lock."""
     for hidden in root.glob(".step-*"):
-        shutil.rmtree(hidden)
+        if _LEFT.fullmatch(hidden.name) and hidden.is_dir():  # what a person or an editor left stays
+            shutil.rmtree(hidden)
 
 
 def _part(rank: int) -> str:

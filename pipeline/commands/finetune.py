@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.storage.durable import write_atomically
-from pipeline.checkpoint.attempts import latest_step
+from pipeline.checkpoint.attempts import latest_step, newest_state
 from pipeline.checkpoint.mirror import restore_from_mirror
 from pipeline.checkpoint.pretrained import check_compatible_network, convert_weights, describe_classifier, map_classes
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint
@@ -24,10 +25,11 @@ from pipeline.commands.pretrain import begin_anew, check_config, run, set_aside_
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_rank, rank_and_world_size
-from pipeline.errors import UsageError
+from pipeline.errors import RunFailed, UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
 from pipeline.run.identity import read_identity
+from pipeline.run.small_files import DamagedFile, read_object, warn_damaged
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +171,10 @@ def source_of(run_folder: Path, source: Path | None, weights: str | None) -> Sou
 
     Where the same weights lie elsewhere now, it is the source there.
     """
-    pinned = run_folder / "source.json"
-    if not pinned.exists():
+    found = _pinned_source(run_folder)
+    if found is None and (state := newest_state(run_folder)) is not None:
+        return _source_of_begun(run_folder, source, state["ancestry"][:-1], weights)
+    if found is None:
         if source is None:
             raise UsageError("finetune needs --from RUN; only --check works without one")
         reader = open_weights(source)
@@ -181,7 +185,6 @@ def source_of(run_folder: Path, source: Path | None, weights: str | None) -> Sou
         identity = read_identity(source)
         places = str(source.resolve()), str(reader.folder.resolve())
         return Source(*places, ancestors, kind, reader.digest, identity.id if identity else None)
-    found = Source(**json.loads(pinned.read_text()))
     begun = f"run.dir={run_folder} was started from {found.run}"
     suggestion = "resume with the first, or without --from, or fine-tune into another folder with run.dir=..."
     if source is not None:
@@ -215,6 +218,36 @@ def _is_source(pinned: Source, source: Path, there: Weights | None, has_begun: b
         return pinned.digest is not None and has_begun
     identity = read_identity(source)  # of the same run, which has gone on since then
     return identity is not None and identity.id == pinned.run_id
+
+
+def _pinned_source(run_folder: Path) -> Source | None:
+    """What RUN/source.json holds; None where there is none, or it is damaged."""
+    file = run_folder / "source.json"
+    try:
+        row = read_object(file, run=str, checkpoint=str, ancestry=list)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        warn_damaged(file, error, "the run's checkpoint says what it began from, or, before the first one, --from")
+        return None
+    optional = (row.get(name) for name in ("weights", "digest", "run_id"))
+    return Source(row["run"], row["checkpoint"], row["ancestry"], *optional)
+
+
+def _source_of_begun(
+    run_folder: Path, source: Path | None, ancestors: list[dict[str, Any]], weights: str | None
+) -> Source:
+    """The source of a run whose source.json is lost, by its newest checkpoint; UsageError where --from is another."""
+    warn_damaged(run_folder / "source.json", "it is missing", "the run's newest checkpoint says what it began from")
+    theirs = ancestors  # a run that has begun needs its source no more
+    if source is not None:
+        with suppress(UsageError, RunFailed):
+            theirs = open_weights(source).state()["ancestry"] or [unknown_lineage(str(source))]
+    if not ancestors or [each["run"] for each in theirs] != [each["run"] for each in ancestors]:
+        began = f"was started from {ancestors[-1]['run']}" if ancestors else "is no fine-tuning"
+        raise UsageError(f"run.dir={run_folder} {began}, and --from is {source}; fine-tune into another run.dir=...")
+    place = str(source.resolve()) if source is not None else ancestors[-1]["run"]
+    return Source(place, place, ancestors, weights)
 
 
 def pin_source(run_folder: Path, source: Source) -> None:

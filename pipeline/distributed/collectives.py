@@ -30,7 +30,7 @@ def from_rank_zero(work: Callable[[], Item]) -> Item:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (UsageError, DataError, RunFailed) as error:
+        except (UsageError, DataError, RunFailed, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.jsonl import JsonLines, read_lines
+from pipeline.run.small_files import has
 
 
 class Events:
@@ -30,13 +31,13 @@ def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
     """The step of the last checkpoint that a run has written and not abandoned by a rollback; None where none is."""
     saved: list[int] = []
     for row in events:
-        if row["event"] == "checkpoint":
+        if row["event"] == "checkpoint" and has(row, {"step": int}):
             saved.append(row["step"])
-        elif row["event"] == "rollback":
+        elif row["event"] == "rollback" and has(row, {"to": int}):
             saved = [step for step in saved if step <= row["to"]]
     return max(saved, default=None)
 
 
 def last_logged_step(run: Path) -> int:
     """The last step in metrics.jsonl; 0 where there is none."""
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in read_lines(run / "metrics.jsonl", step=int)), default=0)

@@ -7,6 +7,7 @@ in the run's events (../attempt.py).
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -20,4 +21,7 @@ def record_failure(status: int, message: str) -> None:
     if path is None:
         return
     facts = {"start": os.environ.get(START, ""), "time": round(time.time(), 3), "rank": int(os.environ.get("RANK", 0))}
-    JsonLines(Path(path)).write({**facts, "host": os.uname().nodename, "status": status, "message": message})
+    try:
+        JsonLines(Path(path)).write({**facts, "host": os.uname().nodename, "status": status, "message": message})
+    except OSError as error:
+        print(f"warning: {path}: {error.strerror}: coatnet status cannot show this error", file=sys.stderr)

@@ -13,10 +13,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from data.storage.durable import write_atomically
 from pipeline.run.jsonl import JsonLines, read_lines
+from pipeline.run.small_files import DamagedFile, has, parse, read_object, warn_damaged, write_atomically
 
 NOTE = "run.json"
+_FIELDS = {"id": str, "folder": str, "copy_of": str | None}
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,21 @@ def to_json(identity: Identity) -> str:
 
 def from_json(contents: str | bytes) -> Identity | None:
     """What a note says; None where it is damaged."""
-    try:
-        return Identity(**json.loads(contents))
-    except (ValueError, TypeError):
-        return None
+    row = parse(contents) or {}
+    return Identity(*(row[name] for name in _FIELDS)) if has(row, _FIELDS) else None
 
 
 def read_identity(run: Path) -> Identity | None:
     """What a folder's run.json says, or, where that is damaged, its last start; None where it has none."""
     try:
-        found = from_json((run / NOTE).read_bytes())
-    except OSError:
-        found = None
-    if found is None:
-        ids = [row["run"] for row in read_lines(run / "events.jsonl") if "run" in row]
-        found = Identity(ids[-1], str(run.resolve())) if ids else None
-    return found
+        row = read_object(run / NOTE, **_FIELDS)
+        return Identity(*(row[name] for name in _FIELDS))
+    except FileNotFoundError:
+        pass
+    except DamagedFile as error:
+        warn_damaged(run / NOTE, error, "the run's events have its id")
+    ids = [row["run"] for row in read_lines(run / "events.jsonl", run=str)]
+    return Identity(ids[-1], str(run.resolve())) if ids else None
 
 
 def lies_elsewhere(noted: Identity, run: Path) -> bool:
@@ -104,6 +104,6 @@ def _is_same_file(one: Path, other: Path) -> bool:
 def _older_id(run: Path) -> str | None:
     """The id of the page at Weights & Biases that a run without run.json has."""
     try:
-        return json.loads((run / "wandb.json").read_bytes())["id"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(run / "wandb.json", id=str)["id"]
+    except (FileNotFoundError, DamagedFile):
         return None

@@ -1,6 +1,7 @@
 """Files of one JSON object a line, written by processes that may be killed at any moment.
 
-A killed process may leave half a line; the next start ends it with a newline, and readers skip it.
+A killed process may leave half a line; the next start ends it with a newline, and readers skip it, as they skip what
+a person has added for people.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from data.storage.durable import write_atomically
+from pipeline.run.small_files import has, parse, warn_damaged
 
 
 class JsonLines:
@@ -40,34 +43,35 @@ class JsonLines:
         self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; half lines of killed processes are skipped."""
-    if not path.exists():
+def read_lines(path: Path, **kinds: type | UnionType) -> Iterator[dict[str, Any]]:
+    """The objects of a file that have these fields; all else is skipped. A file that can't be read has none."""
+    try:
+        yield from (row for row in _rows(path) if has(row, kinds))
+    except FileNotFoundError:
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if (row := _parse(line)) is not None:
-                yield row
+    except OSError as error:
+        warn_damaged(path, error.strerror or str(error), "continuing as if it were empty")
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Removes the rows after a checkpoint's step from metrics.jsonl, and half a last line."""
+    """Removes the rows after a checkpoint's step from metrics.jsonl, and half a last line; rows of no step stay."""
     if path.exists():
-        kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step]
+        kept = [json.dumps(row) + "\n" for row in _rows(path) if not _is_later(row.get("step"), step)]
         write_atomically(path, "".join(kept))
 
 
 def evaluated_steps(path: Path) -> set[int]:
     """The steps whose evaluation metrics.jsonl has."""
-    return {row["step"] for row in read_lines(path) if "eval_loss" in row and "step" in row}
+    return {row["step"] for row in read_lines(path, step=int) if "eval_loss" in row}
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        yield from (row for line in file if (row := parse(line)) is not None)
+
+
+def _is_later(found: Any, step: int) -> bool:
+    return isinstance(found, int) and found > step
 
 
 def _finite(value: Any) -> Any:

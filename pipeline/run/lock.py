@@ -75,7 +75,8 @@ def acquire_lock(run: Path) -> TextIO:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a+")
     except OSError as error:
-        raise UsageError(f"run.dir={run}: {error.strerror}; choose a folder that can be written") from None
+        what = f"{run}: .lock" if run.is_dir() else str(run)
+        raise UsageError(f"run.dir={what}: {error.strerror}; choose a folder that can be written") from None
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
     while not try_lock(lock):
         if time.monotonic() > deadline:
@@ -88,7 +89,8 @@ def acquire_lock(run: Path) -> TextIO:
 
 
 def _read_holder(run: Path) -> LockHolder:
-    match = re.fullmatch(r"process (\d+) on (\S+?)(?:, start (\S+))?", (run / ".lock").read_text().strip())
+    text = (run / ".lock").read_text(errors="replace").partition("\n")[0]
+    match = re.fullmatch(r"process (\d+) on (\S+?)(?:, start (\S+\.\d+))?", text)
     return LockHolder(int(match[1]), match[2], match[3] or "") if match else LockHolder(0, "an unknown host", "")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.storage.durable import write_atomically
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import host_name, rank_and_world_size
 from pipeline.distributed.heartbeat import HeartbeatMonitor, is_expected, last_beat
@@ -158,7 +159,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         if 0 in lost and self._world_size > 2:
             title += "; the other ranks could not be asked, which rank 0 would do"
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks.write_text(render(title, answers, suspects))
+        write_atomically(self._stacks, render(title, answers, suspects))
         return f"{found if lost else f'{found}: {self._describe(suspects, why, answers)}'}; stacks in {self._stacks}"
 
     def _ask(self, lost: list[int]) -> dict[int, StackSnapshot | None]:

@@ -7,11 +7,11 @@ import pytest
 from data.storage.durable import publish, write_atomically
 
 
-def test_contents_are_synced_before_a_file_has_its_name(tmp_path, monkeypatch) -> None:
+def test_contents_are_synced_before_a_file_has_its_name_and_the_name_after(tmp_path, monkeypatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(sorted(path.name for path in tmp_path.iterdir())))
     write_atomically(tmp_path / "file", [b"a", b"b"])
-    assert (synced, (tmp_path / "file").read_bytes()) == ([[".file.partial"]], b"ab")
+    assert (synced, (tmp_path / "file").read_bytes()) == ([[".file.partial"], ["file"]], b"ab")
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["first", "after a crash"])

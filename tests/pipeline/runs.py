@@ -96,7 +96,7 @@ def state_of(checkpoint: Path) -> dict[str, bytes]:
 
 def consumed(run: Path) -> dict[int, list[tuple[int, int, str, int]]]:
     """For each step its (slot, epoch, key, checksum), of the highest attempt."""
-    found = [row for file in (run / "samples").glob("rank-*.jsonl") for row in rows(file)]
+    found = [row for file in (run / "samples").glob("rank-*.jsonl") for row in rows(file) if "step" in row]
     newest = {step: max(row["attempt"] for row in found if row["step"] == step) for step in {r["step"] for r in found}}
     steps: dict[int, list[tuple[int, int, str, int]]] = {}
     for row in found:

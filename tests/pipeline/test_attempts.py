@@ -20,7 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.attempt import claim
-from pipeline.checkpoint.attempts import allocate, latest_attempt, raise_if_superseded, trusted_checkpoints
+from pipeline.checkpoint.attempts import (
+    allocate,
+    allocate_next,
+    latest_attempt,
+    raise_if_superseded,
+    recorded_rollbacks,
+    trusted_checkpoints,
+)
 from pipeline.checkpoint.reader import FORMAT, checkpoints, digest_of, step_name
 from pipeline.checkpoint.weights import latest_checkpoint
 from pipeline.errors import RunFailed
@@ -66,6 +73,38 @@ def test_a_checkpoint_is_trusted_if_the_newest_attempt_of_its_time_finished_it(h
                 good += [made] * (age == 0)
             assert trusted_checkpoints(run) == good
             assert latest_attempt(run) == begun
+
+
+@given(st.lists(st.none() | st.integers(0, 3), max_size=20), st.data())
+def test_where_records_are_damaged_the_next_one_that_can_be_read_decides(history, data):
+    """Nothing good is lost, and nothing stale is trusted while the newest record can be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, begun = Path(folder), -1
+        for step, age in enumerate(history):
+            if age is None:
+                begun = allocate(run)
+            elif begun - age >= 0:
+                finish_checkpoint(run, step, begun - age)
+        good = trusted_checkpoints(run)
+        damaged = data.draw(st.sets(st.integers(0, begun))) if begun >= 0 else set()
+        for number in damaged:
+            contents = data.draw(st.sampled_from([b"", b"{", b"[]", b"null", bytes(99), b"{}", b'{"found": 3}']))
+            (run / "attempts" / f"{number}.json").write_bytes(contents)
+        found = trusted_checkpoints(run)
+        assert set(good) <= set(found) and (begun in damaged or found == good)
+        assert allocate(run) == begun + 1 and trusted_checkpoints(run) == found
+
+
+def test_rollbacks_whose_record_is_lost_are_read_from_the_events(tmp_path):
+    first, back = allocate(tmp_path), {"to": 2, "first": 4, "last": 6}
+    lines = JsonLines(tmp_path / "events.jsonl")
+    for row in ({"event": "rollback", **back}, {"event": "rollback", "to": "two"}, {"event": "attempt_started"}):
+        lines.write(row)
+    second = allocate_next(tmp_path, first, 2, [back])
+    (tmp_path / "attempts" / f"{second}.json").write_bytes(b"")
+    assert recorded_rollbacks(tmp_path) == [back]
+    allocate(tmp_path)
+    assert recorded_rollbacks(tmp_path) == [back]
 
 
 def test_a_checkpoint_that_was_moved_away_and_back_is_trusted_and_a_stale_one_not(tmp_path):

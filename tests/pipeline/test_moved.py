@@ -43,7 +43,7 @@ def config_of(run: Path, data: object, *more: str) -> Config:
 
 def save(run: Path, step: int, value: float = 0.0, fingerprint: str = "", data: object = "nowhere") -> Path:
     """A checkpoint with one number as its weight, trained on data of this fingerprint."""
-    state = {"train_fingerprint": fingerprint, "config": {"data": {"train": str(data)}}, "classes": ["a"]}
+    state = {"train_fingerprint": fingerprint, "config": config_of(run, data).model_dump(mode="json"), "classes": ["a"]}
     common = GlobalState({"w": (1,)}, {}, json.dumps({**state, "step": step, "ancestry": []}))
     part = rank_shard(step, {("w", "weight", 0): torch.tensor([value])}, common)
     write_checkpoint(run / "checkpoints", max(0, latest_attempt(run)), 0, 1, part)
@@ -314,7 +314,7 @@ def test_a_run_that_lost_its_note_is_known_by_its_events(first: Path) -> None:
 def test_an_older_run_keeps_its_page_at_weights_and_biases_and_its_jobs(tmp_path: Path) -> None:
     (tmp_path / "wandb.json").write_text('{"id": "ab"}')
     (tmp_path / "slurm").mkdir()
-    (tmp_path / "slurm" / "jobs.jsonl").write_text('{"job": "7"}\n')
+    (tmp_path / "slurm" / "jobs.jsonl").write_text('{"job": "7", "time": 1}\n')
     assert settle(tmp_path).id == settle(tmp_path).id == "ab"
     assert [row["job"] for row in history.submissions(tmp_path)] == ["7"]
 

@@ -86,6 +86,10 @@ def test_why_a_batch_script_was_killed(log: list[str], lost: tuple[str, ...], ex
     assert classify_missing_exit(log, ("n1", "n2"), lost) == expected
 
 
+def test_a_local_script_that_was_killed_with_its_machine_leaves_no_node_to_blame() -> None:
+    assert classify_missing_exit([], (), ()) == (Cause.KILLED_RANK, ())
+
+
 def test_srun_reports_the_nodes_of_killed_tasks_and_failed_launches() -> None:
     log = [
         "srun: launch/slurm: _step_signal: Terminating StepId=2.0\n",

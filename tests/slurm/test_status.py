@@ -453,6 +453,30 @@ def test_half_a_file_shows_no_ancestry_rather_than_half_of_it(
     assert json.dumps(asdict(found)) and as_lines(found)
 
 
+@given(st.data())
+def test_a_field_of_any_line_that_is_gone_or_of_another_type_does_no_harm(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    run = begun(Run(tmp_path_factory.mktemp("fields") / "run"), HERE, [OLD])
+    run.submitted(30).start(29).end(28, Cause.HANG).failure(28, 1, "why").rows(1, 2)
+    for event in ("step_skipped", "training_resumed", "interrupted", "checkpoint"):
+        run.event(20, event, step=3, reason="SIGTERM", new_augmentations=[])
+    run.event(9, "hang", ranks=[{"rank": 1, "host": "n2"}], stacks="logs/stacks.txt")
+    run.event(8, "out_of_memory", rank=1, error="none left").event(7, "failed", message="bad")
+    path = data.draw(st.sampled_from(sorted(run.path.rglob("*.jsonl"))))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = data.draw(st.integers(1, len(lines)))
+    row = lines[last - 1]
+    name, other = data.draw(st.sampled_from(sorted(row))), data.draw(st.sampled_from([None, "x", -1, 1.5, [], [0], {}]))
+    row[name] = other
+    if data.draw(st.booleans()):
+        del row[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines[:last]))
+    for jobs in ({}, {"7": RUNNING}, {"7": GONE}):
+        found = run.status(jobs)
+        assert found.state in STATES and json.dumps(asdict(found)) and as_lines(found)
+
+
 @pytest.mark.parametrize("section", ["run", "data", "model", "augment", "train"])
 def test_a_damaged_source_or_configuration_shows_no_ancestry(run: Run, section: str) -> None:
     begun(run, HERE, [OLD])
