@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from data.storage.durable import write_atomically
 from pipeline.errors import UsageError, first_line
+from pipeline.run.events import Events
 
 INIT_SECONDS, FINISH_SECONDS = 30, 10
 """How long its server may take to answer, and, when a run ends, to take what is left."""
@@ -46,8 +47,8 @@ def wandb_id(run: Path) -> str:
 class WeightsAndBiases:
     """The run's page in a project, under its resolved configuration and nothing else of it."""
 
-    def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
-        self._run, self._project, self._config, self._id = run, project, config, wandb_id(run)
+    def __init__(self, run: Path, project: str, config: dict[str, Any], events: Events) -> None:
+        self._run, self._project, self._config, self._events = run, project, config, events
         self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._done = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -73,14 +74,17 @@ class WeightsAndBiases:
                 page.log(row)
             page.finish(exit_code=0 if self._done else 1)
         except Exception as error:  # whatever it is, training continues
-            _say(f"gets no more rows of this start: {first_line(error)}; metrics.jsonl has them all")
+            problem = f"gets no more rows of this start: {first_line(error)}; metrics.jsonl has them all"
+            self._events.warn("wandb_failed", f"Weights & Biases {problem}", reason=first_line(error))
 
     def _begin(self) -> Any:
         """Its run, or, where it can't be reached, one that is kept here."""
         import wandb
 
+        identity = wandb_id(self._run)
+
         def begin(mode: Literal["offline"] | None = None) -> Any:
-            where = {"project": self._project, "id": self._id, "name": self._run.name, "dir": str(self._run)}
+            where = {"project": self._project, "id": identity, "name": self._run.name, "dir": str(self._run)}
             return wandb.init(**where, resume="allow", config=self._config, mode=mode)
 
         settings = wandb.Settings(
