@@ -4,11 +4,11 @@
     coatnet bench fault_injection --faults 12 --out /tmp/x # a short campaign, whose runs are kept
 
 Ranks are killed at random moments, while they save, read, or wait for each other; frozen; asked to stop; checkpoints
-are torn and bytes in them flipped; the disk is full; a shard is missing; throughout, two samples of the training set
-are damaged. A *steady* run resumes each time on as many ranks, and must end bit-equal to an undisturbed one. A
-*changing* run resumes on another number of ranks at another ZeRO stage each time. It must take the same samples, each
-once; its ten steps after a change must equal those of the old ranks resuming from there, and its curve that of the
-undisturbed run, within TOLERANCES. Ends with status 1 where any of this fails.
+are torn and bytes in them flipped; the disk is full, for good or for a while; a shard is missing; throughout, two
+samples of the training set are damaged. A *steady* run resumes each time on as many ranks, and must end bit-equal to an
+undisturbed one. A *changing* run resumes on another number of ranks at another ZeRO stage each time. It must take the
+same samples, each once; its ten steps after a change must equal those of the old ranks resuming from there, and its
+curve that of the undisturbed run, within TOLERANCES. Ends with status 1 where any of this fails.
 """
 
 from __future__ import annotations
@@ -176,13 +176,28 @@ def stop(process: Process, run: Path, chance: random.Random) -> None:
 
 
 def fill_the_disk(process: Process, run: Path, chance: random.Random) -> None:
-    """By a resource limit: no file may grow beyond FULL_BYTES."""
-    for pid in ranks_of(process):
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
-    process.wait(PATIENCE_SECONDS)
+    """Until the run gives up."""
+    limit_files(process, FULL_BYTES)
+    assert process.wait(PATIENCE_SECONDS) == 1
     assert process.stderr is not None
     stderr = process.stderr.read()
     assert "cannot be written: File too large" in stderr and "the same command resumes from step" in stderr, stderr
+
+
+def fill_the_disk_for_a_while(process: Process, run: Path, chance: random.Random) -> None:
+    """Until a save has failed; then the run saves again by itself, and is killed."""
+    failed, saved = len(events(run, "checkpoint_failed")), len(events(run, "checkpoint"))
+    limit_files(process, FULL_BYTES)
+    wait_until(lambda: len(events(run, "checkpoint_failed")) > failed, process)
+    limit_files(process, resource.RLIM_INFINITY)
+    wait_until(lambda: len(events(run, "checkpoint")) > saved or process.poll() is not None)
+    kill([process.pid])
+
+
+def limit_files(process: Process, size: int) -> None:
+    """No file of the ranks may grow beyond this size: what a write meets on a full disk."""
+    for pid in ranks_of(process):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def tear_the_checkpoint(process: Process, run: Path, chance: random.Random) -> None:
@@ -211,6 +226,7 @@ FAULTS: dict[str, Callable[[Process, Path, random.Random], None]] = {
     "checkpoint torn": tear_the_checkpoint,
     "byte flipped": flip_a_byte,
     "disk full": fill_the_disk,
+    "disk full for a while": fill_the_disk_for_a_while,
     "shard gone": kill_the_launcher,  # and then the shard, for the next start
 }
 

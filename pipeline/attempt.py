@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +13,6 @@ import torch
 
 from data.storage.durable import write_atomically
 from pipeline.checkpoint.attempts import SupersededCheck, allocate, raise_if_superseded
-from pipeline.checkpoint.writer import clean_partial
 from pipeline.config.parsing import to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import signals
@@ -22,6 +21,7 @@ from pipeline.distributed.environment import FILE, rank_and_world_size
 from pipeline.errors import DataError, RunFailed, first_line
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
+from pipeline.run.appended import AppendedFile
 from pipeline.run.events import Events
 from pipeline.run.identity import settle
 from pipeline.run.lock import RunLocked, acquire_lock
@@ -79,7 +79,6 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     def take() -> tuple[int, str]:
         claimed = claim(run)
         _held.append(claimed.lock)
-        clean_partial(run / "checkpoints")
         return claimed.attempt, settle(run).id
 
     number, identity = from_rank_zero(take)
@@ -91,7 +90,7 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
         write_config(run, config)
     stacks = run / "logs" / f"stacks-attempt-{number}.txt"
     watchdog = start_watchdog(config.run.hang_timeout, events, stacks)
-    with watchdog, open_console(rank, run / "logs", plan.steps) as console:
+    with closing(events), watchdog, open_console(rank, run / "logs", plan.steps, events.warn_unwritten) as console:
         yield Attempt(run, rank, world_size, device, events, console, SupersededCheck(run))
 
 
@@ -105,10 +104,8 @@ def record_exit_reason(run: Path) -> Iterator[None]:
         yield
     except (RunFailed, DataError, OSError) as error:
         if FILE not in os.environ and (attempt := latest_of_this_process(run)) is not None:
-            with suppress(OSError):  # where the folder can't be written, the terminal still has the error
-                Events(run, attempt, 0).write("failed", message=first_line(error))
-                with (run / "logs" / "rank-0.log").open("a") as log:
-                    print(f"coatnet: {error}", file=log)
+            Events(run, attempt, 0).write("failed", message=first_line(error))
+            AppendedFile(run / "logs" / "rank-0.log").append(f"coatnet: {error}\n".encode())
         raise
 
 

@@ -78,13 +78,13 @@ def train(
         engine = deepspeed_engine.build_engine(model, config.train, config.optim, config.zero)
         checkpoints = Checkpointer(engine, config, plan, ancestors, attempt.events)
         print_summary(attempt.console, config, plan, model, attempt.device)
-        done = False
-        while not done:
+        while True:
             state = checkpoints.resume()
             if state.step > 0:
                 attempt.console.print(f"resumes from step {state.step:,}")
-            done = train_steps(config, plan, attempt, engine, state, checkpoints, forward)
-        checkpoints.wait()
+            if train_steps(config, plan, attempt, engine, state, checkpoints, forward):
+                break
+        checkpoints.finish(state)
         attempt.events.write("finished", step=plan.steps)
         checkpoints.close()
         attempt.console.print(f"done: {plan.steps} steps, the last checkpoint is {checkpoints.path(plan.steps)}")
@@ -106,9 +106,9 @@ def train_steps(
     gradient_scale = deepspeed_engine.gradient_scale(config.train)
     spec = loader_spec(config, attempt.device)
     with (
-        open_metrics(config, plan, attempt.number, attempt.console, attempt.device, state.step) as metrics,
+        open_metrics(config, plan, attempt.events, attempt.console, attempt.device, state.step) as metrics,
         training_steps(config, plan, spec, state.step, state.skipped_steps()) as steps,
-        Profiler(config.log.profile, attempt.run / "profile", attempt.rank, log, state.step) as profiler,
+        Profiler(config.log.profile, attempt.run / "profile", events, log, state.step) as profiler,
     ):
         heartbeat.beat_step(None)
         if not evaluate_if_due(config, plan, attempt, engine, state, metrics, spec):  # a stop had cut it short
@@ -193,8 +193,7 @@ def evaluate_if_due(
 
 def save_and_stop(attempt: Attempt, checkpoints: Checkpointer, state: TrainState, plan: Plan) -> NoReturn:
     """Returns to the launcher by Interrupted, once the last step is in a durable checkpoint."""
-    checkpoints.save(state)
-    checkpoints.wait()
+    checkpoints.finish(state)
     attempt.record_interruption(state.step)
     checkpoints.close()
     raise Interrupted(f"stopped after step {state.step} of {plan.steps}; run the same command to resume")

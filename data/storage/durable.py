@@ -41,6 +41,8 @@ def publish(partial: Path, final: Path) -> None:
     replaced = final.with_name(f".{final.name}.replaced")
     if final.is_dir():  # a rename replaces files, but no folder that holds any
         shutil.rmtree(replaced, ignore_errors=True)
+        while replaced.exists():  # it cannot be removed
+            replaced = replaced.with_name(f"{replaced.name}.replaced")
         final.rename(replaced)
     partial.replace(final)
     sync_folder(final.parent)

@@ -1,8 +1,14 @@
-"""The checkpoints of a run as its training loop uses them: resume from the newest, save, roll back."""
+"""The checkpoints of a run as its training loop uses them: resume from the newest, save, roll back.
+
+A save that fails, or is still being written when the next one is due, does not end the training: a warning says what is
+at stake, and the next one is tried. After MAX_FAILURES in a row, or where the run's last step cannot be saved, it ends.
+Ranks learn of each other when a save is due, so that all do the same.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,17 +16,24 @@ from typing import Any
 from pipeline.checkpoint.reader import step_name
 from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.rollback import load_rollbacks, roll_back
-from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.checkpoint.writer import CheckpointWriter, SaveFailed
 from pipeline.config.schema import Config
-from pipeline.distributed.collectives import from_rank_zero
+from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.heartbeat import pause
+from pipeline.errors import RunFailed
 from pipeline.lineage import lineage_entry
 from pipeline.plan import Plan
 from pipeline.run.events import Events, last_logged_step
 from pipeline.training import ema
 from pipeline.training.epoch_audit import EpochAudit
 from pipeline.training.state import TrainState
+
+MAX_FAILURES = 3
+WRITING_SECONDS = 5.0
+"""A write that takes no longer is waited for where the next save is due, so that short runs keep every checkpoint."""
+Outcome = tuple[bool, RunFailed | None]
+"""Whether a rank's writing has ended, and with which error."""
 
 
 class Checkpointer:
@@ -40,13 +53,21 @@ class Checkpointer:
             "config": config.model_dump(mode="json"),
             "ancestry": [*ancestors, entry],
         }
-        root = self._run / "checkpoints"
-        self._saved: int | None = None  # the last step that is in a checkpoint, or will be
-        self._writer = CheckpointWriter(root, events.attempt, *rank_and_world_size(), config.checkpoint, events)
+        self._saved: int | None = None
+        """The step of the newest good checkpoint."""
+        self._writing: int | None = None
+        """The step whose save has begun, and not yet been seen to end."""
+        self._began, self._failures, self._reason = 0.0, 0, ""
+        self._error: RunFailed | None = None
+        self._writer = CheckpointWriter(
+            self._run / "checkpoints", events.attempt, *rank_and_world_size(), config.checkpoint, events, self._warn
+        )
 
     def resume(self) -> TrainState:
         """Loads the newest good checkpoint into the engine; returns its state, or without one that of a new run."""
         pause()
+        if self._writer.rank == 0:
+            self._writer.remove_leftovers()
         bn_ema = ema.clone(ema.statistics(self._engine.module)) if self._train.ema else None
         saved = restore(self._engine, self._run, bn_ema, self._train_set, self._events)
         rollbacks = from_rank_zero(lambda: load_rollbacks(self._run, saved))
@@ -69,27 +90,42 @@ class Checkpointer:
         return {"steps_lost": lost} if lost else {}
 
     def save(self, state: TrainState) -> None:
-        """Copies the state to the host and returns; a thread writes it. Nothing where this step is saved already."""
-        if state.step != self._saved:
-            self._writer.save(self._engine, state.bn_ema, {**state.to_json(), **self._provenance})
-            self._saved = state.step
+        """Copies the state to the host and returns; a thread writes it. Nothing where this step is saved already, or
+        the last save is still being written.
 
-    def check(self) -> None:
-        """Raises what the writing of the last checkpoint raised."""
-        self._writer.check()
+        RunFailed after too many saves that failed in a row. Collective.
+        """
+        if state.step in (self._saved, self._writing):
+            return
+        ended = self._settle(max(0.0, self._began + WRITING_SECONDS - time.monotonic()))
+        if ended and self._failures < MAX_FAILURES:
+            self._begin(state)
+            if self._failures == MAX_FAILURES - 1:  # so that no steps are trained for nothing
+                self._settle(WRITING_SECONDS)
+        if self._failures >= MAX_FAILURES:
+            raise self._failed()
+        if not ended:
+            self._warn_skipped(state.step)
 
-    def wait(self) -> None:
-        """Returns once the last checkpoint is durable."""
+    def finish(self, state: TrainState) -> None:
+        """Returns once this step is in a durable checkpoint; RunFailed where it cannot be written. Collective."""
         pause()
-        self._writer.wait()
+        self._settle_at_last()
+        if self._saved != state.step:
+            self._begin(state)
+            self._settle_at_last()
+        if self._saved != state.step:
+            raise self._failed()
 
     def close(self) -> None:
-        """Returns once the last checkpoint is durable and mirrored, and superseded ones are removed.
+        """Returns once the last checkpoint is mirrored, and superseded ones are removed. Collective.
 
-        All ranks wait for rank 0, which mirrors: a launcher ends the others soon after the first one.
+        All ranks wait for rank 0, which mirrors, since a launcher ends the others soon after the first one; and for
+        moments only, since a collective that takes long fails.
         """
         pause()
-        from_rank_zero(self._writer.close)
+        while not from_rank_zero(lambda: self._writer.is_mirrored(self._saved or 0)):
+            pass
 
     def path(self, step: int) -> Path:
         return self._writer.root / step_name(step)
@@ -99,7 +135,75 @@ class Checkpointer:
 
         RunFailed where there is no checkpoint before them, or where the same one was tried often enough.
         """
-        self.wait()
+        pause()
+        self._settle_at_last()
         bad_steps = state.guard.first_bad, state.step
         take = partial(roll_back, self._run, self._writer, self._events, state.rollbacks, *bad_steps, reason)
         self._events.attempt = self._writer.attempt = from_rank_zero(take)
+
+    def _begin(self, state: TrainState) -> None:
+        self._writing, self._began = state.step, time.monotonic()
+        self._writer.save(self._engine, state.bn_ema, {**state.to_json(), **self._provenance})
+
+    def _settle(self, seconds: float) -> bool:
+        """Whether the last save has ended on every rank, after so many seconds at most; then all know how. Collective.
+
+        A rank that fails leaves rank 0 a note, and rank 0's end is the checkpoint's.
+        """
+        if self._writing is None:
+            return True
+        outcomes = self._gather_outcomes(seconds)
+        if (lost := _errors(outcomes)) and not outcomes[0][0]:  # rank 0 has got no note, and waits for a part
+            self._writer.give_up(str(lost[0]))
+            outcomes = self._gather_outcomes(WRITING_SECONDS)
+        for error in _errors(outcomes):
+            if not isinstance(error, SaveFailed):  # a newer attempt has begun
+                raise error
+        if not all(ended for ended, _ in outcomes):
+            return False
+        step, self._writing, self._error, failure = self._writing, None, None, outcomes[0][1]
+        if failure is None:
+            self._saved, self._failures = step, 0
+        else:
+            self._failures, self._reason = self._failures + 1, str(failure)
+        return True
+
+    def _gather_outcomes(self, seconds: float) -> list[Outcome]:
+        try:
+            ended = self._writer.wait(seconds)
+        except RunFailed as error:  # kept until all have ended
+            ended, self._error = True, error
+        return all_gather([(ended, self._error)])
+
+    def _settle_at_last(self) -> None:
+        while not self._settle(WRITING_SECONDS):
+            pass
+
+    def _failed(self) -> RunFailed:
+        begins = "begins again" if self._saved is None else f"resumes from step {self._saved}"
+        many = f"{self._failures} checkpoints in a row failed, the last one: " if self._failures > 1 else ""
+        return RunFailed(f"{many}{self._reason}, then the same command {begins}")
+
+    def _at_stake(self) -> str:
+        return (
+            f"what was trained {'so far' if self._saved is None else f'since step {self._saved}'} is in no checkpoint"
+        )
+
+    def _warn(self, step: int, error: SaveFailed) -> None:
+        """Of a save that has just failed, from the writing thread of rank 0."""
+        failures = self._failures + 1
+        facts = {"step": step, "reason": str(error), "in_a_row": failures}
+        end = f"the run ends after {MAX_FAILURES} failures in a row (this is {failures})"
+        self._events.warn("checkpoint_failed", f"{error}; {self._at_stake()}, and {end}", **facts)
+
+    def _warn_skipped(self, step: int) -> None:
+        if self._writer.rank == 0:
+            seconds = round(time.monotonic() - self._began)
+            why = f"that of step {self._writing} is still being written, after {seconds} s"
+            facts = {"step": step, "writing": self._writing, "seconds": seconds}
+            message = f"no checkpoint of step {step}, since {why}; {self._at_stake()}; training continues"
+            self._events.warn("checkpoint_skipped", message, **facts)
+
+
+def _errors(outcomes: list[Outcome]) -> list[RunFailed]:
+    return [error for _, error in outcomes if error is not None]

@@ -3,7 +3,7 @@
 URL/checkpoints/step-N/ has the files of a checkpoint, manifest.json last: a copy without it is incomplete. URL itself
 has the small files that resuming needs; its run.json says whose mirror it is, and no other run writes or deletes there.
 One checkpoint is copied at a time, and the newest is next. A copy that fails is an event and a warning, and training
-continues.
+continues; it waits for none.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Mirror:
         self._identity: Identity | None = None
         self._waiting: list[Path] = []
         self._current: Path | None = None
+        self._abandoned: int | None = None
+        """The copies of later steps are still to be deleted."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -68,27 +70,51 @@ class Mirror:
         with self._lock:
             kept = [each for each in self._waiting if every is not None and step_of(each) % every == 0]
             self._waiting = [*kept, folder]
-            if self._current is None:
-                self._current = self._waiting.pop(0)
-                # A daemon, so that a run that fails does not wait for a copy.
-                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-                self._thread.start()
+            self._start()
 
     def in_use(self) -> set[Path]:
         """The checkpoints that are being copied, or will be."""
         with self._lock:
             return {*self._waiting, *filter(None, [self._current])}
 
-    def wait(self) -> None:
-        """Returns once nothing is left to copy."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether nothing is left to copy, after so many seconds at most; without `seconds` it waits for that."""
+        if (thread := self._thread) is None:
+            return True
+        thread.join(seconds)
+        return not thread.is_alive()
 
     def delete_after(self, after: int) -> None:
-        """Deletes the copies of later steps, which a rollback has abandoned."""
+        """Has the copies of later steps deleted, which a rollback has abandoned, before anything else is copied."""
         with self._lock:
             self._waiting = [each for each in self._waiting if step_of(each) <= after]
-        self.wait()
+            self._abandoned = after if self._abandoned is None else min(after, self._abandoned)
+            self._start()
+
+    def _start(self) -> None:
+        """Starts the thread, unless it is at work; under the lock."""
+        if self._thread is None:
+            # A daemon, so that a run that fails does not wait for a copy.
+            self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while (task := self._next()) is not None:
+            task()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            self._current = None
+            if self._abandoned is not None:
+                after, self._abandoned = self._abandoned, None
+                return partial(self._delete_later, after)
+            if self._waiting:
+                self._current = self._waiting.pop(0)
+                return partial(self._copy, self._current)
+            self._thread = None
+            return None
+
+    def _delete_later(self, after: int) -> None:
         try:
             self._claim()
             for step in list_copies(self._url):
@@ -97,12 +123,6 @@ class Mirror:
         except Exception as error:  # back ends' exceptions have no common base class, and training must continue
             self._warn(after, "copies of later steps, which a rollback has abandoned, are still at the mirror", error)
 
-    def _work(self) -> None:
-        while self._current is not None:
-            self._copy(self._current)
-            with self._lock:
-                self._current = self._waiting.pop(0) if self._waiting else None
-
     def _copy(self, folder: Path) -> None:
         step, began = step_of(folder), time.monotonic()
         try:
@@ -110,7 +130,7 @@ class Mirror:
             size = upload(folder, self._run, self._url)
             self._emit("mirrored", step=step, seconds=round(time.monotonic() - began, 3), bytes=size)
             self._prune(step)
-        except Exception as error:  # as in delete_after
+        except Exception as error:  # as in _delete_later
             self._warn(step, f"{folder.name} has no good copy at the mirror", error)
 
     def _claim(self) -> None:

@@ -7,14 +7,13 @@ from none of those. They are moved to RUN/checkpoints/abandoned, until the next 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.attempts import allocate_next, recorded_rollbacks, trusted_checkpoints
-from pipeline.checkpoint.reader import checkpoints, step_of
+from pipeline.checkpoint.reader import step_of
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.errors import RunFailed
 from pipeline.run.events import Events
@@ -38,7 +37,8 @@ def roll_back(
     back = plan_rollback(history, saved, first, last)
     if back is None:
         to = last_checkpoint_before(saved, first)
-        _discard(writer, to)  # what was saved since then is bad too
+        allocate_next(run, writer.attempt, to, [asdict(each) for each in history])
+        writer.abandon(to)  # what was saved since then is bad too
         raise RunFailed(
             f"steps {first} to {last}: {why}. {run} has rolled back to step {to} {ATTEMPTS_FROM_A_CHECKPOINT} times:"
             " look at events.jsonl (step_skipped, rollback), then resume from there with a lower optim.learning_rate,"
@@ -46,7 +46,7 @@ def roll_back(
         )
     attempt = allocate_next(run, writer.attempt, back.to, [asdict(each) for each in [*history, back]])
     events.write("rollback", reason=why, **asdict(back))
-    _discard(writer, back.to)
+    writer.abandon(back.to)
     if not folders:
         raise RunFailed(
             f"steps {first} to {last}: {why}, and there is no checkpoint before them yet: the same command begins"
@@ -59,15 +59,3 @@ def load_rollbacks(run: Path, state: Mapping[str, Any] | None) -> list[RollbackR
     """All rollbacks of a run, in order: from its records, and from a checkpoint's state, which may come without."""
     of_checkpoint = state.get("rollbacks", []) if state else []
     return list(dict.fromkeys(RollbackRecord(**each) for each in [*of_checkpoint, *recorded_rollbacks(run)]))
-
-
-def _discard(writer: CheckpointWriter, after: int) -> None:
-    """Moves the checkpoints of later steps to `abandoned`, and deletes their copies at the mirror."""
-    abandoned = writer.root / "abandoned"
-    shutil.rmtree(abandoned, ignore_errors=True)
-    for folder in checkpoints(writer.root):
-        if step_of(folder) > after:
-            abandoned.mkdir(exist_ok=True)
-            folder.rename(abandoned / folder.name)
-    if writer.mirror is not None:
-        writer.mirror.delete_after(after)

@@ -3,7 +3,7 @@
 Every rank writes the slices that it owns (../training/zero.py) as one safetensors file to a hidden folder named by the
 attempt; rank 0 adds buffers and state.json, and renames the folder once every rank's part is durable. The writing
 thread runs no collectives. Training waits only for the copy of the state to the host, or, where host memory has no room
-for one, until the live state is written.
+for one, until the live state is written. What a failure means for the run is decided in checkpointer.py.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,8 @@ from data.memory import available_bytes
 from data.storage.durable import publish, sync_folder, write_atomically
 from pipeline.checkpoint.attempts import raise_if_superseded
 from pipeline.checkpoint.mirror import Mirror
-from pipeline.checkpoint.reader import (
-    FORMAT,
-    checkpoints,
-    checksum,
-    digest_of,
-    prunable,
-    step_name,
-    step_of,
-)
+from pipeline.checkpoint.pruning import Unremoved, abandon, prune, remove_leftovers
+from pipeline.checkpoint.reader import FORMAT, checksum, digest_of, step_name
 from pipeline.checkpoint.snapshot import SafetensorsSnapshot
 from pipeline.config.schema import Checkpoint
 from pipeline.distributed.environment import local_world_size
@@ -51,8 +44,12 @@ BLOCK_BYTES = 1 << 20
 COPY_SHARE = 0.75
 """Share of the available memory that the copies of a machine's ranks may take."""
 PART_TIMEOUT_SECONDS = 1800.0
-_LEFT = re.compile(r"\.step-\d+\.(attempt-\d+(\.failed)?|pruned|mirrored|replaced)")
+MIRROR_POLL_SECONDS = 5.0
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class SaveFailed(RunFailed):
+    """A checkpoint that could not be written, which left nothing half-written; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,8 @@ class RankShard:
     snapshot: SafetensorsSnapshot
     common: GlobalState | None
     """Only rank 0's."""
+    number: int = 0
+    """Of the try: each has a folder of its own."""
     blocking: bool = False
     """Whether training waits until it is written."""
 
@@ -88,7 +87,7 @@ def rank_shard(
 
 @dataclass
 class CheckpointWriter:
-    """Writes one checkpoint at a time in the background; the next call raises the error of the last one."""
+    """Writes one checkpoint at a time in the background; `wait` raises its error, which `on_failure` learns at once."""
 
     root: Path
     attempt: int
@@ -96,10 +95,17 @@ class CheckpointWriter:
     world_size: int
     settings: Checkpoint
     events: Events
+    on_failure: Callable[[int, SaveFailed], None] = lambda step, error: None
+    """Called on rank 0, in the writing thread."""
     _thread: threading.Thread | None = None
     _error: list[BaseException] = field(default_factory=list)
+    _saves: int = 0
+    _given_up: list[str] = field(default_factory=list)
+    """Why the other ranks' parts will not come."""
     _memory: torch.Tensor | None = None
     _warned: bool = False
+    _unremoved: set[Path] = field(default_factory=set)
+    """Of which a warning has been printed."""
 
     def __post_init__(self) -> None:
         keep_last, keep_every, url = self.settings.keep_last, self.settings.keep_every, self.settings.mirror
@@ -112,39 +118,60 @@ class CheckpointWriter:
         Where a copy does not fit in memory, returns once this rank's part is durable.
         """
         self.wait()
+        self._given_up.clear()
+        self._saves += 1
         elements = {
             (owned.name, kind, owned.start): values
             for owned in owned_slices(engine, average is not None)
             for kind, values in owned.values.items()
         }
         part = rank_shard(state["step"], elements, _common(engine, average, state) if self.rank == 0 else None)
+        part = replace(part, number=self._saves)
         memory = self._memory_for(part.snapshot)
         if memory is None:
-            self._write(replace(part, blocking=True))
-            return self.wait()
+            return self._write(replace(part, blocking=True))
         part.snapshot.copy_to(memory)
         self._thread = threading.Thread(target=self._write, args=(part,), name="checkpoint")
         self._thread.start()
 
-    def check(self) -> None:
-        """Raises the error of the last checkpoint's writing, if there is one by now."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether the writing of the last checkpoint has ended, after so many seconds at most; raises its error, once.
+
+        Without `seconds` it waits for the end.
+        """
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
+            self._thread = None
         if self._error:
             raise self._error.pop()
+        return True
 
-    def wait(self) -> None:
-        """Returns once the last checkpoint is durable; raises the error of its writing."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
+    def give_up(self, reason: str) -> None:
+        """Has rank 0 wait no longer for the parts of the others, since one of them has failed."""
+        self._given_up.append(reason)
 
-    def close(self) -> None:
-        """Returns once the last checkpoint is durable and at the mirror, and superseded ones are removed."""
-        self.wait()
+    def is_mirrored(self, newest: int) -> bool:
+        """Whether nothing is left to copy to the mirror, after some seconds; what `newest` supersedes is then removed.
+
+        Only for rank 0.
+        """
         if self.mirror is not None:
-            self.mirror.wait()
-            if folders := checkpoints(self.root):
-                self._prune(step_of(folders[-1]))
+            if not self.mirror.wait(MIRROR_POLL_SECONDS):
+                return False
+            self._prune(newest)
+        return True
+
+    def remove_leftovers(self) -> None:
+        """Removes what earlier attempts left half-written or half-removed; only for the holder of the run's lock."""
+        self._tidy(partial(remove_leftovers, self.root))
+
+    def abandon(self, after: int) -> None:
+        """Sets the checkpoints of later steps aside, and deletes their copies at the mirror."""
+        self._tidy(partial(abandon, self.root, after))
+        if self.mirror is not None:
+            self.mirror.delete_after(after)
 
     def _memory_for(self, snapshot: SafetensorsSnapshot) -> torch.Tensor | None:
         """Memory for a copy, always the same, since new pages cost more than the copy; None where it does not fit."""
@@ -159,7 +186,7 @@ class CheckpointWriter:
     def _write(self, part: RankShard) -> None:
         began = time.monotonic()
         try:
-            facts = write_checkpoint(self.root, self.attempt, self.rank, self.world_size, part)
+            facts = write_checkpoint(self.root, self.attempt, self.rank, self.world_size, part, self._given_up)
             if facts is not None:
                 seconds = round(time.monotonic() - began, 3)
                 self.events.write("checkpoint", step=part.step, seconds=seconds, **facts)
@@ -167,8 +194,10 @@ class CheckpointWriter:
                 if self.mirror is not None:
                     self.mirror.copy(self.root / step_name(part.step))
                 self._prune(part.step)
-        except BaseException as error:  # handed to the training thread by check()
+        except BaseException as error:  # handed to the training thread by wait()
             self._error.append(error)
+            if isinstance(error, SaveFailed) and self.rank == 0:
+                self.on_failure(part.step, error)
 
     def _warn_blocking(self, blocking: bool) -> None:
         if blocking and not self._warned:
@@ -181,59 +210,71 @@ class CheckpointWriter:
 
     def _prune(self, step: int) -> None:
         spared = self.mirror.in_use() if self.mirror is not None else set()
-        prune(self.root, self.settings.keep_last, self.settings.keep_every, step, spared)
+        self._tidy(partial(prune, self.root, self.settings.keep_last, self.settings.keep_every, step, spared))
+
+    def _tidy(self, work: Callable[[], Unremoved]) -> None:
+        """Does what may fail without harm, and warns once of each folder that stays."""
+        try:
+            unremoved = work()
+        except OSError as error:  # the folder itself cannot be read
+            unremoved = {self.root: error.strerror or str(error)}
+        for folder, reason in unremoved.items():
+            if folder not in self._unremoved:
+                self._unremoved.add(folder)
+                message = f"{folder} cannot be removed: {reason}; training continues, and it is tried again"
+                self.events.warn("prune_failed", message, checkpoint=folder.name, reason=reason)
 
 
-def write_checkpoint(root: Path, attempt: int, rank: int, world_size: int, part: RankShard) -> dict[str, Any] | None:
-    """Writes this rank's part; rank 0 then waits for the others', publishes the checkpoint, and returns its `bytes`
-    and whether training waited for any part (`blocking`).
+def write_checkpoint(
+    root: Path, attempt: int, rank: int, world_size: int, part: RankShard, given_up: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Writes this rank's part; rank 0 then waits for the others', unless `given_up` gets a reason not to, publishes
+    the checkpoint, and returns its `bytes` and whether training waited for any part (`blocking`).
 
-    RunFailed, on rank 0 too, where a file can't be written, which leaves nothing half-written, or where a newer attempt
-    has begun.
+    SaveFailed, on rank 0 too, where a file can't be written, which leaves nothing half-written; RunFailed where a newer
+    attempt has begun.
     """
-    folder = root / f".{step_name(part.step)}.attempt-{attempt}"
+    folder = root / f".{step_name(part.step)}.attempt-{attempt}.{part.number}"
     aborted = folder.with_name(f"{folder.name}.failed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_part(folder, rank, part)
         if aborted.exists():  # before this rank began
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-        return _commit(folder, attempt, world_size, part.step, part.common) if part.common is not None else None
+        if part.common is None:
+            return None
+        return _commit(folder, attempt, world_size, part.step, part.common, given_up)
     except BaseException as error:
-        raise_if_superseded(root.parent, attempt)  # a newer attempt removes unfinished folders, hence the error
+        with suppress(OSError):  # where the folder cannot be read, the error says so
+            raise_if_superseded(root.parent, attempt)  # a newer attempt removes unfinished folders, hence the error
         failed = _describe_failure(root, part, world_size, error) if isinstance(error, OSError) else None
         if rank == 0:
             with suppress(OSError):
                 folder.rename(aborted)  # so that no other rank can write into it
                 for file in aborted.iterdir():
-                    file.unlink()  # the empty folder marks the failure until the next start
-        elif aborted.exists():
+                    file.unlink()  # the empty folder marks the failure until the next checkpoint or start
+        elif os.path.exists(aborted):
             shutil.rmtree(folder, ignore_errors=True)
         else:
             with suppress(OSError):
                 (folder / _file(rank)).unlink()  # makes room for the note
-            with suppress(OSError):  # without a note, rank 0 waits until the launcher ends it
+            with suppress(OSError):  # without a note, rank 0 learns it when the next checkpoint is due
                 write_atomically(folder / _part(rank), json.dumps({"error": f"rank {rank}: {failed or error}"}))
         if failed is None:
             raise
-        raise RunFailed(failed) from error
+        raise SaveFailed(failed) from error
 
 
 def _describe_failure(root: Path, part: RankShard, world_size: int, error: OSError) -> str:
     if part.common is None and isinstance(error, FileNotFoundError | FileExistsError):  # rank 0 has moved the folder
         return f"{root / step_name(part.step)} was aborted by rank 0; its log has the reason"
-    written = checkpoints(root) if root.is_dir() else []
-    next_start = f"resumes from step {step_of(written[-1])}" if written else "begins again"
     if error.errno in _SPACE:
         existing = next(folder for folder in (root, *root.parents) if folder.exists())
         free, needed = shutil.disk_usage(existing).free, world_size * part.snapshot.bytes
         suggestion = f"it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room"
     else:
         suggestion = f"fix that ({error.filename or root})"
-    reason = error.strerror or error
-    return (
-        f"{root / step_name(part.step)} cannot be written: {reason}; {suggestion}, then the same command {next_start}"
-    )
+    return f"{root / step_name(part.step)} cannot be written: {error.strerror or error}; {suggestion}"
 
 
 def _common(engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> GlobalState:
@@ -254,7 +295,9 @@ def _write_part(folder: Path, rank: int, part: RankShard) -> None:
     write_atomically(folder / _part(rank), json.dumps(facts))
 
 
-def _commit(folder: Path, attempt: int, world_size: int, step: int, common: GlobalState) -> dict[str, Any]:
+def _commit(
+    folder: Path, attempt: int, world_size: int, step: int, common: GlobalState, given_up: Sequence[str]
+) -> dict[str, Any]:
     """Completes a checkpoint's folder and publishes it; its `bytes` and `blocking`."""
     files = {
         "buffers.safetensors": _write_chunks(
@@ -262,7 +305,7 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Glob
         ),
         "state.json": _write_chunks(folder / "state.json", [np.frombuffer(common.state.encode(), np.uint8)]),
     }
-    parts = [_await_part(folder / _part(rank)) for rank in range(world_size)]
+    parts = [_await_part(folder / _part(rank), given_up) for rank in range(world_size)]
     for part in parts:
         files |= part["files"]
     manifest = {
@@ -283,24 +326,6 @@ def _commit(folder: Path, attempt: int, world_size: int, step: int, common: Glob
     publish(folder, folder.parent / step_name(step))  # replaces a damaged one, whose steps were done again
     size = sum(entry["bytes"] for entry in files.values())
     return {"bytes": size, "blocking": any(part["blocking"] for part in parts)}
-
-
-def prune(root: Path, keep_last: int, keep_every: int | None, step: int, spared: Iterable[Path] = ()) -> None:
-    """Removes the checkpoints that the one of this step supersedes, except the spared ones."""
-    folders = {step_of(folder): folder for folder in checkpoints(root)}
-    for old in prunable(folders, step, keep_last, keep_every):
-        folder = folders[old]
-        if folder not in spared:
-            hidden = root / f".{folder.name}.pruned"  # renamed first: what has a checkpoint's name is complete
-            folder.rename(hidden)
-            shutil.rmtree(hidden)
-
-
-def clean_partial(root: Path) -> None:
-    """Removes what earlier attempts left half-written or half-removed; only for the holder of the run's lock."""
-    for hidden in root.glob(".step-*"):
-        if _LEFT.fullmatch(hidden.name) and hidden.is_dir():  # what a person or an editor left stays
-            shutil.rmtree(hidden)
 
 
 def _part(rank: int) -> str:
@@ -331,14 +356,16 @@ def _write_all(file: int, content: np.ndarray) -> None:
         content = content[os.write(file, content) :]
 
 
-def _await_part(path: Path) -> Any:
-    """The note of a rank on its part, once it is written; RunFailed with the rank's error where it failed."""
+def _await_part(path: Path, given_up: Sequence[str]) -> Any:
+    """The note of a rank on its part, once it is written; SaveFailed with the rank's error where it failed."""
     deadline = time.monotonic() + PART_TIMEOUT_SECONDS
     while not path.exists():
+        if given_up:
+            raise SaveFailed(given_up[0])
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path.name} was not written within {PART_TIMEOUT_SECONDS:.0f} s, see that rank's log")
         time.sleep(0.02)
     part = json.loads(path.read_bytes())
     if "error" in part:
-        raise RunFailed(part["error"])
+        raise SaveFailed(part["error"])
     return part

@@ -26,6 +26,8 @@ from pipeline.monitoring.progress import Console
 from pipeline.monitoring.tensorboard import TensorBoard
 from pipeline.monitoring.wandb import WeightsAndBiases
 from pipeline.plan import Plan
+from pipeline.run.appended import Warn, print_warning
+from pipeline.run.events import Events
 from pipeline.run.jsonl import JsonLines, cut_back, evaluated_steps
 from pipeline.training.evaluation import EvalMetrics
 from pipeline.training.model import count_model
@@ -42,9 +44,9 @@ class Sink(Protocol):
 class MetricsFile:
     """RUN/metrics.jsonl, cut back to the step that a run resumes from."""
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        cut_back(run / "metrics.jsonl", first_step)
-        self._lines = JsonLines(run / "metrics.jsonl")
+    def __init__(self, run: Path, first_step: int, warn: Warn = print_warning) -> None:
+        path = run / "metrics.jsonl"
+        self._lines = JsonLines(path, warn, prepare=lambda: cut_back(path, first_step))
 
     def write(self, row: dict[str, Any]) -> None:
         self._lines.write(row)
@@ -82,6 +84,8 @@ class Metrics:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for sink in self._sinks:
             sink.close(done=error is None)
+        if self._consumed is not None:
+            self._consumed.close()
 
     def log_step(self, step: int, loss: float, lr: float, grad_norm: float, data_wait: float, last: bool) -> None:
         """Counts a step; `data_wait` are the seconds that it waited for its data."""
@@ -135,9 +139,9 @@ class Metrics:
 class Samples:
     """RUN/samples/rank-N.jsonl: what this rank consumed, for an audit."""
 
-    def __init__(self, run: Path, attempt: int, rank: int, world_size: int, with_checksums: bool) -> None:
-        self._lines = JsonLines(run / "samples" / f"rank-{rank}.jsonl")
-        self._facts = {"attempt": attempt, "rank": rank, "world_size": world_size}
+    def __init__(self, run: Path, events: Events, rank: int, world_size: int, with_checksums: bool) -> None:
+        self._lines = JsonLines(run / "samples" / f"rank-{rank}.jsonl", events.warn_unwritten)
+        self._facts = {"attempt": events.attempt, "rank": rank, "world_size": world_size}
         self._with_checksums = with_checksums
 
     def write(self, step: int, batches: list[Batch], global_batch: int, samples: int) -> None:
@@ -154,19 +158,23 @@ class Samples:
             row["checksums"] = [zlib.crc32(image) for image in pixels]
         self._lines.write(row)
 
+    def close(self) -> None:
+        self._lines.close()
+
 
 def open_metrics(
-    config: Config, plan: Plan, attempt: int, console: Console, device: torch.device, step: int
+    config: Config, plan: Plan, events: Events, console: Console, device: torch.device, step: int
 ) -> Metrics:
     """The metrics of an attempt that resumes from `step`: what the run's files have past it is cut back."""
     run, (rank, world_size) = Path(config.run.dir), rank_and_world_size()
     sinks: list[Sink] = []
     if rank == 0:
-        sinks = [MetricsFile(run, step), TensorBoard(run / "tensorboard", attempt, step)]
+        warn = events.warn_unwritten
+        sinks = [MetricsFile(run, step, warn), TensorBoard(run / "tensorboard", events.attempt, step, warn)]
         if config.log.wandb is not None:
-            sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json")))
-    evaluated = from_rank_zero(lambda: evaluated_steps(run / "metrics.jsonl"))
-    consumed = Samples(run, attempt, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
+            sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json"), events))
+    evaluated = from_rank_zero(lambda: {each for each in evaluated_steps(run / "metrics.jsonl") if each <= step})
+    consumed = Samples(run, events, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     multiply_adds = count_model(config.model, config.train, len(plan.train.classes)).multiply_adds
     peak = peak_images_per_second(device_name(device), config.train.precision, multiply_adds, world_size)
     batch, samples = config.train.global_batch, plan.train.samples

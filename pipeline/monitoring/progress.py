@@ -9,14 +9,15 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipeline.formatting import format_duration, format_lr, format_number, format_percent
+from pipeline.run.appended import AppendedFile, Warn
 
 SECONDS_BETWEEN_LINES = 5.0
 ROWS_FOR_SPEED = 10
@@ -26,7 +27,7 @@ terminal = rich.console.Console(stderr=True, soft_wrap=True, highlight=False)
 class Console:
     """Prints lines, and rows of metrics as they come, to RUN/logs/rank-N.log; rank 0's go to the terminal too."""
 
-    def __init__(self, rank: int, log: TextIO, bar: Progress | None, steps: int) -> None:
+    def __init__(self, rank: int, log: AppendedFile, bar: Progress | None, steps: int) -> None:
         self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
         self._task = bar.add_task("", total=steps) if bar else None
         self._quiet_until = 0.0
@@ -35,7 +36,7 @@ class Console:
     def print(self, line: str) -> None:
         if self._visible:
             terminal.print(line, markup=False)
-        print(line, file=self._log, flush=True)
+        self._log.append(f"{line}\n".encode())
 
     def at(self, step: int) -> str:
         """How a line about a step begins."""
@@ -52,14 +53,13 @@ class Console:
         self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
         if self._visible and self._bar is None:
             terminal.print(line, markup=False)
-        print(line, file=self._log, flush=True)
+        self._log.append(f"{line}\n".encode())
 
 
 @contextmanager
-def open_console(rank: int, logs: Path, steps: int) -> Iterator[Console]:
+def open_console(rank: int, logs: Path, steps: int, warn: Warn) -> Iterator[Console]:
     """A console whose lines are kept in LOGS/rank-N.log."""
-    logs.mkdir(exist_ok=True)
-    with (logs / f"rank-{rank}.log").open("a") as log, ExitStack() as stack:
+    with closing(AppendedFile(logs / f"rank-{rank}.log", warn)) as log, ExitStack() as stack:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
         bar = Progress(*columns, console=terminal, expand=True) if rank == 0 and terminal.is_terminal else None
         yield Console(rank, log, stack.enter_context(bar) if bar else None, steps)

@@ -1,7 +1,7 @@
 """RUN/tensorboard/: the rows of metrics.jsonl as TensorBoard's curves, one file for each start of the run.
 
-A row is one record, written at once and whole, so that a killed run has lost none; a start's first record tells
-TensorBoard to forget what earlier files have past the checkpoint's step. Files are named by the attempt, since
+A row is one record, written at once and whole, or later, so that a killed run has lost none; a start's first record
+tells TensorBoard to forget what earlier files have past the checkpoint's step. Files are named by the attempt, since
 TensorBoard reads them in the order of their names and clocks of nodes differ.
 """
 
@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from pipeline.run.appended import AppendedFile, Warn, print_warning
 
 # tensorboardX loads the clients of object stores where they are installed; only its messages are needed here.
 _HIDDEN = [name for name in ("boto3", "google.cloud.storage") if name not in sys.modules]
@@ -30,10 +32,9 @@ finally:
 class TensorBoard:
     """The event file of one start."""
 
-    def __init__(self, folder: Path, attempt: int, first_step: int) -> None:
+    def __init__(self, folder: Path, attempt: int, first_step: int, warn: Warn = print_warning) -> None:
         """Has TensorBoard forget the rows of earlier files past `first_step`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"events.out.tfevents.{attempt:010d}.{os.uname().nodename}").open("ab", buffering=0)
+        self._file = AppendedFile(folder / f"events.out.tfevents.{attempt:010d}.{os.uname().nodename}", warn)
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -50,7 +51,7 @@ class TensorBoard:
         event.wall_time = time.time()
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
-        self._file.write(length + _checksum(length) + content + _checksum(content))
+        self._file.append(length + _checksum(length) + content + _checksum(content))
 
 
 def _checksum(content: bytes) -> bytes:

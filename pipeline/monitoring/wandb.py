@@ -15,7 +15,8 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from pipeline.errors import UsageError, first_line
-from pipeline.run.identity import settle
+from pipeline.run.events import Events
+from pipeline.run.identity import identify
 
 INIT_SECONDS, FINISH_SECONDS = 30, 10
 """How long its server may take to answer, and, when a run ends, to take what is left."""
@@ -36,8 +37,8 @@ def check_wandb(project: str | None) -> None:
 class WeightsAndBiases:
     """The run's page in a project, under its id and resolved configuration, and nothing else of it."""
 
-    def __init__(self, run: Path, project: str, config: dict[str, Any]) -> None:
-        self._run, self._project, self._config, self._id = run, project, config, settle(run).id
+    def __init__(self, run: Path, project: str, config: dict[str, Any], events: Events) -> None:
+        self._run, self._project, self._config, self._events = run, project, config, events
         self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._done = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -63,14 +64,17 @@ class WeightsAndBiases:
                 page.log(row)
             page.finish(exit_code=0 if self._done else 1)
         except Exception as error:  # whatever it is, training continues
-            _say(f"gets no more rows of this start: {first_line(error)}; metrics.jsonl has them all")
+            problem = f"gets no more rows of this start: {first_line(error)}; metrics.jsonl has them all"
+            self._events.warn("wandb_failed", f"Weights & Biases {problem}", reason=first_line(error))
 
     def _begin(self) -> Any:
         """Its run, or, where it can't be reached, one that is kept here."""
         import wandb
 
+        identity = identify(self._run).id
+
         def begin(mode: Literal["offline"] | None = None) -> Any:
-            where = {"project": self._project, "id": self._id, "name": self._run.name, "dir": str(self._run)}
+            where = {"project": self._project, "id": identity, "name": self._run.name, "dir": str(self._run)}
             return wandb.init(**where, resume="allow", config=self._config, mode=mode)
 
         settings = wandb.Settings(

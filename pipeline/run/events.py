@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,16 +16,30 @@ class Events:
     """Appends events with `time` (seconds since 1970), `attempt` and `event`; only one rank writes."""
 
     def __init__(self, run: Path, attempt: int, rank: int) -> None:
-        self._path, self.attempt, self._rank = run / "events.jsonl", attempt, rank
+        self._path, self.attempt, self.rank = run / "events.jsonl", attempt, rank
         self._lines = JsonLines(self._path) if rank == 0 else None
 
     def write(self, event: str, by: int = 0, **facts: Any) -> None:
         """`by` is the rank that writes: 0, or another where rank 0 can't."""
-        if self._rank != by:
+        if self.rank != by:
             return
         if self._lines is None:
             self._lines = JsonLines(self._path)
         self._lines.write({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
+
+    def warn(self, event: str, message: str, **facts: Any) -> None:
+        """Records that something beside the training failed, and prints it; training continues."""
+        print(f"warning: {message}", file=sys.stderr)
+        self.write(event, **facts)
+
+    def warn_unwritten(self, path: Path, problem: str) -> None:
+        """Records what a file lacks (appended.py)."""
+        self.warn("write_failed", f"{path} {problem}", file=str(path), reason=problem)
+
+    def close(self) -> None:
+        """Writes what waits; a later event is still recorded."""
+        if self._lines is not None:
+            self._lines.close()
 
 
 def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:

@@ -9,38 +9,38 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from data.storage.durable import write_atomically
+from pipeline.run.appended import AppendedFile, Warn, print_warning
 from pipeline.run.small_files import has, parse, warn_damaged
 
 
-class JsonLines:
-    """An append-only file of JSON objects; each line is one write, flushed at once."""
+class JsonLines(AppendedFile):
+    """An append-only file of JSON objects; each line is one write, at once, or waits in memory (appended.py)."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()  # the checkpoint writer's thread writes events too
-        self._file = path.open("ab+")
-        size = self._file.seek(0, os.SEEK_END)
-        if size:
-            self._file.seek(size - 1)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
-                self._file.flush()
+    def __init__(self, path: Path, warn: Warn = print_warning, prepare: Callable[[], object] = lambda: None) -> None:
+        """`prepare` is called once, before anything is written; the lines wait for it, too."""
+        self._prepare: Callable[[], object] | None = prepare
+        super().__init__(path, warn)
 
     def write(self, row: dict[str, Any]) -> None:
-        line = json.dumps({name: _finite(value) for name, value in row.items()}) + "\n"
-        with self._lock:
-            self._file.write(line.encode())
-            self._file.flush()
+        self.append(json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n")
 
-    def close(self) -> None:
-        self._file.close()
+    def _open(self) -> FileIO:
+        if self._prepare is not None:
+            self._prepare()
+            self._prepare = None
+        file = super()._open()
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        return file
 
 
 def read_lines(path: Path, **kinds: type | UnionType) -> Iterator[dict[str, Any]]:

@@ -158,9 +158,13 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         title += f"suspect: {format_ranks(suspects)}, {why}" if suspects else "no rank is suspect"
         if 0 in lost and self._world_size > 2:
             title += "; the other ranks could not be asked, which rank 0 would do"
-        self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._stacks, render(title, answers, suspects))
-        return f"{found if lost else f'{found}: {self._describe(suspects, why, answers)}'}; stacks in {self._stacks}"
+        try:
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._stacks, render(title, answers, suspects))
+            page = f"stacks in {self._stacks}"
+        except OSError as error:
+            page = f"{self._stacks} could not be written: {error.strerror}"
+        return f"{found if lost else f'{found}: {self._describe(suspects, why, answers)}'}; {page}"
 
     def _ask(self, lost: list[int]) -> dict[int, StackSnapshot | None]:
         """Each rank's stacks, once all have answered that can, or the time for it is over."""

@@ -4,8 +4,9 @@ Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`:
 With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
 `"resave": FOLDER` nothing is trained: the checkpoint is loaded into an engine, evaluated by the model's weights and by
 their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_padding"` the padding
-passes of ranks see NaN; with `"faults"` steps go wrong (`Faults`). No training may draw from a random generator that
-has a state.
+passes of ranks see NaN; with `"faults"` steps go wrong (`Faults`); with `"storage"` saves do (`StorageFaults`), and
+ended-RANK.txt in the run's folder has the error that a rank ended with. No training may draw from a random generator
+that has a state.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,10 @@ from pipeline.checkpoint.reader import step_name
 from pipeline.commands.pretrain import import_training
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.launcher import launch
+from pipeline.errors import RunFailed
 from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS
+from tests.pipeline.storage_faults import StorageFaults
 
 MODULE = "tests.pipeline.batch_runs"
 
@@ -62,8 +66,21 @@ def do(job: dict[str, Any]) -> None:
         return
     before = generators()
     forward = Faults(**job["faults"]) if "faults" in job else micro_batch_loss
+    if "storage" in job:
+        return record_end(
+            Path(config.run.dir), partial(train, config, plan, [], forward=StorageFaults(**job["storage"]))
+        )
     train(config, plan, [], forward=poisoned_padding(forward) if job.get("poison_padding") else forward)
     assert generators() == before
+
+
+def record_end(run: Path, training: Callable[[], None]) -> None:
+    end = ""
+    try:
+        training()
+    except RunFailed as error:
+        end = str(error)
+    (run / f"ended-{rank_and_world_size()[0]}.txt").write_text(end)
 
 
 def generators() -> tuple[object, ...]:
@@ -158,7 +175,7 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     (folder / "losses.json").write_text(json.dumps(losses))
     writer = CheckpointWriter(folder / "checkpoints", 0, rank, world_size, Checkpoint(keep_last=1), events)
     writer.save(engine, average, state)
-    writer.close()
+    writer.wait()
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def test_after_the_last_rollback_nothing_is_left_of_what_came_after_the_checkpoi
     with pytest.raises(RunFailed, match="rolled back to step 10 2 times"):
         roll_back(tmp_path, writer, events_of_run, history, 19, 21, "the loss is not finite")
     assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == [step_name(10)]
-    writer.close()
+    writer.wait()
 
 
 @pytest.fixture(scope="module")

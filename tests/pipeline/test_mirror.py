@@ -140,6 +140,25 @@ def test_the_newest_is_next_and_of_those_between_only_keep_every_is_copied(run, 
     assert emitted.steps("mirrored") == [1, 2, 4] and mirror.in_use() == set()
 
 
+def test_a_rollback_does_not_wait_for_the_mirror_whose_abandoned_copies_go_first(run, s3):
+    mirrored(run, URL, [2, 3])
+    asked, proceed = threading.Event(), threading.Event()
+
+    def hold(path: str, _range: str | None, _before: int) -> None:
+        asked.set()
+        assert proceed.wait(60)
+
+    s3.plan = hold
+    mirror = Mirror(URL, run, 9, None, Emitted())
+    mirror.copy(run / "checkpoints" / step_name(4))
+    assert asked.wait(60)
+    mirror.delete_after(1)
+    mirror.copy(run / "checkpoints" / step_name(2))  # done again
+    assert not mirror.wait(0)
+    proceed.set()
+    assert mirror.wait(60) and sorted(list_copies(URL)) == [2]
+
+
 # ------------------------------------------------------------------------------------------------------------ restoring
 
 
