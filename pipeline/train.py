@@ -77,6 +77,7 @@ def train(
         print_summary(attempt.console, config, plan, model, attempt.device)
         done = False
         while not done:
+            attempt.serve_stops_at_once()
             state = checkpoints.resume()
             if state.step > 0:
                 attempt.console.print(f"resumes from step {state.step:,}")

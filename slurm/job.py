@@ -181,6 +181,7 @@ def read_ending(run: Path, request: Request, allocation: Allocation, status: int
         "finished" if had_nothing_to_do else last.get("event"),
         last.get("reason"),
         tuple(row["status"] for row in history.failures(run, allocation.start)),
+        bool(nodes_of_killed_tasks(output)),
         history.is_cancelled(run),
         tuple(sorted({*lost_nodes(allocation.nodes), *nodes_reported_failed(output)})),
         seconds_left() if allocation.nodes else None,
