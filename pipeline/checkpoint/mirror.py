@@ -75,10 +75,14 @@ class Mirror:
         with self._lock:
             return {*self._waiting, *filter(None, [self._current])}
 
-    def wait(self) -> None:
-        """Returns once nothing is left to copy."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, is_cut_short: Callable[[], bool] = lambda: False) -> None:
+        """Returns once nothing is left to copy, or, with a warning, once the wait is cut short."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.1)
+            if is_cut_short() and (current := self._current) is not None:
+                reason = "a signal came while it was copied"
+                self._emit("mirror_failed", step=step_of(current), reason=reason)
+                return print(f"warning: {current.name} has no good copy at the mirror: {reason}", file=sys.stderr)
 
     def delete_after(self, after: int) -> None:
         """Deletes the copies of later steps, which a rollback has abandoned."""

@@ -39,6 +39,7 @@ from pipeline.checkpoint.reader import (
 )
 from pipeline.checkpoint.snapshot import SafetensorsSnapshot
 from pipeline.config.schema import Checkpoint
+from pipeline.distributed import signals
 from pipeline.distributed.environment import local_world_size
 from pipeline.distributed.heartbeat import beat
 from pipeline.errors import RunFailed
@@ -137,10 +138,14 @@ class CheckpointWriter:
         self.check()
 
     def close(self) -> None:
-        """Returns once the last checkpoint is durable and at the mirror, and superseded ones are removed."""
+        """Returns once the last checkpoint is durable and at the mirror, and superseded ones are removed.
+
+        What is durable needs no mirror to be resumed from, so a further signal ends the wait for that.
+        """
         self.wait()
         if self.mirror is not None:
-            self.mirror.wait()
+            before = signals.count()
+            self.mirror.wait(lambda: signals.count() > before)
             if folders := checkpoints(self.root):
                 self._prune(step_of(folders[-1]))
 

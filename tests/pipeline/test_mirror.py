@@ -139,6 +139,18 @@ def test_the_newest_is_next_and_of_those_between_only_keep_every_is_copied(run, 
     assert emitted.steps("mirrored") == [1, 2, 4] and mirror.in_use() == set()
 
 
+def test_a_signal_ends_the_wait_for_a_copy_with_a_warning(run, s3, capsys):
+    emitted, proceed = Emitted(), threading.Event()
+    s3.plan = lambda path, bytes_of, before: proceed.wait(60) and None
+    mirror = Mirror(URL, run, 9, None, emitted)
+    mirror.copy(run / "checkpoints" / step_name(4))
+    mirror.wait(lambda: True)
+    proceed.set()
+    assert emitted.steps("mirror_failed") == [4] and step_name(4) in capsys.readouterr().err
+    mirror.wait()
+    assert emitted.steps("mirrored") == [4]
+
+
 # ------------------------------------------------------------------------------------------------------------ restoring
 
 
