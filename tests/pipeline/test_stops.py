@@ -19,6 +19,7 @@ from tests import forked
 from tests.forked import ROOT, Process
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
+    catches,
     coatnet,
     command,
     curve,
@@ -53,12 +54,6 @@ def undisturbed(request_of: Callable[..., list[object]], tmp_path_factory: pytes
     done = coatnet(*request_of(run))
     assert done.returncode == 0, done.stderr
     return run
-
-
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
-    (caught,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def stop(process: Process, number: int, everyone: bool) -> None:

@@ -14,7 +14,7 @@ import pytest
 from slurm.history import starts, submissions
 from slurm.submit import grace_seconds, warnings
 from tests.cluster.slurm import GRACE_SECONDS, KILL_SECONDS, Cluster
-from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, rows, wait_until
+from tests.pipeline.runs import ROOT, alive, catches, coatnet, curve, events, last_state, rows, wait_until
 from tests.slurm.jobs import JOB, causes, command, keys, ranks, read, status, trains
 
 Submit = Callable[..., tuple[Path, str]]
@@ -73,6 +73,15 @@ def test_a_run_that_is_requeued_resumes_where_it_stopped(cluster: Cluster, train
     assert events(run, "training_resumed")[0]["step"] == events(run, "interrupted")[0]["step"]
     assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == list(range(1, 41))
     assert (status(cluster, run)["state"], status(cluster, run)["restarts"]) == ("done", 1)
+
+
+@pytest.mark.torture
+def test_a_stop_before_the_first_step_is_no_failure(cluster: Cluster, submitted: Submit) -> None:
+    run, job = submitted("train.steps=5", "slurm.max_restarts=0")
+    wait_until(lambda: len(found := ranks(run)) == 4 and all(catches(pid, signal.SIGUSR2) for pid in found))
+    cluster.run("scancel", "--signal=USR2", job)
+    assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
+    assert {row["status"] for row in rows(run / "slurm" / "failures.jsonl")} == {3}
 
 
 @pytest.mark.torture
