@@ -58,33 +58,30 @@ def undisturbed(request_of: Callable[..., list[object]], tmp_path_factory: pytes
 
 def stop(process: Process, number: int, everyone: bool) -> None:
     """Sends a signal to the launcher, or, as a terminal or Slurm does, to its ranks as well."""
-    for pid in [process.pid, *(ranks_of(process) if everyone else ())]:
-        with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, FileNotFoundError):
+        for pid in [process.pid, *(ranks_of(process) if everyone else ())] if process.poll() is None else ():
             os.kill(pid, number)
 
 
-@pytest.mark.parametrize("stops", [8, pytest.param(60, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(1, 12))])
 def test_stops_at_random_moments_of_a_run_on_two_ranks_cost_no_step(
-    stops: int, undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
+    seed: int, undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
-    run, draw, finished = tmp_path / "run", random.Random(stops), False
-    for _ in range(stops):
+    run, draw, status, stops = tmp_path / "run", random.Random(seed), 3, 0
+    while status:
         process, number, everyone = started(*request_of(run)), draw.choice(SIGNALS), draw.random() < 0.5
         wait_until(lambda process=process: catches(process.pid, signal.SIGUSR2), process)
         deadline = time.monotonic() + draw.uniform(0, SECONDS)
         wait_until(lambda process=process, end=deadline: time.monotonic() > end or process.poll() is not None)
-        if process.poll() is None:
-            stop(process, number, everyone and number != signal.SIGINT)  # a second SIGINT would kill
+        stop(process, number, everyone and number != signal.SIGINT)  # a second SIGINT would kill
         status, error = process.wait(PATIENCE_SECONDS), process.stderr.read() if process.stderr else ""
-        if finished := status == 0:
-            break
-        assert status == 3 and error.count("run the same command to resume") == 1, error
-    assert finished or coatnet(*request_of(run)).returncode == 0
+        assert status == 0 or (status == 3 and error.count("run the same command to resume") == 1), error
+        stops += status != 0
     assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
     for rank in range(2):  # no step was done twice, so none was lost
         assert [row["step"] for row in rows(run / "samples" / f"rank-{rank}.jsonl")] == list(range(1, STEPS + 1))
     stopped = [row["attempt"] for row in events(run, "interrupted")]
-    assert len(set(stopped)) == len(stopped) and len(events(run, "finished")) == 1
+    assert len(set(stopped)) == len(stopped) <= stops and len(events(run, "finished")) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
