@@ -6,19 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
 from data.storage.durable import write_atomically
-from pipeline.checkpoint.attempts import SupersededCheck, allocate, raise_if_superseded
+from pipeline.checkpoint.attempts import SupersededCheck, allocate, latest_step, raise_if_superseded
 from pipeline.config.parsing import to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import signals
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import FILE, rank_and_world_size
-from pipeline.errors import DataError, RunFailed, first_line
+from pipeline.errors import DataError, Interrupted, RunFailed, first_line
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.appended import AppendedFile
@@ -50,8 +51,12 @@ class Attempt:
         return self.events.attempt
 
     def is_stop_requested(self) -> bool:
-        """Whether this rank received a signal to stop."""
+        """Whether this rank received a signal to stop; from the first time on this is how one is served."""
         return signals.requested() is not None
+
+    def serve_stops_at_once(self) -> None:
+        """Until the loop asks again, a signal ends this rank: nothing that it has done is not in a checkpoint."""
+        signals.serve_at_once()
 
     def is_superseded(self) -> bool:
         """Whether rank 0, which looks every few seconds, has seen a newer attempt of the run."""
@@ -88,10 +93,23 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
         events.write("damaged_file", file=file, reason=reason, instead=instead)
     if rank == 0:
         write_config(run, config)
+        signals.before_end(partial(record_stop, run, events))
     stacks = run / "logs" / f"stacks-attempt-{number}.txt"
     watchdog = start_watchdog(config.run.hang_timeout, events, stacks)
-    with closing(events), watchdog, open_console(rank, run / "logs", plan.steps, events.warn_unwritten) as console:
+    with closing(events), watchdog, open_console(rank, run / "logs", plan.steps, events) as console:
         yield Attempt(run, rank, world_size, device, events, console, SupersededCheck(run))
+
+
+def record_stop(run: Path, events: Events, reason: str) -> None:
+    """Records a stop that saved nothing, unless the file of failures has it."""
+    if FILE not in os.environ:
+        events.write("interrupted", step=latest_step(run) or 0, reason=reason)
+        log_line(run, f"stopped by {reason}, with no step to save")
+
+
+def log_line(run: Path, message: str) -> None:
+    """Adds to rank 0's log what else is only on standard error."""
+    AppendedFile(run / "logs" / "rank-0.log").append(f"coatnet: {message}\n".encode())
 
 
 @contextmanager
@@ -102,10 +120,11 @@ def record_exit_reason(run: Path) -> Iterator[None]:
 
     try:
         yield
-    except (RunFailed, DataError, OSError) as error:
+    except (RunFailed, DataError, OSError, Interrupted) as error:
         if FILE not in os.environ and (attempt := latest_of_this_process(run)) is not None:
-            Events(run, attempt, 0).write("failed", message=first_line(error))
-            AppendedFile(run / "logs" / "rank-0.log").append(f"coatnet: {error}\n".encode())
+            if not isinstance(error, Interrupted):  # which is an event already
+                Events(run, attempt, 0).write("failed", message=first_line(error))
+            log_line(run, str(error))
         raise
 
 

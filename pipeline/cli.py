@@ -19,6 +19,7 @@ from data.paths import expand
 from pipeline.distributed import signals
 from pipeline.distributed.environment import is_rank, rank_and_world_size, read_slurm_env
 from pipeline.distributed.launcher import die_with_parent
+from pipeline.output import prepare_output
 from pipeline.run.failures import record_failure
 
 app = typer.Typer(
@@ -298,18 +299,27 @@ def main() -> None:
     """The console script: runs the command and turns how it ended into lines and an exit status."""
     # OpenBLAS, which nothing here uses, would start a thread a core, and a process with threads can't be forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    trains = sys.argv[1:2] in (["pretrain"], ["finetune"])
+    prepare_output(needed=not trains)
+    if has_ranks := trains or sys.argv[1:2] == ["evaluate"]:  # first of all: until then a signal ends this process
+        signals.install_handlers(lambda reason: record_failure(signals.STOPPED, f"stopped by {reason}"))
     read_slurm_env()
     die_with_parent()
-    if is_rank() and sys.argv[1:2] in (["pretrain"], ["finetune"]):
-        signals.install_handlers()  # before heavy imports: until then a signal ends this rank
+    if has_ranks and is_rank():
+        signals.listen()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SystemExit:
         gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
         raise
     except KeyboardInterrupt:
         print("coatnet: stopped by Ctrl-C; run the same command to begin again or resume", file=sys.stderr)
         sys.exit(3)
+    except BrokenPipeError:  # nobody reads what it prints
+        sys.exit(1)
     except Exception as error:
         sys.exit(_report(error))
     finally:
@@ -332,6 +342,11 @@ _GLOO_ERRORS = {
 """Parts of gloo's messages where another rank is gone or hangs, and what that is to a person: no fault of this rank."""
 
 
+def _is_of_torch_distributed(error: Exception) -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and isinstance(error, distributed.DistError)
+
+
 def _report(error: Exception) -> int:
     """Prints why a command ended: a line where a person can act on it, else a traceback; returns the exit status."""
     from pipeline.errors import DataError, Interrupted, RunFailed, UsageError
@@ -349,6 +364,8 @@ def _report(error: Exception) -> int:
         record_failure(1, said)
         return 1
     meaning = next((meaning for part, meaning in _GLOO_ERRORS.items() if part in str(error)), None)
+    if is_rank() and (meaning or _is_of_torch_distributed(error)):
+        signals.end_if_requested()
     if is_rank() and meaning:
         print(f"coatnet: rank {rank_and_world_size()[0]} {meaning}", file=sys.stderr)
         return 1

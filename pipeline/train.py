@@ -79,6 +79,7 @@ def train(
         checkpoints = Checkpointer(engine, config, plan, ancestors, attempt.events)
         print_summary(attempt.console, config, plan, model, attempt.device)
         while True:
+            attempt.serve_stops_at_once()
             state = checkpoints.resume()
             if state.step > 0:
                 attempt.console.print(f"resumes from step {state.step:,}")

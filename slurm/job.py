@@ -200,6 +200,7 @@ def read_ending(run: Path, request: Request, allocation: Allocation, status: int
         last.get("reason"),
         tuple(row["status"] for row in history.failures(run, allocation.start)),
         refused,
+        bool(nodes_of_killed_tasks(output)),
         history.is_cancelled(run),
         tuple(sorted({*lost_nodes(allocation.nodes), *nodes_reported_failed(output)})),
         seconds_left() if allocation.nodes else None,

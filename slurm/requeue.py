@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pipeline.distributed.signals import STOPPED, STOPPING
 from slurm.history import JobStart
 
 MAX_BACKOFF_SECONDS = 3600.0
@@ -34,6 +35,8 @@ class Cause(StrEnum):
 
 
 HANG_EVENTS = ("heartbeat_lost", "hang")
+STOPPED_STATUSES = {STOPPED, *(128 + number for number in STOPPING)}
+"""srun's exit status where ranks were asked to stop before their first step, or before they could hear of it."""
 FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG, Cause.NOT_STARTED}
 """Which count towards slurm.max_restarts."""
 
@@ -49,9 +52,11 @@ class Ending:
     reason: str | None = None
     """The signal that asked for the stop."""
     statuses: tuple[int, ...] = ()
-    """Exit statuses that failing ranks recorded."""
+    """Exit statuses that ranks recorded: of failures, and STOPPED where a signal ended one with no step to save."""
     srun_error: str | None = None
     """Why srun started no ranks."""
+    killed: bool = False
+    """Whether srun saw a task killed, by none of the signals that request a stop."""
     cancelled: bool = False
     lost: tuple[str, ...] = ()
     """The job's nodes that are down."""
@@ -67,20 +72,23 @@ def classify_exit(ending: Ending) -> Cause:
         return Cause.DONE
     if ending.cancelled or (ending.event == "interrupted" and ending.reason == "SIGINT"):
         return Cause.CANCELLED
+    left = ending.seconds_left
+    stopped = Cause.TIME_LIMIT if left is not None and left <= ending.signal_seconds + 60 else Cause.PREEMPTED
     if ending.event == "interrupted":
-        left = ending.seconds_left
-        return Cause.TIME_LIMIT if left is not None and left <= ending.signal_seconds + 60 else Cause.PREEMPTED
+        return stopped
     if ending.lost:
         return Cause.NODE_LOST
     if 2 in (ending.status, *ending.statuses):
         return Cause.BAD_REQUEST
     if ending.event in HANG_EVENTS:
         return Cause.HANG
-    if ending.statuses:
+    if set(ending.statuses) - {STOPPED}:  # srun then ends the others by SIGTERM
         return Cause.CRASH
     if ending.srun_error is not None and "fatal:" in ending.srun_error:
         return Cause.BAD_REQUEST
-    return Cause.NOT_STARTED if ending.srun_error is not None or ending.status in NO_PROGRAM else Cause.KILLED_RANK
+    if ending.srun_error is not None or ending.status in NO_PROGRAM:
+        return Cause.NOT_STARTED
+    return stopped if ending.status in STOPPED_STATUSES and not ending.killed else Cause.KILLED_RANK
 
 
 def classify_missing_exit(
@@ -118,7 +126,7 @@ def srun_error(log: Sequence[str]) -> str | None:
 
 def nodes_of_killed_tasks(log: Sequence[str]) -> list[str]:
     """The nodes of tasks that srun saw killed, as in `srun: error: n2: task 3: Killed`, in order."""
-    killed = r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited)\w+"
+    killed = r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited|User defined signal 2|Hangup|Interrupt)\w+"
     return [match[1] for line in log if (match := re.match(killed, line))]
 
 

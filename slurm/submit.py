@@ -206,11 +206,14 @@ def with_restarts(job: JobSpec, is_followed: bool) -> JobSpec:
 
 
 def stop_seconds(run: Path) -> float:
-    """The longest of a run's last steps and saves together; 0 where it has never trained."""
+    """What a stop takes at most, by a run's last steps and saves; 0 where it has never trained.
+
+    A signal that comes just after a step's all-reduce is known to all ranks in the next step's.
+    """
     steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl", step_seconds=NUMBER)]
     rows = read_lines(run / "events.jsonl", event=str, seconds=NUMBER)
     saves = [row["seconds"] for row in rows if row["event"] == "checkpoint"]
-    return max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
+    return 2 * max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
 
 
 def grace_seconds(partition: str | None) -> float:
@@ -222,7 +225,7 @@ def grace_seconds(partition: str | None) -> float:
 
 def warnings(needed: float, signal: float, grace: float) -> list[str]:
     """What a stop that needs so many seconds loses `signal` seconds before a time limit, or killed after `grace`."""
-    takes = f"a step and a save took up to {needed:.0f} s"
+    takes = f"two steps and a save take up to {needed:.0f} s"
     lines = [f"{takes}, and slurm.signal_seconds leaves {signal:.0f} s"] if needed > signal else []
     if needed > grace:
         lines.append(

@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 LONGEST = [
     "test_zero", "test_faults", "test_end_to_end", "test_jobs", "test_guards", "test_schedules", "test_watchdog",
     "test_cold_starts", "test_attempts", "test_rank_doctor", "test_mirror", "test_storage", "test_preview",
-    "test_restore",
+    "test_restore", "test_stops",
 ]  # fmt: skip
 """The files that take longest, run first: the last to begin would run alone."""
 

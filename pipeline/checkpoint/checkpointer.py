@@ -18,6 +18,7 @@ from pipeline.checkpoint.restore import restore
 from pipeline.checkpoint.rollback import load_rollbacks, roll_back
 from pipeline.checkpoint.writer import CheckpointWriter, SaveFailed
 from pipeline.config.schema import Config
+from pipeline.distributed import signals
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.heartbeat import pause
@@ -124,7 +125,8 @@ class Checkpointer:
         moments only, since a collective that takes long fails.
         """
         pause()
-        while not from_rank_zero(lambda: self._writer.is_mirrored(self._saved or 0)):
+        before = signals.count()
+        while not from_rank_zero(lambda: self._writer.is_mirrored(self._saved or 0, before)):
             pass
 
     def path(self, step: int) -> Path:

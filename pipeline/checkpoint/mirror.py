@@ -84,6 +84,13 @@ class Mirror:
         thread.join(seconds)
         return not thread.is_alive()
 
+    def leave(self) -> None:
+        """Warns that a signal ends the wait for what is being copied."""
+        if (current := self._current) is not None:
+            reason = "a signal came while it was copied"
+            self._emit("mirror_failed", step=step_of(current), reason=reason)
+            print(f"warning: {current.name} has no good copy at the mirror: {reason}", file=sys.stderr)
+
     def delete_after(self, after: int) -> None:
         """Has the copies of later steps deleted, which a rollback has abandoned, before anything else is copied."""
         with self._lock:

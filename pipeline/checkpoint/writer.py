@@ -33,6 +33,7 @@ from pipeline.checkpoint.pruning import Unremoved, abandon, prune, remove_leftov
 from pipeline.checkpoint.reader import FORMAT, checksum, digest_of, step_name
 from pipeline.checkpoint.snapshot import SafetensorsSnapshot
 from pipeline.config.schema import Checkpoint
+from pipeline.distributed import signals
 from pipeline.distributed.environment import local_world_size
 from pipeline.distributed.heartbeat import beat
 from pipeline.errors import RunFailed
@@ -44,7 +45,7 @@ BLOCK_BYTES = 1 << 20
 COPY_SHARE = 0.75
 """Share of the available memory that the copies of a machine's ranks may take."""
 PART_TIMEOUT_SECONDS = 1800.0
-MIRROR_POLL_SECONDS = 5.0
+MIRROR_POLL_SECONDS = 1.0
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -152,14 +153,16 @@ class CheckpointWriter:
         """Has rank 0 wait no longer for the parts of the others, since one of them has failed."""
         self._given_up.append(reason)
 
-    def is_mirrored(self, newest: int) -> bool:
+    def is_mirrored(self, newest: int, signals_before: int) -> bool:
         """Whether nothing is left to copy to the mirror, after some seconds; what `newest` supersedes is then removed.
 
-        Only for rank 0.
+        What is durable needs no mirror to be resumed from, so a further signal ends the wait. Only for rank 0.
         """
         if self.mirror is not None:
             if not self.mirror.wait(MIRROR_POLL_SECONDS):
-                return False
+                if signals.count() == signals_before:
+                    return False
+                self.mirror.leave()
             self._prune(newest)
         return True
 

@@ -23,13 +23,12 @@ from typing import Protocol
 
 from pipeline.distributed.environment import LAUNCHER, cpus_per_rank, is_rank
 from pipeline.distributed.preload import preload
+from pipeline.distributed.signals import STOPPED, STOPPING, stopping
 from pipeline.errors import UsageError
 
 COMMANDS = "pipeline.cli"
 """The module of which a rank runs `main`."""
 COATNET = (sys.executable, "-m", COMMANDS)
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Signals that request a stop, and are forwarded to the ranks."""
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end after one has failed, before they are killed."""
 
@@ -71,8 +70,8 @@ def launch(
 
     `imports` imports what they need, so that they can be forks of this process; `start` replaces the way to start them.
 
-    Rank 0 has the terminal; the others write to LOGS/rank-N.log. SIGTERM and Ctrl-C are forwarded to the ranks, which
-    end after their step; a second Ctrl-C kills them.
+    Rank 0 has the terminal; the others write to LOGS/rank-N.log. Requests to stop are forwarded to the ranks; a second
+    Ctrl-C kills them.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -90,12 +89,12 @@ def launch(
         for process in processes:
             process.send_signal(signalled)
 
-    for number in STOPPING:
-        signal.signal(number, forward)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank(ranks)))  # read by libraries when they are imported
     if start is None:
         start = fork if preload(imports) else spawn
     port = free_port()
+    for number in stopping():
+        signal.signal(number, forward)
     try:
         for rank in range(ranks):
             log = logs / f"rank-{rank}.log" if rank else None
@@ -162,7 +161,7 @@ def _in_fork(
     module: str, arguments: list[str], environment: dict[str, str], log: Path | None, mask: set[signal.Signals]
 ) -> None:
     """Gives this fork the state of a new process, and runs the module's `main` in it."""
-    for number in STOPPING:
+    for number in stopping():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.environ.update(environment)
@@ -205,11 +204,13 @@ def _report(rank: int, status: int, logs: Path) -> int:
         number = signal.Signals(-status)
         asked = number in STOPPING  # before there was anything to save
         print(
-            f"rank {rank} was {'stopped' if asked else 'killed'} by {number.name};"
+            f"rank {rank} was stopped by {number.name}; run the same command to resume"
+            if asked
+            else f"rank {rank} was killed by {number.name};"
             " the same command resumes from the last checkpoint, if there is one",
             file=sys.stderr,
         )
-        return 3 if asked else 1
+        return STOPPED if asked else 1
     if rank > 0:
         log = logs / f"rank-{rank}.log"
         print(f"rank {rank} ended with status {status}: {_last_message(log)} (see {log})", file=sys.stderr)

@@ -17,7 +17,9 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipeline.formatting import format_duration, format_lr, format_number, format_percent
-from pipeline.run.appended import AppendedFile, Warn
+from pipeline.output import lost_output
+from pipeline.run.appended import AppendedFile
+from pipeline.run.events import Events
 
 SECONDS_BETWEEN_LINES = 5.0
 ROWS_FOR_SPEED = 10
@@ -27,16 +29,23 @@ terminal = rich.console.Console(stderr=True, soft_wrap=True, highlight=False)
 class Console:
     """Prints lines, and rows of metrics as they come, to RUN/logs/rank-N.log; rank 0's go to the terminal too."""
 
-    def __init__(self, rank: int, log: AppendedFile, bar: Progress | None, steps: int) -> None:
-        self._visible, self._log, self._bar, self._steps = rank == 0, log, bar, steps
+    def __init__(self, rank: int, log: AppendedFile, bar: Progress | None, steps: int, events: Events) -> None:
+        self._visible, self._log, self._bar, self._steps, self._events = rank == 0, log, bar, steps, events
         self._task = bar.add_task("", total=steps) if bar else None
-        self._quiet_until = 0.0
+        self._quiet_until, self._lost = 0.0, False
         self._recent_step_seconds: deque[float] = deque(maxlen=ROWS_FOR_SPEED)
 
     def print(self, line: str) -> None:
         if self._visible:
             terminal.print(line, markup=False)
+        self._write(line)
+
+    def _write(self, line: str) -> None:
         self._log.append(f"{line}\n".encode())
+        if self._visible and not self._lost and (lost := lost_output()):
+            self._lost = True
+            self._events.write("output_lost", reason=lost)
+            self._write(f"nobody reads {lost}; what is printed is only in this log from here on")
 
     def at(self, step: int) -> str:
         """How a line about a step begins."""
@@ -53,16 +62,16 @@ class Console:
         self._quiet_until = time.monotonic() + SECONDS_BETWEEN_LINES
         if self._visible and self._bar is None:
             terminal.print(line, markup=False)
-        self._log.append(f"{line}\n".encode())
+        self._write(line)
 
 
 @contextmanager
-def open_console(rank: int, logs: Path, steps: int, warn: Warn) -> Iterator[Console]:
+def open_console(rank: int, logs: Path, steps: int, events: Events) -> Iterator[Console]:
     """A console whose lines are kept in LOGS/rank-N.log."""
-    with closing(AppendedFile(logs / f"rank-{rank}.log", warn)) as log, ExitStack() as stack:
+    with closing(AppendedFile(logs / f"rank-{rank}.log", events.warn_unwritten)) as log, ExitStack() as stack:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None))
         bar = Progress(*columns, console=terminal, expand=True) if rank == 0 and terminal.is_terminal else None
-        yield Console(rank, log, stack.enter_context(bar) if bar else None, steps)
+        yield Console(rank, log, stack.enter_context(bar) if bar else None, steps, events)
 
 
 def eta_seconds(step: int, steps: int, speeds: Sequence[float]) -> float:

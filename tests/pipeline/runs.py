@@ -127,6 +127,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (caught,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def wait_until(condition: Callable[[], bool], process: Process | None = None, seconds_between: float = 0.02) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():

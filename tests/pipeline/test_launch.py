@@ -179,7 +179,7 @@ def test_the_others_may_end_by_themselves_after_one_has_failed(start, tmp_path):
     assert (tmp_path / "ended").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGQUIT])
 def test_no_rank_outlives_a_launcher_that_was_killed(start, tmp_path, number):
     with waiting_ranks(start, tmp_path, 3) as (process, ranks):
         assert all(map(alive, ranks))

@@ -33,6 +33,14 @@ LONG = 10**5
         (Ending(3, "interrupted", "SIGUSR2", seconds_left=LONG, signal_seconds=300), Cause.PREEMPTED),
         (Ending(3, "interrupted", "SIGUSR2", seconds_left=290, signal_seconds=300), Cause.TIME_LIMIT),
         (Ending(143, "interrupted", "SIGTERM", seconds_left=None), Cause.PREEMPTED),
+        (Ending(3, statuses=(3, 3), seconds_left=LONG, signal_seconds=300), Cause.PREEMPTED),
+        (Ending(3, statuses=(3, 3), seconds_left=290, signal_seconds=300), Cause.TIME_LIMIT),
+        (Ending(143, statuses=(3,)), Cause.PREEMPTED),
+        (Ending(140), Cause.PREEMPTED),
+        (Ending(143, statuses=(3, 1)), Cause.CRASH),
+        (Ending(143, statuses=(3,), killed=True), Cause.KILLED_RANK),
+        (Ending(137, statuses=(3,)), Cause.KILLED_RANK),
+        (Ending(143, statuses=(3, 2)), Cause.BAD_REQUEST),
         (Ending(3, "interrupted", "SIGINT"), Cause.CANCELLED),
         (Ending(3, "interrupted", "SIGTERM", cancelled=True), Cause.CANCELLED),
         (Ending(137, cancelled=True), Cause.CANCELLED),
@@ -97,6 +105,7 @@ def test_srun_reports_the_nodes_of_killed_tasks_and_failed_launches() -> None:
         "srun: error: n2: task 3: Segmentation fault (core dumped)\n",
         "srun: error: n1: task 1: Killed\n",
         "srun: error: n1: task 0: Terminated\n",
+        "srun: error: n1: task 2: User defined signal 2\n",
     ]
     assert nodes_of_killed_tasks(log) == ["n2", "n1"]
     refused = "srun: error: Task launch for StepId=2.0 failed on node n7: Communication connection failure\n"

@@ -17,7 +17,7 @@ from slurm.history import starts, submissions
 from slurm.submit import JobSpec, grace_seconds, warnings, with_restarts
 from tests import forked
 from tests.cluster.slurm import GRACE_SECONDS, KILL_SECONDS, Cluster
-from tests.pipeline.runs import ROOT, alive, coatnet, curve, events, last_state, rows, wait_until
+from tests.pipeline.runs import ROOT, alive, catches, coatnet, curve, events, last_state, rows, wait_until
 from tests.slurm.jobs import JOB, causes, command, keys, ranks, read, status, trains
 
 NAME = "50% %j-%2t, [lr=1-2] it's#1"
@@ -79,6 +79,15 @@ def test_a_run_that_is_requeued_resumes_where_it_stopped(cluster: Cluster, train
     assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == list(range(1, 41))
     assert (status(cluster, run)["state"], status(cluster, run)["restarts"]) == ("done", 1)
     assert "done: 40 steps" in command(cluster, "logs", str(run)).stdout
+
+
+@pytest.mark.torture
+def test_a_stop_before_the_first_step_is_no_failure(cluster: Cluster, submitted: Submit) -> None:
+    run, job = submitted("train.steps=5", "slurm.max_restarts=0")
+    wait_until(lambda: len(found := ranks(run)) == 4 and all(catches(pid, signal.SIGUSR2) for pid in found))
+    cluster.run("scancel", "--signal=USR2", job)
+    assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
+    assert {row["status"] for row in rows(run / "slurm" / "failures.jsonl")} == {3}
 
 
 @pytest.mark.torture
