@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pipeline
 from pipeline.config.schema import Slurm
+from pipeline.distributed.launcher import ROOT, module_command
 
 MAX_ARRAY_RESTARTS = 1000
 
@@ -61,8 +61,7 @@ def parameters(slurm: Slurm, name: str, dependency: str | None = None) -> dict[s
 
 def batch_command(python: str, code: Path, module: str, run: Path, request: Path) -> str:
     """The script's last line: the program that starts the ranks and requeues the job."""
-    words = ["env", f"PYTHONPATH={code}", python, "-P", "-m", module, str(run), str(request)]
-    return f"exec {shlex.join(words)}"
+    return f"exec {shlex.join([*module_command(module, python, code), str(run), str(request)])}"
 
 
 def script(folder: Path, command: str, options: dict[str, Any]) -> str:
@@ -77,16 +76,16 @@ PACKAGES = ("pipeline", "models", "data", "slurm")
 
 def snapshot(folder: Path) -> Path:
     """Copies all modules to FOLDER/code-HASH; a folder of that name already has the same bytes."""
-    source = Path(pipeline.__file__).resolve().parent.parent
-    files = sorted(file for package in PACKAGES for file in (source / package).rglob("*.py"))
+    files = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+    files.append(ROOT / "coatnet_main.py")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(source)}\n".encode() + file.read_bytes())
+        digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     code = folder / f"code-{digest.hexdigest()[:12]}"
     if not code.exists():
         partial = folder / f".{code.name}.{os.getpid()}"
         for file in files:
-            (partial / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, partial / file.relative_to(source))
+            (partial / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, partial / file.relative_to(ROOT))
         os.replace(partial, code)
     return code

@@ -20,7 +20,7 @@ from pipeline.checkpoint.weights import Weights, open_weights, select_weights
 from pipeline.commands.pretrain import check_config, run
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
-from pipeline.distributed.environment import is_rank, rank_and_world_size
+from pipeline.distributed.environment import is_first_process, rank_and_world_size
 from pipeline.errors import UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
@@ -55,7 +55,7 @@ def finetune(
     """Fine-tunes, or resumes; returns the exit status."""
     config = read_config(preset, overrides)
     if check:  # without data
-        if source is None and not is_rank():
+        if source is None:
             print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
         classes = None if source is None else check_source(config, source, weights)
         return check_config(config, procs, likely_classes=classes)
@@ -126,7 +126,7 @@ def check_compatible_config(config: Config, theirs: Config, source: str, ancesto
 def check_ancestry(config: Config, ancestors: list[dict[str, Any]]) -> None:
     """UsageError where an augmentation is on that no ancestor had; prints the lineage's warning once."""
     check_new_augmentations(config, ancestors)
-    if not is_rank() and (warning := lineage_warning(config, ancestors)):
+    if is_first_process() and (warning := lineage_warning(config, ancestors)):
         print(f"warning: {warning}", file=sys.stderr)
 
 
