@@ -19,10 +19,7 @@ def test_only_the_tasks_of_srun_are_ranks(cluster: Cluster, digits: Path, tmp_pa
     lines += [f"srun --ntasks=2 {coatnet} run.dir=step", f"srun --ntasks=1 {coatnet} run.dir=task"]
     (tmp_path / "job.sh").write_text("\n".join(["#!/bin/bash -e", *lines, ""]))
     job = cluster.run("sbatch", "--parsable", "--nodes=1", "--ntasks=4", f"--chdir={tmp_path}", tmp_path / "job.sh")
-    assert cluster.wait(job, "COMPLETED", "FAILED", seconds=240)["JobState"] == "COMPLETED", (
-        tmp_path / f"slurm-{job}.out"
-    ).read_text()
-    ranks = {
-        run: events(tmp_path / run, "attempt_started")[0]["world_size"] for run in ("batch", "shell", "step", "task")
-    }
-    assert ranks == {"batch": 2, "shell": 1, "step": 2, "task": 1}
+    ended = cluster.wait(job, "COMPLETED", "FAILED", seconds=240)
+    assert ended["JobState"] == "COMPLETED", (tmp_path / f"slurm-{job}.out").read_text()
+    expected = {"batch": 2, "shell": 1, "step": 2, "task": 1}
+    assert {run: events(tmp_path / run, "attempt_started")[0]["world_size"] for run in expected} == expected
