@@ -12,8 +12,6 @@ from pipeline.errors import UsageError
 FILE, START = "COATNET_FAILURES", "COATNET_START"
 LAUNCHER = "COATNET_LAUNCHER"
 """Environment variable of a launched rank: its launcher's process id."""
-
-
 IDENTITY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """The variables of torchrun, and of torch.distributed's env://: which rank a process is, and where rank 0 listens."""
@@ -77,11 +75,7 @@ def rank_variables(environment: Mapping[str, str], terminal: bool) -> dict[str, 
             " is no task of srun's, unset SLURM_STEP_NUM_TASKS"
         )
     found = {**step, **given}
-    if missing := [name for name in (IDENTITY if step else (*IDENTITY, *ADDRESS)) if name not in found]:
-        raise UsageError(
-            f"{_assigned(given, claimed)} would make this process a launcher's rank, but {', '.join(missing)}"
-            f" {'is' if len(missing) == 1 else 'are'} not set: set all of them, or unset {' '.join(claimed)}"
-        )
+    _require(IDENTITY if step else (*IDENTITY, *ADDRESS), found, claimed)
     numbers = [_number(found, name) for name in (*IDENTITY, "MASTER_PORT") if name in found]
     rank, size, local_rank, local_size = numbers[:4]
     if not (rank < size and local_rank < local_size <= size):
@@ -101,15 +95,20 @@ def _task_of_step(environment: Mapping[str, str], terminal: bool) -> dict[str, s
     alone = tasks == "1" or environment.get("SLURM_NTASKS", tasks) != tasks
     if not tasks or (START not in environment and (alone or ("SLURM_PTY_PORT" in environment and terminal))):
         return {}
-    if missing := [name for name in STEP if not environment.get(name)]:
-        raise UsageError(
-            f"SLURM_STEP_NUM_TASKS={tasks} would make this process a task of srun's, but {', '.join(missing)}"
-            f" {'is' if len(missing) == 1 else 'are'} not set: start it with srun, or unset SLURM_STEP_NUM_TASKS"
-        )
+    _require(STEP, environment, ["SLURM_STEP_NUM_TASKS"])
     node, on_nodes = _number(environment, "SLURM_NODEID"), tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
     local_size = str(on_nodes[node]) if node < len(on_nodes) else "0"
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return dict(zip(IDENTITY, [*(environment[name] for name in names), local_size], strict=True))
+
+
+def _require(names: Iterable[str], environment: Mapping[str, str], claimed: list[str]) -> None:
+    """UsageError unless all of these are set; `claimed` are the ones by which this process is a rank."""
+    if missing := [name for name in names if not environment.get(name)]:
+        raise UsageError(
+            f"{_assigned(environment, claimed)} would make this process a launcher's rank, but {', '.join(missing)}"
+            f" {'is' if len(missing) == 1 else 'are'} not set: set all of them, or unset {' '.join(claimed)}"
+        )
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
