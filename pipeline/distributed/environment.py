@@ -33,7 +33,7 @@ def join_launcher(procs: int | None = None) -> int:
     UsageError where its variables are incomplete or contradict each other, or `procs` was asked for beside them.
     """
     environment = os.environ
-    found = rank_variables(environment, has_terminal())
+    found = rank_variables(environment, in_interactive_shell())
     if found and procs is not None and LAUNCHER not in environment:
         by = IDENTITY if environment.get("RANK") else ("SLURM_STEP_NUM_TASKS",)
         raise UsageError(
@@ -59,13 +59,13 @@ def ignore_launcher() -> None:
         os.environ.pop(name, None)
 
 
-def rank_variables(environment: Mapping[str, str], terminal: bool) -> dict[str, str]:
+def rank_variables(environment: Mapping[str, str], interactive: bool) -> dict[str, str]:
     """IDENTITY and ADDRESS, from themselves or from srun's variables; {} of a process that is no rank.
 
-    A task of srun's needs no ADDRESS. `terminal`: whether the process has a controlling terminal.
+    A task of srun's needs no ADDRESS. `interactive`: whether the process was started from an interactive shell.
     """
     given = {name: environment[name] for name in (*IDENTITY, *ADDRESS) if environment.get(name)}
-    step = {} if given.keys() >= set(IDENTITY) else _task_of_step(environment, terminal)
+    step = {} if given.keys() >= set(IDENTITY) else _task_of_step(environment, interactive)
     claimed = [name for name in IDENTITY if name in given]
     if not claimed and not step:
         return {}
@@ -84,16 +84,16 @@ def rank_variables(environment: Mapping[str, str], terminal: bool) -> dict[str, 
     return found
 
 
-def _task_of_step(environment: Mapping[str, str], terminal: bool) -> dict[str, str]:
+def _task_of_step(environment: Mapping[str, str], interactive: bool) -> dict[str, str]:
     """IDENTITY of a task of an srun step with several tasks, or with one that a job of ours started; else {}.
 
     A batch script has no step, but what it inherits where it was submitted from within one: then the job's number of
-    tasks is another. The shell of an interactive allocation is the only task of its step, that of `srun --ntasks=4
-    --pty bash` the only one with a terminal.
+    tasks is another. The shell of an interactive allocation is the only task of its step; that of `srun --ntasks=4
+    --pty bash` is not, but the other shells ended at once.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS")
     alone = tasks == "1" or environment.get("SLURM_NTASKS", tasks) != tasks
-    if not tasks or (START not in environment and (alone or ("SLURM_PTY_PORT" in environment and terminal))):
+    if not tasks or (START not in environment and (alone or ("SLURM_PTY_PORT" in environment and interactive))):
         return {}
     _require(STEP, environment, ["SLURM_STEP_NUM_TASKS"])
     node, on_nodes = _number(environment, "SLURM_NODEID"), tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
@@ -121,13 +121,13 @@ def _assigned(environment: Mapping[str, str], names: Iterable[str]) -> str:
     return ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
 
 
-def has_terminal() -> bool:
-    """Whether this process has a controlling terminal, as those have that a person started in a shell."""
+def in_interactive_shell() -> bool:
+    """Whether a command typed into a shell started this process: it has a terminal, and is not of its task's group."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:
         return False
-    return True
+    return os.environ.get("SLURM_TASK_PID") != str(os.getpgrp())
 
 
 def _first_node() -> str:

@@ -25,7 +25,7 @@ PTY = {"SLURM_PTY_PORT": "44679"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "terminal", "found"),
+    ("environment", "interactive", "found"),
     [
         ({}, True, []),
         (dict.fromkeys(TORCHRUN, ""), False, []),
@@ -36,7 +36,11 @@ PTY = {"SLURM_PTY_PORT": "44679"}
         (BATCH | STEP_ALONE | PTY, True, []),  # of salloc, where use_interactive_step is set
         (JOB | STEP_ALONE | PTY | {"SLURM_NTASKS": "1"}, True, []),  # of srun --pty
         (BATCH | STEP_OF_4 | PTY, True, []),  # of srun --ntasks=4 --pty
-        (TASK_3 | PTY, False, ["3", "4", "0", "1"]),  # of an srun that was typed there
+        (
+            TASK_3 | PTY,
+            False,
+            ["3", "4", "0", "1"],
+        ),  # of an srun that was typed there, or started by --pty
         (TASK_3, True, ["3", "4", "0", "1"]),
         (TASK_3 | {"MASTER_ADDR": "n1", "WORLD_SIZE": "4"}, False, ["3", "4", "0", "1"]),
         (BATCH | STEP_OF_4 | {"SLURM_NTASKS": "1"}, False, []),  # a batch script submitted by one of four tasks
@@ -47,15 +51,15 @@ PTY = {"SLURM_PTY_PORT": "44679"}
     ],
 )
 def test_a_process_is_a_rank_only_if_a_launcher_says_so(
-    environment: Mapping[str, str], terminal: bool, found: list[str]
+    environment: Mapping[str, str], interactive: bool, found: list[str]
 ) -> None:
-    variables = rank_variables(environment, terminal)
+    variables = rank_variables(environment, interactive)
     assert [variables[name] for name in IDENTITY if name in variables] == found
 
 
 def problem(environment: Mapping[str, str]) -> str:
     with pytest.raises(UsageError) as refused:
-        rank_variables(environment, terminal=False)
+        rank_variables(environment, interactive=False)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -65,14 +69,14 @@ def test_half_of_a_launchers_variables_is_refused_naming_the_rest(names: set[str
     environment = {name: TORCHRUN[name] for name in names}
     claimed, missing = names & set(IDENTITY), TORCHRUN.keys() - names
     if not claimed or not missing:
-        assert rank_variables(environment, terminal=False) == (environment if claimed else {})
+        assert rank_variables(environment, interactive=False) == (environment if claimed else {})
         return
     said, _, advice = problem(environment).partition(": ")
     assert set(said.partition("but ")[2].replace(",", "").split()) & TORCHRUN.keys() == missing
     assert advice.endswith("unset " + " ".join(name for name in IDENTITY if name in claimed))
 
 
-@pytest.mark.parametrize("name", set(STEP) - {"SLURM_STEP_NUM_TASKS"})
+@pytest.mark.parametrize("name", [name for name in STEP if name != "SLURM_STEP_NUM_TASKS"])
 def test_half_of_sruns_variables_is_refused_naming_the_rest(name: str) -> None:
     assert f"but {name} is not set" in problem({key: value for key, value in TASK_3.items() if key != name})
 
