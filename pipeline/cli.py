@@ -17,7 +17,7 @@ import typer
 
 from data.paths import expand
 from pipeline.distributed import signals
-from pipeline.distributed.environment import is_rank, rank_and_world_size, read_slurm_env
+from pipeline.distributed.environment import ignore_launcher, is_rank, join_launcher, rank_and_world_size
 from pipeline.distributed.launcher import die_with_parent
 from pipeline.output import prepare_output
 from pipeline.run.failures import record_failure
@@ -47,7 +47,7 @@ path_option = partial(typer.Option, callback=_expanded)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML preset, e.g. configs/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.learning_rate=5e-4")]
-Ranks = Annotated[int, typer.Option("--procs", min=1, help="ranks to run on this machine")]
+Ranks = Annotated[int | None, typer.Option("--procs", min=1, help="ranks to run on this machine; default: 1")]
 Check = Annotated[bool, typer.Option("--check", help="check the configuration, without data, and stop")]
 Restart = Annotated[
     bool, typer.Option("--restart", help="begin anew; what is in run.dir is set aside in its folder restarted-N")
@@ -72,14 +72,34 @@ SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a sha
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
+RANKS = {"pretrain", "finetune", "evaluate", "doctor"}
+"""The commands that a launcher may start as ranks."""
+
+
+def _as_rank(procs: int | None = None) -> int:
+    """Makes this process the rank that its launcher wants it to be, if it has one; else returns how many to start."""
+    ranks = join_launcher(procs)
+    die_with_parent()
+    return ranks
+
+
+def _as_stoppable_rank(procs: int | None) -> int:
+    """The same; a rank then hears of signals even where its main thread can't."""
+    ranks = _as_rank(procs)
+    if is_rank():
+        signals.listen()
+    return ranks
+
+
 @app.command(epilog="Example: coatnet pretrain configs/tiny.yaml --procs 2 run.dir=runs/tiny data.train=digits/train")
 def pretrain(
-    config: ConfigFile, overrides: Overrides = None, procs: Ranks = 1, check: Check = False, restart: Restart = False
+    config: ConfigFile, overrides: Overrides = None, procs: Ranks = None, check: Check = False, restart: Restart = False
 ) -> None:
     """Train, or resume from the newest good checkpoint in run.dir. `coatnet keys` lists what can be set."""
+    ranks = procs or 1 if check else _as_stoppable_rank(procs)
     from pipeline.commands.pretrain import pretrain
 
-    raise typer.Exit(pretrain(config, overrides or [], procs, check, restart))
+    raise typer.Exit(pretrain(config, overrides or [], ranks, check, restart))
 
 
 @app.command(epilog="Example: coatnet finetune configs/tiny_finetune.yaml --from runs/tiny run.dir=runs/tiny-40")
@@ -88,14 +108,15 @@ def finetune(
     source: Source = None,
     overrides: Overrides = None,
     weights: Weights = None,
-    procs: Ranks = 1,
+    procs: Ranks = None,
     check: Check = False,
     restart: Restart = False,
 ) -> None:
     """Start from another run's weights (its moving average, if it has one), usually at another resolution."""
+    ranks = procs or 1 if check else _as_stoppable_rank(procs)
     from pipeline.commands.finetune import finetune
 
-    raise typer.Exit(finetune(config, overrides or [], source, weights, procs, check, restart))
+    raise typer.Exit(finetune(config, overrides or [], source, weights, ranks, check, restart))
 
 
 @app.command(epilog="Example: coatnet preview configs/tiny.yaml digits.png data.train=digits/train")
@@ -119,13 +140,14 @@ def evaluate(
     weights: Weights = None,
     resolution: Resolution = None,
     crop: Crop = None,
-    procs: Ranks = 1,
+    procs: Ranks = None,
     as_json: AsJson = False,
 ) -> None:
     """Top-1, top-5 and loss over exactly every sample once, the same on any number of ranks."""
+    ranks = _as_stoppable_rank(procs)
     from pipeline.commands.evaluate import evaluate_command
 
-    raise typer.Exit(evaluate_command(run, data, weights, resolution, crop, procs, as_json))
+    raise typer.Exit(evaluate_command(run, data, weights, resolution, crop, ranks, as_json))
 
 
 @app.command(epilog="Example: coatnet predict runs/tiny photos/ cat.jpg")
@@ -195,6 +217,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine, or as ranks their whole allocation: what works, what is missing, and what to do."""
+    _as_rank()
     from pipeline.doctor.report import doctor_report
 
     raise typer.Exit(doctor_report(config, overrides or [], as_json))
@@ -301,12 +324,10 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     trains = sys.argv[1:2] in (["pretrain"], ["finetune"])
     prepare_output(needed=not trains)
-    if has_ranks := trains or sys.argv[1:2] == ["evaluate"]:  # first of all: until then a signal ends this process
+    if trains or sys.argv[1:2] == ["evaluate"]:  # first of all: until then a signal ends this process
         signals.install_handlers(lambda reason: record_failure(signals.STOPPED, f"stopped by {reason}"))
-    read_slurm_env()
-    die_with_parent()
-    if has_ranks and is_rank():
-        signals.listen()
+    if not RANKS.intersection(sys.argv[1:2]):
+        ignore_launcher()
     try:
         try:
             app()

@@ -1,8 +1,8 @@
 """The training loop, top to bottom: data, forward, backward, step, log, checkpoint, evaluate.
 
-    coatnet pretrain configs/tiny.yaml                        # one process
-    coatnet pretrain configs/tiny.yaml --procs 2              # two ranks on this machine
-    torchrun --nproc-per-node 8 -m pipeline.cli pretrain ...  # any launcher that sets RANK and WORLD_SIZE
+    coatnet pretrain configs/tiny.yaml                               # one process
+    coatnet pretrain configs/tiny.yaml --procs 2                     # two ranks on this machine
+    torchrun --nproc-per-node 8 --no-python coatnet pretrain ...     # or any launcher that sets torchrun's variables
 
 A step is one global batch of `global_batch / micro_batch` micro batches, distributed over the ranks; it takes as many
 accumulation steps as the busiest rank needs. No random number comes from a generator with state: a run that resumes

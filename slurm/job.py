@@ -24,7 +24,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.config.schema import Slurm, parse_duration
-from pipeline.distributed.environment import FILE, START, slurm_port
+from pipeline.distributed.environment import FILE, IDENTITY, START, slurm_port
+from pipeline.distributed.launcher import COMMANDS, module_command
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import read_lines
@@ -140,9 +141,9 @@ def run_ranks(
     With `stdout` all that the ranks print on standard output goes there, else it is logged by rank.
     """
     slurm = request.slurm
-    program = [*shlex.split(slurm.command_prefix or ""), request.python, "-P", "-m", "pipeline.cli", *command]
-    environment = dict(os.environ) | {
-        "PYTHONPATH": request.code,
+    coatnet = module_command(COMMANDS, request.python, Path(request.code))
+    program = [*shlex.split(slurm.command_prefix or ""), *coatnet, *command]
+    environment = {name: value for name, value in os.environ.items() if name not in IDENTITY} | {
         START: allocation.start,
         FILE: str(history.folder(run).resolve() / "failures.jsonl"),
     }

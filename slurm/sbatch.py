@@ -13,8 +13,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pipeline
 from pipeline.config.schema import Slurm
+from pipeline.distributed.launcher import ROOT, module_command
 from pipeline.errors import UsageError
 from pipeline.run.small_files import publish, write_atomically
 
@@ -66,15 +66,14 @@ def parameters(
 
 def literal(path: Path) -> str:
     """A path for --output, where % begins a pattern, and a backslash anywhere turns patterns off."""
-    if re.search(r"[:\\\x00-\x1f]", str(path)):  # a colon ends a folder on Python's path, where the program is
-        raise UsageError(f"run.dir: a job's folder may have no colon, backslash or line break: {str(path)!r}")
+    if re.search(r"[\\\x00-\x1f]", str(path)):
+        raise UsageError(f"run.dir: a job's folder may have no backslash or line break: {str(path)!r}")
     return str(path).replace("%", "%%")
 
 
 def batch_command(python: str, code: Path, module: str, run: Path, request: Path) -> str:
     """The script's last line: the program that starts the ranks and requeues the job."""
-    words = ["env", f"PYTHONPATH={code}", python, "-P", "-m", module, str(run), str(request)]
-    return f"exec {shlex.join(words)}"
+    return f"exec {shlex.join([*module_command(module, python, code), str(run), str(request)])}"
 
 
 def script(folder: Path, command: str, options: dict[str, Any]) -> str:
@@ -89,7 +88,7 @@ PACKAGES = ("pipeline", "models", "data", "slurm")
 
 def snapshot(folder: Path) -> Path:
     """Copies all modules to FOLDER/code-HASH; a folder of that name that has other bytes is damaged, and replaced."""
-    modules = _modules(Path(pipeline.__file__).resolve().parent.parent)
+    modules = _modules(ROOT)
     code = folder / f"code-{_digest(modules)}"
     if not code.is_dir() or _digest(_modules(code)) != _digest(modules):
         partial = folder / f".{code.name}.{os.getpid()}"
@@ -102,7 +101,8 @@ def snapshot(folder: Path) -> Path:
 
 def _modules(folder: Path) -> dict[str, bytes]:
     """The program's modules in a folder, by their names."""
-    files = sorted(file for package in PACKAGES for file in (folder / package).rglob("*.py") if file.is_file())
+    found = [file for package in PACKAGES for file in (folder / package).rglob("*.py")]
+    files = sorted(file for file in (*found, folder / "coatnet_main.py") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 

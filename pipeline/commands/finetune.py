@@ -24,7 +24,7 @@ from pipeline.checkpoint.weights import Weights, WeightsFile, open_weights, sele
 from pipeline.commands.pretrain import begin_anew, check_config, run, set_aside_config
 from pipeline.config.parsing import read_config, validate
 from pipeline.config.schema import Config
-from pipeline.distributed.environment import is_rank, rank_and_world_size
+from pipeline.distributed.environment import is_first_process, rank_and_world_size
 from pipeline.errors import RunFailed, UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
@@ -75,7 +75,7 @@ def finetune(
     config = read_config(preset, overrides)
     anew = set_aside_config(config) if restart else config
     if check:  # without data
-        if source is None and not is_rank():
+        if source is None:
             print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
         classes = None if source is None else check_source(anew, source, weights)
         return check_config(config, procs, likely_classes=classes)
@@ -150,7 +150,7 @@ def check_compatible_config(config: Config, theirs: Config, source: str, ancesto
 def check_ancestry(config: Config, ancestors: list[dict[str, Any]]) -> None:
     """UsageError where an augmentation is on that no ancestor had; prints the lineage's warning once."""
     check_new_augmentations(config, ancestors)
-    if not is_rank() and (warning := lineage_warning(config, ancestors)):
+    if is_first_process() and (warning := lineage_warning(config, ancestors)):
         print(f"warning: {warning}", file=sys.stderr)
 
 

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from pipeline.errors import UsageError
 
 FILE, START = "COATNET_FAILURES", "COATNET_START"
 LAUNCHER = "COATNET_LAUNCHER"
 """Environment variable of a launched rank: its launcher's process id."""
+IDENTITY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+"""The variables of torchrun, and of torch.distributed's env://: which rank a process is, and where rank 0 listens."""
+STEP = (
+    "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID",
+    "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST",
+)  # fmt: skip
+"""What srun sets for each task of a step."""
 
 
 def is_rank() -> bool:
@@ -17,23 +27,116 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def read_slurm_env() -> None:
-    """Sets RANK, WORLD_SIZE, MASTER_ADDR ... from srun's variables, where it started several tasks, or a job's ranks.
+def join_launcher(procs: int | None = None) -> int:
+    """Makes the environment that of a rank, if a launcher started this process; else returns how many ranks to start.
 
-    A shell that srun opened is a single task, and commands typed there start their own ranks.
+    UsageError where its variables are incomplete or contradict each other, or `procs` was asked for beside them.
     """
     environment = os.environ
-    single = int(environment.get("SLURM_NTASKS", 1)) < 2 and START not in environment
-    if is_rank() or "SLURM_PROCID" not in environment or single:
-        return
-    on_nodes = tasks_on_nodes(environment.get("SLURM_STEP_TASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"])
-    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_WORLD_SIZE"] = str(on_nodes[int(environment["SLURM_NODEID"])])
-    environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", str(cpus_per_rank())))
-    if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = nodes_of_step()[0]
-    environment.setdefault("MASTER_PORT", str(slurm_port(environment)))
+    found = rank_variables(environment, in_interactive_shell())
+    if found and procs is not None and LAUNCHER not in environment:
+        by = IDENTITY if environment.get("RANK") else ("SLURM_STEP_NUM_TASKS",)
+        raise UsageError(
+            f"--procs={procs} would start ranks, and this process is rank {found['RANK']} of {found['WORLD_SIZE']} by"
+            f" {_assigned(environment, by)}: leave out --procs, or unset {' '.join(by)}"
+        )
+    if not found:
+        ignore_launcher()
+        return procs or 1
+    environment.update(found)
+    if "MASTER_ADDR" not in found:
+        environment["MASTER_ADDR"] = _first_node()
+    if "MASTER_PORT" not in found:
+        environment["MASTER_PORT"] = str(slurm_port(environment))
+    if "SLURM_STEP_NUM_TASKS" in environment:
+        environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", str(cpus_per_rank())))
+    return procs or 1
+
+
+def ignore_launcher() -> None:
+    """Makes the environment that of no rank, whatever it was: for this process and all that it starts."""
+    for name in IDENTITY:
+        os.environ.pop(name, None)
+
+
+def rank_variables(environment: Mapping[str, str], interactive: bool) -> dict[str, str]:
+    """IDENTITY and ADDRESS, from themselves or from srun's variables; {} of a process that is no rank.
+
+    A task of srun's needs no ADDRESS. `interactive`: whether the process was started from an interactive shell.
+    """
+    given = {name: environment[name] for name in (*IDENTITY, *ADDRESS) if environment.get(name)}
+    step = {} if given.keys() >= set(IDENTITY) else _task_of_step(environment, interactive)
+    claimed = [name for name in IDENTITY if name in given]
+    if not claimed and not step:
+        return {}
+    if wrong := [name for name in claimed if step and given[name] != step[name]]:
+        raise UsageError(
+            f"{_assigned(given, wrong)}, but srun says {_assigned(step, wrong)}: unset {' '.join(wrong)}, or, if this"
+            " is no task of srun's, unset SLURM_STEP_NUM_TASKS"
+        )
+    found = {**step, **given}
+    _require(IDENTITY if step else (*IDENTITY, *ADDRESS), found, claimed)
+    numbers = [_number(found, name) for name in (*IDENTITY, "MASTER_PORT") if name in found]
+    rank, size, local_rank, local_size = numbers[:4]
+    if not (rank < size and local_rank < local_size <= size):
+        advice = f"correct them, or unset {' '.join(IDENTITY)}"
+        raise UsageError(f"{_assigned(found, IDENTITY)} contradict each other: {advice}")
+    return found
+
+
+def _task_of_step(environment: Mapping[str, str], interactive: bool) -> dict[str, str]:
+    """IDENTITY of a task of an srun step with several tasks, or with one that a job of ours started; else {}.
+
+    A batch script has no step, but what it inherits where it was submitted from within one: then the job's number of
+    tasks is another. The shell of an interactive allocation is the only task of its step; that of `srun --ntasks=4
+    --pty bash` is not, but the other shells ended at once.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS")
+    alone = tasks == "1" or environment.get("SLURM_NTASKS", tasks) != tasks
+    if not tasks or (START not in environment and (alone or ("SLURM_PTY_PORT" in environment and interactive))):
+        return {}
+    _require(STEP, environment, ["SLURM_STEP_NUM_TASKS"])
+    node, on_nodes = _number(environment, "SLURM_NODEID"), tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
+    local_size = str(on_nodes[node]) if node < len(on_nodes) else "0"
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return dict(zip(IDENTITY, [*(environment[name] for name in names), local_size], strict=True))
+
+
+def _require(names: Iterable[str], environment: Mapping[str, str], claimed: list[str]) -> None:
+    """UsageError unless all of these are set; `claimed` are the ones by which this process is a rank."""
+    if missing := [name for name in names if not environment.get(name)]:
+        raise UsageError(
+            f"{_assigned(environment, claimed)} would make this process a launcher's rank, but {', '.join(missing)}"
+            f" {'is' if len(missing) == 1 else 'are'} not set: set all of them, or unset {' '.join(claimed)}"
+        )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    if not environment[name].isdecimal():
+        raise UsageError(f"{name}={environment[name]!r} is no number: correct it, or unset it")
+    return int(environment[name])
+
+
+def _assigned(environment: Mapping[str, str], names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
+
+
+def in_interactive_shell() -> bool:
+    """Whether a command typed into a shell started this process: it has a terminal, and is not of its task's group."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return os.environ.get("SLURM_TASK_PID") != str(os.getpgrp())
+
+
+def _first_node() -> str:
+    try:
+        return nodes_of_step()[0]
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UsageError(
+            f"no answer from scontrol ({error}): set MASTER_ADDR to the name of the step's first node"
+        ) from None
 
 
 def nodes_of_step() -> list[str]:

@@ -26,11 +26,19 @@ from pipeline.distributed.preload import preload
 from pipeline.distributed.signals import STOPPED, STOPPING, stopping
 from pipeline.errors import UsageError
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "pipeline.cli"
 """The module of which a rank runs `main`."""
-COATNET = (sys.executable, "-m", COMMANDS)
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to end after one has failed, before they are killed."""
+
+
+def module_command(module: str, python: str = sys.executable, code: Path = ROOT) -> list[str]:
+    """The words that run a module of ours in a new interpreter, whatever the current folder has (coatnet_main.py)."""
+    return [python, "-P", str(code / "coatnet_main.py"), module]
+
+
+COATNET = module_command(COMMANDS)
 
 
 def die_with_parent() -> None:
@@ -126,7 +134,7 @@ def spawn(module: str, arguments: list[str], environment: dict[str, str], log: P
     """Starts a rank as a new interpreter."""
     output = None if log is None else log.open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments], env={**os.environ, **environment},
+        [*module_command(module), *arguments], env={**os.environ, **environment},
         stdout=output, stderr=output and subprocess.STDOUT,
     )  # fmt: skip
     if output is not None:

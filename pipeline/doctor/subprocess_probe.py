@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
+from pipeline.distributed.launcher import module_command
 from pipeline.doctor.checks import Check
-from pipeline.doctor.install import ROOT, driver_cuda
+from pipeline.doctor.install import driver_cuda
 
 PROBE_SECONDS = 120
 REINSTALL = "make clean install"
@@ -27,15 +27,11 @@ def run_isolated(
 
     `function` is `module.function`; `what` and `advice` are of the check that stands for a process without an answer.
     """
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     # Without DS_ACCELERATOR DeepSpeed looks for devices itself, and prints what it found.
-    variables = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cuda" if has_gpu() else "cpu"}
-    # -P: a folder called torch in the current directory is not torch
-    command = [sys.executable, "-P", "-m", "pipeline.doctor", function, *arguments]
+    variables = os.environ | {"DS_ACCELERATOR": "cuda" if has_gpu() else "cpu"} | (environment or {})
+    words = [*module_command("pipeline.doctor"), function, *arguments]
     try:
-        done = subprocess.run(
-            command, env=variables | (environment or {}), capture_output=True, text=True, timeout=seconds
-        )
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return [Check(what, "broken", f"no answer in {seconds:.0f} s", advice)]
     if done.returncode < 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 from data.packing.pack import pack
 from data.shards.manifest import read_manifest, write_manifest
 from pipeline.checkpoint.reader import CheckpointReader, checkpoints
-from pipeline.distributed.launcher import COMMANDS
+from pipeline.distributed.launcher import COATNET, COMMANDS
 from pipeline.doctor.environment import GRAY_JPEG
 from tests import forked
 from tests.forked import ROOT, Process
@@ -26,7 +25,7 @@ PATIENCE_SECONDS = 240
 
 def command(*arguments: object) -> list[str]:
     """A command as a person starts it, in an interpreter of its own."""
-    return [sys.executable, "-m", COMMANDS, *map(str, arguments)]
+    return [*COATNET, *map(str, arguments)]
 
 
 def coatnet(*arguments: object, patience: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:

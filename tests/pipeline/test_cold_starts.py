@@ -89,7 +89,8 @@ def test_a_training_imports_no_compiler_and_no_client_that_it_does_not_use(
     program += "' '.join(sys.modules))); from pipeline.cli import main; main()"
     data = [f"data.train={places['digits']}/train", f"data.val={places['digits']}/val"]
     words = ["pretrain", "configs/tiny.yaml", *data, f"run.dir={tmp_path}/run", "train.steps=2"]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "modules"), *words], cwd=ROOT, env={**os.environ, **rank},
         capture_output=True, text=True, timeout=PATIENCE_SECONDS,

@@ -101,7 +101,8 @@ def coatnet_on_a_part(gpu_bytes: int, *arguments: str) -> subprocess.CompletedPr
     import torch
 
     fraction = gpu_bytes / torch.cuda.get_device_properties(0).total_memory
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(fraction), *arguments], cwd=ROOT, env={**os.environ, **rank},
         capture_output=True, text=True, timeout=PATIENCE_SECONDS,

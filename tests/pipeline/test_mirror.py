@@ -160,11 +160,11 @@ def test_a_rollback_does_not_wait_for_the_mirror_whose_abandoned_copies_go_first
 
 
 def test_a_signal_ends_the_wait_for_a_copy_with_a_warning(run, s3, capsys):
-    emitted, proceed = Emitted(), threading.Event()
-    s3.plan = lambda path, bytes_of, before: proceed.wait(60) and None
-    mirror = Mirror(f"{URL}-left", run, 9, None, emitted)
+    emitted, asked, proceed = Emitted(), threading.Event(), threading.Event()
+    s3.plan = lambda path, bytes_of, before: asked.set() or (proceed.wait(60) and None)
+    mirror = Mirror(URL, run, 9, None, emitted)
     mirror.copy(run / "checkpoints" / step_name(4))
-    assert not mirror.wait(0)
+    assert asked.wait(60) and not mirror.wait(0)
     mirror.leave()
     proceed.set()
     assert emitted.steps("mirror_failed") == [4] and step_name(4) in capsys.readouterr().err

@@ -132,8 +132,9 @@ def test_ranks_of_one_start_meet_where_no_other_start_does(tmp_path: Path) -> No
 
 
 def test_ranks_without_a_configuration_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
     done = coatnet("doctor")
     assert done.returncode == 2
     assert "run.dir" in done.stderr and not done.stdout

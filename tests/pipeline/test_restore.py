@@ -94,7 +94,8 @@ def test_without_memory_for_a_copy_the_live_state_is_written_with_one_warning(
     assert coatnet(*request_of(alone, procs=1)).returncode == 0
     program = "from pipeline import cli; from pipeline.checkpoint import snapshot, writer\n"
     program += "writer.COPY_SHARE = 0; snapshot.CHUNK_BYTES = 1 << 20; cli.main()"
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command = [sys.executable, "-c", program, *map(str, request_of(run))]
     environment = {**os.environ, **rank}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
