@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.reader import FORMAT, checkpoints, digest_of, step_name
+from pipeline.distributed.environment import LAUNCHER
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, coatnet, curve, events, last_state
 
 Arguments = Callable[..., list[object]]
@@ -89,13 +90,13 @@ def test_a_checkpoint_of_another_network_or_newer_format_is_refused_not_skipped(
 def test_without_memory_for_a_copy_the_live_state_is_written_with_one_warning(
     undisturbed: Path, request_of: Arguments, tmp_path: Path
 ) -> None:
-    """As a launcher's single rank, in a process where copies may take none of the memory."""
+    """As our launcher's single rank, in a process where copies may take none of the memory."""
     run, alone = tmp_path / "run", tmp_path / "alone"
     assert coatnet(*request_of(alone, procs=1)).returncode == 0
     program = "from pipeline import cli; from pipeline.checkpoint import snapshot, writer\n"
     program += "writer.COPY_SHARE = 0; snapshot.CHUNK_BYTES = 1 << 20; cli.main()"
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", LAUNCHER: str(os.getpid())}
     command = [sys.executable, "-c", program, *map(str, request_of(run))]
     environment = {**os.environ, **rank}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
