@@ -40,10 +40,11 @@ SECONDS = 6.0
 
 @pytest.fixture(scope="module")
 def request_of(digits: Path) -> Callable[..., list[object]]:
-    def arguments(run: Path, *more: object, procs: int = 2) -> list[object]:
+    def arguments(run: Path, procs: int | None = 2) -> list[object]:
         data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
         length = [f"train.steps={STEPS}", "evaluate.every=2", "checkpoint.every=5", "log.every=1", "log.samples=true"]
-        return ["pretrain", "configs/tiny.yaml", "--procs", procs, *data, *length, *more]
+        ranks = [] if procs is None else ["--procs", procs]
+        return ["pretrain", "configs/tiny.yaml", *ranks, *data, *length]
 
     return arguments
 
@@ -93,8 +94,9 @@ def test_a_rank_whose_peer_never_comes_stops_at_once(
         port = silent.getsockname()[1] if rank else free_port()
         ranks = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-        process = forked.start(COMMANDS, *request_of(tmp_path / "run", procs=1), env=environment)
+        process = forked.start(COMMANDS, *request_of(tmp_path / "run", procs=None), env=environment)
         if rank:
+            silent.settimeout(PATIENCE_SECONDS)
             silent.accept()
         else:
             wait_until(lambda: is_open(port), process)
