@@ -74,6 +74,8 @@ def from_json(contents: str | bytes) -> Identity | None:
 
 def read_identity(run: Path) -> Identity | None:
     """What a folder's run.json says, or, where that is damaged, its last start; None where it has none."""
+    if not run.is_dir():  # an exported file
+        return None
     try:
         row = read_object(run / NOTE, **_FIELDS)
         return Identity(*(row[name] for name in _FIELDS))
