@@ -75,7 +75,8 @@ def test_a_file_is_evaluated_to_the_metrics_of_its_run(run: Path, exported: Path
 
 
 def finetuning(digits: Path, run: Path, *more: str) -> list[str]:
-    return [f"data.train={digits}/val", "data.val=null", f"run.dir={run}", "train.steps=1", "log.samples=false", *more]
+    length = ["train.steps=1", "optim.warmup_steps=0"]
+    return [f"data.train={digits}/val", "data.val=null", f"run.dir={run}", *length, "log.samples=false", *more]
 
 
 def test_finetuning_begins_from_a_file_and_continues_its_ancestry(
