@@ -84,6 +84,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment]  # a lo
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which is not used
 
 
+Encoded = bytes | NDArray[np.uint8]
+
+
 class Undecodable(ValueError):
     """The bytes are not an image that can be used; the message says in a few words why."""
 
@@ -128,7 +131,7 @@ def decode(encoded: bytes) -> tuple[bytes, Picture, NDArray[np.uint8]]:
     return png.getvalue(), decoded._replace(kind=EXTENSIONS["png"]).picture, decoded.pixels
 
 
-def plain(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def plain(encoded: Encoded) -> Encoded:
     """The bytes for DALI: the same, or of a variant that it would decode otherwise, by its header, a PNG.
 
     Only the header is read, since what was packed or indexed is known to decode; older sets may have such variants.
@@ -136,10 +139,10 @@ def plain(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if len(encoded) and encoded[0] in b"\x89R":  # PNG and WebP have none
         return encoded
     try:
-        codec = _codec(encoded[:64].tobytes())
-        if _variant(codec, encoded if codec == "jpeg" else encoded.tobytes()) is None:
+        codec = _codec(bytes(encoded[:64]))
+        if _variant(codec, encoded if codec == "jpeg" else bytes(encoded)) is None:
             return encoded
-        return np.frombuffer(decode(encoded.tobytes())[0], np.uint8)
+        return decode(bytes(encoded))[0]
     except Undecodable:
         return encoded  # DALI fails on it, and it is named
 

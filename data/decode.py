@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment import AugmentParams
-from data.codec import plain
+from data.codec import Encoded, plain
 from data.errors import DataError
 from data.randaugment import FILL, Family, Tables, tables
 
@@ -35,7 +36,7 @@ class DecodingFailed(DataError):
         self.reason = reason
 
 
-Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], AugmentParams]]
+Source = Callable[[], tuple[Sequence[Encoded], AugmentParams]]
 AHEAD = 2
 """Batches that DALI is working on or has ready (`ahead`), the one handed over included."""
 
@@ -43,7 +44,7 @@ AHEAD = 2
 class Decoder:
     """An iterator of uint8 [n, resolution, resolution, 3], RGB, on the device: a tensor for each answer of `source`.
 
-    `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with AugmentParams of
+    `source` returns the encoded images (bytes, or uint8 [bytes], from 0 to `batch_size` of them) with AugmentParams of
     `layers` layers, or raises StopIteration; it is called in the iterating thread, a batch ahead. Its other errors are
     raised as they are, a batch early. DecodingFailed if DALI fails; after any error the decoder gives that error only.
     Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
@@ -117,7 +118,7 @@ class _Feed:
         self.samples: deque[int] = deque()
         self.error: BaseException | None = None
 
-    def __call__(self) -> list[Sequence[NDArray[np.uint8]] | NDArray]:
+    def __call__(self) -> list[TensorListCPU | NDArray]:
         """Bytes, crop, flip, and four numbers of the operation in each layer."""
         try:
             images, params = self._source()
@@ -127,8 +128,8 @@ class _Feed:
         self.samples.append(len(images))
         if not images:
             images, params = _empty_batch(self._layers)
-        plain_images: Sequence[NDArray[np.uint8]] = [plain(image) for image in images]
-        inputs = [plain_images, params.crop_start, params.crop_shape, params.flip]
+        encoded = TensorListCPU([TensorCPU(plain(image), "") for image in images])
+        inputs = [encoded, params.crop_start, params.crop_shape, params.flip]
         for layer in range(self._layers):
             operation, sign = params.operations[:, layer], params.signs[:, layer]
             table = self._table
@@ -136,12 +137,12 @@ class _Feed:
         return inputs
 
 
-def _empty_batch(layers: int) -> tuple[list[NDArray[np.uint8]], AugmentParams]:
+def _empty_batch(layers: int) -> tuple[list[Encoded], AugmentParams]:
     """One whole pixel instead of an empty batch, which DALI refuses."""
     nothing = np.zeros((1, layers), np.int32)
     corner = np.zeros((1, 2), np.int32)
     params = AugmentParams(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
-    return [np.frombuffer(b"P6 1 1 255 \0\0\0", np.uint8)], params
+    return [b"P6 1 1 255 \0\0\0"], params
 
 
 def _graph(feed: _Feed, resolution: int, layers: int, tones: list[int]) -> DataNode:

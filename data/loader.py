@@ -28,10 +28,10 @@ from data.decode import Decoder, Source
 from data.isolation import Inputs, decode_chunks
 from data.memory import DECODED_AT_ONCE
 from data.order import Order, SampleRange, accumulation_steps, positions_of_step, rank_micro_batches
-from data.reader import Sample, read_ranges
+from data.reader import Reader, Sample
 from data.shards.manifest import BadSample, Manifest
 from data.storage.prefetch import ordered_map
-from data.windows import Failed, OpenWindows, Place, places_ahead, undecodable, usable_sample
+from data.windows import Failed, OpenWindows, Places, places_ahead, undecodable
 
 READING_THREADS = 4
 Item = TypeVar("Item")
@@ -114,12 +114,13 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
     Micro batch m has the samples m * micro_batch and on; rank r has the numbers r, r + world_size, ...
     """
     micro_batches, most = -(-manifest.samples // spec.micro_batch), manifest.labels_per_sample
+    reader = Reader(manifest)
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
 
     def read(number: int) -> _Chunk:
         first = number * spec.micro_batch
         numbers = np.arange(first, min(first + spec.micro_batch, manifest.samples))
-        found = read_ranges(manifest, _ranges_between(starts, first, int(numbers[-1]) + 1))
+        found = reader.read(_ranges_between(starts, first, int(numbers[-1]) + 1))
         return _evaluation_chunk(crop_fraction, numbers, found)
 
     with _reading_threads() as pool:
@@ -145,11 +146,9 @@ class _Chunk:
     failed: dict[int, Failed]  # by place the samples that DALI failed on there
 
 
-def _assemble(augmentation: Augmentation, seed: int, places: list[Place]) -> _Chunk:
-    positions, epochs = np.array([(place.position, place.epoch) for place in places]).T
-    numbers = np.array([place.window.numbers[place.window.indices[place.row]] for place in places])
-    found = [usable_sample(place) for place in places]
-    return _training_chunk(augmentation, seed, positions, epochs, numbers, found, {})
+def _assemble(augmentation: Augmentation, seed: int, places: Places) -> _Chunk:
+    found, numbers = places.usable_samples(), places.numbers()
+    return _training_chunk(augmentation, seed, places.positions, places.epochs, numbers, found, {})
 
 
 def _training_chunk(
@@ -209,7 +208,7 @@ def _decode(
     """Micro batches of the chunks, through one DALI pipeline that runs ahead; `without` as in decode_chunks."""
 
     def inputs(chunk: _Chunk) -> Inputs:
-        return [np.frombuffer(sample.image, np.uint8) for sample in chunk.samples], chunk.params
+        return [sample.image for sample in chunk.samples], chunk.params
 
     def make_decoder(source: Source, ahead: int) -> Decoder:
         return Decoder(

@@ -64,10 +64,16 @@ def split_name(member: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def is_part(member: str) -> bool:
-    """Whether a member is part of a sample by its name: not hidden, not webdataset's own, and with an extension."""
+def part_name(member: str) -> tuple[str, str] | None:
+    """Key and extension of a member that is part of a sample: not hidden, not webdataset's own, with an extension."""
     key, extension = split_name(member)
-    return bool(extension and key) and not key.endswith("/") and not _META.match(member)
+    is_one = extension and key and key[-1] != "/" and not (member[:2] == "__" and _META.match(member))
+    return (key, extension) if is_one else None
+
+
+def is_part(member: str) -> bool:
+    """Whether a member is part of a sample by its name."""
+    return part_name(member) is not None
 
 
 def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSample]:

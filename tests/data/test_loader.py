@@ -381,7 +381,9 @@ class NothingIsRead(ThreadPoolExecutor):
         return future
 
 
-def handed_over(pool: NothingIsRead, order: Order, per_chunk: int, world_size: int, steps: int) -> Iterator[list[Any]]:
+def handed_over(
+    pool: NothingIsRead, order: Order, per_chunk: int, world_size: int, steps: int
+) -> Iterator[windows.Places]:
     """The chunks of places as a rank's look-ahead hands them over; samples have 1,000 bytes."""
     shards = tuple(Shard(f"{i}.tar", n, 1000 * n) for i, n in enumerate(order.shard_samples.tolist()))
     opened = windows.OpenWindows(Manifest("nowhere", ("class",), shards, ""), order, pool)
@@ -413,8 +415,8 @@ def test_the_windows_of_an_epochs_first_row_are_begun_before_the_last_one_ends()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(windows, "READ_AHEAD_BYTES", 0)
         chunks = handed_over(pool, order, 64, 1, 200)
-        last = next(chunk for chunk in chunks if chunk[-1].position >= 6000 - 64)
-        assert last[0].position < 6000
+        last = next(chunk for chunk in chunks if chunk.positions[-1] >= 6000 - 64)
+        assert last.positions[0] < 6000
     assert sum(each.epoch == 1 and each.number == 0 for each in pool.held.values()) > 0.7 * 64
 
 
