@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import io
 import lzma
+import re
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from data.order import SampleRange
 from data.shards.labels import InvalidSample, image_part
 from data.shards.manifest import BadSample, Manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, read_rows
-from data.shards.tar_index import is_part, key_of_line, part_name, printable
+from data.shards.tar_index import is_part, key_of_line, printable
 
 BLOCK = tarfile.BLOCKSIZE
 # Of a header: digits of its size and checksum, and what else an ordinary file has in some places.
@@ -37,6 +38,8 @@ _NAME, _CHECKSUM = slice(0, 100), slice(148, 156)
 _DIGITS = [*range(124, 135), *range(148, 154)]
 _EIGHTS = np.zeros((17, 2), np.int64)
 _EIGHTS[:11, 0], _EIGHTS[11:, 1] = 8 ** np.arange(10, -1, -1), 8 ** np.arange(5, -1, -1)
+_PLAIN_PART = re.compile(rb"((?!__)(?:[^\0\n]*/)?[^./\0\n]+)\.((?!__)[^/\0\n]+)").fullmatch
+"""The key and the extension of a part, of a name in which webdataset sees these too."""
 _PLACES, _FIXED = [99, 135, 154, 155, 156, 345], np.frombuffer(b"\0\0\0 0\0", np.uint8)
 _LABELS_KEPT, _MOST_BYTES_KEPT = 2**15, 64
 """How many labels a reader remembers by their bytes, and how long these are."""
@@ -65,7 +68,7 @@ class Reader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._labels_of = lru_cache(_LABELS_KEPT)(lambda parts: manifest.labels_of(dict(parts)))
+        self._labels_of = lru_cache(_LABELS_KEPT)(lambda image, others: manifest.labels_of({image: b"", **dict(others)}))
 
     def read(self, ranges: Sequence[SampleRange]) -> list[Sample | BadSample]:
         """The samples of neighbouring runs, in order; DataError where storage or table cannot be read."""
@@ -91,19 +94,16 @@ class Reader:
     def _sample(self, shard: str, parsed: _Parsed, height: int, width: int, flags: int) -> Sample | BadSample:
         key, parts = printable(parsed.key), parsed.parts
         try:
-            image = _image_part(tuple(parts))
-            labels = self._labels(image, parts)
+            name = _image_part(tuple(parts))
+            image = parts.pop(name)
+            # Labels are a few bytes that many samples have alike; a large document is its sample's own.
+            is_short = sum(map(len, parts.values())) <= _MOST_BYTES_KEPT
+            labels = (self._labels_of if is_short else self._labels_of.__wrapped__)(name, tuple(parts.items()))
             if not flags & FLAG_DECODED:  # DALI's decoder may crash on bytes that never decoded
-                _, height, width = examine(parts[image])
+                _, height, width = examine(image)
         except (InvalidSample, Undecodable) as unusable:
             return BadSample(shard, key, str(unusable))
-        return Sample(shard, key, parts[image], labels, height, width)
-
-    def _labels(self, image: str, parts: Mapping[str, bytes]) -> tuple[int, ...]:
-        """The labels, which hardly ever depend on anything but a few bytes that many samples have alike."""
-        if sum(map(len, parts.values())) - len(parts[image]) > _MOST_BYTES_KEPT:
-            return self.manifest.labels_of(parts)
-        return self._labels_of(tuple([(name, b"" if name == image else part) for name, part in parts.items()]))
+        return Sample(shard, key, image, labels, height, width)
 
 
 def read_ranges(manifest: Manifest, ranges: Sequence[SampleRange]) -> list[Sample | BadSample]:
@@ -148,7 +148,7 @@ def _webdataset_parts(spans: Sequence[memoryview]) -> list[_Parsed]:
     return found
 
 
-def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[_Parsed | None] | None:
+def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[_Parsed] | None:
     """As _webdataset_samples, in a small part of its time; None unless all are ordinary files with short names.
 
     The headers of the first members of all samples are read at once, then those of the second ones, and so on.
@@ -156,7 +156,7 @@ def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64
     if not len(begins) or ((begins | ends) % BLOCK).any() or ends.max() > len(raw):
         return None
     blocks = np.frombuffer(raw, np.uint8, len(raw) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    found: list[_Parsed | None] = [None] * len(begins)
+    keys, parts = [b""] * len(begins), [dict[str, bytes]() for _ in begins]
     numbers = np.arange(len(begins))
     while len(numbers):
         headers = blocks[begins // BLOCK]
@@ -169,11 +169,28 @@ def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64
             return None
         names = np.ascontiguousarray(headers[:, _NAME]).view("S100")[:, 0].tolist()
         for number, name, first, size in zip(numbers.tolist(), names, contents.tolist(), sizes.tolist(), strict=True):
-            if not _add_part(found, number, name, raw[first : first + size]):
+            found = _PLAIN_PART(name)
+            if found is None:
+                if is_part(_text(name)) or b"\0" in name:
+                    return None
+                continue
+            key, extension = found[1], _extension(found[2])
+            if extension in parts[number] or keys[number] not in (b"", key):
                 return None
+            keys[number] = key
+            parts[number][extension] = raw[first : first + size]
         unread = begins < ends
         numbers, begins, ends = numbers[unread], begins[unread], ends[unread]
-    return None if None in found else found
+    return [_Parsed(_text(key), found) for key, found in zip(keys, parts, strict=True)] if all(keys) else None
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+@lru_cache(2**10)
+def _extension(name: bytes) -> str:
+    return _text(name).lower()
 
 
 def _plain_sizes(headers: NDArray[np.uint8]) -> NDArray[np.int64] | None:
@@ -185,23 +202,6 @@ def _plain_sizes(headers: NDArray[np.uint8]) -> NDArray[np.int64] | None:
     sizes, checksums = (digits @ _EIGHTS).T
     sums = headers.sum(axis=1, dtype=np.uint32) - headers[:, _CHECKSUM].sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
     return sizes if (sums == checksums).all() else None
-
-
-def _add_part(found: list[_Parsed | None], number: int, name: bytes, content: bytes) -> bool:
-    """Adds a file to its sample, if its name makes it a part; False where webdataset may see something else in it."""
-    if b"\0" in name or b"\n" in name:
-        return False
-    if (part := part_name(name.decode("utf-8", "surrogateescape"))) is None:
-        return True
-    key, extension = part[0], part[1].lower()
-    sample = found[number]
-    if sample is None:
-        found[number] = _Parsed(key, {extension: content})
-    elif sample.key != key or extension in sample.parts:
-        return False
-    else:
-        sample.parts[extension] = content
-    return not extension.startswith("__")
 
 
 def _keys(manifest: Manifest, sample_range: SampleRange) -> list[str]:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,16 @@ Failed = Mapping[tuple[str, str], str]
 
 @dataclass(frozen=True, eq=False)
 class OpenWindow:
-    """A window that is being read: `samples` gives its own, and those that substitutes are taken from."""
+    """A window that is being read."""
 
     indices: list[int]  # which of the window's samples, by row
     numbers: list[int]  # global sample numbers, by row
-    samples: Future[tuple[Found, Found]]
+    reading: Future[tuple[Found, Found]]
+
+    @cached_property
+    def samples(self) -> tuple[Found, Found]:
+        """Its own, and those that substitutes are taken from, as soon as they are read."""
+        return self.reading.result()
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,8 @@ class Places:
 
     def usable_samples(self) -> list[tuple[Sample, BadSample | None]]:
         """The samples, as soon as they are read; where one is broken, the next good substitute and the broken one."""
-        read = {window: window.samples.result() for window in dict.fromkeys(self.windows)}
         places = zip(self.windows, self.rows, strict=True)
-        return [_usable(*read[window], window.indices[row]) for window, row in places]
+        return [_usable(*window.samples, window.indices[row]) for window, row in places]
 
 
 class OpenWindows:

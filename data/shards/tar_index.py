@@ -64,16 +64,10 @@ def split_name(member: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def part_name(member: str) -> tuple[str, str] | None:
-    """Key and extension of a member that is part of a sample: not hidden, not webdataset's own, with an extension."""
-    key, extension = split_name(member)
-    is_one = extension and key and key[-1] != "/" and not (member[:2] == "__" and _META.match(member))
-    return (key, extension) if is_one else None
-
-
 def is_part(member: str) -> bool:
-    """Whether a member is part of a sample by its name."""
-    return part_name(member) is not None
+    """Whether a member is part of a sample by its name: not hidden, not webdataset's own, and with an extension."""
+    key, extension = split_name(member)
+    return bool(extension and key) and not key.endswith("/") and not _META.match(member)
 
 
 def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSample]:
@@ -126,7 +120,7 @@ def decompressor_for(beginning: bytes) -> str | None:
 
 def printable(name: str) -> str:
     """A name that can be printed whatever bytes it has."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def index_bytes(samples: Sequence[TarSample]) -> bytes:
