@@ -44,6 +44,8 @@ MIN_BYTES_PER_SECOND = 1 << 20
 """The timeout of an attempt allows for this rate, so it grows with the size of the request."""
 WHOLE_FILES_BYTES = 8 << 30
 """What a process keeps in unnamed temporary files of servers that give no ranges; one file at least."""
+CONNECTIONS = 100
+"""To a server at once, as aiohttp has them."""
 _IN_QUERIES = "!#$%&'()*+,/:;=?@[]~"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
@@ -244,7 +246,8 @@ def _options(protocol: str) -> dict[str, Any]:
     configured, options = fsspec.config.conf.get(protocol, {}), {"use_listings_cache": False}
     if EXTRAS[protocol] == "s3":
         once = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
-        return {**options, "config_kwargs": {**configured.get("config_kwargs", {}), **once}}
+        connections = {"max_pool_connections": CONNECTIONS}  # botocore has 10
+        return {**options, "config_kwargs": {**connections, **configured.get("config_kwargs", {}), **once}}
     if EXTRAS[protocol] == "http":
         import aiohttp
 

@@ -29,6 +29,7 @@ from data.order import Order, Window
 from data.shards.manifest import Manifest, Shard, read_manifest
 from data.shards.tar_index import index_tar
 from data.storage.remote import Storage
+from tests.data.servers import http_server
 
 SIDE, SEED = 24, 7
 CENTRE = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
@@ -363,6 +364,20 @@ def test_an_error_of_a_reading_thread_reaches_the_consumer_and_ends_the_threads(
     with pytest.raises(DataError, match=asked):
         evaluated(manifest, 4)
     assert own_threads() == []
+
+
+def test_reads_wait_for_a_distant_server_at_once_and_take_few_threads_of_a_disk(packed):
+    """As many as the training needs, an order of magnitude more than of a disk, and no more than there are threads."""
+    order = order_of(packed.manifest, 8, 1)
+    with http_server(packed.folder) as server:
+        manifest, server.latency = read_manifest(server.url), 0.2
+        with training_batches(manifest, order, CENTRE, spec_of(0, 1, 8), SEED, 0, 60) as steps:
+            first = next(steps)
+            of_server = len(own_threads()) - 1
+        assert 10 * loader.READS_OF_DISK < server.most_at_once <= of_server <= loader.READS_FROM_AFAR
+    with training_batches(packed.manifest, order, CENTRE, spec_of(0, 1, 8), SEED, 0, 60) as steps:
+        assert_equal(first, next(steps))
+        assert len(own_threads()) - 1 <= loader.READS_OF_DISK
 
 
 # ----------------------------------------------------------------------------------------------------------- its memory
