@@ -23,7 +23,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment import AugmentParams
-from data.codec import Encoded, plain
+from data.codec import plain
 from data.errors import DataError
 from data.randaugment import FILL, Family, Tables, tables
 
@@ -36,7 +36,7 @@ class DecodingFailed(DataError):
         self.reason = reason
 
 
-Source = Callable[[], tuple[Sequence[Encoded], AugmentParams]]
+Source = Callable[[], tuple[Sequence[bytes], AugmentParams]]
 AHEAD = 2
 """Batches that DALI is working on or has ready (`ahead`), the one handed over included."""
 
@@ -44,7 +44,7 @@ AHEAD = 2
 class Decoder:
     """An iterator of uint8 [n, resolution, resolution, 3], RGB, on the device: a tensor for each answer of `source`.
 
-    `source` returns the encoded images (bytes, or uint8 [bytes], from 0 to `batch_size` of them) with AugmentParams of
+    `source` returns the encoded images (from 0 to `batch_size` of them) with AugmentParams of
     `layers` layers, or raises StopIteration; it is called in the iterating thread, a batch ahead. Its other errors are
     raised as they are, a batch early. DecodingFailed if DALI fails; after any error the decoder gives that error only.
     Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
@@ -137,7 +137,7 @@ class _Feed:
         return inputs
 
 
-def _empty_batch(layers: int) -> tuple[list[Encoded], AugmentParams]:
+def _empty_batch(layers: int) -> tuple[list[bytes], AugmentParams]:
     """One whole pixel instead of an empty batch, which DALI refuses."""
     nothing = np.zeros((1, layers), np.int32)
     corner = np.zeros((1, 2), np.int32)

@@ -16,12 +16,11 @@ from typing import TypeVar
 import torch
 
 from data.augment import AugmentParams
-from data.codec import Encoded
 from data.decode import AHEAD, Decoder, DecodingFailed, Source
 from data.memory import is_out_of_memory
 
 Chunk = TypeVar("Chunk")
-Inputs = tuple[Sequence[Encoded], AugmentParams]
+Inputs = tuple[Sequence[bytes], AugmentParams]
 MakeDecoder = Callable[[Source, int], Decoder]
 """A decoder of a source, which runs so many batches ahead."""
 
@@ -66,7 +65,7 @@ def _without_failures(
 
 
 def _failures(
-    images: Sequence[Encoded], params: AugmentParams, make_decoder: MakeDecoder, error: DecodingFailed
+    images: Sequence[bytes], params: AugmentParams, make_decoder: MakeDecoder, error: DecodingFailed
 ) -> dict[int, str]:
     """Of which images DALI fails alone, and why; raises `error` where DALI fails of a sound one too."""
     if is_out_of_memory(error):

@@ -36,9 +36,9 @@ from data.storage.remote import open_fs
 from data.windows import Failed, OpenWindows, Places, places_ahead, undecodable
 
 READS_OF_DISK, READS_FROM_AFAR = 4, 96
-"""Reads under way at once at most, each in a thread. A disk gains nothing from more. A server with 50 ms latency gives a
-window in 100, of table and tar: so many reads are 30,000 images a second in windows of 32. How many there are follows
-from what is looked ahead, and so from the training's pace and READ_AHEAD_BYTES."""
+"""Reads under way at once at most, each in a thread. A disk gains nothing from more; from a server with 50 ms latency,
+where a window takes two requests, so many are 30,000 images a second in windows of 32. How many are under way follows
+from the look-ahead, and so from the training's pace and READ_AHEAD_BYTES."""
 Item = TypeVar("Item")
 
 

@@ -33,16 +33,19 @@ from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, read_rows
 from data.shards.tar_index import is_part, key_of_line, printable
 
 BLOCK = tarfile.BLOCKSIZE
-# Of a header: digits of its size and checksum, and what else an ordinary file has in some places.
-_NAME, _CHECKSUM = slice(0, 100), slice(148, 156)
-_DIGITS = [*range(124, 135), *range(148, 154)]
-_EIGHTS = np.zeros((17, 2), np.int64)
-_EIGHTS[:11, 0], _EIGHTS[11:, 1] = 8 ** np.arange(10, -1, -1), 8 ** np.arange(5, -1, -1)
+_NAME = slice(0, 100)
+# Of a header the eleven digits of its size, the six of its checksum, and what else an ordinary file has in some places.
+_PLACES = [*range(124, 135), *range(148, 154), 99, 135, 154, 155, 156, 345]
+_LEAST = np.frombuffer(17 * b"0" + b"\0\0\0 0\0", np.uint8)
+_MOST = np.array(17 * [7] + 6 * [0], np.uint8)
+# The checksum is the sum of the header's bytes while this field had eight spaces.
+_WEIGHTS = np.zeros((23, 2), np.int64)
+_WEIGHTS[:11, 0], _WEIGHTS[11:17, 1] = 8 ** np.arange(10, -1, -1), 8 ** np.arange(5, -1, -1) + 1
+_OF_FIELD = 6 * ord("0") + ord("\0") + ord(" ") - 8 * ord(" ")
 _PLAIN_PART = re.compile(rb"((?!__)(?:[^\0\n]*/)?[^./\0\n]+)\.((?!__)[^/\0\n]+)").fullmatch
 """The key and the extension of a part, of a name in which webdataset sees these too."""
-_PLACES, _FIXED = [99, 135, 154, 155, 156, 345], np.frombuffer(b"\0\0\0 0\0", np.uint8)
-_LABELS_KEPT, _MOST_BYTES_KEPT = 2**15, 64
-"""How many labels a reader remembers by their bytes, and how long these are."""
+_LABELS_KEPT = 2**14
+"""How many samples' labels a reader remembers by their bytes, which most samples have in common."""
 
 
 class Sample(NamedTuple):
@@ -56,11 +59,8 @@ class Sample(NamedTuple):
     width: int
 
 
-class _Parsed(NamedTuple):
-    """What a tar has of a sample: its key, and its parts by their extensions."""
-
-    key: str
-    parts: dict[str, bytes]
+_Parsed = tuple[str, dict[str, bytes]]
+"""What a tar has of a sample: its key, and its parts by their extensions."""
 
 
 class Reader:
@@ -68,7 +68,9 @@ class Reader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._labels_of = lru_cache(_LABELS_KEPT)(lambda image, others: manifest.labels_of({image: b"", **dict(others)}))
+        self._labels_of = lru_cache(_LABELS_KEPT)(
+            lambda image, others: manifest.labels_of({image: b"", **dict(others)})
+        )
 
     def read(self, ranges: Sequence[SampleRange]) -> list[Sample | BadSample]:
         """The samples of neighbouring runs, in order; DataError where storage or table cannot be read."""
@@ -92,18 +94,16 @@ class Reader:
         ]
 
     def _sample(self, shard: str, parsed: _Parsed, height: int, width: int, flags: int) -> Sample | BadSample:
-        key, parts = printable(parsed.key), parsed.parts
+        key, parts = parsed
         try:
             name = _image_part(tuple(parts))
             image = parts.pop(name)
-            # Labels are a few bytes that many samples have alike; a large document is its sample's own.
-            is_short = sum(map(len, parts.values())) <= _MOST_BYTES_KEPT
-            labels = (self._labels_of if is_short else self._labels_of.__wrapped__)(name, tuple(parts.items()))
+            labels = self._labels_of(name, tuple(parts.items()))
             if not flags & FLAG_DECODED:  # DALI's decoder may crash on bytes that never decoded
                 _, height, width = examine(image)
         except (InvalidSample, Undecodable) as unusable:
-            return BadSample(shard, key, str(unusable))
-        return Sample(shard, key, image, labels, height, width)
+            return BadSample(shard, printable(key), str(unusable))
+        return Sample(shard, printable(key), image, labels, height, width)
 
 
 def read_ranges(manifest: Manifest, ranges: Sequence[SampleRange]) -> list[Sample | BadSample]:
@@ -144,7 +144,7 @@ def _webdataset_parts(spans: Sequence[memoryview]) -> list[_Parsed]:
     with contextlib.suppress(tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError):
         for sample in group_by_keys(members):
             parts = {name: content for name, content in sample.items() if name not in ("__key__", "__url__")}
-            found.append(_Parsed(sample["__key__"], parts))
+            found.append((sample["__key__"], parts))
     return found
 
 
@@ -181,7 +181,7 @@ def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64
             parts[number][extension] = raw[first : first + size]
         unread = begins < ends
         numbers, begins, ends = numbers[unread], begins[unread], ends[unread]
-    return [_Parsed(_text(key), found) for key, found in zip(keys, parts, strict=True)] if all(keys) else None
+    return list(zip(_text(b"\n".join(keys)).split("\n"), parts, strict=True)) if all(keys) else None
 
 
 def _text(name: bytes) -> str:
@@ -196,12 +196,11 @@ def _extension(name: bytes) -> str:
 def _plain_sizes(headers: NDArray[np.uint8]) -> NDArray[np.int64] | None:
     """The sizes of the files; None unless all are headers of ordinary files, in the form in which tar programs write
     them, with their checksum."""
-    digits = headers[:, _DIGITS] - np.uint8(ord("0"))
-    if (digits > 7).any() or (headers[:, _PLACES] != _FIXED).any():
+    values = headers[:, _PLACES] - _LEAST
+    if (values > _MOST).any():
         return None
-    sizes, checksums = (digits @ _EIGHTS).T
-    sums = headers.sum(axis=1, dtype=np.uint32) - headers[:, _CHECKSUM].sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
-    return sizes if (sums == checksums).all() else None
+    sizes, checksums = (values @ _WEIGHTS).T  # and the digits of these
+    return sizes if (headers.sum(axis=1, dtype=np.uint32) == checksums + _OF_FIELD).all() else None
 
 
 def _keys(manifest: Manifest, sample_range: SampleRange) -> list[str]:

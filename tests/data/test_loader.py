@@ -168,7 +168,7 @@ def test_pixels_are_what_the_decoder_makes_of_each_samples_own_draws(packed):
     batches = flat(loaded(packed.manifest, order, 5, range(12), FULL))
     positions = np.concatenate([batch.positions for batch in batches])
     numbers = order.samples_at(positions)
-    files = [np.frombuffer(packed.originals[keys[number]].encoded, np.uint8) for number in numbers]
+    files = [packed.originals[keys[number]].encoded for number in numbers]
     rows = np.concatenate([np.load(packed.manifest.url_of(i, ".npy")) for i in range(len(packed.manifest.shards))])
     params = augment.sample_params(
         FULL, SEED, positions // order.samples, numbers, rows["height"][numbers], rows["width"][numbers]

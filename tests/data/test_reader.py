@@ -145,7 +145,7 @@ def test_headers_are_read_as_webdataset_reads_them(data):
     expected = webdatasets(bytes(raw))
     if len(expected) != len(spans):
         expected = [each[0] if len(each) == 1 else None for each in map(webdatasets, spans)]
-    assert [each and {"__key__": each.key, "__url__": "", **each.parts} for each in found] == expected
+    assert [each and {"__key__": each[0], "__url__": "", **each[1]} for each in found] == expected
 
 
 def webdatasets(tar: bytes) -> list[Any]:
