@@ -154,8 +154,9 @@ class _Chunk:
 
 
 def _assemble(augmentation: Augmentation, seed: int, places: Places) -> _Chunk:
-    found, numbers = places.usable_samples(), places.numbers()
-    return _training_chunk(augmentation, seed, places.positions, places.epochs, numbers, found, {})
+    samples, broken = places.usable_samples()
+    at = places.positions, places.epochs, places.numbers()
+    return _training_chunk(augmentation, seed, *at, samples, broken, {})
 
 
 def _training_chunk(
@@ -164,11 +165,11 @@ def _training_chunk(
     positions: np.ndarray,
     epochs: np.ndarray,
     numbers: np.ndarray,
-    found: list[tuple[Sample, BadSample | None]],
+    samples: list[Sample],
+    broken: list[BadSample | None],
     failed: dict[int, Failed],
 ) -> _Chunk:
-    samples, broken = [sample for sample, _ in found], [bad for _, bad in found]
-    keys = [bad.key if bad else sample.key for sample, bad in found]
+    keys = [bad.key if bad else sample.key for sample, bad in zip(samples, broken, strict=True)]
     params = augment.sample_params(augmentation, seed, epochs, numbers, *_shapes(samples))
     replaced = np.array([bad is not None for bad in broken])
     return _Chunk(positions, epochs, numbers, keys, replaced, samples, params, broken, failed)
@@ -178,12 +179,13 @@ def _substitute(
     windows: OpenWindows, augmentation: Augmentation, seed: int, chunk: _Chunk, failures: dict[int, str]
 ) -> _Chunk:
     """The chunk with substitutes for the samples at these places, on which DALI failed for these reasons."""
-    found, failed = list(zip(chunk.samples, chunk.broken, strict=True)), dict(chunk.failed)
+    samples, broken, failed = [*chunk.samples], [*chunk.broken], dict(chunk.failed)
     for i, reason in failures.items():
         sample = chunk.samples[i]
         failed[i] = {**failed.get(i, {}), (sample.shard, sample.key): reason}
-        found[i] = windows.substitute(int(chunk.positions[i]), failed[i])
-    return _training_chunk(augmentation, seed, chunk.positions, chunk.epochs, chunk.numbers, found, failed)
+        samples[i], broken[i] = windows.substitute(int(chunk.positions[i]), failed[i])
+    at = chunk.positions, chunk.epochs, chunk.numbers
+    return _training_chunk(augmentation, seed, *at, samples, broken, failed)
 
 
 def _evaluation_chunk(crop_fraction: float | None, numbers: np.ndarray, found: list[Sample | BadSample]) -> _Chunk:
@@ -246,8 +248,10 @@ def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]
 
 
 def _label_rows(samples: list[Sample], most: int) -> torch.Tensor:
-    rows = [[*sample.labels, *[-1] * (most - len(sample.labels))] for sample in samples]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, most)
+    rows = np.full((len(samples), most), -1, np.int64)
+    for number, labels in enumerate(itertools.zip_longest(*(sample.labels for sample in samples), fillvalue=-1)):
+        rows[:, number] = labels
+    return torch.from_numpy(rows)
 
 
 def _shapes(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,10 +64,16 @@ class Places:
         """The global numbers of the samples."""
         return np.array([window.numbers[row] for window, row in zip(self.windows, self.rows, strict=True)])
 
-    def usable_samples(self) -> list[tuple[Sample, BadSample | None]]:
-        """The samples, as soon as they are read; where one is broken, the next good substitute and the broken one."""
+    def usable_samples(self) -> tuple[list[Sample], list[BadSample | None]]:
+        """The samples, as soon as they are read, and None; where one is broken, the next good substitute, and that."""
         places = zip(self.windows, self.rows, strict=True)
-        return [_usable(*window.samples, window.indices[row]) for window, row in places]
+        found = [window.samples[0][window.indices[row]] for window, row in places]
+        broken = [each if isinstance(each, BadSample) else None for each in found]
+        for i in [i for i, bad in enumerate(broken) if bad]:
+            window = self.windows[i]
+            following = _following(window.samples[1], window.indices[self.rows[i]])
+            found[i] = next(other for other in following if isinstance(other, Sample))
+        return cast(list[Sample], found), broken
 
 
 class OpenWindows:
@@ -187,13 +194,6 @@ def _chunks(positions: Iterable[int], per_chunk: int) -> Iterator[NDArray[np.int
     rest = iter(positions)
     while len(chunk := np.fromiter(itertools.islice(rest, per_chunk), np.int64)):
         yield chunk
-
-
-def _usable(found: Found, substitutes: Found, index: int) -> tuple[Sample, BadSample | None]:
-    sample = found[index]
-    if isinstance(sample, Sample):
-        return sample, None
-    return next(other for other in _following(substitutes, index) if isinstance(other, Sample)), sample
 
 
 def undecodable(sample: Sample, reason: str) -> BadSample:
