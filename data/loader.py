@@ -36,9 +36,10 @@ from data.storage.remote import open_fs
 from data.windows import Failed, OpenWindows, Places, places_ahead, undecodable
 
 READS_OF_DISK, READS_FROM_AFAR = 4, 96
-"""Reads under way at once at most, each in a thread. A disk gains nothing from more; from a server with 50 ms latency,
-where a window takes two requests, so many are 30,000 images a second in windows of 32. How many are under way follows
-from the look-ahead, and so from the training's pace and READ_AHEAD_BYTES."""
+"""Reads under way at once at most, each in a thread. A disk gains nothing from more, nor from more than there are
+processors: they would only take the interpreter from one another. From a server with 50 ms latency, where a window
+takes two requests, so many are 30,000 images a second in windows of 32. How many are under way follows from the
+look-ahead, and so from the training's pace and READ_AHEAD_BYTES."""
 Item = TypeVar("Item")
 
 
@@ -102,13 +103,13 @@ def batches_at(
     """Micro batches of the samples at rising positions, of each slot without a gap, as training has them there."""
     per_chunk = max(1, DECODED_AT_ONCE // spec.micro_batch) * spec.micro_batch
     most = manifest.labels_per_sample
-    with _reading_threads(_reads_at_once(manifest)) as pool:
+    with _reading_threads(_reads_at_once(manifest, spec.threads)) as pool:
         slots = accumulation_steps(order.global_batch // spec.micro_batch, spec.world_size) * spec.micro_batch
         windows = OpenWindows(manifest, order, pool)
         chunks = map(partial(_assemble, augmentation, seed), places_ahead(windows, positions, per_chunk, slots))
         substitute = partial(_substitute, windows, augmentation, seed)
-        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most, substitute)) as batches:
-            yield batches
+        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most, substitute)) as decoded:
+            yield itertools.chain.from_iterable(decoded)
 
 
 @contextmanager
@@ -128,14 +129,14 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
         found = reader.read(_ranges_between(starts, first, int(numbers[-1]) + 1))
         return _evaluation_chunk(crop_fraction, numbers, found)
 
-    reads = _reads_at_once(manifest)
+    reads = _reads_at_once(manifest, spec.threads)
     within_budget = int(READ_AHEAD_BYTES / (spec.micro_batch * manifest.mean_sample_bytes))
     with _reading_threads(reads) as pool:
         numbers = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
         chunks = ordered_map(pool, read, numbers, max(2, min(2 * reads, within_budget)))
         leave_out = partial(_leave_out, crop_fraction)
-        with _in_background(lambda: _decode(chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)) as batches:
-            yield batches
+        with _in_background(lambda: _decode(chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)) as decoded:
+            yield itertools.chain.from_iterable(decoded)
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ def _decode(
     at_once: int,
     most_labels: int,
     without: Callable[[_Chunk, dict[int, str]], _Chunk],
-) -> Iterator[Batch]:
-    """Micro batches of the chunks, through one DALI pipeline that runs ahead; `without` as in decode_chunks."""
+) -> Iterator[list[Batch]]:
+    """Micro batches of each chunk, through one DALI pipeline that runs ahead; `without` as in decode_chunks."""
 
     def inputs(chunk: _Chunk) -> Inputs:
         return [sample.image for sample in chunk.samples], chunk.params
@@ -234,12 +235,13 @@ def _decode(
 
     for chunk, images in decode_chunks(chunks, inputs, make_decoder, without):
         labels = _label_rows(chunk.samples, most_labels).to(spec.device)
-        shapes = np.stack(_shapes(chunk.samples), axis=1)
+        shapes, batches = np.stack(_shapes(chunk.samples), axis=1), []
         for first in range(0, max(1, len(chunk.samples)), spec.micro_batch):
             part = slice(first, first + spec.micro_batch)
             broken = [bad for bad in chunk.broken[part] if bad is not None]
             places = chunk.positions[part], chunk.keys[part], chunk.numbers[part], chunk.replaced[part]
-            yield Batch(images[part], labels[part], *places, broken, shapes[part], chunk.params[part])
+            batches.append(Batch(images[part], labels[part], *places, broken, shapes[part], chunk.params[part]))
+        yield batches
 
 
 def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]]:
@@ -269,9 +271,9 @@ def _ranges_between(starts: np.ndarray, first: int, last: int) -> list[SampleRan
     return ranges
 
 
-def _reads_at_once(manifest: Manifest) -> int:
+def _reads_at_once(manifest: Manifest, processors: int) -> int:
     files, _ = open_fs(manifest.shards_at or manifest.url)
-    return READS_OF_DISK if isinstance(files, LocalFileSystem) else READS_FROM_AFAR
+    return min(READS_OF_DISK, processors) if isinstance(files, LocalFileSystem) else READS_FROM_AFAR
 
 
 @contextmanager

@@ -74,12 +74,12 @@ class Window:
 
 
 class Rows(NamedTuple):
-    """Positions as rows of windows: epoch and place in it, slot, window's number and its rows, which of them it is."""
+    """Positions as rows of windows: epoch, slot, the window's number, first row in its lane and rows, and which row."""
 
     epochs: NDArray[np.int64]
-    places: NDArray[np.int64]
     slots: NDArray[np.int64]
     windows: NDArray[np.int64]
+    first_rows: NDArray[np.int64]
     sizes: NDArray[np.int64]
     rows: NDArray[np.int64]
 
@@ -131,8 +131,7 @@ class Order:
         for number in set(epochs.tolist()):
             here = epochs == number
             found[:, here] = self.epoch(number).windows_at(places[here])
-        slots, windows, _, sizes, rows = found
-        return Rows(epochs, places, slots, windows, sizes, rows)
+        return Rows(epochs, *found)
 
     def samples_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Global sample number at each position of the endless stream, across epochs."""
@@ -168,6 +167,10 @@ class Epoch:
     def window_at(self, g: int) -> Window:
         """The window that a position belongs to, and what to read for it."""
         slot, number, first_row, rows, _ = (int(part) for part in self.windows_at(g))
+        return self.window(slot, number, first_row, rows)
+
+    def window(self, slot: int, number: int, first_row: int, rows: int) -> Window:
+        """The window of these rows of a slot's lane, and what to read for it."""
         ranges = self._ranges(int(self._start_of_slot[slot]) + first_row, rows)
         return Window(self.number, slot, number, first_row, rows, ranges)
 

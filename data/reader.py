@@ -42,8 +42,8 @@ _MOST = np.array(17 * [7] + 6 * [0], np.uint8)
 _WEIGHTS = np.zeros((23, 2), np.int64)
 _WEIGHTS[:11, 0], _WEIGHTS[11:17, 1] = 8 ** np.arange(10, -1, -1), 8 ** np.arange(5, -1, -1) + 1
 _OF_FIELD = 6 * ord("0") + ord("\0") + ord(" ") - 8 * ord(" ")
-_PLAIN_PART = re.compile(rb"((?!__)(?:[^\0\n]*/)?[^./\0\n]+)\.((?!__)[^/\0\n]+)").fullmatch
-"""The key and the extension of a part, of a name in which webdataset sees these too."""
+_PARTS = re.compile(rb"^(?:((?!__)(?:[^\0\n]*/)?[^./\0\n]+)\.((?!__)[^/\0\n]+)|[^\n]*)$", re.MULTILINE).findall
+"""The key and the extension in each of a few lines, nothing where webdataset might see others or none."""
 _LABELS_KEPT = 2**14
 """How many samples' labels a reader remembers by their bytes, which most samples have in common."""
 
@@ -67,10 +67,11 @@ class Reader:
     """Reads the samples of a set; any number of threads may share it."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._labels_of = lru_cache(_LABELS_KEPT)(
-            lambda image, others: manifest.labels_of({image: b"", **dict(others)})
-        )
+        @lru_cache(_LABELS_KEPT)
+        def labels_of(image: str, others: tuple[tuple[str, bytes], ...]) -> tuple[int, ...]:
+            return manifest.labels_of({image: b"", **dict(others)})
+
+        self.manifest, self._labels_of = manifest, labels_of
 
     def read(self, ranges: Sequence[SampleRange]) -> list[Sample | BadSample]:
         """The samples of neighbouring runs, in order; DataError where storage or table cannot be read."""
@@ -168,17 +169,17 @@ def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64
         if (begins > ends).any():
             return None
         names = np.ascontiguousarray(headers[:, _NAME]).view("S100")[:, 0].tolist()
-        for number, name, first, size in zip(numbers.tolist(), names, contents.tolist(), sizes.tolist(), strict=True):
-            found = _PLAIN_PART(name)
-            if found is None:
-                if is_part(_text(name)) or b"\0" in name:
+        members = _PARTS(b"\n".join(names))
+        if len(members) != len(names):  # a name has a line break
+            return None
+        places = zip(numbers.tolist(), names, members, contents.tolist(), (contents + sizes).tolist(), strict=True)
+        for number, name, (key, extension), first, last in places:
+            if key:
+                if keys[number] not in (b"", key) or (kind := _text(extension).lower()) in parts[number]:
                     return None
-                continue
-            key, extension = found[1], _extension(found[2])
-            if extension in parts[number] or keys[number] not in (b"", key):
+                keys[number], parts[number][kind] = key, raw[first:last]
+            elif b"\0" in name or is_part(_text(name)):
                 return None
-            keys[number] = key
-            parts[number][extension] = raw[first : first + size]
         unread = begins < ends
         numbers, begins, ends = numbers[unread], begins[unread], ends[unread]
     return list(zip(_text(b"\n".join(keys)).split("\n"), parts, strict=True)) if all(keys) else None
@@ -186,11 +187,6 @@ def _plain_samples(raw: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
-
-
-@lru_cache(2**10)
-def _extension(name: bytes) -> str:
-    return _text(name).lower()
 
 
 def _plain_sizes(headers: NDArray[np.uint8]) -> NDArray[np.int64] | None:

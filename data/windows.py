@@ -85,19 +85,16 @@ class OpenWindows:
     def __init__(self, manifest: Manifest, order: Order, pool: ThreadPoolExecutor) -> None:
         self.order, self.reader, self._pool = order, Reader(manifest), pool
         self._starts = order.shard_ends - order.shard_samples
-        self._open: dict[tuple[int, int, int], OpenWindow] = {}
+        self._open: dict[tuple[int, ...], OpenWindow] = {}
         self.samples_held = 0
 
     def places_of(self, positions: NDArray[np.int64]) -> Iterator[Places | None]:
         """The places of positions, after a None for each window that is not open, when its reading has begun."""
         at = self.order.rows_at(positions)
-        names = list(zip(at.epochs.tolist(), at.slots.tolist(), at.windows.tolist(), strict=True))
-        first_places: dict[tuple[int, int, int], int] = {}
-        for name, place in zip(names, at.places.tolist(), strict=True):
-            if name not in self._open and name not in first_places:
-                first_places[name] = place
-        begun = [self.order.epoch(name[0]).window_at(place) for name, place in first_places.items()]
-        for name, window, indices in zip(first_places, begun, self._indices(begun), strict=True):
+        names = list(zip(*(part.tolist() for part in at[:5]), strict=True))  # a window is known by what its rows share
+        new = [name for name in dict.fromkeys(names) if name not in self._open]
+        begun = [self.order.epoch(epoch).window(*rest) for epoch, *rest in new]
+        for name, window, indices in zip(new, begun, self._indices(begun), strict=True):
             self._open[name] = self._begin(window, indices)
             yield None
         windows, last = [self._open[name] for name in names], at.rows == at.sizes - 1

@@ -276,8 +276,11 @@ def _call(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments: 
 
 def _part_of_file(path: str, begin: int, end: int) -> bytes:
     """As fsspec's cat_file of a local file, in a third of its time."""
-    with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), end - begin, begin)
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, end - begin, begin)
+    finally:
+        os.close(file)
 
 
 def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
