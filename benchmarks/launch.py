@@ -5,15 +5,16 @@
 
 On the CPU: the loop stands for a training thread, which launches a thousand kernels a micro batch and needs the
 interpreter for each. It takes a micro batch whenever one is due at the rate, as training does, and the rest of its time
-it launches. What it loses to the loader is the interpreter's lock, and processors where there are few: so the time that
-the loader's own threads (not DALI's) use is shown as well, which is the same on a busy machine. A stop is a time in
-which the loop launched nothing, less what it waited for a processor. `--images` is what `coatnet data pack` takes; the
-default is CIFAR-10.
+it launches. What it loses to the loader is the interpreter's lock; what it waits for a processor, of which DALI's
+threads need some, does not count. A stop is a time in which it launched nothing. Beside these stands the time that the
+loader's own threads, not DALI's, use for an image. `--images` is what `coatnet data pack` takes; the default is
+CIFAR-10.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -65,7 +66,7 @@ def launch(rate: int, taken: Iterator[object], seconds: float) -> dict[str, floa
     start = now = time.perf_counter()
     while now < start + seconds:
         due = start + (images + MICRO_BATCH) / rate if rate else start + seconds
-        began = last = time.perf_counter()
+        last = time.perf_counter()
         queued = in_queue()
         while now < due:
             for _ in range(OPERATIONS):
@@ -73,10 +74,11 @@ def launch(rate: int, taken: Iterator[object], seconds: float) -> dict[str, floa
             operations += OPERATIONS
             now, before = time.perf_counter(), queued
             queued = in_queue()
-            if (stop := now - last - (queued - before)) > LONG:
-                stops.append(stop)
+            waited = queued - before
+            launching += now - last - waited
+            if now - last - waited > LONG:
+                stops.append(now - last - waited)
             last = now
-        launching += now - began
         if rate:
             next(taken)
             images += MICRO_BATCH
@@ -109,6 +111,8 @@ def measure(url: str) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     taken = batches(url)
     launch(RATES[-1], taken, WARM_UP)
+    gc.collect()
+    gc.freeze()  # as training does
     return [launch(rate, taken, SECONDS) for rate in RATES]
 
 
