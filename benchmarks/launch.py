@@ -89,7 +89,7 @@ def launch(rate: int, taken: Iterator[object], seconds: float) -> dict[str, floa
         "images": images / spent,
         "stops": len(stops) / launching,
         "longest": 1000 * max(stops, default=0.0),
-        "microseconds": 1e6 * (of_threads() - used) / max(1, images),
+        "microseconds": 1e6 * (of_threads() - used) / images if images else 0.0,
     }
 
 
