@@ -64,6 +64,8 @@ _BRANDS = {
     "AVIF": {b"avif", b"avis"},
     "HEIC": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"},
 }
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG's frame."""
 _ALIKE = ("jpeg", "png", "webp")
 """Decoded by the same libraries as in Pillow; of the others each image's pixels are compared."""
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 258, 262, 277, 284, 322, 323, 339
@@ -128,18 +130,15 @@ def decode(encoded: bytes) -> tuple[bytes, Picture, NDArray[np.uint8]]:
     return png.getvalue(), decoded._replace(kind=EXTENSIONS["png"]).picture, decoded.pixels
 
 
-def plain(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def plain(encoded: bytes) -> bytes:
     """The bytes for DALI: the same, or of a variant that it would decode otherwise, by its header, a PNG.
 
     Only the header is read, since what was packed or indexed is known to decode; older sets may have such variants.
     """
-    if len(encoded) and encoded[0] in b"\x89R":  # PNG and WebP have none
+    if encoded[:1] in (b"\x89", b"R"):  # PNG and WebP have none
         return encoded
     try:
-        codec = _codec(encoded[:64].tobytes())
-        if _variant(codec, encoded if codec == "jpeg" else encoded.tobytes()) is None:
-            return encoded
-        return np.frombuffer(decode(encoded.tobytes())[0], np.uint8)
+        return encoded if _variant(_codec(encoded), encoded) is None else decode(encoded)[0]
     except Undecodable:
         return encoded  # DALI fails on it, and it is named
 
@@ -186,11 +185,11 @@ def _codec(encoded: bytes) -> str:
     """nvImageCodec's name of the format that the first bytes are of."""
     if not encoded:
         raise Undecodable("empty file")
-    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        return "webp"
     for signature, codec in _SIGNATURES.items():
         if encoded.startswith(signature):
             return codec
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "webp"
     brands = {encoded[at : at + 4] for at in range(8, min(64, int.from_bytes(encoded[:4], "big")), 4)}
     named = [name for name, of_it in _BRANDS.items() if encoded[4:8] == b"ftyp" and brands & of_it]
     named += [name for signature, name in _UNSUPPORTED.items() if encoded.startswith(signature)]
@@ -199,7 +198,7 @@ def _codec(encoded: bytes) -> str:
     raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})")
 
 
-def _variant(codec: str, encoded: Any) -> str | None:
+def _variant(codec: str, encoded: bytes) -> str | None:
     """What the file is if DALI's pixels of such are not nvImageCodec's; Undecodable if neither's are right."""
     try:
         if codec == "jpeg":
@@ -215,18 +214,18 @@ def _variant(codec: str, encoded: Any) -> str | None:
     return None
 
 
-def _variant_of_jpeg(encoded: Any) -> str | None:
+def _variant_of_jpeg(encoded: bytes) -> str | None:
     at, adobe = 2, False
     while encoded[at] == 0xFF:
-        marker, bits = encoded[at + 1], encoded[at + 4]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame
+        marker = encoded[at + 1]
+        if marker in _FRAMES:
             if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):
                 return "a lossless or hierarchical JPEG"
-            if bits != 8:
+            if (bits := encoded[at + 4]) != 8:
                 return f"a JPEG of {bits} bits"
             return None if adobe or encoded[at + 9] < 4 else "a CMYK JPEG without Adobe's marker"
-        adobe = adobe or (marker == 0xEE and bytes(encoded[at + 4 : at + 9]) == b"Adobe")
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+        adobe = adobe or (marker == 0xEE and encoded[at + 4 : at + 9] == b"Adobe")
+        at += 1 if marker == 0xFF else 2 + (encoded[at + 2] << 8 | encoded[at + 3])
     raise Undecodable(_DAMAGED)
 
 

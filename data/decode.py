@@ -16,9 +16,9 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment import AugmentParams
@@ -35,7 +35,7 @@ class DecodingFailed(DataError):
         self.reason = reason
 
 
-Source = Callable[[], tuple[Sequence[NDArray[np.uint8]], AugmentParams]]
+Source = Callable[[], tuple[Sequence[bytes], AugmentParams]]
 AHEAD = 2
 """Batches that DALI is working on or has ready (`ahead`), the one handed over included."""
 
@@ -43,7 +43,7 @@ AHEAD = 2
 class Decoder:
     """An iterator of uint8 [n, resolution, resolution, 3], RGB, on the device: a tensor for each answer of `source`.
 
-    `source` returns the encoded images (uint8 [bytes] each, from 0 to `batch_size` of them) with AugmentParams of
+    `source` returns the encoded images (from 0 to `batch_size` of them) with AugmentParams of
     `layers` layers, or raises StopIteration; it is called in the iterating thread, a batch ahead. Its other errors are
     raised as they are, a batch early. DecodingFailed if DALI fails; after any error the decoder gives that error only.
     Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
@@ -99,7 +99,8 @@ class Decoder:
                 raise
             self._end = DecodingFailed(_reason_of(error))
             raise self._end from error
-        return torch.from_dlpack(pixels.as_tensor())[: self._feed.samples.popleft()]
+        samples, _ = self._feed.fed.popleft()
+        return torch.from_dlpack(pixels.as_tensor())[:samples]
 
     def close(self) -> None:
         """Ends DALI's threads; batches already handed out stay valid, and iteration is over."""
@@ -114,34 +115,36 @@ class _Feed:
 
     def __init__(self, source: Source, layers: int, table: Tables) -> None:
         self._source, self._layers, self._table = source, layers, table
-        self.samples: deque[int] = deque()
+        self.fed: deque[tuple[int, list[TensorListCPU]]] = deque()
         self.error: BaseException | None = None
 
-    def __call__(self) -> list[Sequence[NDArray[np.uint8]] | NDArray]:
+    def __call__(self) -> list[TensorListCPU]:
         """Bytes, crop, flip, and four numbers of the operation in each layer."""
         try:
             images, params = self._source()
         except BaseException as error:
             self.error = error
             raise
-        self.samples.append(len(images))
+        samples, table = len(images), self._table
         if not images:
             images, params = _empty_batch(self._layers)
-        plain_images: Sequence[NDArray[np.uint8]] = [plain(image) for image in images]
-        inputs = [plain_images, params.crop_start, params.crop_shape, params.flip]
+        numbers = [params.crop_start, params.crop_shape, params.flip]
         for layer in range(self._layers):
             operation, sign = params.operations[:, layer], params.signs[:, layer]
-            table = self._table
-            inputs += [each[operation, sign] for each in (table.family, table.matrix, table.factor, table.tone)]
-        return inputs
+            numbers += [each[operation, sign] for each in (table.family, table.matrix, table.factor, table.tone)]
+        encoded = TensorListCPU([TensorCPU(plain(image)) for image in images], contiguous=False)
+        # DALI takes these without a copy, which it would make with the interpreter's lock held. To drop an image's last
+        # reference it needs that lock too, so they are kept here until the batch is done.
+        self.fed.append((samples, [encoded, *map(TensorListCPU, numbers)]))
+        return self.fed[-1][1]
 
 
-def _empty_batch(layers: int) -> tuple[list[NDArray[np.uint8]], AugmentParams]:
+def _empty_batch(layers: int) -> tuple[list[bytes], AugmentParams]:
     """One whole pixel instead of an empty batch, which DALI refuses."""
     nothing = np.zeros((1, layers), np.int32)
     corner = np.zeros((1, 2), np.int32)
     params = AugmentParams(corner, corner + 1, corner[:, 0], operations=nothing, signs=nothing)
-    return [np.frombuffer(b"P6 1 1 255 \0\0\0", np.uint8)], params
+    return [b"P6 1 1 255 \0\0\0"], params
 
 
 def _graph(feed: _Feed, resolution: int, layers: int, tones: list[int]) -> DataNode:
@@ -150,6 +153,7 @@ def _graph(feed: _Feed, resolution: int, layers: int, tones: list[int]) -> DataN
         source=feed,
         num_outputs=4 + 4 * layers,
         batch=True,
+        no_copy=True,
         dtype=[DALIDataType.UINT8, *[DALIDataType.INT32] * 3, *of_layer * layers],
         ndim=[1, 1, 1, 0, *[0, 2, 0, 0] * layers],
     )

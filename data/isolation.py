@@ -13,16 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data.augment import AugmentParams
 from data.decode import AHEAD, Decoder, DecodingFailed, Source
 from data.memory import is_out_of_memory
 
 Chunk = TypeVar("Chunk")
-Inputs = tuple[Sequence[NDArray[np.uint8]], AugmentParams]
+Inputs = tuple[Sequence[bytes], AugmentParams]
 MakeDecoder = Callable[[Source, int], Decoder]
 """A decoder of a source, which runs so many batches ahead."""
 
@@ -67,7 +65,7 @@ def _without_failures(
 
 
 def _failures(
-    images: Sequence[NDArray[np.uint8]], params: AugmentParams, make_decoder: MakeDecoder, error: DecodingFailed
+    images: Sequence[bytes], params: AugmentParams, make_decoder: MakeDecoder, error: DecodingFailed
 ) -> dict[int, str]:
     """Of which images DALI fails alone, and why; raises `error` where DALI fails of a sound one too."""
     if is_out_of_memory(error):

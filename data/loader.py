@@ -21,19 +21,25 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from data import augment
 from data.augment import Augmentation, AugmentParams
 from data.decode import Decoder, Source
 from data.isolation import Inputs, decode_chunks
-from data.memory import DECODED_AT_ONCE
+from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES
 from data.order import Order, SampleRange, accumulation_steps, positions_of_step, rank_micro_batches
-from data.reader import Sample, read_ranges
+from data.reader import Reader, Sample
 from data.shards.manifest import BadSample, Manifest
 from data.storage.prefetch import ordered_map
-from data.windows import Failed, OpenWindows, Place, places_ahead, undecodable, usable_sample
+from data.storage.remote import open_fs
+from data.windows import Failed, OpenWindows, Places, places_ahead, undecodable
 
-READING_THREADS = 4
+READS_OF_DISK, READS_FROM_AFAR = 4, 96
+"""Reads under way at once at most, each in a thread. A disk gains nothing from more, nor from more than there are
+processors: they would only take the interpreter from one another. From a server with 50 ms latency, where a window
+takes two requests, so many are 30,000 images a second in windows of 32. How many are under way follows from the
+look-ahead, and so from the training's pace and READ_AHEAD_BYTES."""
 Item = TypeVar("Item")
 
 
@@ -97,13 +103,13 @@ def batches_at(
     """Micro batches of the samples at rising positions, of each slot without a gap, as training has them there."""
     per_chunk = max(1, DECODED_AT_ONCE // spec.micro_batch) * spec.micro_batch
     most = manifest.labels_per_sample
-    with _reading_threads() as pool:
+    with _reading_threads(_reads_at_once(manifest, spec.threads)) as pool:
         slots = accumulation_steps(order.global_batch // spec.micro_batch, spec.world_size) * spec.micro_batch
         windows = OpenWindows(manifest, order, pool)
         chunks = map(partial(_assemble, augmentation, seed), places_ahead(windows, positions, per_chunk, slots))
         substitute = partial(_substitute, windows, augmentation, seed)
-        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most, substitute)) as batches:
-            yield batches
+        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most, substitute)) as decoded:
+            yield itertools.chain.from_iterable(decoded)
 
 
 @contextmanager
@@ -114,20 +120,23 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
     Micro batch m has the samples m * micro_batch and on; rank r has the numbers r, r + world_size, ...
     """
     micro_batches, most = -(-manifest.samples // spec.micro_batch), manifest.labels_per_sample
+    reader = Reader(manifest)
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
 
     def read(number: int) -> _Chunk:
         first = number * spec.micro_batch
         numbers = np.arange(first, min(first + spec.micro_batch, manifest.samples))
-        found = read_ranges(manifest, _ranges_between(starts, first, int(numbers[-1]) + 1))
+        found = reader.read(_ranges_between(starts, first, int(numbers[-1]) + 1))
         return _evaluation_chunk(crop_fraction, numbers, found)
 
-    with _reading_threads() as pool:
+    reads = _reads_at_once(manifest, spec.threads)
+    within_budget = int(READ_AHEAD_BYTES / (spec.micro_batch * manifest.mean_sample_bytes))
+    with _reading_threads(reads) as pool:
         numbers = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
-        chunks = ordered_map(pool, read, numbers, 2 * READING_THREADS)
+        chunks = ordered_map(pool, read, numbers, max(2, min(2 * reads, within_budget)))
         leave_out = partial(_leave_out, crop_fraction)
-        with _in_background(lambda: _decode(chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)) as batches:
-            yield batches
+        with _in_background(lambda: _decode(chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)) as decoded:
+            yield itertools.chain.from_iterable(decoded)
 
 
 @dataclass(frozen=True)
@@ -145,11 +154,10 @@ class _Chunk:
     failed: dict[int, Failed]  # by place the samples that DALI failed on there
 
 
-def _assemble(augmentation: Augmentation, seed: int, places: list[Place]) -> _Chunk:
-    positions, epochs = np.array([(place.position, place.epoch) for place in places]).T
-    numbers = np.array([place.window.numbers[place.window.indices[place.row]] for place in places])
-    found = [usable_sample(place) for place in places]
-    return _training_chunk(augmentation, seed, positions, epochs, numbers, found, {})
+def _assemble(augmentation: Augmentation, seed: int, places: Places) -> _Chunk:
+    samples, broken = places.usable_samples()
+    at = places.positions, places.epochs, places.numbers()
+    return _training_chunk(augmentation, seed, *at, samples, broken, {})
 
 
 def _training_chunk(
@@ -158,11 +166,11 @@ def _training_chunk(
     positions: np.ndarray,
     epochs: np.ndarray,
     numbers: np.ndarray,
-    found: list[tuple[Sample, BadSample | None]],
+    samples: list[Sample],
+    broken: list[BadSample | None],
     failed: dict[int, Failed],
 ) -> _Chunk:
-    samples, broken = [sample for sample, _ in found], [bad for _, bad in found]
-    keys = [bad.key if bad else sample.key for sample, bad in found]
+    keys = [bad.key if bad else sample.key for sample, bad in zip(samples, broken, strict=True)]
     params = augment.sample_params(augmentation, seed, epochs, numbers, *_shapes(samples))
     replaced = np.array([bad is not None for bad in broken])
     return _Chunk(positions, epochs, numbers, keys, replaced, samples, params, broken, failed)
@@ -172,12 +180,13 @@ def _substitute(
     windows: OpenWindows, augmentation: Augmentation, seed: int, chunk: _Chunk, failures: dict[int, str]
 ) -> _Chunk:
     """The chunk with substitutes for the samples at these places, on which DALI failed for these reasons."""
-    found, failed = list(zip(chunk.samples, chunk.broken, strict=True)), dict(chunk.failed)
+    samples, broken, failed = [*chunk.samples], [*chunk.broken], dict(chunk.failed)
     for i, reason in failures.items():
         sample = chunk.samples[i]
         failed[i] = {**failed.get(i, {}), (sample.shard, sample.key): reason}
-        found[i] = windows.substitute(int(chunk.positions[i]), failed[i])
-    return _training_chunk(augmentation, seed, chunk.positions, chunk.epochs, chunk.numbers, found, failed)
+        samples[i], broken[i] = windows.substitute(int(chunk.positions[i]), failed[i])
+    at = chunk.positions, chunk.epochs, chunk.numbers
+    return _training_chunk(augmentation, seed, *at, samples, broken, failed)
 
 
 def _evaluation_chunk(crop_fraction: float | None, numbers: np.ndarray, found: list[Sample | BadSample]) -> _Chunk:
@@ -205,11 +214,11 @@ def _decode(
     at_once: int,
     most_labels: int,
     without: Callable[[_Chunk, dict[int, str]], _Chunk],
-) -> Iterator[Batch]:
-    """Micro batches of the chunks, through one DALI pipeline that runs ahead; `without` as in decode_chunks."""
+) -> Iterator[list[Batch]]:
+    """Micro batches of each chunk, through one DALI pipeline that runs ahead; `without` as in decode_chunks."""
 
     def inputs(chunk: _Chunk) -> Inputs:
-        return [np.frombuffer(sample.image, np.uint8) for sample in chunk.samples], chunk.params
+        return [sample.image for sample in chunk.samples], chunk.params
 
     def make_decoder(source: Source, ahead: int) -> Decoder:
         return Decoder(
@@ -226,12 +235,13 @@ def _decode(
 
     for chunk, images in decode_chunks(chunks, inputs, make_decoder, without):
         labels = _label_rows(chunk.samples, most_labels).to(spec.device)
-        shapes = np.stack(_shapes(chunk.samples), axis=1)
+        shapes, batches = np.stack(_shapes(chunk.samples), axis=1), []
         for first in range(0, max(1, len(chunk.samples)), spec.micro_batch):
             part = slice(first, first + spec.micro_batch)
             broken = [bad for bad in chunk.broken[part] if bad is not None]
             places = chunk.positions[part], chunk.keys[part], chunk.numbers[part], chunk.replaced[part]
-            yield Batch(images[part], labels[part], *places, broken, shapes[part], chunk.params[part])
+            batches.append(Batch(images[part], labels[part], *places, broken, shapes[part], chunk.params[part]))
+        yield batches
 
 
 def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]]:
@@ -240,8 +250,10 @@ def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]
 
 
 def _label_rows(samples: list[Sample], most: int) -> torch.Tensor:
-    rows = [[*sample.labels, *[-1] * (most - len(sample.labels))] for sample in samples]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, most)
+    rows = np.full((len(samples), most), -1, np.int64)
+    for number, labels in enumerate(itertools.zip_longest(*(sample.labels for sample in samples), fillvalue=-1)):
+        rows[:, number] = labels
+    return torch.from_numpy(rows)
 
 
 def _shapes(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
@@ -259,10 +271,15 @@ def _ranges_between(starts: np.ndarray, first: int, last: int) -> list[SampleRan
     return ranges
 
 
+def _reads_at_once(manifest: Manifest, processors: int) -> int:
+    files, _ = open_fs(manifest.shards_at or manifest.url)
+    return min(READS_OF_DISK, processors) if isinstance(files, LocalFileSystem) else READS_FROM_AFAR
+
+
 @contextmanager
-def _reading_threads() -> Iterator[ThreadPoolExecutor]:
-    """A pool for reads; at the end those that have not begun are dropped."""
-    pool = ThreadPoolExecutor(READING_THREADS, "read")
+def _reading_threads(at_once: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool for reads, whose threads start as reads need them; at the end those that have not begun are dropped."""
+    pool = ThreadPoolExecutor(at_once, "read")
     try:
         yield pool
     finally:

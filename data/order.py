@@ -13,6 +13,8 @@ Promised: an epoch has every sample exactly once; the samples of a step depend o
 (the number of ranks is not among them); position 3,000,000,000 costs what position 10 costs; memory is O(shards + B).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeVar
@@ -71,6 +73,17 @@ class Window:
     ranges: tuple[SampleRange, ...]
 
 
+class Rows(NamedTuple):
+    """Positions as rows of windows: epoch, slot, the window's number, first row in its lane and rows, and which row."""
+
+    epochs: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    windows: NDArray[np.int64]
+    first_rows: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
 @dataclass(frozen=True, eq=False)
 class Order:
     """The endless order of a data set's samples; `shard_samples` is int64 [shards], in the manifest's order."""
@@ -107,9 +120,18 @@ class Order:
         """Epoch of a position (or of each) in the endless stream, and the position in that epoch."""
         return position // self.samples, position % self.samples
 
-    def epoch(self, number: int) -> "Epoch":
+    def epoch(self, number: int) -> Epoch:
         """An epoch, opened; the last few are kept."""
         return _opened(self, number)
+
+    def rows_at(self, positions: NDArray[np.int64]) -> Rows:
+        """Which row of which window each position of the endless stream is, across epochs."""
+        epochs, places = self.place(positions)
+        found = np.empty((5, len(positions)), np.int64)
+        for number in set(epochs.tolist()):
+            here = epochs == number
+            found[:, here] = self.epoch(number).windows_at(places[here])
+        return Rows(epochs, *found)
 
     def samples_at(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Global sample number at each position of the endless stream, across epochs."""
@@ -138,13 +160,17 @@ class Epoch:
 
     def samples_at(self, g: ArrayLike) -> NDArray[np.int64]:
         """Global sample number (in the manifest's order) at each position."""
-        windows = slot, _, first_row, _, _ = self._windows(g)
+        windows = slot, _, first_row, _, _ = self.windows_at(g)
         place, k = self._seek(self._start_of_slot[slot] + first_row + self._indices(windows))
         return self.order.shard_ends[self._shards[k]] - (self._ends[k] - place)
 
     def window_at(self, g: int) -> Window:
         """The window that a position belongs to, and what to read for it."""
-        slot, number, first_row, rows, _ = (int(part) for part in self._windows(g))
+        slot, number, first_row, rows, _ = (int(part) for part in self.windows_at(g))
+        return self.window(slot, number, first_row, rows)
+
+    def window(self, slot: int, number: int, first_row: int, rows: int) -> Window:
+        """The window of these rows of a slot's lane, and what to read for it."""
         ranges = self._ranges(int(self._start_of_slot[slot]) + first_row, rows)
         return Window(self.number, slot, number, first_row, rows, ranges)
 
@@ -153,7 +179,7 @@ class Epoch:
 
         Cheapest for all positions of a window at once: one permutation is drawn for each window.
         """
-        return self._indices(self._windows(g))
+        return self._indices(self.windows_at(g))
 
     def _indices(self, windows_of_each: tuple[NDArray[np.int64], ...]) -> NDArray[np.int64]:
         slot, number, _, rows, row = (part.ravel() for part in windows_of_each)
@@ -168,7 +194,7 @@ class Epoch:
             indices[here] = permutations[which[here] - first, row[here]]
         return indices.reshape(np.shape(windows_of_each[0]))
 
-    def _windows(self, g: ArrayLike) -> tuple[NDArray[np.int64], ...]:
+    def windows_at(self, g: ArrayLike) -> tuple[NDArray[np.int64], ...]:
         """Slot, window number, first row and rows of each position's window, and the position's row in there."""
         g = np.asarray(g, np.int64)
         if g.size and not 0 <= g.min() <= g.max() < self.order.samples:

@@ -120,7 +120,7 @@ def decompressor_for(beginning: bytes) -> str | None:
 
 def printable(name: str) -> str:
     """A name that can be printed whatever bytes it has."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def index_bytes(samples: Sequence[TarSample]) -> bytes:

@@ -44,6 +44,8 @@ MIN_BYTES_PER_SECOND = 1 << 20
 """The timeout of an attempt allows for this rate, so it grows with the size of the request."""
 WHOLE_FILES_BYTES = 8 << 30
 """What a process keeps in unnamed temporary files of servers that give no ranges; one file at least."""
+CONNECTIONS = 100
+"""To a server at once, as aiohttp has them."""
 _IN_QUERIES = "!#$%&'()*+,/:;=?@[]~"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
@@ -160,7 +162,9 @@ class Storage:
 
     def _range(self, url: str, begin: int, end: int) -> bytes:
         fs, path = open_fs(url)
-        if _server(url) in _without_ranges:
+        if type(fs) is LocalFileSystem:
+            contents = _part_of_file(path, begin, end)
+        elif _server(url) in _without_ranges:
             contents = _part_of_whole(fs, path, begin, end, 20 * self.attempt_timeout)
         else:
             seconds = self.attempt_timeout + (end - begin) / MIN_BYTES_PER_SECOND
@@ -176,6 +180,7 @@ class Storage:
         return contents
 
 
+_DISK = fsspec.filesystem("file")
 DEFAULT = Storage()
 """For reads and writes with the default limits and without a report of errors."""
 
@@ -187,8 +192,7 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     sent as it stands, since a signature may be of its every letter. Of a path and a web address "::" is a part.
     """
     if "://" not in url or url.startswith("file://"):
-        fs = fsspec.filesystem("file")
-        return fs, fs._strip_protocol(url)
+        return _DISK, _DISK._strip_protocol(url)
     protocol = fsspec.core.split_protocol(url)[0] or "file"
     address, query = split_query(url)
     try:
@@ -242,7 +246,8 @@ def _options(protocol: str) -> dict[str, Any]:
     configured, options = fsspec.config.conf.get(protocol, {}), {"use_listings_cache": False}
     if EXTRAS[protocol] == "s3":
         once = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
-        return {**options, "config_kwargs": {**configured.get("config_kwargs", {}), **once}}
+        connections = {"max_pool_connections": CONNECTIONS}  # botocore has 10
+        return {**options, "config_kwargs": {**connections, **configured.get("config_kwargs", {}), **once}}
     if EXTRAS[protocol] == "http":
         import aiohttp
 
@@ -267,6 +272,15 @@ def _call(fs: fsspec.AbstractFileSystem, name: str, seconds: float, *arguments: 
 
     threading.Thread(target=run, daemon=True).start()  # where it hangs, it is abandoned
     return outcome.result(seconds)
+
+
+def _part_of_file(path: str, begin: int, end: int) -> bytes:
+    """As fsspec's cat_file of a local file, in a third of its time."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, end - begin, begin)
+    finally:
+        os.close(file)
 
 
 def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from data.packing.archives import is_hidden
 from data.packing.sources import SUFFIXES, fault_of_name
 from data.shards.tar_index import printable
@@ -131,7 +129,7 @@ def predictions(
         good = [image for image in images if image.error is None]
         heights, widths = [image.height for image in good], [image.width for image in good]
         params = augment.eval_params(config.evaluate.crop_fraction, heights, widths)
-        return [np.frombuffer(image.encoded, np.uint8) for image in good], params
+        return [image.encoded for image in good], params
 
     def make_decoder(source: Source, ahead: int) -> Decoder:
         return Decoder(

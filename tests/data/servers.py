@@ -4,6 +4,8 @@
         server.plan = once("503")                           # each range is refused once, then given
         read(f"{server.url}/a.tar")
         server.requests                                     # [Request(method, path, range, fault, query, bytes), ...]
+        server.latency = 0.05                               # seconds before every answer
+        server.most_at_once                                 # requests that waited for their answers at the same time
 
     with s3_server() as server:                             # s3://data exists; AWS_* variables point at it
         pack("images", "s3://data/train", ...)
@@ -81,13 +83,15 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 64
+    request_queue_size = 128
 
     def __init__(self, answer: Callable[..., tuple[int, dict[str, str], bytes]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.plan: Plan = none
+        self.latency = 0.0
+        self.waiting = self.most_at_once = 0
         self.requests: list[Request] = []
         self.ended = threading.Event()
         self._asked: Counter[tuple[str, str | None]] = Counter()
@@ -100,6 +104,15 @@ class Server(ThreadingHTTPServer):
             self._asked[path, asked] += 1
             self.requests.append(Request(method, path, asked, fault, query))
             return self.requests[-1]
+
+    def delay(self) -> None:
+        """Waits for the latency, and counts who does at once."""
+        with self._lock:
+            self.waiting += 1
+            self.most_at_once = max(self.most_at_once, self.waiting)
+        self.ended.wait(self.latency)
+        with self._lock:
+            self.waiting -= 1
 
     def forget(self) -> None:
         """Resets the counts."""
@@ -130,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = "PUT" if self.command == "PUT" else self.headers.get("Range")
         place = urlsplit(self.path)
         self.request_now = self.front.enter(self.command, unquote(place.path), place.query, asked)
+        self.front.delay()
         fault = self.request_now.fault or ""
         if fault == "hang":
             self.front.ended.wait(60)

@@ -52,7 +52,7 @@ def trained(images: Sequence[bytes], sizes: Sequence[tuple[int, int]], device: D
     heights, widths = np.repeat(np.array(sizes), 2, axis=0).T
     start = [place for height, width in sizes for place in ((0, 0), (height - SIDE, width - SIDE))]
     params = replace(eval_params(1.0, heights, widths), crop_start=np.array(start, np.int32))
-    answers = iter([([np.frombuffer(image, np.uint8) for image in images for _ in range(2)], params)])
+    answers = iter([([image for image in images for _ in range(2)], params)])
     decoder = Decoder(
         resolution=SIDE, batch_size=2 * len(images), layers=0, magnitude=0.0, device=device,
         device_id=0 if device == "gpu" else None, threads=2, source=lambda: next(answers),

@@ -31,18 +31,18 @@ def picture(number: int, height: int = 60, width: int = 80) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     image.save(file := BytesIO(), kind, **options)
-    return np.frombuffer(file.getvalue(), np.uint8)
+    return file.getvalue()
 
 
-def upright(image: np.ndarray) -> np.ndarray:
+def upright(image: bytes) -> np.ndarray:
     """Pillow's decoding, [height, width, 3]."""
-    return np.array(ImageOps.exif_transpose(Image.open(BytesIO(image.tobytes()))).convert("RGB"))
+    return np.array(ImageOps.exif_transpose(Image.open(BytesIO(image))).convert("RGB"))
 
 
 def decoder_of(
-    images: Sequence[np.ndarray],
+    images: Sequence[bytes],
     params: AugmentParams,
     *,
     batches: Sequence[Sequence[int]] | None = None,
@@ -67,18 +67,18 @@ def decoder_of(
     )
 
 
-def pixels_of(images: Sequence[np.ndarray], params: AugmentParams, **options) -> np.ndarray:
+def pixels_of(images: Sequence[bytes], params: AugmentParams, **options) -> np.ndarray:
     return torch.cat(list(decoder_of(images, params, **options))).cpu().numpy()
 
 
-def whole(image: np.ndarray, count: int = 1) -> AugmentParams:
+def whole(image: bytes, count: int = 1) -> AugmentParams:
     """The parameters that take all of an upright image as it is."""
     height, width, _ = upright(image).shape
     shape = np.tile(np.array([height, width], np.int32), (count, 1))
     return replace(eval_params(1.0, [height] * count, [width] * count), crop_start=shape * 0, crop_shape=shape)
 
 
-def sample_set(count: int = 40) -> tuple[list[np.ndarray], AugmentParams]:
+def sample_set(count: int = 40) -> tuple[list[bytes], AugmentParams]:
     """JPEGs and PNGs of several sizes, each with its crop, flip and two operations."""
     images = [picture(i, 30 + 7 * (i % 9), 90 - 5 * (i % 11)) for i in range(count)]
     files = [encoded(image, "PNG" if i % 5 == 0 else "JPEG") for i, image in enumerate(images)]
@@ -181,7 +181,7 @@ def test_an_image_comes_upright_and_is_cropped_upright(orientation: int) -> None
 def test_an_error_of_the_source_comes_out_as_it_is_and_again(error: Exception) -> None:
     files, params = sample_set(4)
 
-    def source() -> Iterator[tuple[list[np.ndarray], AugmentParams]]:
+    def source() -> Iterator[tuple[list[bytes], AugmentParams]]:
         yield files, params
         yield files, params
         raise error
@@ -224,12 +224,11 @@ def test_a_closed_decoder_is_at_its_end_and_its_threads_are_gone() -> None:
 def test_a_process_ends_with_an_open_decoder_and_without_a_gpu(ending: str) -> None:
     program = f"""
         import io, threading
-        import numpy as np
         from PIL import Image
         from data.augment import eval_params
         from data.decode import Decoder
         Image.new("RGB", (40, 40)).save(file := io.BytesIO(), "JPEG")
-        answer = [np.frombuffer(file.getvalue(), np.uint8)], eval_params(1.0, [40], [40])
+        answer = [file.getvalue()], eval_params(1.0, [40], [40])
         decoder = Decoder(resolution=40, batch_size=1, layers=0, magnitude=0, device="cpu", device_id=None, threads=2,
                           source=lambda: answer)
         thread = threading.Thread(target=next, args=(decoder,))

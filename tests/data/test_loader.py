@@ -29,6 +29,7 @@ from data.order import Order, Window
 from data.shards.manifest import Manifest, Shard, read_manifest
 from data.shards.tar_index import index_tar
 from data.storage.remote import Storage
+from tests.data.servers import http_server
 
 SIDE, SEED = 24, 7
 CENTRE = Augmentation(crop="center", flip=False, layers=0, magnitude=0.0)
@@ -167,7 +168,7 @@ def test_pixels_are_what_the_decoder_makes_of_each_samples_own_draws(packed):
     batches = flat(loaded(packed.manifest, order, 5, range(12), FULL))
     positions = np.concatenate([batch.positions for batch in batches])
     numbers = order.samples_at(positions)
-    files = [np.frombuffer(packed.originals[keys[number]].encoded, np.uint8) for number in numbers]
+    files = [packed.originals[keys[number]].encoded for number in numbers]
     rows = np.concatenate([np.load(packed.manifest.url_of(i, ".npy")) for i in range(len(packed.manifest.shards))])
     params = augment.sample_params(
         FULL, SEED, positions // order.samples, numbers, rows["height"][numbers], rows["width"][numbers]
@@ -365,6 +366,20 @@ def test_an_error_of_a_reading_thread_reaches_the_consumer_and_ends_the_threads(
     assert own_threads() == []
 
 
+def test_reads_wait_for_a_distant_server_at_once_and_take_few_threads_of_a_disk(packed):
+    """As many as the training needs, an order of magnitude more than of a disk, and no more than there are threads."""
+    order = order_of(packed.manifest, 8, 1)
+    with http_server(packed.folder) as server:
+        manifest, server.latency = read_manifest(server.url), 0.2
+        with training_batches(manifest, order, CENTRE, spec_of(0, 1, 8), SEED, 0, 60) as steps:
+            first = next(steps)
+            of_server = len(own_threads()) - 1
+        assert 10 * loader.READS_OF_DISK < server.most_at_once <= of_server <= loader.READS_FROM_AFAR
+    with training_batches(packed.manifest, order, CENTRE, spec_of(0, 1, 8), SEED, 0, 60) as steps:
+        assert_equal(first, next(steps))
+        assert len(own_threads()) - 1 <= loader.READS_OF_DISK
+
+
 # ----------------------------------------------------------------------------------------------------------- its memory
 
 
@@ -381,7 +396,9 @@ class NothingIsRead(ThreadPoolExecutor):
         return future
 
 
-def handed_over(pool: NothingIsRead, order: Order, per_chunk: int, world_size: int, steps: int) -> Iterator[list[Any]]:
+def handed_over(
+    pool: NothingIsRead, order: Order, per_chunk: int, world_size: int, steps: int
+) -> Iterator[windows.Places]:
     """The chunks of places as a rank's look-ahead hands them over; samples have 1,000 bytes."""
     shards = tuple(Shard(f"{i}.tar", n, 1000 * n) for i, n in enumerate(order.shard_samples.tolist()))
     opened = windows.OpenWindows(Manifest("nowhere", ("class",), shards), order, pool)
@@ -413,8 +430,8 @@ def test_the_windows_of_an_epochs_first_row_are_begun_before_the_last_one_ends()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(windows, "READ_AHEAD_BYTES", 0)
         chunks = handed_over(pool, order, 64, 1, 200)
-        last = next(chunk for chunk in chunks if chunk[-1].position >= 6000 - 64)
-        assert last[0].position < 6000
+        last = next(chunk for chunk in chunks if chunk.positions[-1] >= 6000 - 64)
+        assert last.positions[0] < 6000
     assert sum(each.epoch == 1 and each.number == 0 for each in pool.held.values()) > 0.7 * 64
 
 

@@ -44,7 +44,7 @@ def augmented(
     encoded = []
     for image in images:
         image.save(file := BytesIO(), "PNG")
-        encoded.append(np.frombuffer(file.getvalue(), np.uint8))
+        encoded.append(file.getvalue())
     sides, rows = [image.height for image in images], np.array(operations, np.int32)
     negative = np.broadcast_to(np.array(signs, np.int32)[:, None] < 0, rows.shape).astype(np.int32)
     params = replace(eval_params(1.0, sides, sides), operations=rows, signs=negative)
