@@ -88,25 +88,34 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
 
 
 def _newest(run: Path, train: Manifest) -> int | None:
-    """The step of a run's newest checkpoint; UsageError where that was trained on other data than these."""
+    """The step of a run's newest checkpoint whose files are there; UsageError where it was trained on other data."""
     folders = trusted_checkpoints(run)
     if not folders:
         if not checkpoints(run / "checkpoints"):
             _check_none_lost(run)
         return None
-    with suppress(DamagedCheckpoint):  # the ranks report it, and take an older one
-        check_train_set(train, CheckpointReader(folders[-1]))
-    return step_of(folders[-1])
+    for folder in reversed(folders):
+        with suppress(DamagedCheckpoint):  # the ranks report it, and take an older one
+            reader = CheckpointReader(folder)
+            reader.check_sizes()
+            check_train_set(train, reader)
+            return step_of(folder)
+    return 0  # none is good, with which the ranks end: it is neither a new run nor one that is done
 
 
 def _check_none_lost(run: Path) -> None:
     """UsageError where a run without checkpoints has had some: it does not begin again by itself."""
-    saved = last_saved_step(read_lines(run / "events.jsonl", event=str))
+    events, logged = list(read_lines(run / "events.jsonl", event=str)), last_logged_step(run)
+    saved = last_saved_step(events)
     abandoned = map(step_of, checkpoints(run / "checkpoints" / "abandoned"))  # by a rollback
-    if saved is not None and saved not in abandoned:
+    if (saved is not None and saved not in abandoned) or (logged and not events):
+        known = f"it had saved step {saved} and logged step {logged}"
+        unknown = (
+            f"events.jsonl, which would say what was saved, is gone too, and metrics.jsonl ends with step {logged}"
+        )
         raise UsageError(
-            f"run.dir={run}: its checkpoints are gone: it had saved step {saved} and logged step"
-            f" {last_logged_step(run)}, and there is no checkpoint in {run}/checkpoints, nor at a mirror"
+            f"run.dir={run}: its checkpoints are gone: {known if events else unknown}, and there is no checkpoint"
+            f" in {run}/checkpoints, nor at a mirror"
             " (checkpoint.mirror). Copy one back; or begin again from step 1 with --restart, which sets the old files"
             " aside, or in another folder with run.dir=..."
         )

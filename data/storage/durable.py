@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -39,14 +40,23 @@ def publish(partial: Path, final: Path) -> None:
     old one as `.NAME.replaced`.
     """
     replaced = final.with_name(f".{final.name}.replaced")
-    if final.is_dir():  # a rename replaces files, but no folder that holds any
-        shutil.rmtree(replaced, ignore_errors=True)
-        while replaced.exists():  # it cannot be removed
+    if os.path.lexists(final) and partial.is_dir():  # a rename replaces files by files, but no folder that holds any
+        _remove(replaced)
+        while os.path.lexists(replaced):  # it cannot be removed
             replaced = replaced.with_name(f"{replaced.name}.replaced")
         final.rename(replaced)
     partial.replace(final)
     sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

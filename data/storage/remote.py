@@ -49,7 +49,10 @@ CONNECTIONS = 100
 _IN_QUERIES = "!#$%&'()*+,/:;=?@[]~"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf", "http": "http", "https": "http"}
 _FATAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
-_FATAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError, TypeError)
+_FATAL = (
+    PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    NotImplementedError, ImportError, TypeError,
+)  # fmt: skip
 _MISSING_STATUSES = {404, 410}
 _TRANSIENT_STATUSES = {408, 416, 425, 429}  # 416: a range past the end, so the file is shorter than it was
 Result = TypeVar("Result")

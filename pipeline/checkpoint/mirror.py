@@ -9,6 +9,7 @@ continues; it waits for none.
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import sys
@@ -196,6 +197,8 @@ def list_copies(url: str) -> Copies:
     try:
         fs.invalidate_cache()
         place = f"{top}/checkpoints"
+        if isinstance(fs, LocalFileSystem):  # else find leaves out what it may not read
+            DEFAULT.with_retries("listed", place, lambda: [os.listdir(path) for path in (top, place)])
         found = DEFAULT.with_retries("listed", place, lambda: fs.find(place, detail=True))
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):

@@ -77,7 +77,9 @@ def rank_variables(environment: Mapping[str, str], interactive: bool) -> dict[st
     found = {**step, **given}
     _require(IDENTITY if step else (*IDENTITY, *ADDRESS), found, claimed)
     numbers = [_number(found, name) for name in (*IDENTITY, "MASTER_PORT") if name in found]
-    rank, size, local_rank, local_size = numbers[:4]
+    rank, size, local_rank, local_size, *port = numbers
+    if port and not port[0] < 1 << 16:
+        raise UsageError(f"MASTER_PORT={port[0]} is no port: set one below 65536")
     if not (rank < size and local_rank < local_size <= size):
         advice = f"correct them, or unset {' '.join(IDENTITY)}"
         raise UsageError(f"{_assigned(found, IDENTITY)} contradict each other: {advice}")
@@ -133,7 +135,7 @@ def in_interactive_shell() -> bool:
 def _first_node() -> str:
     try:
         return nodes_of_step()[0]
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise UsageError(
             f"no answer from scontrol ({error}): set MASTER_ADDR to the name of the step's first node"
         ) from None
@@ -161,7 +163,7 @@ def tasks_on_nodes(text: str) -> list[int]:
 
 def slurm_port(environment: Mapping[str, str]) -> int:
     """The ranks' port, another one for each restart, since the last start may still hold its port."""
-    job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", 0))
+    job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
     return 20000 + (7 * job + restart) % 10000
 
 

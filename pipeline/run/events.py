@@ -11,6 +11,8 @@ from typing import Any
 from pipeline.run.jsonl import JsonLines, read_lines
 from pipeline.run.small_files import has
 
+_OF_A_CHECKPOINT = ("checkpoint", "training_resumed", "interrupted", "finished")
+
 
 class Events:
     """Appends events with `time` (seconds since 1970), `attempt` and `event`; only one rank writes."""
@@ -43,10 +45,13 @@ class Events:
 
 
 def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
-    """The step of the last checkpoint that a run has written and not abandoned by a rollback; None where none is."""
+    """The step of the last checkpoint that a run has written and not abandoned by a rollback; None where none is.
+
+    A run that finished, stopped or resumed after a step has one of it.
+    """
     saved: list[int] = []
     for row in events:
-        if row["event"] == "checkpoint" and has(row, {"step": int}):
+        if row["event"] in _OF_A_CHECKPOINT and has(row, {"step": int}) and row["step"] > 0:
             saved.append(row["step"])
         elif row["event"] == "rollback" and has(row, {"to": int}):
             saved = [step for step in saved if step <= row["to"]]

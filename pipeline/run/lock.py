@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -82,9 +83,10 @@ def acquire_lock(run: Path) -> TextIO:
         if time.monotonic() > deadline:
             raise RunLocked(run, _read_holder(run))
         time.sleep(0.1)
-    lock.truncate(0)
-    lock.write(f"{LockHolder(os.getpid(), os.uname().nodename, os.environ.get(START, ''))}\n")
-    lock.flush()
+    with suppress(OSError):  # on a full disk the lock holds all the same, and its holder is unknown to others
+        lock.truncate(0)
+        holder = LockHolder(os.getpid(), os.uname().nodename, os.environ.get(START, ""))
+        os.write(lock.fileno(), f"{holder}\n".encode())
     return lock
 
 

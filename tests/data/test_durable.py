@@ -23,3 +23,15 @@ def test_a_published_folder_replaces_another_and_its_name_is_synced(tmp_path, mo
         (tmp_path / name / "file").write_text(name)
     publish(tmp_path / "partial", tmp_path / "final")
     assert (synced, [path.name for path in tmp_path.iterdir()]) == (["partial"], ["final"])
+
+
+@pytest.mark.parametrize("stranger", ["file", "link"])
+def test_a_published_folder_takes_the_place_of_a_strangers_file_or_link(tmp_path, stranger: str) -> None:
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "file").write_text("ours")
+    if stranger == "file":
+        (tmp_path / "final").write_text("theirs")
+    else:
+        (tmp_path / "final").symlink_to("nowhere")
+    publish(tmp_path / "partial", tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1

@@ -245,6 +245,13 @@ def test_an_unreadable_mirror_stops_only_a_run_without_checkpoints(run, s3):
     assert not run.exists()
 
 
+def test_a_mirror_that_is_no_folder_is_not_taken_for_an_empty_one(tmp_path):
+    (tmp_path / "mirror").write_text("")
+    with pytest.raises(DataError, match="Not a directory"):
+        list_copies(str(tmp_path / "mirror"))
+    assert list_copies(str(tmp_path / "nowhere")) == {}
+
+
 def test_a_run_that_is_alive_elsewhere_is_not_written_into(run, s3, monkeypatch):
     monkeypatch.setattr("pipeline.run.lock.LOCK_TIMEOUT_SECONDS", 0.2)
     mirrored(run, URL, [4])

@@ -337,6 +337,8 @@ SAVED = [{"event": "checkpoint", "step": step} for step in (2, 4)]
         (SAVED, 4),
         ([*SAVED, {"event": "rollback", "to": 3}], 2),
         ([*SAVED, {"event": "rollback", "to": 0}], None),
+        ([{"event": "attempt_started"}, {"event": "interrupted", "step": 3}], 3),
+        ([{"event": "attempt_started"}, {"event": "checkpoint_failed", "step": 2}], None),
     ],
 )
 def test_what_a_run_has_saved_and_not_abandoned_must_be_there(
@@ -349,6 +351,33 @@ def test_what_a_run_has_saved_and_not_abandoned_must_be_there(
     else:
         with pytest.raises(UsageError, match=f"checkpoints are gone: it had saved step {lost} .*--restart"):
             make_plan(config, "pretrain", 1, 1)
+
+
+def test_a_run_whose_events_are_gone_too_does_not_begin_again(two: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 7}\n')
+    with pytest.raises(UsageError, match=r"events.jsonl.* is gone too, and metrics.jsonl ends with step 7.*--restart"):
+        make_plan(config_of(tmp_path / "run", two), "pretrain", 1, 1)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "rank-00000.safetensors", None])
+def test_a_run_is_done_by_a_checkpoint_whose_files_are_there(two: Path, tmp_path: Path, file: str | None) -> None:
+    config = config_of(tmp_path / "run", two, "train.steps=4")
+    fingerprint = read_manifest(str(two)).fingerprint or ""
+    save(tmp_path / "run", 2, fingerprint=fingerprint, data=two)
+    newest = save(tmp_path / "run", 4, fingerprint=fingerprint, data=two)
+    assert make_plan(config, "pretrain", 1, 1).finished
+    if file:
+        (newest / file).unlink()
+    else:  # a stranger's folder of a later step
+        shutil.rmtree(newest)
+        (tmp_path / "run" / "checkpoints" / step_name(5)).mkdir()
+    plan = make_plan(config, "pretrain", 1, 1)
+    assert plan.newest == 2 and not plan.finished
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / step_name(2))
+    (tmp_path / "run" / "checkpoints" / step_name(2)).mkdir()
+    plan = make_plan(config, "pretrain", 1, 1)
+    assert not plan.finished and not plan.is_new_run
 
 
 def test_setting_files_aside_loses_nothing_and_spares_a_run_that_is_alive(
