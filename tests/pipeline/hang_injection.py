@@ -38,7 +38,7 @@ def take_long() -> None:
 
 FAULTS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "sleep": (sleep_forever, []),
-    "read": (wait_forever, ["data.windows.read_ranges"]),
+    "read": (wait_forever, ["data.windows._read_window"]),
     "slow": (take_long, ["pipeline.training.evaluation.normalize"]),
 }
 """What happens before the forward pass, or before other functions (of "read" in their place)."""

@@ -200,6 +200,7 @@ def test_a_run_that_never_saved_begins_again_and_tells_how_many_steps_are_lost(
     run.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(undisturbed / name, run)
+    (run / "events.jsonl").write_text('{"time": 1, "attempt": 0, "event": "attempt_started"}\n')
     again = coatnet(*request_of(run, "train.steps=1", procs=1))
     assert again.returncode == 0 and f"begins again: it had no checkpoint yet, {STEPS} steps are lost" in again.stderr
     assert events(run, "training_started")[0]["steps_lost"] == STEPS and last_step(run) == 1
