@@ -76,19 +76,22 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     train, order = training_set(config, storage)
     if train.fingerprint is None and is_rank_zero():
         train = complete_if_writable(train) if is_first_process() else with_checksums(train)
-    newest = _newest(run, train)
+    length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
+    newest = _newest(run, train, length)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
         raise UsageError(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
-    length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
     evaluated = newest is not None and newest in evaluated_steps(run / "metrics.jsonl")
     return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
 
 
-def _newest(run: Path, train: Manifest) -> int | None:
-    """The step of a run's newest checkpoint whose files are there; UsageError where it was trained on other data."""
+def _newest(run: Path, train: Manifest, length: int) -> int | None:
+    """The step of a run's newest checkpoint; UsageError where it was trained on other data.
+
+    One by which the run is done must have all its files, since then no rank looks at it.
+    """
     folders = trusted_checkpoints(run)
     if not folders:
         if not checkpoints(run / "checkpoints"):
@@ -97,7 +100,8 @@ def _newest(run: Path, train: Manifest) -> int | None:
     for folder in reversed(folders):
         with suppress(DamagedCheckpoint):  # the ranks report it, and take an older one
             reader = CheckpointReader(folder)
-            reader.check_sizes()
+            if step_of(folder) >= length:  # else ranks verify it, each what it reads
+                reader.check_sizes()
             check_train_set(train, reader)
             return step_of(folder)
     return 0  # none is good, with which the ranks end: it is neither a new run nor one that is done

@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.run.identity import identify, settle
-from pipeline.run.jsonl import JsonLines, read_lines
+from pipeline.run.jsonl import append_row, read_lines
 from pipeline.run.small_files import NUMBER, has, write_atomically
 
 _END = {"cause": str, "step": int, "failed_nodes": list, "decision": str, "again": bool}
@@ -70,16 +70,9 @@ def is_run(path: Path) -> bool:
     return (path / "events.jsonl").exists() or (folder(path) / "jobs.jsonl").exists()
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line with the present time, unless the row has one."""
-    lines = JsonLines(path)
-    lines.write({"time": round(time.time(), 3), **row})
-    lines.close()
-
-
 def record_submission(run: Path, **facts: Any) -> None:
     """A line in jobs.jsonl, with the run's id; the run is no longer cancelled."""
-    append(folder(run) / "jobs.jsonl", {"run": settle(run).id, **facts})
+    append_row(folder(run) / "jobs.jsonl", {"run": settle(run).id, **facts})
     (folder(run) / "cancelled").unlink(missing_ok=True)
 
 
@@ -96,13 +89,13 @@ def _own(run: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def record_start(run: Path, name: str, nodes: tuple[str, ...]) -> None:
-    append(folder(run) / "starts.jsonl", {"run": settle(run).id, "start": name, "event": "start", "nodes": nodes})
+    append_row(folder(run) / "starts.jsonl", {"run": settle(run).id, "start": name, "event": "start", "nodes": nodes})
 
 
 def record_end(run: Path, ended: JobStart) -> None:
     row = {"time": round(ended.ended or time.time(), 3), "start": ended.name, "event": "end", "cause": ended.cause}
     row |= {"run": settle(run).id, "step": ended.last_step, "failed_nodes": ended.failed_nodes}
-    append(folder(run) / "starts.jsonl", row | {"decision": ended.decision, "again": ended.again})
+    append_row(folder(run) / "starts.jsonl", row | {"decision": ended.decision, "again": ended.again})
 
 
 def starts(run: Path) -> list[JobStart]:

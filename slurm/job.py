@@ -28,7 +28,7 @@ from pipeline.distributed.environment import FILE, IDENTITY, START, slurm_port
 from pipeline.distributed.launcher import COMMANDS, module_command
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run.events import last_logged_step
-from pipeline.run.jsonl import read_lines
+from pipeline.run.jsonl import append_row, read_lines
 from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.history import JobStart
@@ -239,7 +239,7 @@ def record_end(run: Path, ended: JobStart) -> None:
     if ended.again:
         lost = max(0, (ended.last_step or 0) - (latest_step(run) or 0))
         row = {"event": "requeued", "start": ended.name, "cause": ended.cause, "steps_lost": lost}
-        history.append(run / "events.jsonl", row)
+        append_row(run / "events.jsonl", row)
 
 
 def first_failed_node(run: Path, allocation: Allocation, output: list[str]) -> tuple[str, ...]:

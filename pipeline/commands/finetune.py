@@ -216,7 +216,7 @@ def _is_source(pinned: Source, source: Path, there: Weights | None, has_begun: b
         return True
     if pinned.digest is None or not source.exists():  # as older runs wrote it; or a place that has nothing any more
         return pinned.digest is not None and has_begun
-    identity = read_identity(source)  # of the same run, which has gone on since then
+    identity = read_identity(source)  # of the same run, which has trained further since then
     return identity is not None and identity.id == pinned.run_id
 
 

@@ -7,12 +7,10 @@ in the run's events (../attempt.py).
 from __future__ import annotations
 
 import os
-import sys
-import time
 from pathlib import Path
 
 from pipeline.distributed.environment import FILE, START
-from pipeline.run.jsonl import JsonLines
+from pipeline.run.jsonl import append_row
 
 
 def record_failure(status: int, message: str) -> None:
@@ -20,8 +18,5 @@ def record_failure(status: int, message: str) -> None:
     path = os.environ.get(FILE)
     if path is None:
         return
-    facts = {"start": os.environ.get(START, ""), "time": round(time.time(), 3), "rank": int(os.environ.get("RANK", 0))}
-    try:
-        JsonLines(Path(path)).write({**facts, "host": os.uname().nodename, "status": status, "message": message})
-    except OSError as error:
-        print(f"warning: {path}: {error.strerror}: coatnet status cannot show this error", file=sys.stderr)
+    facts = {"start": os.environ.get(START, ""), "rank": int(os.environ.get("RANK", 0)), "host": os.uname().nodename}
+    append_row(Path(path), {**facts, "status": status, "message": message})

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.run.jsonl import JsonLines, read_lines
+from pipeline.run.jsonl import append_row, read_lines
 from pipeline.run.small_files import DamagedFile, has, parse, read_object, warn_damaged, write_atomically
 
 NOTE = "run.json"
@@ -52,9 +51,7 @@ def settle(run: Path) -> Identity:
     if noted is not None:
         moved = noted.id == now.id
         event = {"event": "moved" if moved else "copied", "from": noted.folder, "to": now.folder}
-        lines = JsonLines(run / "events.jsonl")
-        lines.write({"time": round(time.time(), 3), **event})
-        lines.close()
+        append_row(run / "events.jsonl", event)
         if not moved:
             print(f"{run} is a copy of the run in {noted.folder}; from now on it is a run of its own")
     run.mkdir(parents=True, exist_ok=True)

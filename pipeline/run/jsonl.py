@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -41,6 +42,13 @@ class JsonLines(AppendedFile):
             if file.read(1) != b"\n":
                 file.write(b"\n")
         return file
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Adds one line to a file, with the present time unless the row has one."""
+    lines = JsonLines(path)
+    lines.write({"time": round(time.time(), 3), **row})
+    lines.close()
 
 
 def read_lines(path: Path, **kinds: type | UnionType) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from pipeline.config.parsing import validate
 from pipeline.config.schema import Config
 from pipeline.errors import RunFailed, UsageError
 from pipeline.lineage import lineage_entry, unknown_lineage
+from pipeline.run.jsonl import append_row
 from pipeline.run.lock import lock_holder
 from slurm import history, scheduler
 from slurm.cancel import cancel
@@ -45,7 +46,7 @@ class Run:
         (folder / "slurm").mkdir(parents=True)
 
     def _add(self, file: str, at: float, **row: Any) -> Run:
-        history.append(self.path / file, {"time": NOW - 60 * at, **row})
+        append_row(self.path / file, {"time": NOW - 60 * at, **row})
         return self
 
     def config(self, **train: Any) -> Run:
