@@ -18,9 +18,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 LONGEST = [
-    "test_zero", "test_faults", "test_end_to_end", "test_jobs", "test_guards", "test_schedules", "test_watchdog",
-    "test_cold_starts", "test_attempts", "test_rank_doctor", "test_mirror", "test_storage", "test_preview",
-    "test_restore", "test_stops",
+    "test_end_to_end", "test_saving", "test_faults", "test_jobs", "test_zero", "test_damaged_files", "test_watchdog",
+    "test_cold_starts", "test_guards", "test_storage", "test_attempts", "test_mirror", "test_stops", "test_schedules",
+    "test_restore", "test_without_submit", "test_launch", "test_rank_doctor", "test_checkpoint",
 ]  # fmt: skip
 """The files that take longest, run first: the last to begin would run alone."""
 
