@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.errors import UsageError
 from pipeline.run.lock import lock_holder
 from slurm import history, scheduler
+from slurm.requeue import srun_error
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 5.0
@@ -62,11 +63,8 @@ def exit_reason(run: Path) -> str | None:
     """The last error in the batch script's log, else its last line; of a rank that only exited, its log's last line."""
     batch = batch_log(run)
     lines = tail(batch, 200)[1].decode(errors="replace").splitlines() if batch else []
-    errors = [
-        line
-        for line in lines
-        if line.startswith(("coatnet: ", "srun: error: ", "srun: fatal: ")) and "Terminated" not in line
-    ]
+    telling = [line for line in lines if line.startswith(("coatnet: ", "srun: error: ")) or srun_error([line])]
+    errors = [line for line in telling if "Terminated" not in line]
     reason = (errors or [line for line in lines if line.strip()] or [None])[-1]
     exited = re.match(r"srun: error: \S+ tasks? (\d+)\S*: Exited", reason or "")
     if exited and (rank_log := newest_log(run, int(exited[1]))):

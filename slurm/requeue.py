@@ -34,6 +34,11 @@ class Cause(StrEnum):
     BAD_REQUEST = "bad request"
 
 
+_REFUSED = re.compile(
+    r"srun: (?:fatal: |unrecognized option |invalid option |option '.*' (?:requires|is ambiguous|doesn't allow)"
+    r"|error: (?:Unable to create step|.*launch failed))"
+)
+"""Srun's own words, and those of getopt(3) in its name."""
 HANG_EVENTS = ("heartbeat_lost", "hang")
 STOPPED_STATUSES = {STOPPED, *(128 + number for number in STOPPING)}
 """srun's exit status where ranks were asked to stop before their first step, or before they could hear of it."""
@@ -84,7 +89,7 @@ def classify_exit(ending: Ending) -> Cause:
         return Cause.HANG
     if set(ending.statuses) - {STOPPED}:  # srun then ends the others by SIGTERM
         return Cause.CRASH
-    if ending.srun_error is not None and "fatal:" in ending.srun_error:
+    if ending.srun_error is not None and not ending.srun_error.startswith("srun: error: "):
         return Cause.BAD_REQUEST
     if ending.srun_error is not None or ending.status in NO_PROGRAM:
         return Cause.NOT_STARTED
@@ -119,9 +124,8 @@ def nodes_reported_failed(log: Sequence[str]) -> list[str]:
 
 
 def srun_error(log: Sequence[str]) -> str | None:
-    """Srun's line where it started no ranks: for its options or environment (fatal), or as Slurm gave it no step."""
-    refused = re.compile(r"srun: (?:fatal: |error: (?:Unable to create step|.*launch failed))")
-    return next((line.strip() for line in log if refused.match(line)), None)
+    """Srun's line where it started no ranks: for its options or environment, or (an error) as Slurm gave it no step."""
+    return next((line.strip() for line in log if _REFUSED.match(line)), None)
 
 
 def nodes_of_killed_tasks(log: Sequence[str]) -> list[str]:

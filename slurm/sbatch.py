@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.contradictions import split_option
 from pipeline.config.schema import Slurm
 from pipeline.distributed.launcher import ROOT, module_command
 from pipeline.errors import UsageError
@@ -34,8 +35,9 @@ def parameters(
     again = {"array": f"0-{MAX_ARRAY_RESTARTS}%1", "no-requeue": True} if array else {"requeue": True}
     more: dict[str, Any] = {"kill-on-invalid-dep": "yes", **again}
     more |= {"output": f"{literal(folder)}/%j_0_log.out", "propagate": "NONE"}  # limits: the nodes', not this shell's
-    extra = (option.removeprefix("--").partition("=") for option in slurm.sbatch)
-    more |= {name: value if equals else True for name, equals, value in extra}
+    extra = dict(map(split_option, slurm.sbatch))
+    dependency = ",".join(filter(None, (dependency, extra.pop("dependency", None)))) or None
+    more |= {name: value or True for name, value in extra.items()}
     if slurm.min_nodes is not None and slurm.min_nodes < slurm.nodes:
         # ntasks must fit the fewest nodes; exclusive, since each node runs its full number of ranks all the same. A job
         # that survives the loss of a node lowers its request itself (job.py): Slurm would wait for as many as before.

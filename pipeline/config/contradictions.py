@@ -16,11 +16,18 @@ from pipeline.errors import UsageError
 
 FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of CPUs that compute in bf16, as Linux names them; the last is Arm's."""
-_OPTIONS = {name.replace("_", "-"): name for name in Slurm.model_fields} | {
-    "ntasks": "tasks_per_node", "ntasks-per-node": "tasks_per_node", "mem": "memory", "signal": "signal_seconds",
-    "no-requeue": "requeue",
+_SBATCH_OPTIONS = {name.replace("_", "-"): f"slurm.{name}" for name in Slurm.model_fields} | {
+    "array": "slurm.requeue", "requeue": "slurm.requeue", "no-requeue": "slurm.requeue",
+    "signal": "slurm.signal_seconds", "time-min": "slurm.time", "job-name": "run.dir",
+    **dict.fromkeys(["mem", "mem-per-cpu", "mem-per-gpu"], "slurm.memory"),
+    **dict.fromkeys(["cpus-per-gpu", "threads-per-core"], "slurm.cpus_per_task"),
+    **dict.fromkeys(["gpus", "gpus-per-task", "gpus-per-socket", "gres=gpu"], "slurm.gpus_per_node"),
+    **dict.fromkeys(
+        ["ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket"], "slurm.tasks_per_node"
+    ),
+    **dict.fromkeys(["output", "error", "input", "open-mode", "wrap", "parsable", "quiet", "test-only", "wait"]),
 }  # fmt: skip
-"""Options of sbatch that a key sets."""
+"""Options of sbatch that a key sets, or that would keep `submit` from its work (without a key)."""
 
 
 def check_job(slurm: Slurm) -> None:
@@ -37,10 +44,28 @@ def check_job(slurm: Slurm) -> None:
             " rank needs a GPU of its own"
         )
     for option in slurm.sbatch:
-        if key := _OPTIONS.get(option.removeprefix("--").partition("=")[0]):
-            problems.append(f"slurm.sbatch has {option}, which slurm.{key} would contradict; set slurm.{key} instead")
+        if taken := _taken_option(option):
+            key = _SBATCH_OPTIONS[taken]
+            why = (
+                f"which {key} would contradict; set {key} instead" if key else "which submit sets itself; leave it out"
+            )
+            problems.append(f"slurm.sbatch has {option}, {why}")
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def _taken_option(option: str) -> str | None:
+    """The option that this one is, or is short for, among those that are set already; None if it is another one."""
+    name, value = split_option(option)
+    if name == "gres" and re.match(r"(gres/)?gpu", value):
+        return "gres=gpu"
+    return next((taken for taken in sorted(_SBATCH_OPTIONS) if name and taken.startswith(name)), None)
+
+
+def split_option(option: str) -> tuple[str, str]:
+    """The name and the value of an option as `slurm.sbatch` has it: --name=value, --name value or --name."""
+    name, _, value = re.sub(r"\s+", "=", option.removeprefix("--").strip(), count=1).partition("=")
+    return name, value
 
 
 def warnings(config: Config, steps: int | None, cpu: set[str] | None) -> list[str]:

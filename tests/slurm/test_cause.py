@@ -111,7 +111,22 @@ def test_srun_reports_the_nodes_of_killed_tasks_and_failed_launches() -> None:
     refused = "srun: error: Task launch for StepId=2.0 failed on node n7: Communication connection failure\n"
     assert nodes_reported_failed([*log, refused]) == ["n7"]
     assert srun_error(log) is None
-    assert srun_error([*log, (line := "srun: fatal: No command given to execute.") + "\n"]) == line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "srun: fatal: No command given to execute.",
+        "srun: unrecognized option '--gpu-bnd=single'",
+        "srun: invalid option -- 'y'",
+        "srun: option '--mpi' requires an argument",
+        "srun: option '--cpu=x' is ambiguous; possibilities: '--cpu-bind' '--cpu-freq'",
+        "srun: option '--label' doesn't allow an argument",
+    ],
+)
+def test_options_that_srun_does_not_take_are_a_bad_request(line: str) -> None:
+    assert srun_error(["srun: job 2 queued and waiting for resources\n", line + "\n"]) == line
+    assert classify_exit(Ending(1, srun_error=line)) is Cause.BAD_REQUEST
 
 
 def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[JobStart]:
