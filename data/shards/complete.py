@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from data.errors import DataError
 from data.shards.manifest import MANIFEST, Manifest, Shard, write_manifest
-from data.shards.sample_table import HEADER_BYTES, ROW, table_checksum
+from data.shards.sample_table import HEADER_BYTES, ROW, shard_checksums
 from data.storage.prefetch import map_in_threads
 from data.urls import join, without_secrets
 
@@ -49,7 +49,8 @@ def with_checksums(manifest: Manifest) -> Manifest:
         contents = manifest.storage.read(url)
         if len(contents) != HEADER_BYTES + ROW.itemsize * shard.samples:
             raise DataError(f"{without_secrets(url)} is not a table of {shard.samples} samples; pack or index it again")
-        return replace(shard, table=table_checksum(contents))
+        table, headers = shard_checksums(contents)
+        return replace(shard, table=table, headers=headers)
 
     numbers = range(len(manifest.shards))
     shards = map_in_threads(with_checksum, numbers, _TABLES_AT_ONCE, lambda done, total: None)

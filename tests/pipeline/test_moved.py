@@ -41,9 +41,17 @@ def config_of(run: Path, data: object, *more: str) -> Config:
     return read_config(str(ROOT / "configs" / "tiny.yaml"), [*small, *more])
 
 
-def save(run: Path, step: int, value: float = 0.0, fingerprint: str = "", data: object = "nowhere") -> Path:
-    """A checkpoint with one number as its weight, trained on data of this fingerprint."""
-    state = {"train_fingerprint": fingerprint, "config": config_of(run, data).model_dump(mode="json"), "classes": ["a"]}
+def save(
+    run: Path,
+    step: int,
+    value: float = 0.0,
+    fingerprint: str | None = "",
+    headers: str | None = None,
+    data: object = "nowhere",
+) -> Path:
+    """A checkpoint with one number as its weight, trained on data of these fingerprints."""
+    state = {"train_fingerprint": fingerprint, "train_header_fingerprint": headers, "classes": ["a"]}
+    state |= {"config": config_of(run, data).model_dump(mode="json")}
     common = GlobalState({"w": (1,)}, {}, json.dumps({**state, "step": step, "ancestry": []}))
     part = rank_shard(step, {("w", "weight", 0): torch.tensor([value])}, common)
     write_checkpoint(run / "checkpoints", max(0, latest_attempt(run)), 0, 1, part)
@@ -101,6 +109,24 @@ def test_the_same_data_are_taken_wherever_they_lie(two: Path, tmp_path: Path, mo
     assert read_manifest(str(place)).fingerprint == read_manifest(str(two)).fingerprint
 
 
+def test_data_are_the_same_whether_their_images_were_looked_at_or_not(two: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    request: dict[str, Any] = {
+        "classes": str(tmp_path / "classes.txt"),
+        "label_field": None,
+        "workers": 1,
+        "progress": lambda *_: None,
+    }
+    for decode in (False, True):
+        index(f"{two}/*.tar", str(tmp_path / f"decode-{decode}"), decode=decode, **request)
+    packed, bare, looked = map(read_manifest, map(str, (two, tmp_path / "decode-False", tmp_path / "decode-True")))
+    assert looked.fingerprint == packed.fingerprint != bare.fingerprint
+    for number, (before, now) in enumerate([(bare, packed), (packed, bare)]):
+        run = tmp_path / f"{number}"
+        save(run, 1, fingerprint=before.fingerprint, headers=before.header_fingerprint)
+        assert make_plan(config_of(run, now.url), "pretrain", 1, 1).newest == 1
+
+
 def other_images(packed: Path) -> None:
     """The same sizes, other bytes: only the tables tell."""
     rows = bytearray((packed / "shard-000000.npy").read_bytes())
@@ -131,7 +157,8 @@ def other_reading(packed: Path) -> None:
 def test_other_data_are_refused_before_any_rank_starts_with_both_places(
     two: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    checkpoint = save(tmp_path / "run", 1, fingerprint=read_manifest(str(two)).fingerprint or "", data=two)
+    was = read_manifest(str(two))
+    checkpoint = save(tmp_path / "run", 1, fingerprint=was.fingerprint, headers=was.header_fingerprint, data=two)
     place = Path(shutil.copytree(two, tmp_path / "moved"))
     change(place)
     with pytest.raises(UsageError, match="another training set") as refused:
