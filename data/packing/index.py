@@ -118,8 +118,8 @@ def index(
     packed shards; without it the classes are the names that occur, or the numbers up to the highest. Labels stand in
     `.cls` (without it or a `.json`, in `.txt`), in the field `label_field` of `.json`, or in a part (`.txt`).
     `progress(done, total)` counts tars. UsageError where that cannot be; DamagedTars, when all others are done;
-    DataError where reading or writing fails. What was done by then is kept for the next try. A manifest of format 1
-    that is there already is completed, and no tar is read.
+    DataError where reading or writing fails. What was done by then is kept for the next try. A manifest without
+    checksums that is there already is completed, and no tar is read.
     """
     tars = find_tars(url)
     folder = _common_folder([split_query(tar.url)[0] for tar in tars])
@@ -233,9 +233,9 @@ def _holds_manifest(destination: str) -> bool:
 
 
 def _complete(destination: str) -> Report:
-    """Completes a manifest of format 1; UsageError where one of this format is there."""
+    """Completes an older manifest; UsageError where one is there that lacks nothing."""
     manifest = read_manifest(destination)
-    if manifest.fingerprint is not None:
+    if manifest.header_fingerprint is not None:
         raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
     shards = complete(manifest).shards
     what = f"as {MANIFEST} has them, which was completed with the checksums of its sample tables"

@@ -12,8 +12,9 @@ Where the tars are other tools' and stay where they are, the manifest says where
 query has that as well (`query`).
 
 `table` is the checksum of a shard's .npy, and `headers` what it would be if only the tar's headers had been read: a set
-is the same whether its images were looked at or not. Format 1 has neither: such a manifest is completed by complete.py,
-and keeps the SHA-256 of what it was (`format_1`), which older checkpoints have of their training set.
+is the same whether its images were looked at or not. Format 1 has neither, and early ones of format 2 no `headers`:
+complete.py completes them. One of format 1 keeps the SHA-256 of what it was (`format_1`), which older checkpoints have
+of their training set.
 
 The manifest is written last: where it is, everything that it names is whole.
 """
