@@ -48,7 +48,7 @@ path_option = partial(typer.Option, callback=_expanded)
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML preset, e.g. configs/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.learning_rate=5e-4")]
 Ranks = Annotated[int | None, typer.Option("--procs", min=1, help="ranks to run on this machine; default: 1")]
-Check = Annotated[bool, typer.Option("--check", help="check the configuration, without data, and stop")]
+Check = Annotated[bool, typer.Option("--check", help="check the configuration, without images, and stop")]
 Restart = Annotated[
     bool, typer.Option("--restart", help="begin anew; what is in run.dir is set aside in its folder restarted-N")
 ]

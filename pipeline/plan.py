@@ -74,7 +74,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     read_errors: list[ReadError] = []
     storage = Storage(on_error=read_errors.append)
     train, order = training_set(config, storage)
-    if train.fingerprint is None and is_rank_zero():
+    if train.header_fingerprint is None and is_rank_zero():
         train = complete_if_writable(train) if is_first_process() else with_checksums(train)
     length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
     newest = _newest(run, train, length)

@@ -73,7 +73,8 @@ def train(
     requested a stop.
     """
     with begin_attempt(config, plan) as attempt:
-        for warning in warnings(config, plan.steps, cpu_flags() if attempt.device.type == "cpu" else None):
+        cpu = cpu_flags() if attempt.device.type == "cpu" else None
+        for warning in warnings(config, plan.steps, len(plan.train.classes), cpu):
             attempt.console.print(f"warning: {warning}")
         model = deepspeed_engine.build_initial_model(config, plan, attempt.device, initial_weights)
         engine = deepspeed_engine.build_engine(model, config.train, config.optim, config.zero)

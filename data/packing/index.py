@@ -39,8 +39,8 @@ from data.shards.sample_table import (
     FLAG_UNCHECKED,
     HEADER_BYTES,
     ROW,
+    shard_checksums,
     table_bytes,
-    table_checksum,
     table_rows,
 )
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
@@ -118,8 +118,8 @@ def index(
     packed shards; without it the classes are the names that occur, or the numbers up to the highest. Labels stand in
     `.cls` (without it or a `.json`, in `.txt`), in the field `label_field` of `.json`, or in a part (`.txt`).
     `progress(done, total)` counts tars. UsageError where that cannot be; DamagedTars, when all others are done;
-    DataError where reading or writing fails. What was done by then is kept for the next try. A manifest of format 1
-    that is there already is completed, and no tar is read.
+    DataError where reading or writing fails. What was done by then is kept for the next try. A manifest without
+    checksums that is there already is completed, and no tar is read.
     """
     tars = find_tars(url)
     folder = _common_folder([split_query(tar.url)[0] for tar in tars])
@@ -128,7 +128,7 @@ def index(
         return _complete(destination)
     given = None if classes is None else read_classes(classes)
     request = _Request(Storage(), folder, destination, decode, label_field, given)
-    asked = {"decode": decode, "classes": given and list(given.names), "label_field": label_field, "tables": True}
+    asked = {"decode": decode, "classes": given and list(given.names), "label_field": label_field, "headers": True}
     done = read_done(destination, asked)
     found: list[_Indexed] = []
 
@@ -233,9 +233,9 @@ def _holds_manifest(destination: str) -> bool:
 
 
 def _complete(destination: str) -> Report:
-    """Completes a manifest of format 1; UsageError where one of this format is there."""
+    """Completes an older manifest; UsageError where one is there that lacks nothing."""
     manifest = read_manifest(destination)
-    if manifest.fingerprint is not None:
+    if manifest.header_fingerprint is not None:
         raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
     shards = complete(manifest).shards
     what = f"as {MANIFEST} has them, which was completed with the checksums of its sample tables"
@@ -248,7 +248,7 @@ def _complete(destination: str) -> Report:
 
 def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
     """What to keep of a tar for the next try, in JSON; no query, which may be another then."""
-    shard = [found.shard.name, found.shard.samples, found.shard.bytes, "", found.shard.table]
+    shard = vars(replace(found.shard, query=""))
     broken = [[each.key, each.reason] for each in found.broken]
     return {"of": [tar.bytes, tar.version], "found": {**found._asdict(), "shard": shard, "broken": broken}}
 
@@ -259,7 +259,7 @@ def _kept(request: _Request, done: Done, tar: Tar) -> _Indexed | None:
     if record is None or record["of"] != [tar.bytes, tar.version]:
         return None
     found = record["found"]
-    shard = replace(Shard(*found["shard"]), query=split_query(tar.url)[1])
+    shard = replace(Shard(**found["shard"]), query=split_query(tar.url)[1])
     try:
         table, _ = (request.storage.size(join(request.destination, shard.stem + each)) for each in (".npy", ".idx"))
     except NotFound:
@@ -294,7 +294,8 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     table = table_bytes(rows)
     _write(request.destination, name, table, index_bytes(samples))
     broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
-    return _Indexed(Shard(name, len(samples), tar.bytes, query, table_checksum(table)), labels, field, most, broken)
+    shard = Shard(name, len(samples), tar.bytes, query, *shard_checksums(table))
+    return _Indexed(shard, labels, field, most, broken)
 
 
 def _only_text(samples: list[TarSample]) -> str | None:

@@ -46,7 +46,7 @@ from data.packing.resume import (
 )
 from data.packing.sources import Source, check_empty_classes, list_source
 from data.shards.manifest import BadSample, Shard
-from data.shards.sample_table import FLAG_DECODED, sample_table, table_bytes, table_checksum
+from data.shards.sample_table import FLAG_DECODED, sample_table, shard_checksums, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
 from data.storage.prefetch import ordered_map
 from data.urls import split_query
@@ -260,7 +260,7 @@ def _write_shard(
         raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(shapes)}")
     table = table_bytes(sample_table(tar, samples, shapes, FLAG_DECODED))
     index = index_bytes(samples)
-    shard = Shard(f"{name}.tar", len(samples), len(tar), table=table_checksum(table))
+    shard = Shard(f"{name}.tar", len(samples), len(tar), "", *shard_checksums(table))
     done = FinishedShard(shard, len(index), tuple(broken))
     return write_shard(destination, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
 

@@ -141,7 +141,7 @@ def _finished_shards(fs: fsspec.AbstractFileSystem, folder: str, sizes: dict[str
 def _finished(record: Any) -> FinishedShard | None:
     try:
         shard = record["shard"] and Shard(**record["shard"])
-        if shard and not shard.table:  # as an older program noted it
+        if shard and not shard.headers:  # as an older program noted it
             return None
         return FinishedShard(shard, record["index_bytes"], tuple(BadSample(None, *each) for each in record["broken"]))
     except (KeyError, TypeError):

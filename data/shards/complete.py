@@ -1,4 +1,4 @@
-"""Completing a manifest of format 1 with its sample tables' checksums, so that the set is known by its content.
+"""Completing an older manifest with its sample tables' checksums, so that the set is known by its content.
 
 All tables are read once, 32 bytes a sample, and the manifest is written again. Where it cannot be written, the tables
 are read at each start of a training.
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from data.errors import DataError
 from data.shards.manifest import MANIFEST, Manifest, Shard, write_manifest
-from data.shards.sample_table import HEADER_BYTES, ROW, table_checksum
+from data.shards.sample_table import HEADER_BYTES, ROW, shard_checksums
 from data.storage.prefetch import map_in_threads
 from data.urls import join, without_secrets
 
@@ -34,8 +34,8 @@ def complete_if_writable(manifest: Manifest) -> Manifest:
         url, tars = without_secrets(manifest.url), without_secrets(manifest.shards_at or manifest.url)
         command = f"coatnet data index {tars}" + (f" --out {url}" if manifest.shards_at else "")
         print(
-            f"warning: {join(url, MANIFEST)} has format 1, without checksums of the sample tables, so these are read at"
-            f" each start; `{command}` adds them once ({error})",
+            f"warning: {join(url, MANIFEST)} is an older one and lacks checksums of the sample tables, so these are"
+            f" read at each start; `{command}` adds them once ({error})",
             file=sys.stderr,
         )
     return completed
@@ -49,7 +49,10 @@ def with_checksums(manifest: Manifest) -> Manifest:
         contents = manifest.storage.read(url)
         if len(contents) != HEADER_BYTES + ROW.itemsize * shard.samples:
             raise DataError(f"{without_secrets(url)} is not a table of {shard.samples} samples; pack or index it again")
-        return replace(shard, table=table_checksum(contents))
+        table, headers = shard_checksums(contents)
+        if shard.table not in ("", table):
+            raise DataError(f"{without_secrets(url)} is another table than the manifest's; pack or index it again")
+        return replace(shard, table=table, headers=headers)
 
     numbers = range(len(manifest.shards))
     shards = map_in_threads(with_checksum, numbers, _TABLES_AT_ONCE, lambda done, total: None)

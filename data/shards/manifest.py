@@ -1,6 +1,7 @@
 """Shards on disk: manifest, tar, DALI index and sample table; written, read and checked here, at any fsspec URL.
 
-    manifest.json       {"format": 2, "samples": N, "classes": [...], "shards": [{"name", "samples", "bytes", "table"}]}
+    manifest.json       {"format": 2, "samples": N, "classes": [...],
+                         "shards": [{"name", "samples", "bytes", "table", "headers"}]}
     shard-000000.tar    an ordinary WebDataset tar: KEY.jpg and KEY.cls of each sample
     shard-000000.idx    DALI's own index of it (wds2idx, v1.2)
     shard-000000.npy    one row of 32 bytes a sample; row i lies at byte 256 + 32 i, so any run of rows is one range
@@ -10,8 +11,10 @@ Where the tars are other tools' and stay where they are, the manifest says where
 (`labels`) if not the classes' numbers from 0: their names, or numbers from 1. A shard that a web server gives by a
 query has that as well (`query`).
 
-`table` is the checksum of a shard's .npy. Format 1 lacks it: such a manifest is completed by complete.py, and keeps
-the SHA-256 of what it was (`format_1`), which older checkpoints have of their training set.
+`table` is the checksum of a shard's .npy, and `headers` what it would be if only the tar's headers had been read: a set
+is the same whether its images were looked at or not. Format 1 has neither, and early ones of format 2 no `headers`:
+complete.py completes them. One of format 1 keeps the SHA-256 of what it was (`format_1`), which older checkpoints have
+of their training set.
 
 The manifest is written last: where it is, everything that it names is whole.
 """
@@ -37,6 +40,8 @@ from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs,
 from data.urls import has_suffix, join
 
 FORMAT = 2
+_OPTIONAL = ("query", "table", "headers")
+"""What a shard need not have."""
 MANIFEST = "manifest.json"
 
 
@@ -44,7 +49,7 @@ MANIFEST = "manifest.json"
 class Shard:
     """One tar: its file name beside the manifest, its samples, its bytes; the query with which its server gives it.
 
-    `table` is the checksum of its sample table, empty in format 1.
+    `table` and `headers` are checksums (sample_table.shard_checksums), empty in format 1.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Shard:
     bytes: int
     query: str = ""
     table: str = ""
+    headers: str = ""
 
     @property
     def stem(self) -> str:
@@ -86,15 +92,27 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str | None:
         """What the set is, wherever it lies, as a SHA-256; None where the tables' checksums are not known."""
-        if not all(shard.table for shard in self.shards):
+        return self._hash([shard.table for shard in self.shards])
+
+    @cached_property
+    def header_fingerprint(self) -> str | None:
+        """What `fingerprint` would be by the headers alone; None where that is not known."""
+        return self._hash([shard.headers for shard in self.shards])
+
+    def _hash(self, checksums: Sequence[str]) -> str | None:
+        if not all(checksums):
             return None
         content = [self.classes, self.label_field, self.labels_per_sample, self.labels]
-        rows = [[shard.samples, shard.bytes, shard.table] for shard in self.shards]
+        rows = [[shard.samples, shard.bytes, each] for shard, each in zip(self.shards, checksums, strict=True)]
         return hashlib.sha256(json.dumps([*content, rows]).encode()).hexdigest()
 
-    def is_set_of(self, fingerprint: str) -> bool:
-        """Whether a checkpoint with this fingerprint was trained on it; older ones have that of a manifest's bytes."""
-        return fingerprint in (self.fingerprint, self.format_1)
+    def is_set_of(self, fingerprint: str, header_fingerprint: str | None) -> bool:
+        """Whether a checkpoint with these fingerprints was trained on it; older ones have that of a manifest's bytes.
+
+        What is known of one by its headers alone need not agree with more.
+        """
+        known = (self.fingerprint, self.header_fingerprint, self.format_1)
+        return fingerprint in known or self.fingerprint == header_fingerprint
 
     def url_of(self, shard: int, suffix: str = ".tar") -> str:
         """Where a shard's tar lies, or its ".npy" or ".idx"."""
@@ -184,7 +202,7 @@ def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
         raise UsageError(f"{place} has format {document['format']}; this version reads formats 1 and {FORMAT}")
     try:
         shards = tuple(
-            Shard(each["name"], each["samples"], each["bytes"], each.get("query", ""), each.get("table", ""))
+            Shard(each["name"], each["samples"], each["bytes"], *(each.get(name, "") for name in _OPTIONAL))
             for each in document["shards"]
         )
         classes, samples = tuple(map(composed, document["classes"])), document["samples"]
@@ -212,8 +230,8 @@ def _fault(manifest: Manifest, samples: object, number: int) -> str | None:
     for shard in manifest.shards:
         if not isinstance(shard.name, str) or not has_suffix(shard.name, ".tar"):
             return f"names a shard {shard.name!r}, which is no .tar"
-        if not isinstance(shard.query, str):
-            return f"gives {shard.name} a query that is no text"
+        if not isinstance(shard.query, str) or not isinstance(shard.headers, str):
+            return f"gives {shard.name} a query or headers that are no text"
         if not isinstance(shard.table, str) or bool(shard.table) != (number > 1):
             return f"has format {number} and gives {shard.name} the table {shard.table!r}"
         if any(type(number) is not int or number < 1 for number in (shard.samples, shard.bytes)):

@@ -51,6 +51,7 @@ class Checkpointer:
         self._provenance = {
             "classes": plan.train.classes,
             "train_fingerprint": plan.train.fingerprint,
+            "train_header_fingerprint": plan.train.header_fingerprint,
             "config": config.model_dump(mode="json"),
             "ancestry": [*ancestors, entry],
         }

@@ -228,13 +228,8 @@ def _delete(url: str, step: int) -> None:
     DEFAULT.with_retries("removed", place, delete)
 
 
-def restore_from_mirror(config: Config) -> None:
-    """Copies the newest good checkpoint and the run's small files from the mirror, if the folder has no checkpoint.
-
-    Of ranks that start at once, one does it. UsageError where the URL cannot be a mirror, DataError where it cannot be
-    read, RunFailed where none of its checkpoints is good, or the folder cannot be written.
-    """
-    run, url = Path(config.run.dir), config.checkpoint.mirror
+def check_mirror(run: Path, url: str | None) -> None:
+    """UsageError where a URL cannot be this run's mirror, whatever is there."""
     if url is None:
         return
     if urlsplit(url).password:  # config.yaml and every checkpoint and export would have it
@@ -242,9 +237,28 @@ def restore_from_mirror(config: Config) -> None:
             "checkpoint.mirror contains a password, which others could read in config.yaml and in checkpoints; pass it"
             " in the environment, such as FSSPEC_FTP_PASSWORD=... for ftp://"
         )
-    fs, top = open_fs(url)
-    if isinstance(fs, LocalFileSystem) and Path(top).resolve() == run.resolve():
-        raise UsageError(f"checkpoint.mirror={url} is run.dir itself; choose another place, or null")
+    try:
+        fs, top = open_fs(url)
+    except UsageError as error:
+        raise UsageError(f"checkpoint.mirror: {error}") from None
+    place, folder = Path(top).resolve(), run.resolve()
+    if isinstance(fs, LocalFileSystem) and (place == folder or place in folder.parents or folder in place.parents):
+        raise UsageError(
+            f"checkpoint.mirror={url} and run.dir={run} are one folder or lie in each other, so that the one would be"
+            " deleted or damaged with the other; choose another place, or null"
+        )
+
+
+def restore_from_mirror(config: Config) -> None:
+    """Copies the newest good checkpoint and the run's small files from the mirror, if the folder has no checkpoint.
+
+    Of ranks that start at once, one does it. UsageError where the URL cannot be a mirror, DataError where it cannot be
+    read, RunFailed where none of its checkpoints is good, or the folder cannot be written.
+    """
+    run, url = Path(config.run.dir), config.checkpoint.mirror
+    check_mirror(run, url)
+    if url is None:
+        return
     identity = identify(run)
     if identity.copy_of is not None and _may_mirror_to(Path(identity.copy_of), url):
         raise _not_ours(run, url, identity.copy_of)

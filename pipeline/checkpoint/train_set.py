@@ -11,9 +11,10 @@ from pipeline.errors import UsageError
 
 
 def check_train_set(train: Manifest, reader: CheckpointReader) -> None:
-    """UsageError, naming both places, where it is another; the ranks but 0 may not know what a set of format 1 is."""
+    """UsageError, naming both places, where it is another; the ranks but 0 may not have what an old manifest lacks."""
     state: dict[str, Any] = reader.state()
-    if train.fingerprint is None or train.is_set_of(state["train_fingerprint"]):
+    recorded = state["train_fingerprint"], state.get("train_header_fingerprint")
+    if train.header_fingerprint is None or train.is_set_of(*recorded):
         return
     before = state["config"]["data"]["train"]
     raise UsageError(

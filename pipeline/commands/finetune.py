@@ -74,7 +74,7 @@ def finetune(
     """Fine-tunes, resumes, or begins anew with `restart`; returns the exit status."""
     config = read_config(preset, overrides)
     anew = set_aside_config(config) if restart else config
-    if check:  # without data
+    if check:
         if source is None:
             print("without --from, the weights and their augmentation are not checked", file=sys.stderr)
         classes = None if source is None else check_source(anew, source, weights)

@@ -6,18 +6,21 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from data.shards.manifest import Manifest, read_manifest
+from data.storage.remote import Storage
 from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
-from pipeline.checkpoint.mirror import list_copies, restore_from_mirror
+from pipeline.checkpoint.mirror import check_mirror, list_copies, restore_from_mirror
 from pipeline.config.batch_size import padding_share
 from pipeline.config.contradictions import check_job, cpu_flags, known_steps, warnings
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_first_process, is_rank, local_world_size, rank_and_world_size
 from pipeline.distributed.launcher import launch
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.monitoring.wandb import check_wandb
 from pipeline.plan import Plan, check_ranks, make_plan
 from pipeline.run.restart import next_place, set_aside
@@ -59,6 +62,7 @@ def begin_anew(config: Config, command: str, procs: int) -> None:
 def set_files_aside(config: Config) -> None:
     """Moves what is in a run's folder into a folder in it; UsageError where its mirror would bring it back."""
     run, mirror = Path(config.run.dir), config.checkpoint.mirror
+    check_mirror(run, mirror)
     if mirror is not None and list_copies(mirror):
         raise UsageError(
             f"checkpoint.mirror={without_secrets(mirror)} has checkpoints, from which the run would resume: with"
@@ -107,9 +111,9 @@ def import_training() -> None:
 
 
 def check_config(config: Config, procs: int, quiet: bool = False, likely_classes: int | None = None) -> int:
-    """Checks what can be checked without data, and, unless `quiet`, prints what would be trained; returns 0.
+    """Checks what can be checked without images, and, unless `quiet`, prints what would be trained; returns 0.
 
-    `likely_classes` is assumed where model.classes is null.
+    `likely_classes` is assumed where model.classes is null and there is no manifest.
     """
     import torch
 
@@ -118,21 +122,31 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
 
     check_ranks(config, procs)
     check_job(config.slurm)
+    check_mirror(Path(config.run.dir), config.checkpoint.mirror)
     check_wandb(config.log.wandb)
-    classes = config.model.classes or likely_classes or 1000
+    train = None if quiet else _readable_manifest(config.data.train)
+    known_classes = config.model.classes or (len(train.classes) if train else None)
+    classes = known_classes or likely_classes or 1000
     counts = count_model(config.model, config.train, classes)
     if quiet:
         return 0
-    samples = config.data.train_samples
+    samples = config.data.train_samples or (train.samples if train else None)
     lines = training_summary(config.model, config.train, config.zero, classes, counts, procs, samples)
     print("valid:", "\n".join(lines))
-    if config.model.classes is None:
+    if known_classes is None:
         print(f"model.classes is null: {classes:,} classes are assumed until the data is read")
     on_gpu = config.slurm.gpus_per_node or torch.cuda.is_available()
-    found = warnings(config, known_steps(config), None if on_gpu else cpu_flags())
+    found = warnings(config, known_steps(config.train, samples), known_classes, None if on_gpu else cpu_flags())
     for warning in filter(None, (*found, padding_share(config.train, procs))):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
+
+
+def _readable_manifest(url: str) -> Manifest | None:
+    """What a training set's manifest says, if it is there and can be read at once: the data may be the nodes' alone."""
+    with suppress(DataError, UsageError):
+        return read_manifest(url, Storage(attempts=1, attempt_timeout=10.0))
+    return None
 
 
 def _check_attention(config: Config) -> None:

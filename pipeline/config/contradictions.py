@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 
 from pipeline.config.batch_size import total_steps
-from pipeline.config.schema import Config, Slurm, parse_duration, profiled_steps
+from pipeline.config.schema import Config, Slurm, Train, parse_duration, profiled_steps
 from pipeline.errors import UsageError
 
 FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of CPUs that compute in bf16, as Linux names them; the last is Arm's."""
+EARLY_SECONDS = 60
+"""How much earlier than asked Slurm sends a job's signal at most."""
 _SBATCH_OPTIONS = {name.replace("_", "-"): f"slurm.{name}" for name in Slurm.model_fields} | {
     "array": "slurm.requeue", "requeue": "slurm.requeue", "no-requeue": "slurm.requeue",
     "signal": "slurm.signal_seconds", "time-min": "slurm.time", "job-name": "run.dir",
@@ -57,23 +59,28 @@ def check_job(slurm: Slurm) -> None:
 def _taken_option(option: str) -> str | None:
     """The option that this one is, or is short for, among those that are set already; None if it is another one."""
     name, value = split_option(option)
-    if name == "gres" and re.match(r"(gres/)?gpu", value):
-        return "gres=gpu"
+    if name == "gres":
+        return "gres=gpu" if re.match(r"(gres/)?gpu", value) else None
     return next((taken for taken in sorted(_SBATCH_OPTIONS) if name and taken.startswith(name)), None)
 
 
 def split_option(option: str) -> tuple[str, str]:
     """The name and the value of an option as `slurm.sbatch` has it: --name=value, --name value or --name."""
-    name, _, value = re.sub(r"\s+", "=", option.removeprefix("--").strip(), count=1).partition("=")
-    return name, value
+    name, *value = re.split(r"=|\s+", option.removeprefix("--").strip(), maxsplit=1)
+    return name, "".join(value)
 
 
-def warnings(config: Config, steps: int | None, cpu: set[str] | None) -> list[str]:
+def warnings(config: Config, steps: int | None, classes: int | None, cpu: set[str] | None) -> list[str]:
     """A line for each contradiction. Pure.
 
-    `steps`: the training's length, where it is known. `cpu`: the flags of the CPU that computes; None where a GPU does.
+    `steps`: the training's length, and `classes`, where they are known. `cpu`: the flags of the CPU that computes; None
+    where a GPU does.
     """
     optim, train, slurm, found = config.optim, config.train, config.slurm, []
+    if classes == 1 and train.loss == "softmax":
+        found.append(
+            "train.loss=softmax is 0 whatever the network says where there is one class; set train.loss=sigmoid"
+        )
     if cpu and train.precision == "bf16" and not cpu & FAST_BF16:
         found.append(
             "train.precision=bf16 takes about ten times as long as fp32 on this machine's CPU, which has neither"
@@ -107,12 +114,18 @@ def warnings(config: Config, steps: int | None, cpu: set[str] | None) -> list[st
             f"slurm.tasks_per_node={slurm.tasks_per_node} is less than slurm.gpus_per_node={slurm.gpus_per_node}: a"
             " rank uses one GPU, and the others are idle"
         )
+    limit = parse_duration(slurm.time)
+    if limit and limit - EARLY_SECONDS <= slurm.signal_seconds < limit:
+        found.append(
+            f"slurm.signal_seconds={slurm.signal_seconds} leaves {limit - slurm.signal_seconds} s of"
+            f" slurm.time={slurm.time}, and Slurm sends the signal up to {EARLY_SECONDS} s early: a start that is told"
+            " to stop before its first step is requeued, endlessly; lower the first or raise the second"
+        )
     return found
 
 
-def known_steps(config: Config) -> int | None:
-    """The training's length, where it is known without the data."""
-    train, samples = config.train, config.data.train_samples
+def known_steps(train: Train, samples: int | None) -> int | None:
+    """The training's length, where that is known."""
     if train.steps is not None or samples is None:
         return train.steps
     return total_steps(train.epochs or 0, samples, train.global_batch)

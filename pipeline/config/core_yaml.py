@@ -2,7 +2,7 @@
 
 Those read 12:00:00 as 43200, 0123 as 83, no as false and 2024-11-05 as a date, and of a key that is given twice the
 last one wins. Here these are text, 123, text, text, and an error. A value whose key takes text is what was typed, also
-where it looks like a number or a boolean: 007 stays 007. Only null is null.
+where it looks like a number or a boolean: 007 stays 007. Only null is null. On a command line nothing of it is YAML.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ for _tag, (_pattern, _) in _CORE.items():
 def read_yaml(text: str, takes_text: Callable[[str], bool] = lambda key: False, key: str = "") -> Any:
     """The value of a document; `takes_text` says of a key's full name whether it takes text.
 
-    `key`: the full name of the key that is set to this value on a command line, where a # begins no comment.
+    `key`: the full name of the key that a command line sets to this value, all of which must be taken as it is.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
         if key and text[node.end_mark.index if node else 0 :].lstrip().startswith("#"):
             raise YamlError("what follows the # would be a comment; quote the value", 1)
+        if key and any(map(_is_interpreted, yaml.scan(text))):
+            raise YamlError("an anchor (&), alias (*), tag (!) or line break would not be taken as typed; quote it", 1)
         return None if node is None else _value(node, takes_text, key, count(1))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -78,9 +80,30 @@ def read_yaml(text: str, takes_text: Callable[[str], bool] = lambda key: False, 
         raise YamlError("nested too deeply, or an alias within what it stands for", 1) from None
 
 
+def read_typed(text: str) -> str | None:
+    """The value of a key that takes text, from a command line: null, or as typed, without quotes around all of it."""
+    if _CORE[_TAG + "null"][0].match(text):
+        return None
+    try:
+        text.encode()
+        node = yaml.compose(text, Loader=_Loader) if text[0] in "'\"" and len(text.splitlines()) == 1 else None
+    except UnicodeEncodeError:
+        raise YamlError("not UTF-8", 1) from None
+    except yaml.YAMLError:
+        return text
+    return node.value if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text) else text
+
+
 def write_yaml(tree: Any) -> str:
     """A document that reads as an equal tree by YAML 1.2 and 1.1."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+def _is_interpreted(token: yaml.Token) -> bool:
+    """Whether a part of a value stands for something else than it says."""
+    if isinstance(token, yaml.ScalarToken) and token.style not in ("|", ">"):
+        return token.start_mark.line != token.end_mark.line
+    return isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken)
 
 
 def _value(node: yaml.Node, takes_text: Callable[[str], bool], key: str, values: Iterator[int]) -> Any:

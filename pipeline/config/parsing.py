@@ -18,7 +18,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from data.paths import expand
-from pipeline.config.core_yaml import YamlError, read_yaml, write_yaml
+from pipeline.config.core_yaml import YamlError, read_typed, read_yaml, write_yaml
 from pipeline.config.schema import Config, Section, describe_type, documented_keys, item_type, section_type
 from pipeline.errors import UsageError
 
@@ -77,7 +77,12 @@ def _with_paths_expanded(tree: dict[str, Any], origin: str, overrides: Sequence[
 def _override_with(message: str, overrides: Sequence[str]) -> str | None:
     """The last override whose key a message names."""
     keys = {text: re.escape(text.partition("=")[0]) for text in overrides}
-    return next((text for text in reversed(overrides) if re.search(rf"\b{keys[text]}\b", message)), None)
+    return next((_shown(text) for text in reversed(overrides) if re.search(rf"\b{keys[text]}\b", message)), None)
+
+
+def _shown(override: str) -> str:
+    """An override in one line."""
+    return override.replace("\n", "\\n")
 
 
 def to_yaml(config: Config) -> str:
@@ -103,22 +108,22 @@ def changes(old: Config, new: Config) -> dict[str, tuple[str, Any, Any]]:
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[dict[str, Any], str]]:
     if path.resolve() in map(Path.resolve, seen):
         raise UsageError(f"{path}: base leads back to itself: {' -> '.join(map(str, [*seen, path]))}")
-    tree = _load(path)
+    tree = _load(path, f"{seen[-1]}: base: " if seen else "")
     base = tree.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise UsageError(f"{path}: base is {_as_json(base)}; it must be the name of a YAML file beside this one")
-    below = _file_layers(path.parent / expand(base, f"{path}: base"), (*seen, path)) if base else []
+    below = _file_layers(path.parent / expand(base, f"{path}: base"), (*seen, path)) if base is not None else []
     return [*below, (tree, str(path))]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file, unchecked; UsageError where it is missing or holds none."""
+def _load(path: Path, named_by: str = "") -> dict[str, Any]:
+    """The sections of a YAML file, unchecked; UsageError where it is missing (with `named_by`) or holds none."""
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"), _takes_text)
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: {error.strerror}{_similar_file(path)}") from None
+        raise UsageError(f"{named_by}{path}: {error.strerror}{_similar_file(path)}") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
+        raise UsageError(f"{named_by}{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}: line {line}: not UTF-8; save the file in that encoding") from None
@@ -144,13 +149,15 @@ def _parse_override(text: str) -> tuple[dict[str, Any], str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"{text}: an override has the form section.key=value")
+    facts = documented_keys().get(name)
     try:
-        leaf = read_yaml(value, _takes_text, name)
+        is_text = facts is not None and facts["text"] and not facts["list"]
+        leaf: Any = read_typed(value) if is_text else read_yaml(value, _takes_text, name)
     except YamlError as error:
-        raise UsageError(f"{text}: {error.problem}") from None
+        raise UsageError(f"{_shown(text)}: {error.problem}") from None
     for part in reversed(name.split(".")):
         leaf = {part: leaf}
-    return leaf, text
+    return leaf, _shown(text)
 
 
 def _check_keys(tree: dict[str, Any], section: type[Section], prefix: str, origin: str) -> None:
@@ -166,6 +173,8 @@ def _check_keys(tree: dict[str, Any], section: type[Section], prefix: str, origi
             raise UsageError(
                 f"{origin}: {full} is {_as_json(value)}; it is a section with {', '.join(inner.model_fields)}"
             )
+        elif isinstance(value, dict):
+            raise UsageError(f"{origin}: {full} is {_as_json(value)}; it must be {describe_type(section, name)}")
 
 
 def _suggestion(full: str, section: type[Section], prefix: str) -> str:

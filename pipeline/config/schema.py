@@ -12,7 +12,8 @@ import re
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.batch_size import divisors, fitting_micro_batches, ranks_of_group, suggest
 
@@ -31,6 +32,15 @@ def key(default: Any, meaning: str, change: Change = "immutable", *, expanded: b
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        values = value if isinstance(value, list | tuple) else [value]
+        if bool not in (annotation, *get_args(annotation)) and any(isinstance(each, bool) for each in values):
+            raise PydanticCustomError("boolean", "neither true nor false is allowed")
+        return value
 
 
 class Run(Section):
@@ -383,9 +393,9 @@ def parse_duration(time: str) -> int | None:
 
 @cache
 def documented_keys() -> dict[str, dict[str, Any]]:
-    """Every key by its full name, in order: `meaning`, `default`, `change`, `expanded`, `text` (whether it takes text).
+    """Every key by its full name, in order: `meaning`, `default`, `change`, `expanded`, `text`, `list`.
 
-    Lists of sections count as one key.
+    The last two say whether it takes text, and a list. Lists of sections count as one key.
     """
     found: dict[str, dict[str, Any]] = {}
 
@@ -397,8 +407,11 @@ def documented_keys() -> dict[str, dict[str, Any]]:
             else:
                 extra = info.json_schema_extra
                 assert isinstance(extra, dict)
-                text = str in (info.annotation, *get_args(info.annotation))
-                found[prefix + name] = {"meaning": info.description, "default": info.default, "text": text, **extra}
+                kinds = {
+                    "text": str in (info.annotation, *get_args(info.annotation)),
+                    "list": get_origin(info.annotation) is tuple,
+                }
+                found[prefix + name] = {"meaning": info.description, "default": info.default, **kinds, **extra}
 
     visit(Config, "")
     return found

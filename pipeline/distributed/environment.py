@@ -75,14 +75,11 @@ def rank_variables(environment: Mapping[str, str], interactive: bool) -> dict[st
             " is no task of srun's, unset SLURM_STEP_NUM_TASKS"
         )
     found = {**step, **given}
-    _require(IDENTITY if step else (*IDENTITY, *ADDRESS), found, claimed)
-    numbers = [_number(found, name) for name in (*IDENTITY, "MASTER_PORT") if name in found]
-    rank, size, local_rank, local_size, *port = numbers
-    if port and not port[0] < 1 << 16:
-        raise UsageError(f"MASTER_PORT={port[0]} is no port: set one below 65536")
-    if not (rank < size and local_rank < local_size <= size):
-        advice = f"correct them, or unset {' '.join(IDENTITY)}"
-        raise UsageError(f"{_assigned(found, IDENTITY)} contradict each other: {advice}")
+    if not step:
+        _require((*IDENTITY, *ADDRESS), found, claimed)
+        _check_rank([_number(found, name) for name in IDENTITY], _assigned(found, IDENTITY), IDENTITY)
+    if "MASTER_PORT" in found and not _number(found, "MASTER_PORT") < 1 << 16:
+        raise UsageError(f"MASTER_PORT={found['MASTER_PORT']} is no port: set one below 65536")
     return found
 
 
@@ -97,14 +94,25 @@ def _task_of_step(environment: Mapping[str, str], interactive: bool) -> dict[str
     alone = tasks == "1" or environment.get("SLURM_NTASKS", tasks) != tasks
     if not tasks or (START not in environment and (alone or ("SLURM_PTY_PORT" in environment and interactive))):
         return {}
-    _require(STEP, environment, ["SLURM_STEP_NUM_TASKS"])
-    node, on_nodes = _number(environment, "SLURM_NODEID"), tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
-    local_size = str(on_nodes[node]) if node < len(on_nodes) else "0"
-    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    return dict(zip(IDENTITY, [*(environment[name] for name in names), local_size], strict=True))
+    claimed = ("SLURM_STEP_NUM_TASKS",)
+    _require(STEP, environment, claimed)
+    _number(environment, "SLURM_JOB_ID")
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+    *numbers, node = (_number(environment, name) for name in names)
+    on_nodes = tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])
+    numbers.append(on_nodes[node] if node < len(on_nodes) else 0)
+    _check_rank(numbers, _assigned(environment, (*names, "SLURM_STEP_TASKS_PER_NODE")), claimed)
+    return dict(zip(IDENTITY, map(str, numbers), strict=True))
 
 
-def _require(names: Iterable[str], environment: Mapping[str, str], claimed: list[str]) -> None:
+def _check_rank(numbers: Iterable[int], said: str, claimed: Iterable[str]) -> None:
+    """UsageError where no rank has these numbers, in IDENTITY's order; `said` are the variables that say so."""
+    rank, size, local_rank, local_size = numbers
+    if not (rank < size and local_rank < local_size <= size):
+        raise UsageError(f"{said} contradict each other: correct them, or unset {' '.join(claimed)}")
+
+
+def _require(names: Iterable[str], environment: Mapping[str, str], claimed: Iterable[str]) -> None:
     """UsageError unless all of these are set; `claimed` are the ones by which this process is a rank."""
     if missing := [name for name in names if not environment.get(name)]:
         raise UsageError(
@@ -163,7 +171,8 @@ def tasks_on_nodes(text: str) -> list[int]:
 
 def slurm_port(environment: Mapping[str, str]) -> int:
     """The ranks' port, another one for each restart, since the last start may still hold its port."""
-    job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT") or 0)
+    job = _number(environment, "SLURM_JOB_ID")
+    restart = _number(environment, "SLURM_RESTART_COUNT") if environment.get("SLURM_RESTART_COUNT") else 0
     return 20000 + (7 * job + restart) % 10000
 
 

@@ -61,7 +61,7 @@ def pack_two(folder: Path) -> Path:
 def as_format_1(packed: Path) -> bytes:
     """Gives packed images a manifest as older versions wrote it; returns its bytes."""
     manifest = read_manifest(str(packed))
-    write_manifest(str(packed), manifest.classes, [replace(shard, table="") for shard in manifest.shards])
+    write_manifest(str(packed), manifest.classes, [replace(shard, table="", headers="") for shard in manifest.shards])
     return (packed / "manifest.json").read_bytes()
 
 

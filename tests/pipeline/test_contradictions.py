@@ -1,12 +1,15 @@
 """Keys that are good by themselves and contradict each other are named before anything is trained."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.shards.manifest import Shard, write_manifest
+from pipeline.checkpoint.mirror import check_mirror
 from pipeline.commands.pretrain import check_config
 from pipeline.config.contradictions import check_job, known_steps, warnings
 from pipeline.config.parsing import validate
@@ -26,8 +29,10 @@ def config(**sections: Any) -> Config:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_preset_contradicts_itself(preset: str) -> None:
-    assert warnings(preset_of(preset), known_steps(preset_of(preset)), FAST) == []
-    check_job(preset_of(preset).slurm)
+    trained = preset_of(preset)
+    steps = known_steps(trained.train, trained.data.train_samples)
+    assert warnings(trained, steps, trained.model.classes, FAST) == []
+    check_job(trained.slurm)
 
 
 @given(
@@ -37,20 +42,20 @@ def test_a_learning_rate_that_does_not_fall_after_its_warm_up_is_warned_about(wa
     keys = {"warmup_steps": warmup, "learning_rate": peak, "final_learning_rate": final, "decay": decay}
     trained = config(optim=keys)
     rates = [learning_rate(trained.optim, step, steps) for step in range(steps)]
-    found = warnings(trained, steps, None)
+    found = warnings(trained, steps, None, None)
     if final > peak:
         assert "optim.final_learning_rate" in found[-1]
     if warmup >= steps:
         assert "optim.warmup_steps" in found[0] and rates == sorted(rates)
     elif final <= peak:
         assert not found and rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    assert warnings(config(optim=keys | {"decay": "none", "warmup_steps": 0}), steps, None) == []
+    assert warnings(config(optim=keys | {"decay": "none", "warmup_steps": 0}), steps, None, None) == []
 
 
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_checkpoints_to_keep_that_are_not_made_are_warned_about(every, keep_every):
     made, wanted = set(range(0, 200, every)), set(range(0, 200, keep_every))
-    found = warnings(config(checkpoint={"every": every, "keep_every": keep_every}), None, None)
+    found = warnings(config(checkpoint={"every": every, "keep_every": keep_every}), None, None, None)
     assert bool(found) == (not wanted <= made and not made <= wanted)
     assert not found or f"multiples of {min(made & wanted - {0})} steps" in found[0]
 
@@ -72,6 +77,9 @@ def test_a_job_that_would_be_told_to_stop_as_it_starts_is_refused(seconds, signa
             check_job(slurm)
     else:
         check_job(slurm)
+        found = [line for line in warnings(config(slurm=dict(slurm)), None, None, None) if "signal" in line]
+        left = limit - slurm.signal_seconds
+        assert bool(found) == (0 < left <= 60) and (not found or f"leaves {left} s of slurm.time={time}" in found[0])
     check_job(Slurm(time="UNLIMITED", signal_seconds=slurm.signal_seconds))
 
 
@@ -116,25 +124,28 @@ def test_other_options_of_sbatch_are_passed_on(option: str) -> None:
         ({"data": {"cache": {"max_bytes": 1}}}, "data.cache.max_bytes"),
         ({"model": {"norm": "layer"}, "train": {"batch_norm_group": 64}}, "train.batch_norm_group=64"),
         ({"slurm": {"gpus_per_node": 4, "tasks_per_node": 2}}, "slurm.tasks_per_node=2"),
+        ({"train": {"loss": "softmax"}}, "train.loss=softmax"),
     ],
 )
 def test_keys_without_an_effect_are_warned_about(sections: dict[str, Any], message: str) -> None:
-    (found,) = warnings(config(**sections), 1000, None)
+    loss = {"loss": "sigmoid", "label_smoothing": 0.0001}
+    sections["train"] = loss | sections.get("train", {})
+    (found,) = warnings(config(**sections), 1000, 1, None)
     assert message in found
 
 
 def test_bf16_is_warned_about_on_a_cpu_without_it_and_nowhere_else() -> None:
     bf16, fp32 = config(), config(train={"precision": "fp32"})
     slow, *others = ({"avx2", "avx512f"}, FAST, {"amx_bf16"}, {"fp", "bf16"}, None, set())
-    assert [len(warnings(bf16, None, flags)) for flags in (slow, *others)] == [1, 0, 0, 0, 0, 0]
-    assert warnings(fp32, None, slow) == []
+    assert [len(warnings(bf16, None, None, flags)) for flags in (slow, *others)] == [1, 0, 0, 0, 0, 0]
+    assert warnings(fp32, None, None, slow) == []
 
 
 @given(st.floats(0.01, 100), st.integers(1, 10**7), st.integers(1, 4096))
 def test_a_length_in_epochs_is_known_once_the_samples_are(epochs, samples, batch):
     train = {"steps": None, "epochs": epochs, "global_batch": batch, "micro_batch": batch}
-    assert known_steps(config(train=train)) is None
-    known = known_steps(config(train=train, data={"train_samples": samples}))
+    assert known_steps(config(train=train).train, None) is None
+    known = known_steps(config(train=train).train, samples)
     assert known is not None and math.isclose(known, epochs * samples / batch, rel_tol=1e-9, abs_tol=1)
 
 
@@ -149,3 +160,26 @@ def test_a_check_warns_and_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(UsageError, match=r"slurm.signal_seconds=300 is not less than slurm.time=5"):
         check_config(config(**keys, slurm={"time": "5"}), 1)
+
+
+def test_a_check_knows_the_length_by_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.commands.pretrain.cpu_flags", lambda: FAST)
+    train = {"steps": None, "epochs": 1, "global_batch": 64}
+    write_manifest(str(tmp_path), ["a", "b"], [Shard("a.tar", 6400, 1)])
+    check_config(config(train=train, data={"train": str(tmp_path)}, optim={"warmup_steps": 100}), 1)
+    said = capsys.readouterr()
+    assert "2 classes" in said.out and "optim.warmup_steps=100 is not less than the training's 100 steps" in said.err
+    check_config(config(train=train, data={"train": str(tmp_path / "none")}, optim={"warmup_steps": 100}), 1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mirror", ["RUN", "RUN/mirror", "RUN/..", "file://RUN/../run/", "LINK/copies"])
+def test_a_mirror_and_its_run_that_lie_in_each_other_are_refused_by_a_check(tmp_path: Path, mirror: str) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(run)
+    place = mirror.replace("RUN", str(run)).replace("LINK", str(link))
+    with pytest.raises(UsageError, match=r"checkpoint\.mirror=.* lie in each other"):
+        check_config(config(run={"dir": str(run)}, checkpoint={"mirror": place}), 1)
+    check_mirror(run, f"{run}-mirror")

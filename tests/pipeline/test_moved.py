@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,17 @@ def config_of(run: Path, data: object, *more: str) -> Config:
     return read_config(str(ROOT / "configs" / "tiny.yaml"), [*small, *more])
 
 
-def save(run: Path, step: int, value: float = 0.0, fingerprint: str = "", data: object = "nowhere") -> Path:
-    """A checkpoint with one number as its weight, trained on data of this fingerprint."""
-    state = {"train_fingerprint": fingerprint, "config": config_of(run, data).model_dump(mode="json"), "classes": ["a"]}
+def save(
+    run: Path,
+    step: int,
+    value: float = 0.0,
+    fingerprint: str | None = "",
+    headers: str | None = None,
+    data: object = "nowhere",
+) -> Path:
+    """A checkpoint with one number as its weight, trained on data of these fingerprints."""
+    state = {"train_fingerprint": fingerprint, "train_header_fingerprint": headers, "classes": ["a"]}
+    state |= {"config": config_of(run, data).model_dump(mode="json")}
     common = GlobalState({"w": (1,)}, {}, json.dumps({**state, "step": step, "ancestry": []}))
     part = rank_shard(step, {("w", "weight", 0): torch.tensor([value])}, common)
     write_checkpoint(run / "checkpoints", max(0, latest_attempt(run)), 0, 1, part)
@@ -77,6 +86,12 @@ def of_format_1(packed: Path) -> Path:
     return packed
 
 
+def without_headers(packed: Path) -> Path:
+    """As early manifests of format 2 are."""
+    rewritten(packed, shards=[replace(shard, headers="") for shard in read_manifest(str(packed)).shards])
+    return packed
+
+
 def completed_by_index(packed: Path) -> Path:
     as_format_1(packed)
     index(str(packed), None, decode=False, classes=None, label_field=None, workers=1, progress=lambda *_: None)
@@ -93,12 +108,33 @@ def tars_apart(packed: Path) -> Path:
     return packed
 
 
-@pytest.mark.parametrize("move", [Path, with_slash, linked, as_url, of_format_1, completed_by_index, tars_apart])
+@pytest.mark.parametrize(
+    "move", [Path, with_slash, linked, as_url, of_format_1, without_headers, completed_by_index, tars_apart]
+)
 def test_the_same_data_are_taken_wherever_they_lie(two: Path, tmp_path: Path, move: Callable[[Path], object]) -> None:
     save(tmp_path / "run", 1, fingerprint=read_manifest(str(two)).fingerprint or "", data=two)
     place = move(Path(shutil.copytree(two, tmp_path / "moved")))
     assert make_plan(config_of(tmp_path / "run", place), "pretrain", 1, 1).newest == 1
-    assert read_manifest(str(place)).fingerprint == read_manifest(str(two)).fingerprint
+    was, now = read_manifest(str(two)), read_manifest(str(place))
+    assert (now.fingerprint, now.header_fingerprint) == (was.fingerprint, was.header_fingerprint)
+
+
+def test_data_are_the_same_whether_their_images_were_looked_at_or_not(two: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    request: dict[str, Any] = {
+        "classes": str(tmp_path / "classes.txt"),
+        "label_field": None,
+        "workers": 1,
+        "progress": lambda *_: None,
+    }
+    for decode in (False, True):
+        index(f"{two}/*.tar", str(tmp_path / f"decode-{decode}"), decode=decode, **request)
+    packed, bare, looked = map(read_manifest, map(str, (two, tmp_path / "decode-False", tmp_path / "decode-True")))
+    assert looked.fingerprint == packed.fingerprint != bare.fingerprint
+    for number, (before, now) in enumerate([(bare, packed), (packed, bare)]):
+        run = tmp_path / f"{number}"
+        save(run, 1, fingerprint=before.fingerprint, headers=before.header_fingerprint)
+        assert make_plan(config_of(run, now.url), "pretrain", 1, 1).newest == 1
 
 
 def other_images(packed: Path) -> None:
@@ -131,7 +167,8 @@ def other_reading(packed: Path) -> None:
 def test_other_data_are_refused_before_any_rank_starts_with_both_places(
     two: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    checkpoint = save(tmp_path / "run", 1, fingerprint=read_manifest(str(two)).fingerprint or "", data=two)
+    was = read_manifest(str(two))
+    checkpoint = save(tmp_path / "run", 1, fingerprint=was.fingerprint, headers=was.header_fingerprint, data=two)
     place = Path(shutil.copytree(two, tmp_path / "moved"))
     change(place)
     with pytest.raises(UsageError, match="another training set") as refused:

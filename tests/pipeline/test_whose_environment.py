@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -57,6 +58,9 @@ def test_a_process_is_a_rank_only_if_a_launcher_says_so(
     assert [variables[name] for name in IDENTITY if name in variables] == found
 
 
+NUMBERS = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")
+
+
 def problem(environment: Mapping[str, str]) -> str:
     with pytest.raises(UsageError) as refused:
         rank_variables(environment, interactive=False)
@@ -92,12 +96,17 @@ def test_half_of_sruns_variables_is_refused_naming_the_rest(name: str) -> None:
         (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
         (TASK_3 | {"RANK": "0"}, "RANK=0, but srun says RANK=3"),
         (TASK_3 | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8, but srun says WORLD_SIZE=4"),
-        (TASK_3 | {"SLURM_PROCID": "x"}, "'x'"),
-        (TASK_3 | {"SLURM_NODEID": "2"}, "LOCAL_WORLD_SIZE=0"),
+        *((TASK_3 | {name: wrong}, f"{name}='{wrong}'") for name in NUMBERS for wrong in ("x", "-5")),
+        *((TASK_3 | {name: "9"}, f"{name}=9") for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")),
+        (TASK_3 | dict.fromkeys(["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"], "3"), "SLURM_STEP_NUM_TASKS=3"),
+        (TASK_3 | dict.fromkeys(["SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"], "x"), "SLURM_STEP_NUM_TASKS='x'"),
+        (TASK_3 | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE=x"),
     ],
 )
 def test_variables_that_cannot_be_are_refused(environment: Mapping[str, str], named: str) -> None:
-    assert named in problem(environment) and "unset" in problem(environment)
+    said = problem(environment)
+    assert named in said and "unset" in said
+    assert environment.keys() & IDENTITY or not re.search(r"\bRANK|WORLD_SIZE", said)
 
 
 NONSENSE = {"RANK": "x", "LOCAL_RANK": "7", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
