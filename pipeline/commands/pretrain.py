@@ -87,7 +87,7 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
     if not is_rank():
         arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
         return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
-    from pipeline.attempt import record_exit_reason  # they import torch
+    from pipeline.ending import record_exit_reason  # they import torch
     from pipeline.memory.oom import explain_oom
 
     with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
