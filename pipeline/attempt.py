@@ -19,7 +19,6 @@ from pipeline.config.schema import Config
 from pipeline.distributed import signals
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import FILE, rank_and_world_size
-from pipeline.errors import DataError, Interrupted, RunFailed, first_line
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.appended import AppendedFile
@@ -31,6 +30,8 @@ from pipeline.training.engine import start_process_group
 from pipeline.watchdog.watchdog import start_watchdog
 
 _held: list[TextIO] = []  # the lock lives as long as the process
+_begun: list[Events] = []
+"""Those of the attempt that this process has begun, if it has."""
 
 
 @dataclass
@@ -88,6 +89,7 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
 
     number, identity = from_rank_zero(take)
     events = Events(run, number, rank)
+    _begun[:] = [events]
     events.write("attempt_started", run=identity, world_size=world_size, torch=torch.__version__, changed=plan.changed)
     for file, reason, instead in take_damaged(run):
         events.write("damaged_file", file=file, reason=reason, instead=instead)
@@ -100,6 +102,11 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
         yield Attempt(run, rank, world_size, device, events, console, SupersededCheck(run))
 
 
+def begun() -> Events | None:
+    """The events of the newest attempt that this process has begun, if it has."""
+    return _begun[-1] if _begun else None
+
+
 def record_stop(run: Path, events: Events, reason: str) -> None:
     """Records a stop that saved nothing, unless the file of failures has it."""
     if FILE not in os.environ:
@@ -110,22 +117,6 @@ def record_stop(run: Path, events: Events, reason: str) -> None:
 def log_line(run: Path, message: str) -> None:
     """Adds to rank 0's log what else is only on standard error."""
     AppendedFile(run / "logs" / "rank-0.log").append(f"coatnet: {message}\n".encode())
-
-
-@contextmanager
-def record_exit_reason(run: Path) -> Iterator[None]:
-    """Inside, what rank 0 fails with goes to events.jsonl as `failed`, and to its log, unless the file above has it."""
-    from pipeline.checkpoint.attempts import latest_of_this_process
-    from pipeline.run.events import Events  # it imports torch
-
-    try:
-        yield
-    except (RunFailed, DataError, OSError, Interrupted) as error:
-        if FILE not in os.environ and (attempt := latest_of_this_process(run)) is not None:
-            if not isinstance(error, Interrupted):  # which is an event already
-                Events(run, attempt, 0).write("failed", message=first_line(error))
-            log_line(run, str(error))
-        raise
 
 
 @dataclass(frozen=True)

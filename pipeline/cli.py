@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
+from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -74,6 +76,8 @@ MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum
 
 RANKS = {"pretrain", "finetune", "evaluate", "doctor"}
 """The commands that a launcher may start as ranks."""
+PEER_SECONDS = 1.0
+"""How much later than the rank that it has lost a rank ends: launchers report the first one that fails."""
 
 
 def _as_rank(procs: int | None = None) -> int:
@@ -331,9 +335,11 @@ def main() -> None:
     try:
         try:
             app()
-        finally:
+        except SystemExit:
             sys.stdout.flush()
+            raise
     except SystemExit:
+        _leave_process_group()
         gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
         raise
     except KeyboardInterrupt:
@@ -342,54 +348,58 @@ def main() -> None:
     except BrokenPipeError:  # nobody reads what it prints
         sys.exit(1)
     except Exception as error:
-        sys.exit(_report(error))
-    finally:
-        _leave_process_group()
+        _end(error)
+
+
+def _end(error: Exception) -> NoReturn:
+    """Reports an error and ends the process; a rank among others at once, as NCCL's shutdown would wait for them."""
+    status = 1
+    try:
+        status = _report(error)
+        if status == signals.STOPPED:  # as all ranks are
+            _leave_process_group()
+    finally:  # whatever else fails, which does not hide the error
+        with suppress(Exception):
+            sys.stdout.flush()
+        if _in_process_group():
+            os._exit(status)
+    sys.exit(status)
 
 
 def _leave_process_group() -> None:
     """Ends the threads of torch's collectives, if there are any: left to the interpreter's end, they can abort it."""
+    if _in_process_group():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _in_process_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-_GLOO_ERRORS = {
-    "Connection closed by peer": "has lost another rank",
-    "Connection reset by peer": "has lost another rank",
-    "Broken pipe": "has lost another rank",
-    "Timed out waiting": "timed out waiting for another rank",
-}
-"""Parts of gloo's messages where another rank is gone or hangs, and what that is to a person: no fault of this rank."""
-
-
-def _is_of_torch_distributed(error: Exception) -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and isinstance(error, distributed.DistError)
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _report(error: Exception) -> int:
     """Prints why a command ended: a line where a person can act on it, else a traceback; returns the exit status."""
-    from pipeline.errors import DataError, Interrupted, RunFailed, UsageError
+    from pipeline.errors import Interrupted, UsageError, explain
 
-    statuses = {UsageError: 2, DataError: 1, RunFailed: 1, Interrupted: 3}
-    for kind, status in statuses.items():
-        if isinstance(error, kind):
-            print(f"coatnet: {error}", file=sys.stderr)
-            if status < 3:
-                record_failure(status, str(error))
-            return status
-    if isinstance(error, OSError) and error.filename is not None:  # the machine's, or a stranger's in a run's folder
-        said = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        print(f"coatnet: {said}; put that right, then run the same command again", file=sys.stderr)
-        record_failure(1, said)
-        return 1
-    meaning = next((meaning for part, meaning in _GLOO_ERRORS.items() if part in str(error)), None)
-    if is_rank() and (meaning or _is_of_torch_distributed(error)):
-        signals.end_if_requested()
-    if is_rank() and meaning:
-        print(f"coatnet: rank {rank_and_world_size()[0]} {meaning}", file=sys.stderr)
-        return 1
+    if (message := explain(error)) is not None:
+        print(f"coatnet: {message}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            return signals.STOPPED
+        status = 2 if isinstance(error, UsageError) else 1
+        record_failure(status, message)
+        return status
+    if is_rank() and isinstance(error, RuntimeError):
+        from torch.distributed import DistError
+
+        from pipeline.distributed.collectives import lost_rank
+
+        meaning = lost_rank(error)
+        if meaning or isinstance(error, DistError):
+            signals.end_if_requested()
+        if meaning:
+            print(f"coatnet: rank {rank_and_world_size()[0]} {meaning}", file=sys.stderr)
+            time.sleep(PEER_SECONDS)
+            return 1
     record_failure(1, f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
     return 1

@@ -1,8 +1,10 @@
 """Errors that end a command: each has its exit status, and a message that says what to do."""
 
+import os
+
 from data.errors import DataError, UsageError
 
-__all__ = ["DataError", "Interrupted", "RunFailed", "UsageError", "first_line"]
+__all__ = ["DataError", "Interrupted", "RunFailed", "UsageError", "explain", "first_line"]
 
 
 def first_line(error: BaseException) -> str:
@@ -16,3 +18,13 @@ class RunFailed(RuntimeError):
 
 class Interrupted(RuntimeError):
     """The run stopped before its end and can be resumed. Exit status 3."""
+
+
+def explain(error: BaseException) -> str | None:
+    """What is wrong and what to do, of an error that a person can act on; None of one that needs its traceback."""
+    if isinstance(error, UsageError | DataError | RunFailed | Interrupted):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # the machine's, or a stranger's in a run's folder
+        where = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return f"{where}; put that right, then run the same command again"
+    return None

@@ -27,6 +27,7 @@ from pipeline.config.batch_size import micro_batches_of
 from pipeline.config.contradictions import cpu_flags, warnings
 from pipeline.config.schema import Config
 from pipeline.distributed import heartbeat
+from pipeline.ending import BoundedCleanup
 from pipeline.errors import Interrupted
 from pipeline.monitoring.metrics import Metrics, open_metrics
 from pipeline.monitoring.profiler import Profiler
@@ -110,11 +111,11 @@ def train_steps(
     spec = loader_spec(config, attempt.device)
     gc.collect()
     gc.freeze()  # else a collection visits every object of torch: a tenth of a second in which nothing runs
-    with (
-        open_metrics(config, plan, attempt.events, attempt.console, attempt.device, state.step) as metrics,
-        training_steps(config, plan, spec, state.step, state.skipped_steps()) as steps,
-        Profiler(config.log.profile, attempt.run / "profile", events, log, state.step) as profiler,
-    ):
+    with BoundedCleanup(attempt.run, events, first=checkpoints.wait) as opened:
+        enter = opened.enter_context
+        metrics = enter(open_metrics(config, plan, attempt.events, attempt.console, attempt.device, state.step))
+        steps = enter(training_steps(config, plan, spec, state.step, state.skipped_steps()))
+        profiler = enter(Profiler(config.log.profile, attempt.run / "profile", events, log, state.step))
         heartbeat.beat_step(None)
         if not evaluate_if_due(config, plan, attempt, engine, state, metrics, spec):  # a stop had cut it short
             save_and_stop(attempt, checkpoints, state, plan)

@@ -77,13 +77,6 @@ def latest_attempt(run: Path) -> int:
     return max(_numbers(run), default=-1)
 
 
-def latest_of_this_process(run: Path) -> int | None:
-    """The newest attempt's number, if this process, as its rank 0, began it; else None."""
-    newest = latest_attempt(run)
-    facts = _read(run, newest) or {}
-    return newest if (facts.get("process"), facts.get("host")) == (os.getpid(), os.uname().nodename) else None
-
-
 def raise_if_superseded(run: Path, attempt: int) -> None:
     """RunFailed where a newer attempt than this one has begun."""
     if (newest := latest_attempt(run)) > attempt:

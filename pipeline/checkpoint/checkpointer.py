@@ -119,6 +119,10 @@ class Checkpointer:
         if self._saved != state.step:
             raise self._failed()
 
+    def wait(self) -> None:
+        """Returns once this rank's writing has ended; no collective."""
+        self._writer.wait()
+
     def close(self) -> None:
         """Returns once the last checkpoint is mirrored, and superseded ones are removed. Collective.
 

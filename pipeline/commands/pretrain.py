@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +18,7 @@ from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_first_process, is_rank, local_world_size, rank_and_world_size
 from pipeline.distributed.launcher import launch
+from pipeline.doctor.compiler import find_compiler
 from pipeline.errors import DataError, UsageError
 from pipeline.monitoring.wandb import check_wandb
 from pipeline.plan import Plan, check_ranks, make_plan
@@ -83,15 +82,14 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
         print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}; nothing was changed")
         return 0
-    _check_attention(config)
-    _check_compiler(config)
+    _check_compiled(config)
     check_wandb(config.log.wandb)
     if is_first_process() and (wasted := padding_share(config.train, world_size)):
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
         arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
         return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
-    from pipeline.attempt import record_exit_reason  # they import torch
+    from pipeline.ending import record_exit_reason  # they import torch
     from pipeline.memory.oom import explain_oom
 
     with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
@@ -137,7 +135,7 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
         print(f"model.classes is null: {classes:,} classes are assumed until the data is read")
     on_gpu = config.slurm.gpus_per_node or torch.cuda.is_available()
     found = warnings(config, known_steps(config.train, samples), known_classes, None if on_gpu else cpu_flags())
-    for warning in filter(None, (*found, padding_share(config.train, procs))):
+    for warning in filter(None, (*found, padding_share(config.train, procs), _compiler_problem(config, bool(on_gpu)))):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
 
@@ -149,25 +147,31 @@ def _readable_manifest(url: str) -> Manifest | None:
     return None
 
 
-def _check_attention(config: Config) -> None:
-    """UsageError where this machine cannot train with model.attention=flex; torch is imported only for that."""
-    if config.model.attention != "flex":
+def _check_compiled(config: Config) -> None:
+    """UsageError where this machine cannot train with train.compile or model.attention=flex; torch is imported only for
+    those."""
+    if not config.train.compile and config.model.attention != "flex":
         return
     import torch
 
     from models.attention import check_backend
 
+    on_gpu = torch.cuda.is_available()
     try:
-        check_backend(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+        check_backend(config.model.attention, "cuda" if on_gpu else "cpu")
     except ValueError as error:
         raise UsageError(f"model.{error}") from None
+    if problem := _compiler_problem(config, on_gpu):
+        raise UsageError(problem)
 
 
-def _check_compiler(config: Config) -> None:
-    """UsageError where torch.compile would find no compiler."""
-    compiler = os.environ.get("CXX", "g++")
-    if config.train.compile and shutil.which(compiler) is None:
-        raise UsageError(
-            f"train.compile is true, and there is no compiler {compiler} on this machine; install it, set another one"
-            " in the environment variable CXX, or set train.compile=false"
-        )
+def _compiler_problem(config: Config, on_gpu: bool) -> str | None:
+    """Why this machine could not compile what the configuration compiles, if it could not."""
+    wanted = {"train.compile=true": config.train.compile, "model.attention=flex": config.model.attention == "flex"}
+    if not any(wanted.values()):
+        return None
+    try:
+        find_compiler(on_gpu)
+    except ValueError as error:
+        return f"{' and '.join(filter(wanted.get, wanted))} compiles, and {error}, or change the setting"
+    return None

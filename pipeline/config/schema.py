@@ -175,7 +175,8 @@ class Train(Section):
     )
     compile: bool = key(
         False,
-        "let torch.compile fuse the network's operations; at ZeRO stages 1 and 2; takes minutes at each start",
+        "let torch.compile fuse the network's operations; at ZeRO stages 1 and 2; takes minutes at each start; needs a"
+        " compiler and Python.h",
         "mutable",
     )
     loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: a binary decision for each class")

@@ -1,4 +1,4 @@
-"""Collectives over all ranks: a sum, an object of rank 0, objects of all."""
+"""Collectives over all ranks: a sum, an object of rank 0, objects of all; and what their errors say of other ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,31 @@ import torch.distributed as dist
 from pipeline.errors import DataError, RunFailed, UsageError
 
 Item = TypeVar("Item")
+
+_LOST, _LATE = "has lost another rank", "timed out waiting for another rank"
+_MEANINGS = {
+    # gloo
+    "Timed out waiting": _LATE,
+    "Connection closed by peer": _LOST,
+    "Connection reset by peer": _LOST,  # and the store's
+    "Broken pipe": _LOST,  # and the store's
+    # NCCL: its timeout also aborts its communicator, so it comes first
+    "caught collective operation timeout": _LATE,
+    "NCCL timeout in": _LATE,
+    "remote process exited or there was a network error": _LOST,
+    "NCCL communicator was aborted": _LOST,
+    # the store
+    "wait timeout after": _LATE,
+    "Connection was likely closed": _LOST,
+}
+"""Parts of messages of torch's backends where another rank is gone or hangs, and what that is to a person."""
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What an error says of another rank, if that is why this one fails: it is no fault of its own."""
+    if not isinstance(error, RuntimeError):  # such as an OSError, of a connection to an object store
+        return None
+    return next((meaning for part, meaning in _MEANINGS.items() if part in str(error)), None)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.distributed.launcher import free_port
 from pipeline.doctor.checks import Check
+from pipeline.doctor.compiler import find_compiler
 from pipeline.doctor.install import driver_cuda
 from pipeline.doctor.subprocess_probe import REINSTALL, has_gpu, one_line, run_isolated
 
@@ -58,9 +59,7 @@ def check_node() -> list[Check]:
         checks += run_isolated("DeepSpeed", "environment.check_deepspeed")
     else:
         checks.append(Check("DeepSpeed", "note", "not tried: it needs torch"))
-    compiler = shutil.which("g++")
-    checks.append(Check("compiler", "ok" if compiler else "note", compiler or "no g++: only train.compile needs it"))
-    return [*checks, *check_resources()]
+    return [*checks, check_compiler(has_gpu()), *check_resources()]
 
 
 def check_python() -> list[Check]:
@@ -198,6 +197,15 @@ def check_gloo() -> list[Check]:
     with ThreadPoolExecutor(2) as pool:
         found = [check for checks in pool.map(rank, ranks) for check in checks if check.what == "collectives"]
     return [next((check for check in found if check.state != "ok"), found[0])]
+
+
+def check_compiler(on_gpu: bool) -> Check:
+    """What torch.compile needs: nothing else does."""
+    try:
+        return Check("compiler", "ok", find_compiler(on_gpu))
+    except ValueError as error:
+        keys = "train.compile and model.attention=flex need it" if on_gpu else "train.compile needs it"
+        return Check("compiler", "note", f"only {keys}", str(error))
 
 
 def check_resources() -> list[Check]:

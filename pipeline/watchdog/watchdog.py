@@ -24,6 +24,7 @@ from data.storage.durable import write_atomically
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import host_name, rank_and_world_size
 from pipeline.distributed.heartbeat import HeartbeatMonitor, is_expected, last_beat
+from pipeline.errors import Interrupted
 from pipeline.run.events import Events
 from pipeline.watchdog.stack_dump import (
     WATCHING,
@@ -86,7 +87,9 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         """Tells all ranks the others' processes, which one that is frozen could not do any more."""
         self._processes = all_gather([{"process": os.getpid(), "host": host_name()}])
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind not in (None, Interrupted):  # a rank that fails is watched to its end
+            return
         self._left.set()
         with suppress(dist.DistError):  # rank 0 may have left before
             self.publish(left=True)

@@ -158,6 +158,10 @@ def test_a_check_warns_and_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert [line.split("=")[0] for line in said] == ["warning: train.precision", "warning: optim.warmup_steps"]
     check_config(config(**keys, slurm={"gpus_per_node": 1}), 1)
     assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for compiled in ({"train": {**keys["train"], "compile": True}}, {"model": {"attention": "flex"}}):
+        check_config(config(**{**keys, **compiled}, slurm={"gpus_per_node": 1}), 1)
+        assert "no compiler no-such-compiler" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"slurm.signal_seconds=300 is not less than slurm.time=5"):
         check_config(config(**keys, slurm={"time": "5"}), 1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.doctor.checks import Check, exit_status, render
-from pipeline.doctor.environment import build_fit, check_machine
+from pipeline.doctor.environment import build_fit, check_compiler, check_machine
 from pipeline.doctor.install import ROOT
 
 
@@ -82,6 +82,23 @@ def test_a_build_fits_a_driver_of_its_major_version_or_newer(
     build: tuple[int, int] | None, driver: tuple[int, int] | None, devices: int, state: str
 ) -> None:
     assert build_fit(build, driver, devices).state == state
+
+
+@pytest.mark.parametrize(("on_gpu", "variable"), [(True, "CC"), (False, "CXX")])
+def test_what_compiles_needs_a_compiler_and_the_headers_of_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_gpu: bool, variable: str
+) -> None:
+    """Triton's launchers on a GPU, torch's kernels on a CPU."""
+    for name, program in (("CC", sys.executable), ("CXX", sys.executable), (variable, "no-such-compiler")):
+        monkeypatch.setenv(name, program)
+    missing = check_compiler(on_gpu)
+    assert missing.state == "note" and "no-such-compiler" in missing.advice and variable in missing.advice
+    monkeypatch.setenv(variable, sys.executable)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    missing = check_compiler(on_gpu)
+    assert missing.state == "note" and f"{tmp_path}/Python.h" in missing.advice
+    (tmp_path / "Python.h").touch()
+    assert check_compiler(on_gpu) == Check("compiler", "ok", sys.executable)
 
 
 def test_the_report_has_the_worst_first_with_what_to_do() -> None:

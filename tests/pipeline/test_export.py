@@ -120,17 +120,20 @@ def test_weights_are_not_finetuned_as_another_function(exported: Path, digits: P
 
 
 @pytest.mark.parametrize(
-    ("key", "refusal"),
+    ("key", "on_gpu", "refusal"),
     [
-        ("model.attention=flex", r"model\.attention is 'flex'"),
-        ("train.compile=true", "no compiler no-such-compiler on this machine"),
+        ("model.attention=flex", False, r"model\.attention is 'flex'"),
+        ("model.attention=flex", True, "no compiler no-such-cc on this machine.* variable CC"),
+        ("train.compile=true", True, "no compiler no-such-cc on this machine"),
+        ("train.compile=true", False, "no compiler no-such-cxx on this machine"),
     ],
 )
 def test_what_this_machine_cannot_do_is_refused_before_the_run_has_a_folder(
-    exported: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, refusal: str
+    exported: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, on_gpu: bool, refusal: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setenv("CC", "no-such-cc")
+    monkeypatch.setenv("CXX", "no-such-cxx")
     with pytest.raises(UsageError, match=refusal):
         finetune(TINY, finetuning(digits, tmp_path / "run", key), str(exported), None, 1, check=False)
     assert not (tmp_path / "run").exists()

@@ -66,7 +66,11 @@ ROOMS = {
 }
 ROOMS["pipeline/memory"] = ROOMS["pipeline/checkpoint"] | {"pipeline/checkpoint"}
 ROOMS["pipeline/monitoring"] = ROOMS["pipeline/memory"] | {"pipeline/memory"}
-ROOMS["pipeline/commands"] = ROOMS["pipeline/monitoring"] | {"pipeline/monitoring", "pipeline/watchdog"}
+ROOMS["pipeline/commands"] = ROOMS["pipeline/monitoring"] | {
+    "pipeline/monitoring",
+    "pipeline/watchdog",
+    "pipeline/doctor",
+}
 """The rooms of its own package that a room may know, beside the files outside of any."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ from pipeline.checkpoint.reader import CheckpointReader, checkpoints, step_name,
 from pipeline.monitoring.metrics import MetricsFile
 from pipeline.monitoring.tensorboard import TensorBoard
 from tests.pipeline.batch_runs import on_ranks
-from tests.pipeline.runs import PATIENCE_SECONDS, command, curve, events, last_state, rows, started, wait_until
+from tests.pipeline.runs import (
+    PATIENCE_SECONDS,
+    command,
+    curve,
+    events,
+    last_state,
+    last_step,
+    rows,
+    started,
+    wait_until,
+)
 from tests.pipeline.storage_faults import FULL, MUTE, limit_files
 from tests.pipeline.test_monitoring import in_tensorboard, shown_by_tensorboard
 
@@ -185,17 +196,22 @@ def test_records_that_a_full_disk_refused_are_written_whole_later(
 # ----------------------------------------------------------------------------------------------------------- the mirror
 
 
-def test_a_mirror_that_hangs_does_not_fail_a_run_that_is_done(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["finished", pytest.param("interrupted", marks=pytest.mark.torture)])
+def test_a_mirror_that_hangs_does_not_fail_a_run_that_ends(end: str, digits: Path, tmp_path: Path) -> None:
     """For longer than a collective may take; a pipe without a reader, for a file system that does not answer."""
     run, pipe, timeout = tmp_path / "run", tmp_path / "mirror" / ".config.yaml.partial", 5
     pipe.parent.mkdir()
     os.mkfifo(pipe)
-    more = [f"run.hang_timeout={timeout}", f"checkpoint.mirror={pipe.parent}", "train.steps=2", "--procs", 2]
-    process = started("pretrain", *arguments(digits, run, *more))
-    wait_until(lambda: bool((run / "events.jsonl").exists() and events(run, "finished")), process)
+    more = [f"run.hang_timeout={timeout}", f"checkpoint.mirror={pipe.parent}", "--procs", 2]
+    steps = "train.steps=2" if end == "finished" else "train.steps=100000"
+    process = started("pretrain", *arguments(digits, run, *more, steps))
+    if end == "interrupted":
+        wait_until(lambda: last_step(run) >= 1, process)
+        process.send_signal(signal.SIGTERM)
+    wait_until(lambda: bool((run / "events.jsonl").exists() and events(run, end)), process)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2.2 * timeout)
     with pipe.open("rb") as reader:
         pipe.unlink()  # the next try finds a folder that answers
         reader.read()
-    assert process.wait(PATIENCE_SECONDS) == 0
+    assert process.wait(PATIENCE_SECONDS) == (0 if end == "finished" else 3)
