@@ -186,16 +186,16 @@ def test_records_that_a_full_disk_refused_are_written_whole_later(
 
 
 def test_a_mirror_that_hangs_does_not_fail_a_run_that_is_done(digits: Path, tmp_path: Path) -> None:
-    """For longer than a collective may take; a pipe without a reader, for a file system that does not answer."""
-    run, pipe, timeout = tmp_path / "run", tmp_path / "mirror" / ".config.yaml.partial", 5
-    pipe.parent.mkdir()
+    """For longer than a collective may take; a pipe that nobody writes to, for a file system that does not answer."""
+    run, timeout = tmp_path / "run", 5
+    pipe = run / "source.json"  # which is copied, too
+    run.mkdir()
     os.mkfifo(pipe)
-    more = [f"run.hang_timeout={timeout}", f"checkpoint.mirror={pipe.parent}", "train.steps=2", "--procs", 2]
+    more = [f"run.hang_timeout={timeout}", f"checkpoint.mirror={tmp_path / 'mirror'}", "train.steps=2", "--procs", 2]
     process = started("pretrain", *arguments(digits, run, *more))
     wait_until(lambda: bool((run / "events.jsonl").exists() and events(run, "finished")), process)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2.2 * timeout)
-    with pipe.open("rb") as reader:
-        pipe.unlink()  # the next try finds a folder that answers
-        reader.read()
+    with pipe.open("wb"):
+        pipe.unlink()  # the next copy is without it
     assert process.wait(PATIENCE_SECONDS) == 0
