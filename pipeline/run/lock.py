@@ -76,6 +76,8 @@ def acquire_lock(run: Path) -> TextIO:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a+")
     except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise UsageError(f"run.dir={run}: {run}/.lock, a file of the program, is a folder: remove it") from None
         what = f"{run}: .lock" if run.is_dir() else str(run)
         raise UsageError(f"run.dir={what}: {error.strerror}; choose a folder that can be written") from None
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS

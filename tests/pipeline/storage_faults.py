@@ -30,11 +30,16 @@ SECONDS_FOR_A_SAVE = 2.0
 
 class StorageFaults:
     """`failing`: the steps (as JSON has them) whose save fails, each with [a rank, FULL] or, where the rank cannot even
-    leave a note, [a rank, MUTE]. `stalled`: [a rank, the step whose save it begins, the step before which it ends]."""
+    leave a note, [a rank, MUTE]. `stalled`: [a rank, the step whose save it begins, the step before which it ends].
+    `blocking`: no copy of the state fits into memory."""
 
     def __init__(
-        self, failing: Mapping[str, tuple[int, str]] | None = None, stalled: Sequence[int] | None = None
+        self,
+        failing: Mapping[str, tuple[int, str]] | None = None,
+        stalled: Sequence[int] | None = None,
+        blocking: bool = False,
     ) -> None:
+        writer.COPY_SHARE, writer.STALLED_SECONDS = 0.0 if blocking else 0.75, 0.5
         self.failing, self.stalled = failing or {}, stalled
         self.rank, self.step = rank_and_world_size()[0], 0
 
@@ -63,7 +68,7 @@ class StorageFaults:
             os.mkfifo(pipe)
 
 
-def write_nothing(path: Path, _: object) -> None:
+def write_nothing(path: Path, contents: object) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 

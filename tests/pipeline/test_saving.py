@@ -58,7 +58,8 @@ def draw(chance: random.Random) -> dict[str, Failing]:
     return found
 
 
-STALLED = {"stalled-0": [0, 2, 5], "stalled-1": [1, 2, 5]}
+STALLED = {"copy": [0, 2, 5], "live": [1, 2, 5]}
+"""The second where no copy of the state fits into memory."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def runs(digits: Path) -> tuple[Path, dict[str, Failing]]:
         return {"arguments": arguments(digits, folder / name), **({"storage": faults} if faults else {})}
 
     failing = [job(name, failing=schedule) for name, schedule in schedules.items()]
-    stalled = [job(name, stalled=how) for name, how in STALLED.items()]
+    stalled = [job(name, stalled=how, blocking=name == "live") for name, how in STALLED.items()]
     on_ranks(2, [job("whole"), *failing, *stalled], folder)
     for name in ("ends early", "ends unsaved"):
         shutil.copytree(folder / name, folder / f"{name}, resumed")
@@ -86,7 +87,8 @@ def test_a_run_outlives_failed_saves_up_to_three_in_a_row(runs: Any, kind: str) 
     last, saved = promise(schedules[kind])
     steps = [row["step"] for row in events(folder / kind, "checkpoint_failed")]
     assert list(dict.fromkeys(steps)) == sorted(step for step in schedules[kind] if step <= last)
-    assert max(map(step_of, checkpoints(folder / kind / "checkpoints"))) == saved
+    root = folder / kind / "checkpoints"
+    assert max(map(step_of, checkpoints(root))) == saved and set(root.iterdir()) == set(checkpoints(root))
     assert max(row["step"] for row in rows(folder / kind / "metrics.jsonl")) == last
     ends = {(folder / kind / f"ended-{rank}.txt").read_text() for rank in (0, 1)}  # alike
     if kind == "recovers":
@@ -109,6 +111,7 @@ def test_steps_do_not_wait_for_a_writer_that_stalls_and_saves_are_left_out(runs:
     assert skipped == [(step, first) for step in range(first + 1, end)]
     assert [row["step"] for row in events(run, "checkpoint_failed")] == [first]  # a pipe cannot be synced
     assert [row["step"] for row in events(run, "checkpoint")] == [1, *range(end, STEPS + 1)]
+    assert {row["blocking"] for row in events(run, "checkpoint")} == {name == "live"}
 
 
 # --------------------------------------------------------------------------------------- old files, and other files
