@@ -70,6 +70,14 @@ def lock_holder(run: Path) -> LockHolder | None:
     return None
 
 
+def check_folder(run: Path, to_write: bool = False) -> None:
+    """UsageError where a run's folder can be none, or, `to_write`, cannot be made or written."""
+    place = next(each for each in (run, *run.absolute().parents) if os.path.lexists(each))
+    why = "is not a folder" if not place.is_dir() else "cannot be written"
+    if not place.is_dir() or (to_write and not os.access(place, os.W_OK | os.X_OK)):
+        raise UsageError(f"run.dir={run}: {place} {why}; choose a folder that can be written")
+
+
 def acquire_lock(run: Path) -> TextIO:
     """The run's lock, until it is closed; RunLocked where another process has it for longer than it takes to end."""
     try:

@@ -126,14 +126,15 @@ def without_rights_of_root(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_can_neither_be_removed_nor_written_ends_no_run(digits: Path, tmp_path: Path) -> None:
-    """A protected checkpoint, a leftover that stays, the file of an editor, and a folder that takes no curves."""
+    """A protected checkpoint, a leftover that stays, files of others, no logs, and a folder that takes no curves."""
     run = tmp_path / "run"
     root, few = run / "checkpoints", ["checkpoint.keep_last=1", "log.profile=3-3"]
     first = without_rights_of_root("pretrain", *arguments(digits, run, "train.steps=2", "checkpoint.keep_last=2"))
     assert first.returncode == 0, first.stderr
     stuck, stranger = root / ".step-00000001.pruned" / "folder", root / ".step-00000002.swp"
     stuck.mkdir(parents=True)
-    for file in (stuck / "file", stranger, run / "profile"):
+    shutil.rmtree(run / "logs")
+    for file in (stuck / "file", stranger, run / "profile", run / "logs"):
         file.touch()
     for folder in (root / step_name(1), stuck, run / "tensorboard"):
         folder.chmod(0o555)
