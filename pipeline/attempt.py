@@ -12,7 +12,7 @@ from typing import TextIO
 
 import torch
 
-from data.storage.durable import write_atomically
+from data.storage.durable import remove_partials, write_atomically
 from pipeline.checkpoint.attempts import SupersededCheck, allocate, latest_step, raise_if_superseded
 from pipeline.config.parsing import to_yaml
 from pipeline.config.schema import Config
@@ -85,6 +85,8 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     def take() -> tuple[int, str]:
         claimed = claim(run)
         _held.append(claimed.lock)
+        for folder in (run, run / "attempts", run / "slurm"):
+            remove_partials(folder)
         return claimed.attempt, settle(run).id
 
     number, identity = from_rank_zero(take)

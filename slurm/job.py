@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from slurm.requeue import (
 from slurm.sbatch import tasks_per_node
 
 MAX_OUTPUT_LINES = 1000
-LOG_BY_RANK = 'exec "$@" >> "$0-$SLURM_PROCID.log" 2>&1'
+LOG_BY_RANK = 'log="$0-$SLURM_PROCID.log"; true >> "$log" && exec >> "$log" 2>&1; exec "$@"'
 """Not srun's --output: what it makes of a % in a path depends on what follows."""
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED", "POWERING", "UNKNOWN")
 """Prefixes of the states of nodes that jobs die on; a draining node finishes its jobs."""
@@ -147,7 +147,8 @@ def run_ranks(
         START: allocation.start,
         FILE: str(history.folder(run).resolve() / "failures.jsonl"),
     }
-    (run / "logs").mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # a stranger's file: the ranks' output is in the batch script's log, then
+        (run / "logs").mkdir(parents=True, exist_ok=True)
     if allocation.nodes:
         nodes, per_node = len(allocation.nodes), tasks_per_node(slurm)
         options = [f"--nodes={nodes}", f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}"]

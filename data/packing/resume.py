@@ -32,7 +32,7 @@ from data.urls import join
 
 TRAIN, VAL = "train/", "val/"
 """The folders of the two sets that a pack makes in its destination with images held out; else its one set is ""."""
-_OWN_FILE = re.compile(r"((?:train/|val/)?)\.?(shard-\d{6,})\.(tar|idx|npy)(\.partial)?")
+_OWN_FILE = re.compile(r"((?:train/|val/)?)\.?(shard-\d{6,})\.(tar|idx|npy)(?:\.[0-9a-f]{8}\.partial)?")
 _PACKING = ".packing"
 _REQUEST = f"{_PACKING}/request.json"
 _READ_AT_ONCE = 16

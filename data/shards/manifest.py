@@ -36,6 +36,7 @@ from data.paths import expand
 from data.shards.labels import InvalidSample, Reading, class_numbers, composed, parse_labels
 from data.shards.sample_table import HEADER_BYTES, ROW
 from data.storage.cache import NodeCache
+from data.storage.durable import remove_partials
 from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs, write_file
 from data.urls import has_suffix, join
 
@@ -172,6 +173,8 @@ def write_manifest(
     )
     fs, folder = open_fs(url)
     write_file(fs, join(folder, MANIFEST), text.encode())
+    if isinstance(fs, LocalFileSystem):
+        remove_partials(Path(folder))
 
 
 def _row(shard: Shard) -> dict[str, str | int]:

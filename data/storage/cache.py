@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.storage.durable import ABANDONED_SECONDS
 from data.storage.remote import ReadError, Storage
 from data.urls import without_secrets
 
@@ -34,7 +35,6 @@ FREED_SHARE = 0.1
 """Share of the limit that is freed at once when it is reached."""
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for another process's fetch before fetching the block here."""
-ABANDONED_SECONDS = 3600.0
 
 
 class NodeCache:

@@ -7,22 +7,27 @@ something else: `attempts` claims a number that must be free, `cache` keeps bloc
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+ABANDONED_SECONDS = 3600.0
 
 
 def write_atomically(path: Path, contents: str | bytes | Iterable[bytes]) -> None:
     """Writes or replaces a file: readers, also after a crash or a power cut, find the old contents or the new ones.
 
-    `.NAME.partial` beside it is what a killed process leaves.
+    Several processes may do so at once. A killed one leaves `.NAME.XXXXXXXX.partial` beside it.
     """
     if isinstance(contents, str):
         contents = contents.encode()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.writelines([contents] if isinstance(contents, bytes) else contents)
             file.flush()
             os.fsync(file.fileno())
@@ -31,6 +36,17 @@ def write_atomically(path: Path, contents: str | bytes | Iterable[bytes]) -> Non
     except OSError as error:
         error.filename, error.filename2 = str(path), None  # a full disk's error has none
         raise
+    finally:
+        with suppress(OSError):  # it has its final name, or could not be written
+            partial.unlink()
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder: what nobody has written to for an hour."""
+    with suppress(OSError):  # it lies beside what counts, and is tried again
+        for file in os.scandir(folder):
+            if PARTIAL.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
+                os.unlink(file)
 
 
 def publish(partial: Path, final: Path) -> None:

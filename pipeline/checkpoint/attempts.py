@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.storage.durable import sync_folder, write_atomically
+from pipeline.checkpoint.pruning import attempts_of_leftovers
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
 from pipeline.errors import RunFailed
 from pipeline.run.jsonl import read_lines
@@ -28,7 +29,8 @@ _ROLLBACK = {"to": int, "first": int, "last": int}
 def allocate(run: Path) -> int:
     """The next attempt's number; no two starts get the same, on any file system with hard links."""
     started = sum(row["event"] == "attempt_started" for row in read_lines(run / "events.jsonl", event=str))
-    number = max(latest_attempt(run) + 1, started)  # events count where records are missing
+    left = max(attempts_of_leftovers(run / "checkpoints"), default=-1)  # which may not be removable
+    number = max(latest_attempt(run) + 1, left + 1, started)  # events count where records are missing
     while not _record(run, number, [folder.name for folder in trusted_checkpoints(run)], recorded_rollbacks(run)):
         number += 1
     return number

@@ -102,6 +102,7 @@ class Checkpointer:
         ended = self._settle(max(0.0, self._began + WRITING_SECONDS - time.monotonic()))
         if ended and self._failures < MAX_FAILURES:
             self._begin(state)
+            self._writer.await_state()
             if self._failures == MAX_FAILURES - 1:  # so that no steps are trained for nothing
                 self._settle(WRITING_SECONDS)
         if self._failures >= MAX_FAILURES:
@@ -173,6 +174,7 @@ class Checkpointer:
             self._saved, self._failures = step, 0
         else:
             self._failures, self._reason = self._failures + 1, str(failure)
+            self._writer.remove_failed(step)
         return True
 
     def _gather_outcomes(self, seconds: float) -> list[Outcome]:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data.storage.durable import publish, sync_folder, write_atomically
+from data.storage.durable import publish, remove_partials, sync_folder, write_atomically
 from data.storage.prefetch import ordered_map
 from data.storage.remote import DEFAULT, NotFound, open_fs, send_file, write_file
 from data.urls import without_secrets
@@ -146,8 +146,10 @@ class Mirror:
         owner, identity = owner_of(self._url), self._identity or settle(self._run)
         if owner is not None and owner != identity and (self._identity or _is_anothers(owner, identity, self._url)):
             raise DataError(f"{self._url} is the mirror of the run in {owner.folder}")
+        fs, top = open_fs(self._url)
+        if isinstance(fs, LocalFileSystem):
+            remove_partials(Path(top))
         if owner != identity:
-            fs, top = open_fs(self._url)
             DEFAULT.with_retries("made", top, lambda: fs.makedirs(top, exist_ok=True))
             write_file(fs, f"{top}/{NOTE}", to_json(identity).encode())
         self._identity = identity

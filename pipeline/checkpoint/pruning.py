@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.reader import checkpoints, prunable, step_of
+from pipeline.checkpoint.reader import checkpoints, prunable, step_name, step_of
 
 Unremoved = dict[Path, str]
 """What could not be removed, and why."""
@@ -31,14 +31,31 @@ def prune(root: Path, keep_last: int, keep_every: int | None, step: int, spared:
         if not os.access(folder, os.W_OK):  # somebody wants to keep it, whole
             unremoved[folder] = "it is write-protected"
             continue
-        hidden = root / f".{folder.name}.pruned"  # renamed first: what has a checkpoint's name is complete
         try:
-            folder.rename(hidden)
+            hidden = _hide(folder)
         except OSError as error:
             unremoved[folder] = _reason(error)
         else:
             unremoved |= _remove(hidden)
     return unremoved
+
+
+def _hide(folder: Path) -> Path:
+    """Takes a checkpoint's name away, since what has it is complete; OSError where a file of it cannot be removed,
+    as one that is immutable or another user's: the checkpoint is then as it was.
+    """
+    hidden = folder.with_name(f".{folder.name}.pruned")
+    folder.rename(hidden)
+    renamed: list[tuple[Path, Path]] = []
+    try:
+        for file in sorted(hidden.iterdir()):  # a rename is refused where a removal is
+            renamed.append((file.rename(hidden / f".{file.name}"), file))
+    except OSError:
+        for new, old in renamed:
+            new.rename(old)
+        hidden.rename(folder)
+        raise
+    return hidden
 
 
 def remove_leftovers(root: Path, before: int | None = None) -> Unremoved:
@@ -49,6 +66,20 @@ def remove_leftovers(root: Path, before: int | None = None) -> Unremoved:
         if match and (before is None or int(match[1]) < before) and hidden.is_dir():
             unremoved |= _remove(hidden)
     return unremoved
+
+
+def remove_failed(root: Path, step: int) -> Unremoved:
+    """Removes the marks of this step's saves that failed, once no rank is at work on one."""
+    unremoved: Unremoved = {}
+    for hidden in root.glob(f".{step_name(step)}.attempt-*.failed"):
+        unremoved |= _remove(hidden)
+    return unremoved
+
+
+def attempts_of_leftovers(root: Path) -> list[int]:
+    """The attempts whose half-written checkpoints are there."""
+    names = (re.match(r"\.step-\d{8,}\.attempt-(\d+)\.", path.name) for path in root.glob(".step-*"))
+    return [int(name[1]) for name in names if name]
 
 
 def abandon(root: Path, after: int) -> Unremoved:

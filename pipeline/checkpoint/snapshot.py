@@ -72,8 +72,8 @@ class SafetensorsSnapshot:
             source = self._parts[part][skipped : skipped + len(memory) - filled]
             _copy(source, memory[filled : filled + len(source)])
             filled, part = filled + len(source), part + 1
-        if self.on_gpu():
-            torch.cuda.current_stream().synchronize()
+        for device in {part.device for part in self._parts if part.is_cuda}:  # a new thread's own is the first GPU
+            torch.cuda.current_stream(device).synchronize()
 
     def on_gpu(self) -> bool:
         return any(part.is_cuda for part in self._parts)

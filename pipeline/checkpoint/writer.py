@@ -3,7 +3,8 @@
 Every rank writes the slices that it owns (../training/zero.py) as one safetensors file to a hidden folder named by the
 attempt; rank 0 adds buffers and state.json, and renames the folder once every rank's part is durable. The writing
 thread runs no collectives. Training waits only for the copy of the state to the host, or, where host memory has no room
-for one, until the live state is written. What a failure means for the run is decided in checkpointer.py.
+for one, until the live state is written, or its writing stalls. What a failure means for the run is decided in
+checkpointer.py.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from data.memory import available_bytes
 from data.storage.durable import publish, sync_folder, write_atomically
 from pipeline.checkpoint.attempts import raise_if_superseded
 from pipeline.checkpoint.mirror import Mirror
-from pipeline.checkpoint.pruning import Unremoved, abandon, prune, remove_leftovers
+from pipeline.checkpoint.pruning import Unremoved, abandon, prune, remove_failed, remove_leftovers
 from pipeline.checkpoint.reader import FORMAT, checksum, digest_of, step_name
 from pipeline.checkpoint.snapshot import SafetensorsSnapshot
 from pipeline.config.schema import Checkpoint
 from pipeline.distributed import signals
 from pipeline.distributed.environment import local_world_size
-from pipeline.distributed.heartbeat import beat
+from pipeline.distributed.heartbeat import beat, last_beat
 from pipeline.errors import RunFailed
 from pipeline.run.events import Events
 from pipeline.training.ema import Statistics, statistics
@@ -45,8 +46,9 @@ BLOCK_BYTES = 1 << 20
 COPY_SHARE = 0.75
 """Share of the available memory that the copies of a machine's ranks may take."""
 PART_TIMEOUT_SECONDS = 1800.0
+STALLED_SECONDS = 120.0
+"""Training waits no longer for a piece of the live state to become durable."""
 MIRROR_POLL_SECONDS = 1.0
-_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class SaveFailed(RunFailed):
@@ -75,6 +77,8 @@ class RankShard:
     """Of the try: each has a folder of its own."""
     blocking: bool = False
     """Whether training waits until it is written."""
+    written: threading.Event = field(default_factory=threading.Event)
+    """Set once the tensors are no longer read."""
 
 
 def rank_shard(
@@ -102,7 +106,9 @@ class CheckpointWriter:
     _error: list[BaseException] = field(default_factory=list)
     _saves: int = 0
     _given_up: list[str] = field(default_factory=list)
-    """Why the other ranks' parts will not come."""
+    """Why a rank's part will not come."""
+    _live: RankShard | None = None
+    """What is being written of the live state."""
     _memory: torch.Tensor | None = None
     _warned: bool = False
     _unremoved: set[Path] = field(default_factory=set)
@@ -116,7 +122,7 @@ class CheckpointWriter:
     def save(self, engine: Any, average: Statistics | None, state: Mapping[str, Any]) -> None:
         """Copies this rank's slices to the host and returns; `average` is the average of the batch-norm statistics.
 
-        Where a copy does not fit in memory, returns once this rank's part is durable.
+        Where a copy does not fit in memory, the state must not change before `await_state` has returned.
         """
         self.wait()
         self._given_up.clear()
@@ -130,8 +136,10 @@ class CheckpointWriter:
         part = replace(part, number=self._saves)
         memory = self._memory_for(part.snapshot)
         if memory is None:
-            return self._write(replace(part, blocking=True))
-        part.snapshot.copy_to(memory)
+            part = replace(part, blocking=True)
+        else:
+            part.snapshot.copy_to(memory)
+        self._live = part if part.blocking else None
         self._thread = threading.Thread(target=self._write, args=(part,), name="checkpoint")
         self._thread.start()
 
@@ -149,8 +157,21 @@ class CheckpointWriter:
             raise self._error.pop()
         return True
 
+    def await_state(self) -> None:
+        """Returns once the live state may change: it is written, or the save is given up since its writing stalls."""
+        part, self._live = self._live, None
+        last, since = last_beat(), time.monotonic()
+        while part is not None and self._thread is not None and self._thread.is_alive() and not part.written.wait(0.1):
+            if last != (last := last_beat()):
+                since = time.monotonic()
+            elif time.monotonic() - since > STALLED_SECONDS:
+                reason = f"nothing could be written for {STALLED_SECONDS:.0f} s"
+                self.give_up(f"{self.root / step_name(part.step)} cannot be written: {reason}; is its storage alive?")
+                message = f"{self.root / step_name(part.step)} is given up: {reason}; training continues without it"
+                return self.events.warn("checkpoint_stalled", message, step=part.step, reason=reason)
+
     def give_up(self, reason: str) -> None:
-        """Has rank 0 wait no longer for the parts of the others, since one of them has failed."""
+        """Fails the save that is being written: a rank's part of it will not come."""
         self._given_up.append(reason)
 
     def is_mirrored(self, newest: int, signals_before: int) -> bool:
@@ -169,6 +190,11 @@ class CheckpointWriter:
     def remove_leftovers(self) -> None:
         """Removes what earlier attempts left half-written or half-removed; only for the holder of the run's lock."""
         self._tidy(partial(remove_leftovers, self.root))
+
+    def remove_failed(self, step: int) -> None:
+        """Removes what marks a save that failed, once it has ended on all ranks."""
+        if self.rank == 0:
+            self._tidy(partial(remove_failed, self.root, step))
 
     def abandon(self, after: int) -> None:
         """Sets the checkpoints of later steps aside, and deletes their copies at the mirror."""
@@ -231,8 +257,8 @@ class CheckpointWriter:
 def write_checkpoint(
     root: Path, attempt: int, rank: int, world_size: int, part: RankShard, given_up: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """Writes this rank's part; rank 0 then waits for the others', unless `given_up` gets a reason not to, publishes
-    the checkpoint, and returns its `bytes` and whether training waited for any part (`blocking`).
+    """Writes this rank's part; rank 0 then waits for the others', publishes the checkpoint, and returns its `bytes` and
+    whether training waited for any part (`blocking`). A reason in `given_up` ends it.
 
     SaveFailed, on rank 0 too, where a file can't be written, which leaves nothing half-written; RunFailed where a newer
     attempt has begun.
@@ -241,7 +267,7 @@ def write_checkpoint(
     aborted = folder.with_name(f"{folder.name}.failed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_part(folder, rank, part)
+        _write_part(folder, rank, part, given_up)
         if aborted.exists():  # before this rank began
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         if part.common is None:
@@ -255,7 +281,7 @@ def write_checkpoint(
             with suppress(OSError):
                 folder.rename(aborted)  # so that no other rank can write into it
                 for file in aborted.iterdir():
-                    file.unlink()  # the empty folder marks the failure until the next checkpoint or start
+                    file.unlink()  # the empty folder marks the failure until all ranks know
         elif os.path.exists(aborted):
             shutil.rmtree(folder, ignore_errors=True)
         else:
@@ -271,12 +297,20 @@ def write_checkpoint(
 def _describe_failure(root: Path, part: RankShard, world_size: int, error: OSError) -> str:
     if part.common is None and isinstance(error, FileNotFoundError | FileExistsError):  # rank 0 has moved the folder
         return f"{root / step_name(part.step)} was aborted by rank 0; its log has the reason"
-    if error.errno in _SPACE:
-        existing = next(folder for folder in (root, *root.parents) if folder.exists())
-        free, needed = shutil.disk_usage(existing).free, world_size * part.snapshot.bytes
-        suggestion = f"it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room"
+    needed = f"it needs {world_size * part.snapshot.bytes / 1e9:.3g} GB"
+    existing = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
+    if error.errno == errno.ENOSPC:
+        disk = os.statvfs(existing)
+        if disk.f_files and not disk.f_favail:
+            suggestion = f"no inodes are left on the file system of {existing}; remove files"
+        else:
+            suggestion = f"{needed} and {disk.f_bavail * disk.f_frsize / 1e9:.3g} GB are free; make room"
+    elif error.errno == errno.EDQUOT:
+        suggestion = f"{needed}; make room in your quota"
+    elif error.errno == errno.EFBIG:
+        suggestion = f"{needed}; raise the limit of a file's size (ulimit -f)"
     else:
-        suggestion = f"fix that ({error.filename or root})"
+        suggestion = f"fix that ({existing})"
     return f"{root / step_name(part.step)} cannot be written: {error.strerror or error}; {suggestion}"
 
 
@@ -287,9 +321,12 @@ def _common(engine: Any, average: Statistics | None, state: Mapping[str, Any]) -
     return GlobalState(shapes(engine), buffers, json.dumps(state))
 
 
-def _write_part(folder: Path, rank: int, part: RankShard) -> None:
+def _write_part(folder: Path, rank: int, part: RankShard, given_up: Sequence[str]) -> None:
     file = _file(rank)
     checksums = _write_chunks(folder / file, part.snapshot.chunks())
+    if given_up:  # the live state may have changed meanwhile
+        raise SaveFailed(given_up[0])
+    part.written.set()
     found = [
         {"parameter": name, "kind": kind, "file": file, "offset": offset, "start": start, "count": count}
         for (name, kind, start, count), offset in zip(part.index, part.snapshot.offsets, strict=True)

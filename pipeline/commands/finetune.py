@@ -29,6 +29,7 @@ from pipeline.errors import RunFailed, UsageError
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning, unknown_lineage
 from pipeline.plan import Plan
 from pipeline.run.identity import read_identity
+from pipeline.run.lock import check_folder
 from pipeline.run.small_files import DamagedFile, read_object, warn_damaged
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def finetune(
     if source is not None and _is_preset(source):
         raise UsageError(f"finetune needs a run: pretrain with {source} first; only --check works with a preset")
     run_folder, path = Path(config.run.dir), None if source is None else Path(source)
+    check_folder(run_folder)
     if restart:
         found = source_of(Path(anew.run.dir), path, weights)
         check_new_augmentations(config, found.ancestry)

@@ -22,6 +22,7 @@ from pipeline.doctor.compiler import find_compiler
 from pipeline.errors import DataError, UsageError
 from pipeline.monitoring.wandb import check_wandb
 from pipeline.plan import Plan, check_ranks, make_plan
+from pipeline.run.lock import check_folder
 from pipeline.run.restart import next_place, set_aside
 
 
@@ -30,6 +31,7 @@ def pretrain(preset: str, overrides: list[str], procs: int, check: bool, restart
     config = read_config(preset, overrides)
     if check:
         return check_config(config, procs)
+    check_folder(Path(config.run.dir))
     if restart:
         begin_anew(config, "pretrain", procs)
 
@@ -80,13 +82,14 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
     plan = make_plan(config, command, world_size, local_world_size(procs))
     if plan.finished:
         more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
-        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}; nothing was changed")
+        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}")
         return 0
     _check_compiled(config)
     check_wandb(config.log.wandb)
     if is_first_process() and (wasted := padding_share(config.train, world_size)):
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
+        check_folder(Path(config.run.dir), to_write=True)
         arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
         return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
     from pipeline.ending import record_exit_reason  # they import torch

@@ -24,7 +24,6 @@ from typing import Protocol
 from pipeline.distributed.environment import LAUNCHER, cpus_per_rank, is_rank
 from pipeline.distributed.preload import preload
 from pipeline.distributed.signals import STOPPED, STOPPING, stopping
-from pipeline.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "pipeline.cli"
@@ -78,13 +77,9 @@ def launch(
 
     `imports` imports what they need, so that they can be forks of this process; `start` replaces the way to start them.
 
-    Rank 0 has the terminal; the others write to LOGS/rank-N.log. Requests to stop are forwarded to the ranks; a second
-    Ctrl-C kills them.
+    Rank 0 has the terminal; the others write to LOGS/rank-N.log, if they can. Requests to stop are forwarded to the
+    ranks; a second Ctrl-C kills them.
     """
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{logs} cannot be made: {error.strerror}; is run.dir a folder that you may write?") from None
     processes: list[Rank] = []
     interrupted, signalled = False, 0
 
@@ -105,8 +100,7 @@ def launch(
         signal.signal(number, forward)
     try:
         for rank in range(ranks):
-            log = logs / f"rank-{rank}.log" if rank else None
-            processes.append(start(module, arguments, _environment(rank, ranks, port), log))
+            processes.append(start(module, arguments, _environment(rank, ranks, port), _log_of(rank, logs)))
             if signalled:  # while this one was being started
                 processes[-1].send_signal(signalled)
         return _wait(processes, logs)
@@ -114,6 +108,20 @@ def launch(
         for process in processes:
             process.kill()
         raise
+
+
+def _log_of(rank: int, logs: Path) -> Path | None:
+    """Where a rank's output goes; None for rank 0, and where it cannot be written: to this process's."""
+    if rank == 0:
+        return None
+    log = logs / f"rank-{rank}.log"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        log.open("ab").close()
+    except OSError as error:
+        print(f"warning: {log} cannot be written: {error.strerror}; rank {rank} prints here", file=sys.stderr)
+        return None
+    return log
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -219,7 +227,7 @@ def _report(rank: int, status: int, logs: Path) -> int:
             file=sys.stderr,
         )
         return STOPPED if asked else 1
-    if rank > 0:
+    if rank > 0 and (logs / f"rank-{rank}.log").is_file():
         log = logs / f"rank-{rank}.log"
         print(f"rank {rank} ended with status {status}: {_last_message(log)} (see {log})", file=sys.stderr)
     return status

@@ -70,12 +70,22 @@ def lock_holder(run: Path) -> LockHolder | None:
     return None
 
 
+def check_folder(run: Path, to_write: bool = False) -> None:
+    """UsageError where a run's folder can be none, or, `to_write`, cannot be made or written."""
+    place = next(each for each in (run, *run.absolute().parents) if os.path.lexists(each))
+    why = "is not a folder" if not place.is_dir() else "cannot be written"
+    if not place.is_dir() or (to_write and not os.access(place, os.W_OK | os.X_OK)):
+        raise UsageError(f"run.dir={run}: {place} {why}; choose a folder that can be written")
+
+
 def acquire_lock(run: Path) -> TextIO:
     """The run's lock, until it is closed; RunLocked where another process has it for longer than it takes to end."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("a+")
     except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise UsageError(f"run.dir={run}: {run}/.lock, a file of the program, is a folder: remove it") from None
         what = f"{run}: .lock" if run.is_dir() else str(run)
         raise UsageError(f"run.dir={what}: {error.strerror}; choose a folder that can be written") from None
     deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS

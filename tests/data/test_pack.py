@@ -372,7 +372,8 @@ def test_shards_that_are_there_are_replaced_only_when_asked_for(zoo, tmp_path):
 
 def test_somebody_elses_shards_are_replaced_only_when_asked_for(zoo, tmp_path):
     """And what else lies there stays, but for the half-written files of a pack."""
-    there = lay_out(tmp_path, {"shard-000007.tar": b"not ours", ".shard-000009.tar.partial": b"x", "mine.txt": b"mine"})
+    half = ".shard-000009.tar.00c0ffee.partial"
+    there = lay_out(tmp_path, {"shard-000007.tar": b"not ours", half: b"x", "mine.txt": b"mine"})
     before = files_in(there)
     assert "holds shards already" in refused(zoo, there)
     assert files_in(there) == before

@@ -6,6 +6,7 @@ answer is. Checkpoints must be due at every step, so that the number of a save i
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from data.storage.durable import write_atomically
+from pipeline.checkpoint import writer
 from pipeline.checkpoint.reader import step_name
 from pipeline.distributed.environment import rank_and_world_size
 
@@ -27,11 +30,16 @@ SECONDS_FOR_A_SAVE = 2.0
 
 class StorageFaults:
     """`failing`: the steps (as JSON has them) whose save fails, each with [a rank, FULL] or, where the rank cannot even
-    leave a note, [a rank, MUTE]. `stalled`: [a rank, the step whose save it begins, the step before which it ends]."""
+    leave a note, [a rank, MUTE]. `stalled`: [a rank, the step whose save it begins, the step before which it ends].
+    `blocking`: no copy of the state fits into memory."""
 
     def __init__(
-        self, failing: Mapping[str, tuple[int, str]] | None = None, stalled: Sequence[int] | None = None
+        self,
+        failing: Mapping[str, tuple[int, str]] | None = None,
+        stalled: Sequence[int] | None = None,
+        blocking: bool = False,
     ) -> None:
+        writer.COPY_SHARE, writer.STALLED_SECONDS = 0.0 if blocking else 0.75, 0.5
         self.failing, self.stalled = failing or {}, stalled
         self.rank, self.step = rank_and_world_size()[0], 0
 
@@ -53,14 +61,15 @@ class StorageFaults:
         if not first < self.step < end:
             await_writing(None if self.step == end else SECONDS_FOR_A_SAVE)
         failing, kind = self.failing.get(str(self.step), (-1, FULL))
-        full = failing == self.rank and kind == FULL
-        limit_files(FULL_BYTES if full else resource.RLIM_INFINITY)
-        if failing == self.rank and kind == MUTE:
-            for name in (f"rank-{self.rank:05d}.safetensors", f".part-{self.rank:05d}.json.partial"):
-                (folder / name).mkdir(parents=True)
+        limit_files(FULL_BYTES if failing == self.rank else resource.RLIM_INFINITY)
+        writer.write_atomically = write_nothing if (failing, kind) == (self.rank, MUTE) else write_atomically
         if self.rank == stalled and self.step == first:
             folder.mkdir(parents=True, exist_ok=True)
             os.mkfifo(pipe)
+
+
+def write_nothing(path: Path, contents: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 def await_writing(seconds: float | None) -> None:

@@ -330,6 +330,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+def test_a_disk_without_inodes_and_one_without_room_are_told_apart(small_disk):
+    subprocess.run(["mount", "-o", "remount,nr_inodes=3", small_disk], check=True)
+    (message,) = failures(small_disk / "checkpoints", two_ranks()[:1])
+    assert message.endswith(f"no inodes are left on the file system of {small_disk}/checkpoints; remove files")
+
+
 def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_can_be_resumed(small_disk):
     write_ranks(small_disk / "checkpoints", two_ranks(), 1)
     large = [{("head.weight", "weight", 0): torch.zeros(1 << 18)} for _ in range(2)]
@@ -347,7 +353,7 @@ def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_can_be_resumed(
 def test_rank_0_fails_at_once_with_the_error_of_a_rank_that_cannot_write(tmp_path):
     (tmp_path / ".step-00000002.attempt-0.0" / "rank-00001.safetensors").mkdir(parents=True)
     first, second = failures(tmp_path, two_ranks())
-    assert "step-00000002 cannot be written: Is a directory; fix that" in second
+    assert second.endswith(f"step-00000002 cannot be written: Is a directory; fix that ({tmp_path})")
     assert first == f"rank 1: {second}"
     assert checkpoints(tmp_path) == []
 
@@ -389,6 +395,23 @@ def test_pruning_spares_what_is_being_copied_and_keep_every(tmp_path):
     names = folders(tmp_path, 1, 2, 3, 4)
     prune(tmp_path, 1, 3, 4, spared={names[0]})
     assert sorted(tmp_path.iterdir()) == [names[0], names[2], names[3]]
+
+
+def test_a_checkpoint_with_a_file_that_cannot_be_removed_stays_whole_until_it_can(checkpoint):
+    folders(checkpoint.parent, 9)
+    for immutable in ("state.json", "rank-00001.safetensors", "manifest.json"):
+        changed = ["chattr", "+i", checkpoint / immutable]
+        if subprocess.run(changed, capture_output=True).returncode:
+            pytest.skip("needs the right to make a file immutable, and a file system that can")
+        try:
+            found = prune(checkpoint.parent, 1, None, 9)
+        finally:
+            subprocess.run(["chattr", "-i", checkpoint / immutable], check=True)
+        assert found == {checkpoint: "Operation not permitted"}
+        read_everything(checkpoint)
+    for file in checkpoint.iterdir():
+        file.chmod(0o400)  # of a file: its folder is what counts
+    assert prune(checkpoint.parent, 1, None, 9) == {} and not checkpoint.exists()
 
 
 def test_a_checkpoint_of_the_same_step_replaces_a_damaged_one(checkpoint):

@@ -124,11 +124,17 @@ def test_each_rank_gets_its_arguments_and_the_environment_of_torchrun(start, tmp
         assert eval(text) == [["pretrain", "a b.yaml"], str(rank), str(rank), "3", "3", "127.0.0.1", port]
 
 
-def test_rank_0_has_the_terminal_and_the_others_their_logs_which_are_only_added_to(start, tmp_path):
+def test_rank_0_has_the_terminal_and_the_others_logs_where_these_can_be_written(start, tmp_path):
     program = "print('out', rank, flush=True); print('err', rank, file=sys.stderr)"
-    for _ in range(2):
-        assert ended(start, tmp_path, 3, program) == (0, "out 0\n", "err 0\n")
+    assert ended(start, tmp_path, 3, program) == (0, "out 0\n", "err 0\n")
     assert names(tmp_path / "logs", "rank") == ["rank-1.log", "rank-2.log"]
+    (log := tmp_path / "logs" / "rank-1.log").unlink()
+    log.mkdir()
+    status, out, err = ended(start, tmp_path, 3, program)
+    assert (status, sorted(out.splitlines())) == (0, ["out 0", "out 1"])
+    assert {"err 0", "err 1", f"warning: {log} cannot be written: Is a directory; rank 1 prints here"} == set(
+        err.splitlines()
+    )
     assert (tmp_path / "logs" / "rank-2.log").read_text() == "out 2\nerr 2\n" * 2
 
 

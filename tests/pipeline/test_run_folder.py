@@ -28,7 +28,8 @@ from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run import lock
 from pipeline.run.jsonl import JsonLines, cut_back, read_lines
-from pipeline.run.lock import acquire_lock
+from pipeline.run.lock import acquire_lock, check_folder
+from tests.pipeline.storage_faults import limit_files
 
 ROOT = Path(__file__).parents[2]
 HOLDING = """
@@ -109,6 +110,26 @@ def test_a_claim_ends_with_its_lock(tmp_path, monkeypatch):
         claim(first.path)
     first.lock.close()
     claim(first.path).lock.close()
+
+
+def test_a_run_on_a_full_disk_is_held_and_one_in_no_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT_SECONDS", 0.1)
+    limit_files(0)  # no byte can be written
+    try:
+        held = acquire_lock(tmp_path)
+    finally:
+        limit_files(-1)
+    with pytest.raises(UsageError, match="already running"):
+        acquire_lock(tmp_path)
+    held.close()
+    acquire_lock(tmp_path).close()
+    for place in (tmp_path / ".lock", tmp_path / ".lock" / "a" / "run"):
+        with pytest.raises(UsageError, match=rf"run\.dir={place}: {tmp_path}/\.lock is not a folder"):
+            check_folder(place)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UsageError, match=rf"run\.dir={tmp_path}: {tmp_path}/\.lock, .*, is a folder: remove it"):
+        acquire_lock(tmp_path)
 
 
 def test_an_attempt_counts_the_starts_before_it(tmp_path):

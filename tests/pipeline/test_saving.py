@@ -69,7 +69,8 @@ def draw(chance: random.Random) -> dict[str, Failing]:
     return found
 
 
-STALLED = {"stalled-0": [0, 2, 5], "stalled-1": [1, 2, 5]}
+STALLED = {"copy": [0, 2, 5], "live": [1, 2, 5]}
+"""The second where no copy of the state fits into memory."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def runs(digits: Path) -> tuple[Path, dict[str, Failing]]:
         return {"arguments": arguments(digits, folder / name), **({"storage": faults} if faults else {})}
 
     failing = [job(name, failing=schedule) for name, schedule in schedules.items()]
-    stalled = [job(name, stalled=how) for name, how in STALLED.items()]
+    stalled = [job(name, stalled=how, blocking=name == "live") for name, how in STALLED.items()]
     on_ranks(2, [job("whole"), *failing, *stalled], folder)
     for name in ("ends early", "ends unsaved"):
         shutil.copytree(folder / name, folder / f"{name}, resumed")
@@ -97,7 +98,8 @@ def test_a_run_outlives_failed_saves_up_to_three_in_a_row(runs: Any, kind: str) 
     last, saved = promise(schedules[kind])
     steps = [row["step"] for row in events(folder / kind, "checkpoint_failed")]
     assert list(dict.fromkeys(steps)) == sorted(step for step in schedules[kind] if step <= last)
-    assert max(map(step_of, checkpoints(folder / kind / "checkpoints"))) == saved
+    root = folder / kind / "checkpoints"
+    assert max(map(step_of, checkpoints(root))) == saved and set(root.iterdir()) == set(checkpoints(root))
     assert max(row["step"] for row in rows(folder / kind / "metrics.jsonl")) == last
     ends = {(folder / kind / f"ended-{rank}.txt").read_text() for rank in (0, 1)}  # alike
     if kind == "recovers":
@@ -120,6 +122,7 @@ def test_steps_do_not_wait_for_a_writer_that_stalls_and_saves_are_left_out(runs:
     assert skipped == [(step, first) for step in range(first + 1, end)]
     assert [row["step"] for row in events(run, "checkpoint_failed")] == [first]  # a pipe cannot be synced
     assert [row["step"] for row in events(run, "checkpoint")] == [1, *range(end, STEPS + 1)]
+    assert {row["blocking"] for row in events(run, "checkpoint")} == {name == "live"}
 
 
 # --------------------------------------------------------------------------------------- old files, and other files
@@ -134,14 +137,15 @@ def without_rights_of_root(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_can_neither_be_removed_nor_written_ends_no_run(digits: Path, tmp_path: Path) -> None:
-    """A protected checkpoint, a leftover that stays, the file of an editor, and a folder that takes no curves."""
+    """A protected checkpoint, a leftover that stays, files of others, no logs, and a folder that takes no curves."""
     run = tmp_path / "run"
     root, few = run / "checkpoints", ["checkpoint.keep_last=1", "log.profile=3-3"]
     first = without_rights_of_root("pretrain", *arguments(digits, run, "train.steps=2", "checkpoint.keep_last=2"))
     assert first.returncode == 0, first.stderr
     stuck, stranger = root / ".step-00000001.pruned" / "folder", root / ".step-00000002.swp"
     stuck.mkdir(parents=True)
-    for file in (stuck / "file", stranger, run / "profile"):
+    shutil.rmtree(run / "logs")
+    for file in (stuck / "file", stranger, run / "profile", run / "logs"):
         file.touch()
     for folder in (root / step_name(1), stuck, run / "tensorboard"):
         folder.chmod(0o555)
@@ -198,11 +202,12 @@ def test_records_that_a_full_disk_refused_are_written_whole_later(
 
 @pytest.mark.parametrize("end", ["finished", pytest.param("interrupted", marks=pytest.mark.torture)])
 def test_a_mirror_that_hangs_does_not_fail_a_run_that_ends(end: str, digits: Path, tmp_path: Path) -> None:
-    """For longer than a collective may take; a pipe without a reader, for a file system that does not answer."""
-    run, pipe, timeout = tmp_path / "run", tmp_path / "mirror" / ".config.yaml.partial", 5
-    pipe.parent.mkdir()
+    """For longer than a collective may take; a pipe that nobody writes to, for a file system that does not answer."""
+    run, timeout = tmp_path / "run", 5
+    pipe = run / "source.json"  # which is copied, too
+    run.mkdir()
     os.mkfifo(pipe)
-    more = [f"run.hang_timeout={timeout}", f"checkpoint.mirror={pipe.parent}", "--procs", 2]
+    more = [f"run.hang_timeout={timeout}", f"checkpoint.mirror={tmp_path / 'mirror'}", "--procs", 2]
     steps = "train.steps=2" if end == "finished" else "train.steps=100000"
     process = started("pretrain", *arguments(digits, run, *more, steps))
     if end == "interrupted":
@@ -211,7 +216,6 @@ def test_a_mirror_that_hangs_does_not_fail_a_run_that_ends(end: str, digits: Pat
     wait_until(lambda: bool((run / "events.jsonl").exists() and events(run, end)), process)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(2.2 * timeout)
-    with pipe.open("rb") as reader:
-        pipe.unlink()  # the next try finds a folder that answers
-        reader.read()
+    with pipe.open("wb"):
+        pipe.unlink()  # the next copy is without it
     assert process.wait(PATIENCE_SECONDS) == (0 if end == "finished" else 3)
