@@ -21,7 +21,7 @@ from pipeline.config.schema import Config, Slurm, parse_duration
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.identity import settle
-from pipeline.run.jsonl import read_lines
+from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.lock import RunLocked, lock_holder, try_lock
 from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
@@ -210,7 +210,7 @@ def stop_seconds(run: Path) -> float:
 
     A signal that comes just after a step's all-reduce is known to all ranks in the next step's.
     """
-    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl", step_seconds=NUMBER)]
+    steps = [row["step_seconds"] for row in read_metrics(run, step_seconds=NUMBER)]
     rows = read_lines(run / "events.jsonl", event=str, seconds=NUMBER)
     saves = [row["seconds"] for row in rows if row["event"] == "checkpoint"]
     return 2 * max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)
