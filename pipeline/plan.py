@@ -83,7 +83,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
         raise UsageError(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
-    evaluated = newest is not None and newest in evaluated_steps(run / "metrics.jsonl")
+    evaluated = newest is not None and newest in evaluated_steps(run)
     return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
 
 

@@ -16,10 +16,11 @@ from pipeline.checkpoint.attempts import recorded_rollbacks, trusted_checkpoints
 from pipeline.checkpoint.reader import checkpoints, step_of
 from pipeline.config.core_yaml import read_yaml
 from pipeline.errors import UsageError
+from pipeline.formatting import pluralize
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
 from pipeline.run.events import last_saved_step
-from pipeline.run.jsonl import read_lines
+from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.lock import LockHolder, lock_holder
 from pipeline.run.small_files import NUMBER, has, warn_damaged
 from slurm import history, scheduler
@@ -36,6 +37,7 @@ EVENT_FIELDS = {
     **{event: {"step": int} for event in (*BEGIN_EVENTS, "step_skipped", "interrupted")},
     **{event: {"ranks": list} for event in HANG_EVENTS},
     "failed": {"message": str},
+    "checkpoint_failed": {"in_a_row": int, "reason": str},
     "out_of_memory": {"rank": int, "error": str},
 }
 ROW_FIELDS = {"step": int, "loss": NUMBER | str, "step_seconds": NUMBER, "images_per_second": NUMBER}
@@ -96,6 +98,7 @@ class Status:
     rollbacks: list[dict[str, int]]
     """To a checkpoint's step, `to`, skipping the steps from `first` to `last`."""
     checkpoints: dict[str, int | None]
+    """`count` of them, the step of the `newest`, and how many saves have `failed_in_a_row` since."""
     jobs: list[dict[str, Any]]
     ancestry: list[dict[str, Any]]
     """Oldest first, the run itself last; empty before it has begun, or where it cannot be read."""
@@ -147,7 +150,7 @@ def read_run(run: Path) -> RunSnapshot:
         ],
         rows=[
             row
-            for row in read_lines(run / "metrics.jsonl", **ROW_FIELDS)
+            for row in read_metrics(run, **ROW_FIELDS)
             if row["loss"] in ("nan", "inf", "-inf") or not isinstance(row["loss"], str)
         ],
         rollbacks=recorded_rollbacks(run),
@@ -210,7 +213,11 @@ def status_of(snapshot: RunSnapshot, jobs: JobRecords, now: float) -> Status:
         goodput=_goodput(snapshot, jobs, now),
         not_applied=_not_applied(snapshot),
         rollbacks=snapshot.rollbacks,
-        checkpoints={"newest": max(snapshot.checkpoints, default=None), "count": len(snapshot.checkpoints)},
+        checkpoints={
+            "newest": max(snapshot.checkpoints, default=None),
+            "count": len(snapshot.checkpoints),
+            "failed_in_a_row": _failed_saves(snapshot).get("in_a_row", 0),
+        },
         jobs=shown,
         ancestry=_ancestry(snapshot, steps),
     )
@@ -238,7 +245,16 @@ def state_of(snapshot: RunSnapshot, jobs: JobRecords) -> tuple[str, str | None]:
 
 
 def _running(snapshot: RunSnapshot) -> tuple[str, str | None]:
-    return "running", "being cancelled" if snapshot.cancelled_at is not None else None
+    failed, newest = _failed_saves(snapshot), max(snapshot.checkpoints, default=None)
+    good = "no checkpoint yet" if newest is None else f"the newest good one of step {newest}"
+    failing = f"{pluralize(failed['in_a_row'], 'save')} failed in a row, {good}: {failed['reason']}" if failed else None
+    return "running", "being cancelled" if snapshot.cancelled_at is not None else failing
+
+
+def _failed_saves(snapshot: RunSnapshot) -> dict[str, Any]:
+    """The event of the last save if it failed, or {}."""
+    last = snapshot.last_event("checkpoint", "checkpoint_failed", *BEGIN_EVENTS)
+    return last if last.get("event") == "checkpoint_failed" else {}
 
 
 def _of_active_job(snapshot: RunSnapshot, job: str, record: Mapping[str, str]) -> tuple[str, str | None]:
@@ -294,6 +310,9 @@ def _without_job(snapshot: RunSnapshot) -> tuple[str, str | None]:
     again = "the same command " + ("begins again" if newest is None else f"resumes from step {newest}")
     if newest is None and (saved := last_saved_step(snapshot.events)) is not None:
         again = f"its checkpoints are gone, the last of step {saved}: copy one back, or begin again with --restart"
+    steps = _steps(snapshot, snapshot.rows[-1] if snapshot.rows else {})
+    if not last and newest is not None and newest == steps:
+        return "done", "by its newest checkpoint: events.jsonl does not say how it ended"
     if last.get("event") == "finished":
         return "done", None
     if last.get("event") == "interrupted":

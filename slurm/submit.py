@@ -21,8 +21,9 @@ from pipeline.config.schema import Config, Slurm, parse_duration
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run.identity import settle
-from pipeline.run.jsonl import read_lines
+from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.lock import RunLocked, lock_holder, try_lock
+from pipeline.run.restart import put_back
 from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.environment import for_sbatch, outside_jobs, replaced_environment
@@ -87,15 +88,19 @@ def submit(
         chain = [with_restarts(job, is_followed=job is not chain[-1]) for job in chain]
     with ExitStack() as locks:
         for job in chain:
-            locks.enter_context(submission_lock(history.folder(job.run)))
+            locks.enter_context(submission_lock(job.run))
         ending, *_ = [jobs_being_cancelled(job.run) for job in chain]
         if restart and ending:
             raise UsageError(f"{chain[0].run}: job {ending[0]} is still being cancelled; --restart waits for its end")
-        if restart:
-            set_files_aside(chain[0].config)
+        place = set_files_aside(chain[0].config) if restart else None
         dependency = ":".join(["afterany", *ending]) if ending and cluster == "slurm" else None
         for job in chain:
-            dependency = f"afterok:{submit_one(job, dependency, cluster)}"
+            try:
+                dependency = f"afterok:{submit_one(job, dependency, cluster)}"
+            except (UsageError, *scheduler.ERRORS):
+                if place is not None and job is chain[0] and put_back(job.run, place):
+                    print(f"{job.run} is as it was, since nothing was submitted")
+                raise
     return 0
 
 
@@ -210,7 +215,7 @@ def stop_seconds(run: Path) -> float:
 
     A signal that comes just after a step's all-reduce is known to all ranks in the next step's.
     """
-    steps = [row["step_seconds"] for row in read_lines(run / "metrics.jsonl", step_seconds=NUMBER)]
+    steps = [row["step_seconds"] for row in read_metrics(run, step_seconds=NUMBER)]
     rows = read_lines(run / "events.jsonl", event=str, seconds=NUMBER)
     saves = [row["seconds"] for row in rows if row["event"] == "checkpoint"]
     return 2 * max(steps[-20:], default=0.0) + max(saves[-20:], default=0.0)

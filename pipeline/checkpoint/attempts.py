@@ -63,7 +63,11 @@ def _record(run: Path, number: int, found: list[str], rollbacks: list[dict[str, 
     records.mkdir(parents=True, exist_ok=True)
     facts = {"process": os.getpid(), "host": os.uname().nodename, "found": found, "rollbacks": rollbacks}
     hidden = records / f".{facts['host']}-{facts['process']}"
-    write_atomically(hidden, json.dumps(facts) + "\n")
+    try:
+        write_atomically(hidden, json.dumps(facts) + "\n")
+    except OSError as error:
+        error.filename = str(records)  # not the hidden file
+        raise
     try:
         os.link(hidden, records / f"{number}.json")  # atomic, and fails where the name exists
     except FileExistsError:

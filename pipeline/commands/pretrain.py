@@ -60,8 +60,11 @@ def begin_anew(config: Config, command: str, procs: int) -> None:
     set_files_aside(config)
 
 
-def set_files_aside(config: Config) -> None:
-    """Moves what is in a run's folder into a folder in it; UsageError where its mirror would bring it back."""
+def set_files_aside(config: Config) -> Path | None:
+    """Moves what is in a run's folder into a folder in it, and returns that, or None where there is nothing.
+
+    UsageError where its mirror would bring it back.
+    """
     run, mirror = Path(config.run.dir), config.checkpoint.mirror
     check_mirror(run, mirror)
     if mirror is not None and list_copies(mirror):
@@ -73,6 +76,7 @@ def set_files_aside(config: Config) -> None:
     if (place := set_aside(run)) is not None:
         had = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
         print(f"{run} begins anew: what was there, with {had}, is in {place}")
+    return place
 
 
 def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:

@@ -46,7 +46,11 @@ class MetricsFile:
 
     def __init__(self, run: Path, first_step: int, warn: Warn = print_warning) -> None:
         path = run / "metrics.jsonl"
-        self._lines = JsonLines(path, warn, prepare=lambda: cut_back(path, first_step))
+        try:
+            cut_back(path, first_step)
+        except OSError as error:  # a file that may only be appended to; a full disk
+            warn(path, f"cannot be cut back to step {first_step}: {error.strerror}; its last row of a step counts")
+        self._lines = JsonLines(path, warn)
 
     def write(self, row: dict[str, Any]) -> None:
         self._lines.write(row)
@@ -173,7 +177,7 @@ def open_metrics(
         sinks = [MetricsFile(run, step, warn), TensorBoard(run / "tensorboard", events.attempt, step, warn)]
         if config.log.wandb is not None:
             sinks.append(WeightsAndBiases(run, config.log.wandb, config.model_dump(mode="json"), events))
-    evaluated = from_rank_zero(lambda: {each for each in evaluated_steps(run / "metrics.jsonl") if each <= step})
+    evaluated = from_rank_zero(lambda: {each for each in evaluated_steps(run) if each <= step})
     consumed = Samples(run, events, rank, world_size, config.log.samples == "pixels") if config.log.samples else None
     multiply_adds = count_model(config.model, config.train, len(plan.train.classes)).multiply_adds
     peak = peak_images_per_second(device_name(device), config.train.precision, multiply_adds, world_size)

@@ -10,32 +10,24 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from data.storage.durable import write_atomically
-from pipeline.run.appended import AppendedFile, Warn, print_warning
+from pipeline.run.appended import AppendedFile
 from pipeline.run.small_files import has, parse, warn_damaged
 
 
 class JsonLines(AppendedFile):
     """An append-only file of JSON objects; each line is one write, at once, or waits in memory (appended.py)."""
 
-    def __init__(self, path: Path, warn: Warn = print_warning, prepare: Callable[[], object] = lambda: None) -> None:
-        """`prepare` is called once, before anything is written; the lines wait for it, too."""
-        self._prepare: Callable[[], object] | None = prepare
-        super().__init__(path, warn)
-
     def write(self, row: dict[str, Any]) -> None:
         self.append(json.dumps({name: _finite(value) for name, value in row.items()}).encode() + b"\n")
 
     def _open(self) -> FileIO:
-        if self._prepare is not None:
-            self._prepare()
-            self._prepare = None
         file = super()._open()
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -61,25 +53,44 @@ def read_lines(path: Path, **kinds: type | UnionType) -> Iterator[dict[str, Any]
         warn_damaged(path, error.strerror or str(error), "continuing as if it were empty")
 
 
+def read_metrics(run: Path, **kinds: type | UnionType) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that have these fields, each step and each evaluation once, in their order."""
+    return _newest(row for row in read_lines(run / "metrics.jsonl", **kinds) if _place(row) is not None)
+
+
 def cut_back(path: Path, step: int) -> None:
     """Removes the rows after a checkpoint's step from metrics.jsonl, and half a last line; rows of no step stay."""
     if path.exists():
-        kept = [json.dumps(row) + "\n" for row in _rows(path) if not _is_later(row.get("step"), step)]
-        write_atomically(path, "".join(kept))
+        kept = [row for row in _newest(_rows(path)) if (_place(row) or (0,))[0] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def evaluated_steps(path: Path) -> set[int]:
+def evaluated_steps(run: Path) -> set[int]:
     """The steps whose evaluation metrics.jsonl has."""
-    return {row["step"] for row in read_lines(path, step=int) if "eval_loss" in row}
+    return {row["step"] for row in read_metrics(run, eval_loss=object)}
+
+
+def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those of steps that a later start did again: of a file that could not be cut back, or was added to."""
+    kept: list[dict[str, Any]] = []
+    following: tuple[int, bool] | None = None
+    for row in reversed(list(rows)):
+        place = _place(row)
+        if place is None or following is None or place < following:
+            kept.append(row)
+            following = place or following
+    return kept[::-1]
+
+
+def _place(row: dict[str, Any]) -> tuple[int, bool] | None:
+    """Where among the rows of metrics.jsonl one belongs: an evaluation follows its step; None: somebody else's."""
+    step, is_evaluation = row.get("step"), "eval_loss" in row
+    return (step, is_evaluation) if isinstance(step, int) and (is_evaluation or "loss" in row) else None
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         yield from (row for line in file if (row := parse(line)) is not None)
-
-
-def _is_later(found: Any, step: int) -> bool:
-    return isinstance(found, int) and found > step
 
 
 def _finite(value: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import count
 from pathlib import Path
 
 from pipeline.errors import RunFailed
+from pipeline.run.identity import NOTE
 from pipeline.run.lock import acquire_lock
 
-_STAYS = (".lock", "restarted-")
+_STAYS = (".lock", ".submitting", "restarted-")
+_OF_A_SUBMISSION = {"slurm", NOTE}
 
 
 def next_place(run: Path) -> Path:
@@ -24,7 +27,7 @@ def set_aside(run: Path) -> Path | None:
     if not run.is_dir():
         return None
     with acquire_lock(run):
-        there = sorted(path for path in run.iterdir() if not path.name.startswith(_STAYS))
+        there = _contents(run)
         if not there:
             return None
         place = next_place(run)
@@ -37,3 +40,19 @@ def set_aside(run: Path) -> Path | None:
                 f"run.dir={run}: not all of it can be moved to {place}: {error.strerror}: {error.filename}"
             ) from None
     return place
+
+
+def put_back(run: Path, place: Path) -> bool:
+    """Undoes `set_aside` where a submission then failed, whose files are removed; False where the run has begun."""
+    with acquire_lock(run):
+        if {path.name for path in _contents(run)} - _OF_A_SUBMISSION:
+            return False
+        shutil.rmtree(run / "slurm", ignore_errors=True)
+        for path in place.iterdir():
+            path.replace(run / path.name)
+        place.rmdir()
+    return True
+
+
+def _contents(run: Path) -> list[Path]:
+    return sorted(path for path in run.iterdir() if not path.name.startswith(_STAYS))

@@ -143,8 +143,10 @@ def cases(copy: Path) -> Iterator[tuple[str, str, Damage]]:
             yield from ((str(name), what, damage) for what, damage in damages.items())
 
 
-WRITTEN = {"config.yaml", "events.jsonl", "metrics.jsonl", ".lock", "logs/rank-0.log", "samples/rank-0.jsonl"}
-"""A start adds to them or writes them anew, so none of them may be a folder."""
+WRITTEN = {"config.yaml", ".lock"}
+"""A start cannot do without them, so none of them may be a folder."""
+RECORDS = {"metrics.jsonl", "samples/rank-0.jsonl"}
+"""Without them a run trains, and they cannot be compared."""
 
 
 def faults(begun: Begun, chosen: list[tuple[str, str, Damage]], out: Path) -> list[str]:
@@ -168,6 +170,8 @@ def faults(begun: Begun, chosen: list[tuple[str, str, Damage]], out: Path) -> li
         blocked = what == "a folder" and name in WRITTEN
         if "Traceback" in said or (status not in (1, 2) if blocked else status != 0):
             found.append(f"{place}: {status}: {said}")
+        elif not blocked and what == "a folder" and name in RECORDS:
+            found += [f"{place}: other weights"] if last_state(begun.run) != expected[0] else []
         elif not blocked:
             now = last_state(begun.run), curve(begun.run)[-1], consumed(begun.run)[3]
             pairs = zip(("weights", "metrics", "samples"), now, expected, strict=True)

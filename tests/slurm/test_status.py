@@ -147,6 +147,29 @@ def test_the_state_of_a_run_without_jobs_follows_from_its_lock_and_events(run: R
     assert (run.status().restarts, run.status().goodput) == (2, None)
 
 
+def test_saves_that_failed_in_a_row_are_shown_until_one_succeeds(run: Run) -> None:
+    run.submitted(90).start(80).begun(79).rows(10, 20, 30).checkpoint(10)
+    for number, step in enumerate((20, 30), 1):
+        run.event(40 - step, "checkpoint_failed", step=step, reason=f"{run.path} cannot be written", in_a_row=number)
+    found = run.status({"7": RUNNING})
+    assert (found.state, found.checkpoints["failed_in_a_row"]) == ("running", 2)
+    why = f"2 saves failed in a row, the newest good one of step 10: {run.path} cannot be written"
+    assert f"  {why}" in as_lines(found)
+    assert run.event(5, "checkpoint", step=40).status({"7": RUNNING}).reason is None
+
+
+def test_each_step_is_read_once_where_metrics_could_not_be_cut_back(run: Run) -> None:
+    run.config(steps=40).begun(9).rows(10, 20, 30).checkpoint(10).resumed(8, step=10).rows(20)
+    found = run.status()
+    assert (found.step, found.seconds_left) == (20, 20.0)
+
+
+def test_a_run_whose_events_could_not_be_written_is_done_by_its_last_checkpoint(run: Run) -> None:
+    run.config(steps=40).checkpoint(40)
+    assert run.state()[0] == "done"
+    assert run.config(steps=41).state()[0] == "failed"
+
+
 def test_reading_the_lock_changes_nothing_and_keeps_no_start_from_it(run: Run) -> None:
     run.begun(1)
     assert lock_holder(run.path) is None and not (run.path / ".lock").exists()
@@ -169,7 +192,7 @@ def test_status_follows_a_job_from_the_queue_through_a_preemption_to_its_end(run
     run.start(80).begun(79).rows(10, 20).checkpoint(15)
     first = run.status({"7": RUNNING})
     assert (first.state, first.reason, first.step, first.seconds_left) == ("running", None, 20, 20.0)
-    assert first.checkpoints == {"newest": 15, "count": 1}
+    assert first.checkpoints == {"newest": 15, "count": 1, "failed_in_a_row": 0}
 
     run.event(70, "interrupted", step=20, reason="SIGUSR2").end(70, Cause.PREEMPTED, decision="preempted: it resumes")
     assert run.state({"7": COMPLETING})[0] == "requeued"

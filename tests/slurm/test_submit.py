@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UsageError
-from slurm.submit import submit
+from pipeline.run.identity import settle
+from slurm.submit import submission_lock, submit
+from tests.pipeline.runs import contents
 
 OFF = "augment.randaugment={layers: 0, magnitude: 0}"
 ON = '"augment.randaugment={layers: 2, magnitude: 5}"'
@@ -31,3 +33,27 @@ def test_a_chain_whose_fine_tuning_would_be_refused_is_not_submitted(
     assert chain(ON, "augment.allow_new=true", pretraining=(OFF,)) == 0
     assert chain(ON) == 0  # weak in pretraining
     assert capsys.readouterr().out.count("dependency=afterok") == 2
+
+
+def test_a_restart_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    for file in ("slurm/jobs.jsonl", "checkpoints/step-00000003/manifest.json", "notes.txt"):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).write_text("mine")
+    settle(run)
+    before = contents(run)
+    seen: list[Path] = []
+
+    def refuse(folder: Path, _: str) -> str:
+        seen.extend(run.glob("*"))
+        with pytest.raises(UsageError, match="another `coatnet submit` is at work"), submission_lock(run):
+            pass
+        raise UsageError("sbatch refused the job")
+
+    monkeypatch.setattr("slurm.submit.submit_locally", refuse)
+    overrides = [f"run.dir={run}", "data.train=here/train", "data.val=null"]
+    with pytest.raises(UsageError, match="refused"):
+        submit("pretrain", "configs/tiny.yaml", overrides, None, None, None, "local", dry_run=False, restart=True)
+    assert sorted(path.name for path in seen) == [".lock", ".submitting", "restarted-1", "run.json", "slurm"]
+    (run / ".submitting").unlink()
+    assert contents(run) == before and not (run / "restarted-1").exists()
