@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pipeline.config.contradictions import EARLY_SECONDS
 from pipeline.distributed.signals import STOPPED, STOPPING
 from slurm.history import JobStart
 
@@ -78,7 +79,9 @@ def classify_exit(ending: Ending) -> Cause:
     if ending.cancelled or (ending.event == "interrupted" and ending.reason == "SIGINT"):
         return Cause.CANCELLED
     left = ending.seconds_left
-    stopped = Cause.TIME_LIMIT if left is not None and left <= ending.signal_seconds + 60 else Cause.PREEMPTED
+    stopped = (
+        Cause.TIME_LIMIT if left is not None and left <= ending.signal_seconds + EARLY_SECONDS else Cause.PREEMPTED
+    )
     if ending.event == "interrupted":
         return stopped
     if ending.lost:
