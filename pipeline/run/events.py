@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.jsonl import JsonLines, read_metrics
+from pipeline.run.jsonl import JsonLines, read_lines
 from pipeline.run.small_files import has
 
 _OF_A_CHECKPOINT = ("checkpoint", "training_resumed", "interrupted", "finished")
@@ -60,4 +60,4 @@ def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
 
 def last_logged_step(run: Path) -> int:
     """The last step in metrics.jsonl; 0 where there is none."""
-    return max((row["step"] for row in read_metrics(run)), default=0)
+    return max((row["step"] for row in read_lines(run / "metrics.jsonl", step=int)), default=0)

@@ -67,7 +67,7 @@ def cut_back(path: Path, step: int) -> None:
 
 def evaluated_steps(run: Path) -> set[int]:
     """The steps whose evaluation metrics.jsonl has."""
-    return {row["step"] for row in read_metrics(run, eval_loss=object)}
+    return {row["step"] for row in read_metrics(run) if "eval_loss" in row}
 
 
 def _newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

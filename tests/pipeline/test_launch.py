@@ -125,7 +125,7 @@ def test_each_rank_gets_its_arguments_and_the_environment_of_torchrun(start, tmp
 
 
 def test_rank_0_has_the_terminal_and_the_others_logs_where_these_can_be_written(start, tmp_path):
-    program = "print('out', rank, flush=True); print('err', rank, file=sys.stderr)"
+    program = "os.write(1, f'out {rank}\\n'.encode()); os.write(2, f'err {rank}\\n'.encode())"  # whole lines, each
     assert ended(start, tmp_path, 3, program) == (0, "out 0\n", "err 0\n")
     assert names(tmp_path / "logs", "rank") == ["rank-1.log", "rank-2.log"]
     (log := tmp_path / "logs" / "rank-1.log").unlink()

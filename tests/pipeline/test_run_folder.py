@@ -27,7 +27,7 @@ from pipeline.distributed.environment import START
 from pipeline.errors import UsageError
 from pipeline.plan import config_changes
 from pipeline.run import lock
-from pipeline.run.jsonl import JsonLines, cut_back, read_lines, read_metrics
+from pipeline.run.jsonl import JsonLines, cut_back, evaluated_steps, read_lines, read_metrics
 from pipeline.run.lock import acquire_lock, check_folder
 from tests.pipeline.storage_faults import limit_files
 
@@ -289,6 +289,7 @@ def test_a_file_that_is_never_cut_back_reads_as_one_that_was_at_every_start(tmp_
                     lines.write({"step": step, "eval_loss": start})
             lines.close()
     assert read_metrics(uncut) == read_metrics(cut)
+    assert evaluated_steps(uncut) == {row["step"] for row in rows_of(cut) if row.get("eval_loss") is not None}
     cut_back(uncut / "metrics.jsonl", 99)
     assert rows_of(uncut) == rows_of(cut)
 
