@@ -7,11 +7,12 @@ process ends (cli.py), and with it its launcher's others.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -77,10 +78,14 @@ def _record(run: Path, events: Events, error: Exception) -> None:
     """Unless a newer attempt has begun, or this one's failure is recorded: ranks fail after the first, or with it."""
     if FILE in os.environ or latest_attempt(run) != events.attempt:
         return
-    message, rank = _describe(error), events.rank
-    known = (row for row in read_lines(run / "events.jsonl", event=str, attempt=int) if row["event"] == "failed")
-    if not isinstance(error, Interrupted) and events.attempt not in [row["attempt"] for row in known]:
-        events.write("failed", by=rank, rank=rank, message=message.partition("\n")[0])
+    message, rank, file = _describe(error), events.rank, run / "events.jsonl"
+    if not isinstance(error, Interrupted):
+        with ExitStack() as held:
+            with suppress(OSError):  # without locks, ranks that fail at the same moment each record it
+                fcntl.flock(held.enter_context(file.open("ab")), fcntl.LOCK_EX)
+            known = [row["attempt"] for row in read_lines(file, event=str, attempt=int) if row["event"] == "failed"]
+            if events.attempt not in known:
+                events.write("failed", by=rank, rank=rank, message=message.partition("\n")[0])
     if rank == 0:
         log_line(run, message)
 
