@@ -24,8 +24,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.config.schema import Slurm, parse_duration
-from pipeline.distributed.environment import FILE, IDENTITY, START, slurm_port
-from pipeline.distributed.launcher import COMMANDS, module_command
+from pipeline.distributed.environment import FILE, IDENTITY, START
+from pipeline.distributed.launcher import COMMANDS, free_port, module_command
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import append_row, read_lines
@@ -159,7 +159,7 @@ def run_ranks(
         # of the job as it was submitted, and whether sbatch handed an environment on: the ranks get all of this one
         for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_EXPORT_ENV"):
             environment.pop(name, None)
-        environment |= {"MASTER_ADDR": allocation.nodes[0], "MASTER_PORT": str(slurm_port(os.environ))}
+        environment |= {"MASTER_ADDR": allocation.nodes[0], "MASTER_PORT": str(free_port())}  # of this node, the first
     else:
         program += ["--procs", str(tasks_per_node(slurm))]
     output: deque[str] = deque(maxlen=MAX_OUTPUT_LINES)

@@ -12,6 +12,18 @@ from pipeline.distributed.signals import STOPPED, STOPPING
 from slurm.history import JobStart
 
 MAX_BACKOFF_SECONDS = 3600.0
+_NEVER = (
+    "Invalid .*specification|.*specification invalid|More processors requested than permitted|Only allocated"
+    "|Memory required by task is not available|Cannot request more threads per core|Requested operation not supported"
+)
+_REFUSED = re.compile(
+    r"srun: (?:unrecognized option|invalid option|option .*(?:requires|allow|ambiguous)"
+    r"|fatal: (?!.*configuration (?:source|file))"  # that may lie on a file system or a controller that is away
+    rf"|error: (?:(?!Unable to )(?:.*\s)?--[a-z]|(?:Unable to create step .*: )?(?:{_NEVER})))"
+)
+"""Srun's words, and getopt's in its name, for what it will never do."""
+_NOT_STARTED = re.compile(r"srun: (?:fatal: |error: (?:Unable to |.*launch failed))")
+"""Its words for what it may do when it is tried again, as when Slurm's controller or a node is back."""
 FAILURES_AT_SAME_STEP = 3
 """After which a run is given up."""
 NO_PROGRAM = (126, 127)
@@ -35,11 +47,6 @@ class Cause(StrEnum):
     BAD_REQUEST = "bad request"
 
 
-_REFUSED = re.compile(
-    r"srun: (?:fatal: |unrecognized option |invalid option |option '.*' (?:requires|is ambiguous|doesn't allow)"
-    r"|error: (?:Unable to create step|.*launch failed))"
-)
-"""Srun's own words, and those of getopt(3) in its name."""
 HANG_EVENTS = ("heartbeat_lost", "hang")
 STOPPED_STATUSES = {STOPPED, *(128 + number for number in STOPPING)}
 """srun's exit status where ranks were asked to stop before their first step, or before they could hear of it."""
@@ -92,7 +99,7 @@ def classify_exit(ending: Ending) -> Cause:
         return Cause.HANG
     if set(ending.statuses) - {STOPPED}:  # srun then ends the others by SIGTERM
         return Cause.CRASH
-    if ending.srun_error is not None and not ending.srun_error.startswith("srun: error: "):
+    if ending.srun_error is not None and _REFUSED.match(ending.srun_error):
         return Cause.BAD_REQUEST
     if ending.srun_error is not None or ending.status in NO_PROGRAM:
         return Cause.NOT_STARTED
@@ -127,8 +134,9 @@ def nodes_reported_failed(log: Sequence[str]) -> list[str]:
 
 
 def srun_error(log: Sequence[str]) -> str | None:
-    """Srun's line where it started no ranks: for its options or environment, or (an error) as Slurm gave it no step."""
-    return next((line.strip() for line in log if _REFUSED.match(line)), None)
+    """Srun's line where it started no ranks: as it never will, or else as Slurm gave it no step."""
+    matching = (line.strip() for words in (_REFUSED, _NOT_STARTED) for line in log if words.match(line))
+    return next(matching, None)
 
 
 def nodes_of_killed_tasks(log: Sequence[str]) -> list[str]:

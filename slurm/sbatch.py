@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.contradictions import split_option
+from pipeline.config.sbatch_options import names_gpus, split_option
 from pipeline.config.schema import Slurm
 from pipeline.distributed.launcher import ROOT, module_command
 from pipeline.errors import UsageError
@@ -30,7 +30,7 @@ def tasks_per_node(slurm: Slurm) -> int:
 def parameters(
     slurm: Slurm, name: str, folder: Path, dependency: str | None = None, array: bool = False
 ) -> dict[str, Any]:
-    """submitit's parameters; `folder` is the batch log's, `dependency` as sbatch has it, afterok:4711."""
+    """submitit's parameters; `folder` is the batch log's, `dependency`, afterok:4711, comes beside a person's own."""
     # An array's element ends where another job is requeued: the next one takes its place.
     again = {"array": f"0-{MAX_ARRAY_RESTARTS}%1", "no-requeue": True} if array else {"requeue": True}
     more: dict[str, Any] = {"kill-on-invalid-dep": "yes", **again}
@@ -48,7 +48,7 @@ def parameters(
         "nodes": slurm.nodes,
         "ntasks_per_node": tasks_per_node(slurm),
         "cpus_per_task": slurm.cpus_per_task,
-        "gpus_per_node": slurm.gpus_per_node,
+        "gpus_per_node": None if names_gpus(slurm) else slurm.gpus_per_node,
         "mem": slurm.memory,
         "time": slurm.time,
         "partition": slurm.partition,

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.mirror import find_copies
 from pipeline.commands.finetune import check_compatible_config, check_source, source_of
 from pipeline.commands.pretrain import check_config, set_aside_config, set_files_aside
 from pipeline.config.parsing import read_config, to_yaml
 from pipeline.config.schema import Config, Slurm, parse_duration
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.plan import config_changes
 from pipeline.run.identity import settle
 from pipeline.run.jsonl import read_lines, read_metrics
@@ -78,6 +79,8 @@ def submit(
     anew = set_aside_config(chain[0].config) if restart else chain[0].config
     for job, before in zip([replace(chain[0], config=anew), *chain[1:]], [None, *chain], strict=False):
         check(job, before)
+    for job in chain:
+        refuse_anothers_mirror(job.config)
     if dry_run:
         for job, dependency in zip(chain, [None, "afterok:JOB-BEFORE"], strict=False):
             with tempfile.TemporaryDirectory() as temporary:
@@ -133,6 +136,14 @@ def check(job: JobSpec, before: JobSpec | None) -> None:
         check_compatible_config(job.config, before.config, str(before.run), ancestors)
     elif job.source is not None:
         check_source(job.config, job.source, job.weights)
+
+
+def refuse_anothers_mirror(config: Config) -> None:
+    """As the start would; a warning where the mirror cannot be read from here."""
+    try:
+        find_copies(config)
+    except DataError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def jobs_being_cancelled(run: Path) -> list[str]:

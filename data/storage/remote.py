@@ -102,7 +102,8 @@ class Storage:
     def read(self, url: str, begin: int | None = None, end: int | None = None) -> bytes:
         """Bytes `begin` to `end` of a file, or all of it; DataError where they cannot be had.
 
-        A range is asked of a file that is known to be there, so a missing one is tried again; a whole one is NotFound.
+        A range is asked of a file that is known to be there, so one that a server misses is tried again. A whole one,
+        and any on a disk, is NotFound at once.
         """
         if begin is None or end is None:
             return self.with_retries("read", url, lambda: self._whole(url))
@@ -142,7 +143,7 @@ class Storage:
             except Exception as error:  # the back ends' exceptions share no base class
                 failure = error
             reason, spent = _reason(failure), time.monotonic() - started
-            if _is_fatal(failure, whole=begin is None):
+            if _is_fatal(failure, is_gone=begin is None or _is_on_disk(url)):
                 kind = NotFound if isinstance(failure, FileNotFoundError | NotADirectoryError) else DataError
                 raise kind(f"{what} cannot be {done}: {reason}") from failure
             self.on_error(ReadError(shown, begin, end, attempt, reason))
@@ -194,7 +195,7 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Its own retries are off, and so are its caches of listings, which would hide that a file has changed. A query is
     sent as it stands, since a signature may be of its every letter. Of a path and a web address "::" is a part.
     """
-    if "://" not in url or url.startswith("file://"):
+    if _is_on_disk(url):
         return _DISK, _DISK._strip_protocol(url)
     protocol = fsspec.core.split_protocol(url)[0] or "file"
     address, query = split_query(url)
@@ -215,6 +216,10 @@ def open_fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if EXTRAS.get(protocol) == "s3":
         fs.retries = 1
     return fs, path
+
+
+def _is_on_disk(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
 
 
 def known_size(url: str, info: dict[str, Any]) -> int:
@@ -307,10 +312,10 @@ def _entries_of_page(folder: str, links: list[dict[str, Any]]) -> list[dict[str,
 # What a failed attempt was.
 
 
-def _is_fatal(error: Exception, whole: bool) -> bool:
-    """Whether trying again is no use; a whole file that is missing is missing, a range of one may come back."""
+def _is_fatal(error: Exception, is_gone: bool) -> bool:
+    """Whether trying again is no use; `is_gone`: whether a file that is missing stays so."""
     if isinstance(error, FileNotFoundError):
-        return whole
+        return is_gone
     status = _status(error)
     return (
         isinstance(error, _FATAL)

@@ -251,21 +251,20 @@ def check_mirror(run: Path, url: str | None) -> None:
         )
 
 
-def restore_from_mirror(config: Config) -> None:
-    """Copies the newest good checkpoint and the run's small files from the mirror, if the folder has no checkpoint.
+def find_copies(config: Config) -> Copies:
+    """The copies of which one would be restored: none where the folder has a checkpoint.
 
-    Of ranks that start at once, one does it. UsageError where the URL cannot be a mirror, DataError where it cannot be
-    read, RunFailed where none of its checkpoints is good, or the folder cannot be written.
+    UsageError where the URL cannot be this run's mirror, DataError where it cannot be read.
     """
     run, url = Path(config.run.dir), config.checkpoint.mirror
     check_mirror(run, url)
     if url is None:
-        return
+        return {}
     identity = identify(run)
     if identity.copy_of is not None and _may_mirror_to(Path(identity.copy_of), url):
         raise _not_ours(run, url, identity.copy_of)
     if latest_step(run) is not None:
-        return
+        return {}
     try:
         found, owner = complete(list_copies(url)), owner_of(url)
     except DataError as error:
@@ -279,7 +278,17 @@ def restore_from_mirror(config: Config) -> None:
             known = Identity("", str(run.resolve()), copy_of=owner.folder)
         if known is not None and _is_anothers(owner, known, url):
             raise _not_ours(run, url, owner.folder)
-    if not found:
+    return found
+
+
+def restore_from_mirror(config: Config) -> None:
+    """Copies the newest good checkpoint and the run's small files from the mirror, if the folder has no checkpoint.
+
+    Of ranks that start at once, one does it. Errors as in find_copies, and RunFailed where none of the checkpoints is
+    good, or the folder cannot be written.
+    """
+    run, url, found = Path(config.run.dir), config.checkpoint.mirror, find_copies(config)
+    if url is None or not found:
         return
     try:
         run.mkdir(parents=True, exist_ok=True)

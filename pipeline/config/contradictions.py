@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from pipeline.config import sbatch_options
 from pipeline.config.batch_size import total_steps
 from pipeline.config.schema import Config, Slurm, Train, parse_duration, profiled_steps
 from pipeline.errors import UsageError
@@ -18,18 +19,6 @@ FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of CPUs that compute in bf16, as Linux names them; the last is Arm's."""
 EARLY_SECONDS = 60
 """How much earlier than asked Slurm sends a job's signal at most."""
-_SBATCH_OPTIONS = {name.replace("_", "-"): f"slurm.{name}" for name in Slurm.model_fields} | {
-    "array": "slurm.requeue", "requeue": "slurm.requeue", "no-requeue": "slurm.requeue",
-    "signal": "slurm.signal_seconds", "time-min": "slurm.time", "job-name": "run.dir",
-    **dict.fromkeys(["mem", "mem-per-cpu", "mem-per-gpu"], "slurm.memory"),
-    **dict.fromkeys(["cpus-per-gpu", "threads-per-core"], "slurm.cpus_per_task"),
-    **dict.fromkeys(["gpus", "gpus-per-task", "gpus-per-socket", "gres=gpu"], "slurm.gpus_per_node"),
-    **dict.fromkeys(
-        ["ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket"], "slurm.tasks_per_node"
-    ),
-    **dict.fromkeys(["output", "error", "input", "open-mode", "wrap", "parsable", "quiet", "test-only", "wait"]),
-}  # fmt: skip
-"""Options of sbatch that a key sets, or that would keep `submit` from its work (without a key)."""
 
 
 def check_job(slurm: Slurm) -> None:
@@ -45,29 +34,9 @@ def check_job(slurm: Slurm) -> None:
             f"slurm.tasks_per_node={slurm.tasks_per_node} is more than slurm.gpus_per_node={slurm.gpus_per_node}: every"
             " rank needs a GPU of its own"
         )
-    for option in slurm.sbatch:
-        if taken := _taken_option(option):
-            key = _SBATCH_OPTIONS[taken]
-            why = (
-                f"which {key} would contradict; set {key} instead" if key else "which submit sets itself; leave it out"
-            )
-            problems.append(f"slurm.sbatch has {option}, {why}")
+    problems += sbatch_options.problems(slurm)
     if problems:
         raise UsageError("\n".join(problems))
-
-
-def _taken_option(option: str) -> str | None:
-    """The option that this one is, or is short for, among those that are set already; None if it is another one."""
-    name, value = split_option(option)
-    if name == "gres":
-        return "gres=gpu" if re.match(r"(gres/)?gpu", value) else None
-    return next((taken for taken in sorted(_SBATCH_OPTIONS) if name and taken.startswith(name)), None)
-
-
-def split_option(option: str) -> tuple[str, str]:
-    """The name and the value of an option as `slurm.sbatch` has it: --name=value, --name value or --name."""
-    name, *value = re.split(r"=|\s+", option.removeprefix("--").strip(), maxsplit=1)
-    return name, "".join(value)
 
 
 def warnings(config: Config, steps: int | None, classes: int | None, cpu: set[str] | None) -> list[str]:

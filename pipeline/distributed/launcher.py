@@ -244,6 +244,7 @@ def _last_message(log: Path) -> str:
 
 
 def free_port() -> int:
+    """A port that nothing on this machine has."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("", 0))
         return listener.getsockname()[1]

@@ -103,6 +103,8 @@ def test_what_will_not_pass_ends_at_once(far):
         far.read()
     with pytest.raises(NotFound, match=r"/b\.tar cannot be read"):
         far.storage.read(f"{far.folder}/b.tar")
+    with pytest.raises(NotFound, match=r"/no/such\.tar: bytes 0 to 10 cannot be read: .*No such file"):
+        far.storage.read("/no/such.tar", 0, 10)
     assert far.faults == []
     assert sum(request.path.endswith("a.tar") for request in far.server.requests) == 1
 

@@ -33,6 +33,7 @@ from pipeline.plan import make_plan
 from pipeline.run.identity import identify, settle
 from pipeline.run.restart import set_aside
 from slurm import history
+from slurm.submit import refuse_anothers_mirror
 from tests.pipeline.networks import export_network, tiny
 from tests.pipeline.runs import ROOT, as_format_1, contents, events, pack_two
 
@@ -294,6 +295,11 @@ def start(run: Path, *more: str) -> str:
         return settle(run).id
 
 
+def submit(run: Path) -> None:
+    """As far as what is checked of its mirror."""
+    refuse_anothers_mirror(config_of(run, "data", f"checkpoint.mirror={run.parent}/mirror/"))
+
+
 @pytest.mark.parametrize("how", ["renamed", "linked", "restored", "copied and removed"])
 def test_a_run_that_was_moved_is_the_same_run(first: Path, how: str) -> None:
     identity, moved = identify(first), first.with_name("moved")
@@ -318,8 +324,9 @@ def test_a_copied_run_is_a_run_of_its_own_and_the_first_keeps_what_it_has(first:
     identity, copied = identify(first), Path(shutil.copytree(first, first.with_name("copied")))
     for _ in range(2):  # before its first start, and after
         assert history.submissions(copied) == [] and history.starts(copied) == []
-        with pytest.raises(UsageError, match=f"is the mirror of the run in {first}"):
-            start(copied)
+        for begin in (start, submit):
+            with pytest.raises(UsageError, match=f"is the mirror of the run in {first}"):
+                begin(copied)
         own = start(copied, "checkpoint.mirror=null")
         assert own != identity.id and identify(copied).id == own
     assert len(events(copied, "copied")) == 1

@@ -113,20 +113,36 @@ def test_srun_reports_the_nodes_of_killed_tasks_and_failed_launches() -> None:
     assert srun_error(log) is None
 
 
+STEP_REFUSED = "error: Unable to create step for job 2: "
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("cause", "words"),
     [
-        "srun: fatal: No command given to execute.",
-        "srun: unrecognized option '--gpu-bnd=single'",
-        "srun: invalid option -- 'y'",
-        "srun: option '--mpi' requires an argument",
-        "srun: option '--cpu=x' is ambiguous; possibilities: '--cpu-bind' '--cpu-freq'",
-        "srun: option '--label' doesn't allow an argument",
+        (Cause.BAD_REQUEST, words) for words in (
+            "unrecognized option '--foo=1'", "invalid option -- 'y'", "option '--mem' requires an argument",
+            "option '--e=1' is ambiguous; possibilities: '--epilog' '--error'", "fatal: No command given to execute.",
+            "error: Invalid --mem specification", 'error: unrecognized --mem-bind argument "foo"',
+            'error: Invalid numeric value "abc" for --wait.', "error: --propagate=FOO is not valid.",
+            "error: Invalid MPI type 'foo', --mpi=list for acceptable types",
+            "error: Only allocated 2 nodes asked for 3",
+            STEP_REFUSED + "More processors requested than permitted", STEP_REFUSED + "Invalid qos specification",
+            STEP_REFUSED + "Memory required by task is not available",
+        )
+    ] + [
+        (Cause.NOT_STARTED, words) for words in (
+            STEP_REFUSED + "Requested nodes are busy", STEP_REFUSED + "Socket timed out on send/recv operation",
+            STEP_REFUSED + "Requested node configuration is not available",  # a node may be away
+            "error: Unable to confirm allocation for job 2: Unable to contact slurm controller (connect failure)",
+            "error: Application launch failed: Invalid job credential",
+            "fatal: Could not establish a configuration source",
+        )
     ],
-)
-def test_options_that_srun_does_not_take_are_a_bad_request(line: str) -> None:
-    assert srun_error(["srun: job 2 queued and waiting for resources\n", line + "\n"]) == line
-    assert classify_exit(Ending(1, srun_error=line)) is Cause.BAD_REQUEST
+)  # fmt: skip
+def test_what_srun_can_never_do_is_not_tried_again_and_the_rest_is(cause: Cause, words: str) -> None:
+    """Its words as Slurm 22.05 prints them, for options as well as from slurmctld."""
+    refused = srun_error(["srun: Warning: can't honor --ntasks-per-node set to 2\n", f"srun: {words}\n"])
+    assert refused == f"srun: {words}" and classify_exit(Ending(255, srun_error=refused)) is cause
 
 
 def ended(*causes_and_steps: tuple[Cause, int], node: str = "n1") -> list[JobStart]:

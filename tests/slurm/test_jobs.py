@@ -301,9 +301,9 @@ def test_a_job_gets_the_same_environment_inside_another_as_outside(
 
 
 def test_what_srun_refuses_is_a_bad_request_and_status_shows_its_line(cluster: Cluster, submitted: Submit) -> None:
-    run, job = submitted("slurm.srun_args=[--mem-per-cpu=1,--mem-per-gpu=1]")
+    run, job = submitted("slurm.srun_args=[--memory=1G]")
     assert end(cluster, job) == "FAILED" and causes(run) == ["bad request"]
-    assert "srun: fatal: --mem, --mem-per-cpu, and --mem-per-gpu are" in status(cluster, run)["reason"]
+    assert "srun: unrecognized option '--memory=1G'" in status(cluster, run)["reason"]
 
 
 def test_of_two_submissions_of_a_run_at_once_one_is_refused(cluster: Cluster, digits: Path, tmp_path: Path) -> None:

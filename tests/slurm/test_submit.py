@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.config.contradictions import check_job
+from pipeline.config.schema import Slurm
 from pipeline.errors import UsageError
 from pipeline.run.identity import settle
+from slurm.sbatch import parameters, script
 from slurm.submit import submission_lock, submit
 from tests.pipeline.runs import contents
 
@@ -57,3 +62,29 @@ def test_a_restart_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, monk
     assert sorted(path.name for path in seen) == [".lock", ".submitting", "restarted-1", "run.json", "slurm"]
     (run / ".submitting").unlink()
     assert contents(run) == before and not (run / "restarted-1").exists()
+
+
+OPTIONAL = {"--dependency", "--exclusive", "--kill-on-invalid-dep", "--propagate", "--wckey"}
+"""Options of the script that a person may set otherwise, or add to."""
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_what_the_batch_script_sets_cannot_be_set_otherwise(tmp_path: Path, array: bool) -> None:
+    words: dict[str, Any] = dict.fromkeys(("memory", "partition", "account", "qos", "constraint", "exclude"), "x")
+    everything = Slurm(nodes=4, min_nodes=2, gpus_per_node=2, cpus_per_task=3, **words)
+    text = script(tmp_path, "exit", parameters(everything, "name", tmp_path, "afterok:7", array))
+    options = set(re.findall(r"^#SBATCH (--[a-z-]+)", text, re.MULTILINE))
+    assert options > OPTIONAL
+    for option in options - OPTIONAL:
+        for abbreviated in (option, option[:-1], "--dep"):
+            with pytest.raises(UsageError, match=rf"slurm.sbatch has {abbreviated}=x: "):
+                check_job(Slurm(sbatch=(f"{abbreviated}=x",)))
+
+
+def test_what_is_a_persons_to_choose_reaches_the_batch_script_beside_ours(tmp_path: Path) -> None:
+    chosen = ("--dependency=afterok:1", "--hold", "--comment=two words", "--gres=gpu:a100:2", "--propagate=NOFILE")
+    check_job(slurm := Slurm(gpus_per_node=2, sbatch=chosen))
+    lines = script(tmp_path, "exit", parameters(slurm, "name", tmp_path, "afterok:7")).splitlines()
+    both = ("--dependency=afterok:7,afterok:1", "--hold", "--comment='two words'", *chosen[3:])
+    assert {f"#SBATCH {option}" for option in both} <= set(lines)
+    assert not any("gpus-per-node" in line for line in lines)
