@@ -127,6 +127,11 @@ def requested() -> str | None:
     return _reason
 
 
+def costs_steps() -> bool:
+    """Whether a stop was requested that would lose steps if it ended this process at once."""
+    return _reason is not None and not _is_first_step()
+
+
 def count() -> int:
     """How many requests to stop have come."""
     return _count

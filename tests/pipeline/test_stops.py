@@ -17,6 +17,7 @@ import pytest
 from pipeline.distributed.launcher import COMMANDS, free_port
 from tests import forked
 from tests.forked import ROOT, Process
+from tests.pipeline import hang_injection
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
     catches,
@@ -104,6 +105,27 @@ def test_a_rank_whose_peer_never_comes_stops_at_once(
         assert process.wait(PATIENCE_SECONDS) == 3
     assert process.stderr is not None and process.stderr.read().endswith("run the same command to resume\n")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("hanging", "stage"), [(1, 2), *(pytest.param(rank, 3, marks=pytest.mark.torture) for rank in (0, 1))]
+)
+def test_a_stop_while_one_ranks_batch_never_comes_saves_the_steps_that_all_have_done(
+    hanging: int, stage: int, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    """Its 400th read is of the second batch of DALI, which has eight steps."""
+    run, more = tmp_path / "run", ["data.shuffle_window=2", "evaluate.every=null", "checkpoint.every=100"]
+    request = [*request_of(run, procs=None), *more, "train.steps=40", f"zero.stage={stage}"]
+    process = forked.start(hang_injection.MODULE, 2, "read", hanging, 400, *request)
+    wait_until(lambda: last_step(run) == 8, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_SECONDS) == 3
+    assert process.stderr and process.stderr.read().endswith(
+        "stopped after step 8 of 40; run the same command to resume\n"
+    )
+    assert [row["step"] for row in events(run, "interrupted")] == [8] and len(last_state(run)) > 0
+    for rank in range(2):
+        assert [row["step"] for row in rows(run / "samples" / f"rank-{rank}.jsonl")] == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
