@@ -21,6 +21,7 @@ from data.paths import expand
 from pipeline.distributed import signals
 from pipeline.distributed.environment import ignore_launcher, is_rank, join_launcher, rank_and_world_size
 from pipeline.distributed.launcher import die_with_parent
+from pipeline.errors import Interrupted, UsageError, explain
 from pipeline.output import prepare_output
 from pipeline.run.failures import record_failure
 
@@ -352,6 +353,7 @@ def _run() -> int | str | None:
     """Runs the command; returns its exit status, or what stands for it in SystemExit."""
     try:
         try:
+            _check_folder()
             app()
         except SystemExit:
             sys.stdout.flush()
@@ -385,6 +387,14 @@ def _end(error: Exception) -> int:
     return status
 
 
+def _check_folder() -> None:
+    """UsageError where the current folder was removed: libraries would fail in ways of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder does not exist any more: cd into another one") from None
+
+
 def _leave_process_group() -> None:
     """Ends the threads of torch's collectives, if there are any: left to the interpreter's end, they can abort it."""
     if _in_process_group():
@@ -398,8 +408,6 @@ def _in_process_group() -> bool:
 
 def _report(error: Exception) -> int:
     """Prints why a command ended: a line where a person can act on it, else a traceback; returns the exit status."""
-    from pipeline.errors import Interrupted, UsageError, explain
-
     if (message := explain(error)) is not None:
         print(f"coatnet: {message}", file=sys.stderr)
         if isinstance(error, Interrupted):
