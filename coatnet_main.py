@@ -8,7 +8,6 @@ first on Python's path. This file's name is nobody else's, and once it is import
 
 from __future__ import annotations
 
-import runpy
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -30,6 +29,9 @@ sys.meta_path.insert(0, OwnPackages)
 
 def main() -> None:
     """The console script."""
+    from pipeline.distributed.signals import install_handlers
+
+    install_handlers()  # first of all: until then a signal ends this process without a word
     from slurm.cli import main
 
     main()
@@ -37,4 +39,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     del sys.argv[0]
+    if sys.argv[0].endswith(".cli"):
+        from pipeline.distributed.signals import install_handlers
+
+        install_handlers()
+    import runpy
+
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -40,6 +40,8 @@ READS_OF_DISK, READS_FROM_AFAR = 4, 96
 processors: they would only take the interpreter from one another. From a server with 50 ms latency, where a window
 takes two requests, so many are 30,000 images a second in windows of 32. How many are under way follows from the
 look-ahead, and so from the training's pace and READ_AHEAD_BYTES."""
+PATIENCE_SECONDS = 1.0
+"""How long a batch is waited for before the consumer is asked whether to wait on."""
 Item = TypeVar("Item")
 
 
@@ -75,6 +77,8 @@ class LoaderSpec:
     resolution: int
     device: torch.device
     threads: int
+    gives_up: Callable[[], bool] = lambda: False
+    """Asked while a batch does not come: whether nobody waits for it any more. The batches end there."""
 
 
 @contextmanager
@@ -103,12 +107,13 @@ def batches_at(
     """Micro batches of the samples at rising positions, of each slot without a gap, as training has them there."""
     per_chunk = max(1, DECODED_AT_ONCE // spec.micro_batch) * spec.micro_batch
     most = manifest.labels_per_sample
-    with _reading_threads(_reads_at_once(manifest, spec.threads)) as pool:
+    with _reading_threads(_reads_at_once(manifest, spec.threads), spec.gives_up) as pool:
         slots = accumulation_steps(order.global_batch // spec.micro_batch, spec.world_size) * spec.micro_batch
         windows = OpenWindows(manifest, order, pool)
         chunks = map(partial(_assemble, augmentation, seed), places_ahead(windows, positions, per_chunk, slots))
         substitute = partial(_substitute, windows, augmentation, seed)
-        with _in_background(lambda: _decode(chunks, augmentation, spec, per_chunk, most, substitute)) as decoded:
+        decode = partial(_decode, chunks, augmentation, spec, per_chunk, most, substitute)
+        with _in_background(decode, spec.gives_up) as decoded:
             yield itertools.chain.from_iterable(decoded)
 
 
@@ -131,11 +136,12 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
 
     reads = _reads_at_once(manifest, spec.threads)
     within_budget = int(READ_AHEAD_BYTES / (spec.micro_batch * manifest.mean_sample_bytes))
-    with _reading_threads(reads) as pool:
+    with _reading_threads(reads, spec.gives_up) as pool:
         numbers = rank_micro_batches(micro_batches, spec.rank, spec.world_size)
         chunks = ordered_map(pool, read, numbers, max(2, min(2 * reads, within_budget)))
         leave_out = partial(_leave_out, crop_fraction)
-        with _in_background(lambda: _decode(chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)) as decoded:
+        decode = partial(_decode, chunks, augment.NONE, spec, spec.micro_batch, most, leave_out)
+        with _in_background(decode, spec.gives_up) as decoded:
             yield itertools.chain.from_iterable(decoded)
 
 
@@ -245,7 +251,7 @@ def _decode(
 
 
 def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]]:
-    while step := list(itertools.islice(batches, micro_batches)):
+    while len(step := list(itertools.islice(batches, micro_batches))) == micro_batches:
         yield step
 
 
@@ -277,17 +283,17 @@ def _reads_at_once(manifest: Manifest, processors: int) -> int:
 
 
 @contextmanager
-def _reading_threads(at_once: int) -> Iterator[ThreadPoolExecutor]:
+def _reading_threads(at_once: int, gives_up: Callable[[], bool]) -> Iterator[ThreadPoolExecutor]:
     """A pool for reads, whose threads start as reads need them; at the end those that have not begun are dropped."""
     pool = ThreadPoolExecutor(at_once, "read")
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(not gives_up(), cancel_futures=True)
 
 
 @contextmanager
-def _in_background(produce: Callable[[], Iterator[Item]]) -> Iterator[Iterator[Item]]:
+def _in_background(produce: Callable[[], Iterator[Item]], gives_up: Callable[[], bool]) -> Iterator[Iterator[Item]]:
     """The items of an iterator that a thread runs two ahead; its error is raised at the item it prevented."""
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(2)
     ended = threading.Event()
@@ -311,20 +317,25 @@ def _in_background(produce: Callable[[], Iterator[Item]]) -> Iterator[Iterator[I
 
     def items() -> Iterator[Item]:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=PATIENCE_SECONDS)
+            except queue.Empty:
+                if gives_up():
+                    return
+                continue
             if error is not None:
                 raise error
             if item is None:
                 return
             yield item
 
-    thread = threading.Thread(target=run, name="batches")
+    thread = threading.Thread(target=run, name="batches", daemon=True)
     thread.start()
     try:
         yield items()
     finally:
         ended.set()
-        thread.join()
+        thread.join(PATIENCE_SECONDS if gives_up() else None)
 
 
 Batches = Callable[[int, int], AbstractContextManager[Iterator[list[Batch]]]]
@@ -332,7 +343,8 @@ Batches = Callable[[int, int], AbstractContextManager[Iterator[list[Batch]]]]
 
 
 Steps = Generator[tuple[int, list[Batch] | None, float], None, None]
-"""Of each step its number (from 0), this rank's micro batches, and the seconds spent waiting for them."""
+"""Of each step its number (from 0), this rank's micro batches (none where LoaderSpec gave up), and the seconds spent
+waiting for them."""
 
 
 def steps_of_batches(batches: Batches, first: int, end: int, skipped: Collection[int]) -> Steps:
@@ -343,7 +355,7 @@ def steps_of_batches(batches: Batches, first: int, end: int, skipped: Collection
             with batches(step, until) as reading:
                 for number in range(step, until):
                     began = time.perf_counter()
-                    yield number, next(reading), time.perf_counter() - began
+                    yield number, next(reading, []), time.perf_counter() - began
         if until < end:
             yield until, None, 0.0
         step = until + 1

@@ -55,6 +55,10 @@ class Attempt:
         """Whether this rank received a signal to stop; from the first time on this is how one is served."""
         return signals.requested() is not None
 
+    def would_lose_steps(self) -> bool:
+        """Whether this rank received one that must save first: it waits for no batch any more."""
+        return signals.costs_steps()
+
     def serve_stops_at_once(self) -> None:
         """Until the loop asks again, a signal ends this rank: nothing that it has done is not in a checkpoint."""
         signals.serve_at_once()

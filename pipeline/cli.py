@@ -13,7 +13,7 @@ import time
 import traceback
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from data.paths import expand
 from pipeline.distributed import signals
 from pipeline.distributed.environment import ignore_launcher, is_rank, join_launcher, rank_and_world_size
 from pipeline.distributed.launcher import die_with_parent
+from pipeline.errors import Interrupted, UsageError, explain
 from pipeline.output import prepare_output
 from pipeline.run.failures import record_failure
 
@@ -74,22 +75,30 @@ SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a sha
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
-RANKS = {"pretrain", "finetune", "evaluate", "doctor"}
+TRAINS = {"pretrain", "finetune"}
+RANKS = {*TRAINS, "evaluate", "doctor"}
 """The commands that a launcher may start as ranks."""
 PEER_SECONDS = 1.0
 """How much later than the rank that it has lost a rank ends: launchers report the first one that fails."""
+RESUME = "run the same command to resume"
+AFTER_A_STOP = {
+    "pretrain": f"with no step to save; {RESUME}",
+    "finetune": f"with no step to save; {RESUME}",
+    "data pack": f"shards that are whole are kept; {RESUME}",
+    "data index": f"what is known of tars that were read is kept; {RESUME}",
+}
+"""What remains, and how to continue, where a signal ended a command."""
+INTERRUPTED = 130
+"""The exit status that typer gives a KeyboardInterrupt."""
 
 
 def _as_rank(procs: int | None = None) -> int:
-    """Makes this process the rank that its launcher wants it to be, if it has one; else returns how many to start."""
+    """Makes this process the rank that its launcher wants it to be, if it has one; else returns how many to start.
+
+    A rank then hears of signals even where its main thread can't.
+    """
     ranks = join_launcher(procs)
     die_with_parent()
-    return ranks
-
-
-def _as_stoppable_rank(procs: int | None) -> int:
-    """The same; a rank then hears of signals even where its main thread can't."""
-    ranks = _as_rank(procs)
     if is_rank():
         signals.listen()
     return ranks
@@ -100,7 +109,7 @@ def pretrain(
     config: ConfigFile, overrides: Overrides = None, procs: Ranks = None, check: Check = False, restart: Restart = False
 ) -> None:
     """Train, or resume from the newest good checkpoint in run.dir. `coatnet keys` lists what can be set."""
-    ranks = procs or 1 if check else _as_stoppable_rank(procs)
+    ranks = procs or 1 if check else _as_rank(procs)
     from pipeline.commands.pretrain import pretrain
 
     raise typer.Exit(pretrain(config, overrides or [], ranks, check, restart))
@@ -117,7 +126,7 @@ def finetune(
     restart: Restart = False,
 ) -> None:
     """Start from another run's weights (its moving average, if it has one), usually at another resolution."""
-    ranks = procs or 1 if check else _as_stoppable_rank(procs)
+    ranks = procs or 1 if check else _as_rank(procs)
     from pipeline.commands.finetune import finetune
 
     raise typer.Exit(finetune(config, overrides or [], source, weights, ranks, check, restart))
@@ -148,7 +157,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Top-1, top-5 and loss over exactly every sample once, the same on any number of ranks."""
-    ranks = _as_stoppable_rank(procs)
+    ranks = _as_rank(procs)
     from pipeline.commands.evaluate import evaluate_command
 
     raise typer.Exit(evaluate_command(run, data, weights, resolution, crop, ranks, as_json))
@@ -326,33 +335,45 @@ def main() -> None:
     """The console script: runs the command and turns how it ended into lines and an exit status."""
     # OpenBLAS, which nothing here uses, would start a thread a core, and a process with threads can't be forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    trains = sys.argv[1:2] in (["pretrain"], ["finetune"])
-    prepare_output(needed=not trains)
-    if trains or sys.argv[1:2] == ["evaluate"]:  # first of all: until then a signal ends this process
-        signals.install_handlers(lambda reason: record_failure(signals.STOPPED, f"stopped by {reason}"))
-    if not RANKS.intersection(sys.argv[1:2]):
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    remains = AFTER_A_STOP.get(" ".join(sys.argv[1:3]), AFTER_A_STOP.get(command, "run the same command again"))
+    interrupts = command not in RANKS - {"doctor"}
+    signals.serve(remains, interrupts, lambda reason: record_failure(signals.STOPPED, f"stopped by {reason}"))
+    signals.install_handlers()
+    prepare_output(needed=command not in TRAINS)
+    if command not in RANKS:
         ignore_launcher()
+    status = _run()
+    signals.finish(status if isinstance(status, int) else int(status is not None))
+    gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
+    sys.exit(status)
+
+
+def _run() -> int | str | None:
+    """Runs the command; returns its exit status, or what stands for it in SystemExit."""
     try:
         try:
+            _check_folder()
             app()
         except SystemExit:
             sys.stdout.flush()
             raise
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            signals.end_now()
         _leave_process_group()
-        gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
-        raise
+        return ended.code
     except KeyboardInterrupt:
-        print("coatnet: stopped by Ctrl-C; run the same command to begin again or resume", file=sys.stderr)
-        sys.exit(3)
+        signals.end_now()
     except BrokenPipeError:  # nobody reads what it prints
-        sys.exit(1)
+        return 1
     except Exception as error:
-        _end(error)
+        return _end(error)
+    return 0
 
 
-def _end(error: Exception) -> NoReturn:
-    """Reports an error and ends the process; a rank among others at once, as NCCL's shutdown would wait for them."""
+def _end(error: Exception) -> int:
+    """Reports an error; a rank among others ends then, as NCCL's shutdown would wait for them. Returns the status."""
     status = 1
     try:
         status = _report(error)
@@ -363,7 +384,15 @@ def _end(error: Exception) -> NoReturn:
             sys.stdout.flush()
         if _in_process_group():
             os._exit(status)
-    sys.exit(status)
+    return status
+
+
+def _check_folder() -> None:
+    """UsageError where the current folder was removed: libraries would fail in ways of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder does not exist any more: cd into another one") from None
 
 
 def _leave_process_group() -> None:
@@ -379,8 +408,6 @@ def _in_process_group() -> bool:
 
 def _report(error: Exception) -> int:
     """Prints why a command ended: a line where a person can act on it, else a traceback; returns the exit status."""
-    from pipeline.errors import Interrupted, UsageError, explain
-
     if (message := explain(error)) is not None:
         print(f"coatnet: {message}", file=sys.stderr)
         if isinstance(error, Interrupted):

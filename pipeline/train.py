@@ -108,7 +108,7 @@ def train_steps(
     drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
     micro_batches_per_step, accumulation_steps = micro_batches_of(config.train), engine.gradient_accumulation_steps()
     gradient_scale = deepspeed_engine.gradient_scale(config.train)
-    spec = loader_spec(config, attempt.device)
+    spec, spare = loader_spec(config, attempt.device, attempt.would_lose_steps), []
     gc.collect()
     gc.freeze()  # else a collection visits every object of torch: a tenth of a second in which nothing runs
     with BoundedCleanup(attempt.run, events, first=checkpoints.wait) as opened:
@@ -135,9 +135,11 @@ def train_steps(
 
             # Forward and backward, one pass per micro batch; DeepSpeed accumulates, and steps after the last pass.
             report = StepReport(attempt.device, micro_batches, micro_batches_per_step, plan.take_read_errors())
+            spare = micro_batches[:1] or spare  # other ranks wait for as many passes where this one gives the step up
+            passes = micro_batches or accumulation_steps * spare
             for number in range(accumulation_steps):
-                padding = number == len(micro_batches)  # other ranks have one more: a pass whose gradients are zero
-                batch = micro_batches[0 if padding else number]
+                padding = number == len(passes)  # other ranks have one more: a pass whose gradients are zero
+                batch = passes[0 if padding else number]
                 with deepspeed_engine.padding_pass(engine) if padding else nullcontext():
                     loss = forward(engine, batch, config, len(plan.train.classes), drop_rates)
                     if not padding:
@@ -151,6 +153,9 @@ def train_steps(
 
             # Applied, skipped or rolled back: the same verdict on every rank.
             totals, applied = report.totals, engine.was_step_applied()
+            if totals.given_up:
+                log(f"step {step + 1} is given up, since a batch of it does not come")
+                save_and_stop(attempt, checkpoints, state, plan)
             verdict, reason, state.guard = state.guard.update(step + 1, totals.mean_loss, applied)
             assert applied == (verdict is Verdict.APPLY), f"step {step + 1} was applied although {reason}"
             if totals.superseded:

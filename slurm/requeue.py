@@ -141,7 +141,7 @@ def srun_error(log: Sequence[str]) -> str | None:
 
 def nodes_of_killed_tasks(log: Sequence[str]) -> list[str]:
     """The nodes of tasks that srun saw killed, as in `srun: error: n2: task 3: Killed`, in order."""
-    killed = r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited|User defined signal 2|Hangup|Interrupt)\w+"
+    killed = r"srun: error: (\S+): tasks? [\d,-]+: (?!Terminated|Exited|User defined signal [12]|Hangup|Interrupt)\w+"
     return [match[1] for line in log if (match := re.match(killed, line))]
 
 

@@ -27,12 +27,18 @@ def ordered_map(
 def map_in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[Result]:
-    """The results in the order of the items, counted by `progress(done, total)`; an error cancels the rest."""
-    pool = ThreadPoolExecutor(workers)
+    """The results in the order of the items, counted by `progress(done, total)`; an error cancels the rest.
+
+    After KeyboardInterrupt nobody waits for calls that are under way: the process is about to end.
+    """
+    pool, waits = ThreadPoolExecutor(workers), True
     try:
         progress(0, len(items))
         for done, result in enumerate(pool.map(work, items), start=1):
             progress(done, len(items))
             yield result
+    except KeyboardInterrupt:
+        waits = False
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(waits, cancel_futures=True)

@@ -227,9 +227,10 @@ def _put(target: Path, write: Callable[[Path], None]) -> int:
         _let_others_read(hidden)
         publish(hidden, target)
     except (OSError, safetensors.SafetensorError) as error:
-        _remove(hidden)
         reason = str(error).partition(" at path ")[0]  # which is safetensors' own hidden file
         raise RunFailed(f"{target} could not be written: {reason}") from None
+    finally:
+        _remove(hidden)
     return sum(path.stat().st_size for path in _files(target))
 
 

@@ -22,7 +22,7 @@ from pipeline.doctor.compiler import find_compiler
 from pipeline.errors import DataError, UsageError
 from pipeline.monitoring.wandb import check_wandb
 from pipeline.plan import Plan, check_ranks, make_plan
-from pipeline.run.lock import check_folder
+from pipeline.run.lock import check_folder, wait_for_holder
 from pipeline.run.restart import next_place, set_aside
 
 
@@ -81,6 +81,8 @@ def set_files_aside(config: Config) -> Path | None:
 
 def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) -> int:
     """Calls `work` with the plan on every rank of a training run; returns the exit status."""
+    if not is_rank():
+        wait_for_holder(Path(config.run.dir))  # before seconds of imports
     restore_from_mirror(config)
     world_size = rank_and_world_size()[1] if is_rank() else procs
     plan = make_plan(config, command, world_size, local_world_size(procs))

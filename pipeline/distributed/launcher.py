@@ -178,7 +178,7 @@ def _in_fork(
 ) -> None:
     """Gives this fork the state of a new process, and runs the module's `main` in it."""
     for number in stopping():
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.environ.update(environment)
     sys.argv[1:] = arguments

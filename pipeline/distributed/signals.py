@@ -2,6 +2,7 @@
 
 Until the loop asks for the flag for the first time, just before its first step can be applied, a signal ends the
 process with status 3: whatever it waits for (imports, other ranks, a checkpoint, the first batch), no step is lost.
+A command that trains nothing gets KeyboardInterrupt, whichever signal it is, and a few seconds to clean up.
 
 Python runs a handler in the main thread only, between two of its instructions, which may not come for minutes while
 that thread waits in C for another rank. So a rank listens in a thread of its own, too; a launcher, which is forked and
@@ -10,6 +11,7 @@ may have one thread, does without.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -20,18 +22,21 @@ from typing import NoReturn
 
 from pipeline.distributed.heartbeat import last_beat
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-"""Signals that request a stop. Slurm can send SIGUSR2 some time before a job's time limit."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""Signals that request a stop. Slurm sends SIGUSR2 some time before a job's time limit, or what --signal names."""
 STOPPED = 3
 """The exit status."""
 FIRST_STEP_SECONDS = 5.0
 """How long after a signal a rank waits for its first step to be done: another rank may have ended before it."""
 PEER_SECONDS = 2.0
 """How much later than another rank, which it ended, a signal may arrive here."""
+CLEANUP_SECONDS = 5.0
+"""How long what is under way may take to end after KeyboardInterrupt."""
 
 _reason: str | None = None
 _count = 0
-_at_once, _listening = True, False
+_at_once, _listening, _interrupts = True, False, False
+_advice = "run the same command again"
 _ending = threading.Lock()
 _before_end: list[Callable[[str], None]] = []
 
@@ -41,14 +46,19 @@ def stopping() -> list[signal.Signals]:
     return [n for n in STOPPING if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
-def install_handlers(before_end: Callable[[str], None]) -> None:
-    """From now on signals request a stop; a second SIGINT ends the process.
+def install_handlers() -> None:
+    """From now on signals request a stop; a second SIGINT ends the process."""
+    for number in stopping():
+        signal.signal(number, _record)
+
+
+def serve(advice: str, interrupts: bool, before_end: Callable[[str], None]) -> None:
+    """How this process ends where a signal stops it: with what line, and whether by KeyboardInterrupt.
 
     `before_end` is called with the signal's name where that ends the process at once.
     """
-    _before_end[:] = [before_end]
-    for number in stopping():
-        signal.signal(number, _record)
+    global _advice, _interrupts
+    _advice, _interrupts, _before_end[:] = advice, interrupts, [before_end]
 
 
 def _record(number: int, _frame: object) -> None:
@@ -56,8 +66,14 @@ def _record(number: int, _frame: object) -> None:
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _reason, _count = _reason or signal.Signals(number).name, _count + 1
-    if _at_once and not _listening and not _ending.locked():
+    if _listening or not _at_once or _ending.locked():
+        return
+    if not _interrupts or _count > 1:
         end_now()
+    timer = threading.Timer(CLEANUP_SECONDS, end_now)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 def listen() -> None:
@@ -111,6 +127,11 @@ def requested() -> str | None:
     return _reason
 
 
+def costs_steps() -> bool:
+    """Whether a stop was requested that would lose steps if it ended this process at once."""
+    return _reason is not None and not _is_first_step()
+
+
 def count() -> int:
     """How many requests to stop have come."""
     return _count
@@ -125,11 +146,29 @@ def end_if_requested() -> None:
         time.sleep(0.05)
 
 
+def finish(status: int) -> None:
+    """The work is done, with this status, which no signal changes: one only ends the wait for threads that hang."""
+    _ending.acquire(blocking=False)
+    for number in stopping():
+        signal.signal(number, lambda *_: os._exit(status))
+    atexit.register(ignore)  # the interpreter restores the default action before its last second
+    if status == STOPPED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ignore() -> None:
+    """From now on signals do nothing."""
+    for number in stopping():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_now() -> NoReturn:
     """Ends the process with status 3, however it is."""
     _ending.acquire()  # for good: another thread that comes here waits for the end
     try:
-        line = f"stopped by {_reason}, with no step to save; run the same command to resume"
+        line = f"stopped by {_reason}; {_advice}"
         show_cursor = "\r\x1b[K\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""
         os.write(2, f"{show_cursor}coatnet: {line}\n".encode())  # the stream may be in the main thread's hands
         for work in _before_end:

@@ -78,6 +78,18 @@ def check_folder(run: Path, to_write: bool = False) -> None:
         raise UsageError(f"run.dir={run}: {place} {why}; choose a folder that can be written")
 
 
+def wait_for_holder(run: Path) -> None:
+    """RunLocked where another process holds the run for longer than it takes to end; says at once that it waits."""
+    deadline = None
+    while (holder := lock_holder(run)) is not None and not holder.is_superseded():
+        if deadline is None:
+            deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+            print(f"{run}: held by {holder}; waiting {LOCK_TIMEOUT_SECONDS:.0f} s for its end", file=sys.stderr)
+        if time.monotonic() > deadline:
+            raise RunLocked(run, holder)
+        time.sleep(0.1)
+
+
 def acquire_lock(run: Path) -> TextIO:
     """The run's lock, until it is closed; RunLocked where another process has it for longer than it takes to end."""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing
 from functools import partial
 
@@ -14,10 +14,10 @@ from pipeline.distributed.environment import cpus_per_rank, rank_and_world_size
 from pipeline.plan import Plan, augmentation
 
 
-def loader_spec(config: Config, device: torch.device) -> LoaderSpec:
+def loader_spec(config: Config, device: torch.device, gives_up: Callable[[], bool] = lambda: False) -> LoaderSpec:
     """This rank's part of each global batch, decoded on its device."""
-    rank, world_size = rank_and_world_size()
-    return LoaderSpec(rank, world_size, config.train.micro_batch, config.model.resolution, device, cpus_per_rank())
+    micro_batch, resolution = config.train.micro_batch, config.model.resolution
+    return LoaderSpec(*rank_and_world_size(), micro_batch, resolution, device, cpus_per_rank(), gives_up)
 
 
 def training_steps(

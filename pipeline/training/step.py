@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ class StepTotals(NamedTuple):
     """Whether any rank received a signal to stop."""
     superseded: bool
     """Whether a newer attempt of the run has begun."""
+    given_up: bool
+    """Whether any rank has no batch for it, and stops: then it is not applied."""
 
 
 class StepReport:
@@ -34,10 +37,10 @@ class StepReport:
         micro_batches_per_step: int,
         read_errors: list[ReadError],
     ) -> None:
-        """`micro_batches` are this rank's; all ranks together have `micro_batches_per_step`."""
+        """`micro_batches` are this rank's, none where it gives the step up; `micro_batches_per_step` those of all."""
         self.micro_batches, self.read_errors = micro_batches, read_errors
         self._micro_batches_per_step = micro_batches_per_step
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Counts a micro batch's loss."""
@@ -48,8 +51,10 @@ class StepReport:
 
         `stop` is whether this rank received a signal, `superseded` whether it has seen a newer attempt.
         """
-        bad_samples = sum(len(batch.broken) for batch in self.micro_batches)
-        facts = torch.tensor([bad_samples, len(self.read_errors), stop, superseded], dtype=torch.float64)
+        bad_samples, given_up = sum(len(batch.broken) for batch in self.micro_batches), not self.micro_batches
+        facts = torch.tensor([bad_samples, len(self.read_errors), stop, superseded, given_up], dtype=torch.float64)
+        if given_up:
+            self._sums[0] = math.nan  # so that no rank applies it
         on_gpu = self._sums.is_cuda  # pinned, so that the host need not wait for the copy either
         self._sums[1:] = facts.pin_memory().to(self._sums.device, non_blocking=True) if on_gpu else facts
         return all_reduce_sum(self._sums)[0] / self._micro_batches_per_step
@@ -57,6 +62,6 @@ class StepReport:
     @cached_property
     def totals(self) -> StepTotals:
         """The sums on the host, which waits for them, once."""
-        loss, bad_samples, read_retries, stop, superseded = self._sums.tolist()
+        loss, bad_samples, read_retries, *flags = self._sums.tolist()
         mean_loss = loss / self._micro_batches_per_step
-        return StepTotals(mean_loss, int(bad_samples), int(read_retries), stop > 0, superseded > 0)
+        return StepTotals(mean_loss, int(bad_samples), int(read_retries), *(flag > 0 for flag in flags))

@@ -232,7 +232,8 @@ def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_resumes(
     for pid in [second.pid, *ranks_of(second)]:  # frozen, it can't be done before the third has asked
         os.kill(pid, signal.SIGSTOP)
     third = coatnet(*request_of(run))
-    assert third.returncode == 2 and "already running" in third.stderr
+    assert third.returncode == 2 and third.stderr.startswith(f"{run}: held by process "), third.stderr
+    assert "already running" in third.stderr
     for pid in [*ranks_of(second), second.pid]:
         os.kill(pid, signal.SIGCONT)
     assert second.wait(PATIENCE_SECONDS) == 0

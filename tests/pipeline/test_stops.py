@@ -17,6 +17,7 @@ import pytest
 from pipeline.distributed.launcher import COMMANDS, free_port
 from tests import forked
 from tests.forked import ROOT, Process
+from tests.pipeline import hang_injection
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
     catches,
@@ -32,7 +33,7 @@ from tests.pipeline.runs import (
     wait_until,
 )
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT]
 STEPS = 12
 SECONDS = 6.0
 """About as long as a start takes until its last step."""
@@ -104,6 +105,60 @@ def test_a_rank_whose_peer_never_comes_stops_at_once(
         assert process.wait(PATIENCE_SECONDS) == 3
     assert process.stderr is not None and process.stderr.read().endswith("run the same command to resume\n")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("hanging", "stage"), [(1, 2), *(pytest.param(rank, 3, marks=pytest.mark.torture) for rank in (0, 1))]
+)
+def test_a_stop_while_one_ranks_batch_never_comes_saves_the_steps_that_all_have_done(
+    hanging: int, stage: int, request_of: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    """Its 400th read is of the second batch of DALI, which has eight steps."""
+    run, more = tmp_path / "run", ["data.shuffle_window=2", "evaluate.every=null", "checkpoint.every=100"]
+    request = [*request_of(run, procs=None), *more, "train.steps=40", f"zero.stage={stage}"]
+    process = forked.start(hang_injection.MODULE, 2, "read", hanging, 400, *request)
+    wait_until(lambda: last_step(run) == 8, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_SECONDS) == 3
+    assert process.stderr and process.stderr.read().endswith(
+        "stopped after step 8 of 40; run the same command to resume\n"
+    )
+    assert [row["step"] for row in events(run, "interrupted")] == [8] and len(last_state(run)) > 0
+    for rank in range(2):
+        assert [row["step"] for row in rows(run / "samples" / f"rank-{rank}.jsonl")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "remains"),
+    [
+        (signal.SIGINT, ["data", "verify"], "run the same command again"),
+        (signal.SIGUSR1, ["data", "pack"], "shards that are whole are kept; run the same command to resume"),
+    ],
+)
+def test_a_command_that_is_stopped_says_what_remains(
+    number: signal.Signals, words: list[str], remains: str, tmp_path: Path
+) -> None:
+    """Here while it waits for a server that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE_SECONDS)
+        to = [tmp_path / "out"] if "pack" in words else []
+        process = started(*words, f"http://127.0.0.1:{silent.getsockname()[1]}/images", *to)
+        silent.accept()
+        process.send_signal(number)
+        assert process.wait(PATIENCE_SECONDS) == 3
+    assert process.stderr and process.stderr.read() == f"coatnet: stopped by {number.name}; {remains}\n"
+
+
+@pytest.mark.parametrize(("words", "statuses"), [(["pretrain", "x.yaml"], {3}), (["data", "verify", "x"], {2, 3})])
+def test_signals_that_never_end_do_not_kill_a_command(words: list[str], statuses: set[int]) -> None:
+    """From its first moment on, or while it ends: the interpreter restores default actions then."""
+    process = subprocess.Popen(command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    wait_until(lambda: catches(process.pid, signal.SIGUSR2))
+    said = process.stderr.readline() if 2 in statuses else ""
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode in statuses, said + process.stderr.read()
 
 
 def is_open(port: int) -> bool:
