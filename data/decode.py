@@ -11,19 +11,21 @@ not overshoot. Normalisation is the model's.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.tensors import TensorCPU, TensorListCPU
+from nvidia.dali.tensors import TensorCPU, TensorListCPU, TensorListGPU
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment import AugmentParams
 from data.codec import plain
 from data.errors import DataError
+from data.memory import AHEAD, DECODED_BYTES
 from data.randaugment import FILL, Family, Tables, tables
 
 
@@ -36,8 +38,6 @@ class DecodingFailed(DataError):
 
 
 Source = Callable[[], tuple[Sequence[bytes], AugmentParams]]
-AHEAD = 2
-"""Batches that DALI is working on or has ready (`ahead`), the one handed over included."""
 
 
 class Decoder:
@@ -46,6 +46,7 @@ class Decoder:
     `source` returns the encoded images (from 0 to `batch_size` of them) with AugmentParams of
     `layers` layers, or raises StopIteration; it is called in the iterating thread, a batch ahead. Its other errors are
     raised as they are, a batch early. DecodingFailed if DALI fails; after any error the decoder gives that error only.
+    A batch is decoded in several runs of DALI where its crops take more than DECODED_BYTES, `ahead` runs at a time.
     Tensors are the caller's: later batches do not touch them. Threads are DALI's own and end with the decoder.
     """
 
@@ -67,6 +68,7 @@ class Decoder:
         table = tables(magnitude, resolution)
         self._feed = _Feed(source, layers, table)
         self._end: BaseException | None = None
+        self._stream = torch.cuda.Stream(device_id) if device == "gpu" else None
         # The executor is left at DALI's default: the older one hands out memory that later batches overwrite.
         self._pipeline: Pipeline | None = pipeline_def(_graph)(
             feed=self._feed,
@@ -88,19 +90,38 @@ class Decoder:
             raise self._end
         if self._pipeline is None:
             raise StopIteration
-        try:
-            (pixels,) = self._pipeline.run()
-        except StopIteration:
-            raise
-        except BaseException as error:
-            # The pipeline must not run again after an error: that can end the process.
-            if error is self._feed.error:
-                self._end = error
+        parts, is_last = [], False
+        while not is_last:
+            try:
+                (pixels,) = self._pipeline.run()
+            except StopIteration:
                 raise
-            self._end = DecodingFailed(_reason_of(error))
-            raise self._end from error
-        samples, _ = self._feed.fed.popleft()
-        return torch.from_dlpack(pixels.as_tensor())[:samples]
+            except BaseException as error:
+                # The pipeline must not run again after an error: that can end the process.
+                if error is self._feed.error:
+                    self._end = error
+                    raise
+                self._end = DecodingFailed(_reason_of(error))
+                raise self._end from error
+            samples, is_last, _ = self._feed.fed.popleft()
+            parts.append(self._taken(pixels)[:samples])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _taken(self, pixels: TensorListCPU | TensorListGPU) -> torch.Tensor:
+        """The pixels of a run as torch's; a GPU's are copied.
+
+        DALI frees memory that was shared after a wait for the whole GPU, in a thread of its own. torch uses this again
+        when the stream that trains has passed its last use, which it knows by an event.
+        """
+        if self._stream is None:
+            return torch.from_dlpack(pixels.as_tensor())
+        from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            images = to_torch_tensor(pixels.as_tensor(), copy=True)
+        self._stream.synchronize()
+        images.record_stream(torch.cuda.default_stream(self._stream.device))
+        return images
 
     def close(self) -> None:
         """Ends DALI's threads; batches already handed out stay valid, and iteration is over."""
@@ -108,23 +129,29 @@ class Decoder:
 
 
 class _Feed:
-    """What DALI calls for a batch: the source's answer as the inputs of the graph.
+    """What DALI calls for a run: the source's answer, or the next part of one, as the inputs of the graph.
 
     Apart from the decoder, so that the two and the pipeline are no cycle and go with the last reference.
     """
 
     def __init__(self, source: Source, layers: int, table: Tables) -> None:
         self._source, self._layers, self._table = source, layers, table
-        self.fed: deque[tuple[int, list[TensorListCPU]]] = deque()
+        self._parts: deque[tuple[Sequence[bytes], AugmentParams]] = deque()
+        self.fed: deque[tuple[int, bool, list[TensorListCPU]]] = deque()
+        """Of each run that DALI has: its samples, whether they are the last of an answer, its inputs."""
         self.error: BaseException | None = None
 
     def __call__(self) -> list[TensorListCPU]:
         """Bytes, crop, flip, and four numbers of the operation in each layer."""
-        try:
-            images, params = self._source()
-        except BaseException as error:
-            self.error = error
-            raise
+        if not self._parts:
+            try:
+                images, params = self._source()
+            except BaseException as error:
+                self.error = error
+                raise
+            sizes = 3 * params.crop_shape.prod(axis=1, dtype=np.int64)
+            self._parts.extend((images[part], params[part]) for part in parts_within(sizes, DECODED_BYTES))
+        images, params = self._parts.popleft()
         samples, table = len(images), self._table
         if not images:
             images, params = _empty_batch(self._layers)
@@ -135,8 +162,18 @@ class _Feed:
         encoded = TensorListCPU([TensorCPU(plain(image)) for image in images], contiguous=False)
         # DALI takes these without a copy, which it would make with the interpreter's lock held. To drop an image's last
         # reference it needs that lock too, so they are kept here until the batch is done.
-        self.fed.append((samples, [encoded, *map(TensorListCPU, numbers)]))
-        return self.fed[-1][1]
+        self.fed.append((samples, not self._parts, [encoded, *map(TensorListCPU, numbers)]))
+        return self.fed[-1][2]
+
+
+def parts_within(sizes: NDArray[np.int64], most: int) -> Iterator[slice]:
+    """Consecutive parts of images of these sizes, each as long as it can be with `most` in all, or of one image."""
+    ends, first = np.cumsum(sizes), 0
+    while first == 0 or first < len(sizes):
+        before = ends[first] - sizes[first] if len(sizes) else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield slice(first, last)
+        first = last
 
 
 def _empty_batch(layers: int) -> tuple[list[bytes], AugmentParams]:

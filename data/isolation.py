@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 
 from data.augment import AugmentParams
-from data.decode import AHEAD, Decoder, DecodingFailed, Source
-from data.memory import is_out_of_memory
+from data.decode import Decoder, DecodingFailed, Source
+from data.memory import AHEAD, is_out_of_memory
 
 Chunk = TypeVar("Chunk")
 Inputs = tuple[Sequence[bytes], AugmentParams]

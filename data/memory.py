@@ -16,8 +16,22 @@ READ_AHEAD_BYTES = 256 << 20
 """Bytes of the windows that are read ahead, beside the one of each slot that is in use."""
 DECODED_AT_ONCE = 256
 """Samples in one run of DALI, whose cost per run is worth spreading over several micro batches."""
+DECODED_BYTES = 256 << 20
+"""Bytes of a run's crops before they are resized, as of seven images of 12 megapixels; what is larger runs alone."""
+AHEAD = 2
+"""Runs that DALI is working on or has ready, the one handed over included."""
 RUNS_IN_MEMORY = 6
-"""Such runs whose images, with the bytes they come from, are under way at once, DALI's operators included: measured."""
+"""Runs under way at once, by their resized images and the bytes they come from, DALI's operators included: measured."""
+JPEG_BUFFER_BYTES = 16 << 20
+"""What a thread of DALI's JPEG decoder allocates of a GPU at its start (`device_memory_padding`)."""
+
+
+def decoder_gpu_bytes(resolution: int, threads: int) -> int:
+    """Bytes of a GPU that a pipeline of DALI, with so many threads, takes at most, the batches it hands over included.
+
+    From DALI's sources: its pools keep what they once had. nvJPEG's buffers for images of several megapixels add to it.
+    """
+    return AHEAD * DECODED_BYTES + RUNS_IN_MEMORY * DECODED_AT_ONCE * 3 * resolution**2 + threads * JPEG_BUFFER_BYTES
 
 
 def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, local_world_size: int) -> None:

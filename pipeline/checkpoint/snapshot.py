@@ -9,6 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import accumulate
 
 import numpy as np
@@ -42,11 +43,13 @@ class SafetensorsSnapshot:
         self.offsets = [len(first) + begin for begin in ends[:-1]]
         """Where each tensor begins in the file, in bytes."""
         self.bytes = len(first) + ends[-1]
+        self.gpu = next((values.device for values in flat if values.is_cuda), None)
+        """The device of the tensors, if that is a GPU."""
         self._copy: torch.Tensor | None = None
 
     def copy_to(self, memory: torch.Tensor) -> None:
         """Copies all bytes to `memory`, so that later changes of the tensors no longer count."""
-        threads = 1 if self.on_gpu() else min(4, cpus_per_rank())
+        threads = 1 if self.gpu else min(4, cpus_per_rank())
         size = -(-len(memory) // threads)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda begin: self._fill(memory[begin : begin + size], begin), range(0, len(memory), size)))
@@ -64,19 +67,17 @@ class SafetensorsSnapshot:
             yield chunk.numpy()
 
     def _fill(self, memory: torch.Tensor, begin: int) -> None:
-        """Copies the bytes from `begin` on."""
+        """Copies the bytes from `begin` on; returns once they have arrived."""
         starts, filled = [0, *self.offsets], 0
         part = bisect_right(starts, begin) - 1
-        while filled < len(memory):
-            skipped = begin + filled - starts[part]
-            source = self._parts[part][skipped : skipped + len(memory) - filled]
-            _copy(source, memory[filled : filled + len(source)])
-            filled, part = filled + len(source), part + 1
-        for device in {part.device for part in self._parts if part.is_cuda}:  # a new thread's own is the first GPU
-            torch.cuda.current_stream(device).synchronize()
-
-    def on_gpu(self) -> bool:
-        return any(part.is_cuda for part in self._parts)
+        with torch.cuda.device(self.gpu) if self.gpu else nullcontext():  # a new thread's own is the first GPU
+            while filled < len(memory):
+                skipped = begin + filled - starts[part]
+                source = self._parts[part][skipped : skipped + len(memory) - filled]
+                _copy(source, memory[filled : filled + len(source)])
+                filled, part = filled + len(source), part + 1
+            if self.gpu:  # queued behind what training has queued
+                torch.cuda.current_stream(self.gpu).record_event().synchronize()
 
 
 def _copy(source: torch.Tensor, memory: torch.Tensor) -> None:

@@ -207,10 +207,24 @@ class CheckpointWriter:
         size, share = snapshot.bytes, COPY_SHARE * available_bytes() / local_world_size(1)
         if self._memory is None and size <= share:
             self._memory = torch.from_numpy(np.empty(size, np.uint8))
-            if snapshot.on_gpu():  # pinned here, since torch's pinned memory would take up to twice the bytes
-                cuda: Any = torch.cuda.cudart()
-                torch.cuda.check_error(cuda.cudaHostRegister(self._memory.data_ptr(), size, 0))
+            if snapshot.gpu:
+                self._pin(self._memory, snapshot.gpu)
         return self._memory
+
+    def _pin(self, memory: torch.Tensor, gpu: torch.device) -> None:
+        """Locks memory, to which a GPU then copies faster; not by torch, which would take up to twice the bytes."""
+        cuda: Any = torch.cuda.cudart()
+        error = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if error == cuda.cudaError.success:
+            return
+        with suppress(RuntimeError):  # CUDA raises it once more, at this thread's next kernel
+            torch.zeros(1, device=gpu)
+        reason = cuda.cudaGetErrorString(error)
+        message = (
+            f"rank {self.rank} cannot lock {memory.nbytes / 1e9:.3g} GB of host memory ({reason}), so the copies of its"
+            " checkpoints take longer; raise the limit (ulimit -l; under Slurm LimitMEMLOCK of slurmd)"
+        )
+        self.events.warn("memory_not_locked", message, by=self.rank, rank=self.rank, reason=reason)
 
     def _write(self, part: RankShard) -> None:
         began = time.monotonic()

@@ -6,15 +6,15 @@ It runs in a process of its own, since torch and NCCL end a process when they gi
 from __future__ import annotations
 
 import datetime
-import os
 import time
 
 import torch
 import torch.distributed as dist
 
 from pipeline.distributed.environment import rank_and_world_size
+from pipeline.distributed.gpu import join_over_nccl
 from pipeline.doctor.checks import Check
-from pipeline.errors import first_line
+from pipeline.errors import UsageError, first_line
 from pipeline.formatting import format_number
 
 RENDEZVOUS_SECONDS = 120
@@ -28,17 +28,18 @@ NETWORK = (
 
 def check_collectives() -> list[Check]:
     """This rank's device, the collectives and its clock, over the backend that the training would take."""
-    backend, device, checks = "gloo", torch.device("cpu"), []
-    if torch.cuda.is_available():
-        backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            detail = f"there are {torch.cuda.device_count()}, fewer than ranks"
-            return [Check("device", "broken", detail, "start as many tasks on a node as it has GPUs")]
-        torch.cuda.set_device(device)
-        checks.append(_device(device))
+    backend, device, checks = "nccl" if torch.cuda.is_available() else "gloo", torch.device("cpu"), []
+    timeout = datetime.timedelta(seconds=RENDEZVOUS_SECONDS)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=RENDEZVOUS_SECONDS))
+        if backend == "nccl":
+            device = join_over_nccl(timeout)
+            checks.append(_device(device))
+        else:
+            dist.init_process_group(backend, timeout=timeout)
         checks += [_all_reduce(backend, device), _clock(device)]
+    except UsageError as error:
+        problem, _, advice = str(error).partition(": ")
+        checks.append(Check("device", "broken", problem, advice))
     except (RuntimeError, ValueError) as error:
         checks.append(Check("collectives", "broken", f"{backend}: {first_line(error)[:200]}", NETWORK))
     finally:

@@ -20,10 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from data.memory import decoder_gpu_bytes
 from data.order import accumulation_steps
 from models.coatnet import CoAtNet, stochastic_depth_rates
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
+from pipeline.distributed.environment import cpus_per_rank
 from pipeline.memory.estimate import Activations, Memory, Settings, memory_of
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
@@ -34,6 +36,9 @@ GRADIENTS = "gradients"
 def estimates(config: Config, classes: int, device: str) -> Callable[[Settings], tuple[Memory, Activations]]:
     """A function that estimates a rank's memory under any settings, on a device of this type ("cpu", "cuda")."""
     parameters = count_model(config.model, config.train, classes).parameters
+    resolution, on_gpu = config.model.resolution, device == "cuda"
+    pipelines = 2 if config.data.val else 1  # training's is kept during an evaluation
+    decoding = pipelines * decoder_gpu_bytes(resolution, cpus_per_rank()) if on_gpu else 0
 
     @cache
     def counted(train: Train, gradients_stay: bool) -> Activations:
@@ -43,7 +48,7 @@ def estimates(config: Config, classes: int, device: str) -> Callable[[Settings],
         train, zero, world_size = settings
         one_pass = accumulation_steps(micro_batches_of(train), world_size) == 1
         activations = counted(train, one_pass and zero.stage == 1 and not zero.offload)
-        return memory_of(parameters, activations, settings, config.model.resolution, device == "cuda"), activations
+        return memory_of(parameters, activations, settings, resolution, on_gpu, decoding), activations
 
     return estimate
 

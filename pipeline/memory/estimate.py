@@ -1,8 +1,9 @@
 """Bytes of a rank by component: arithmetic on sections, counts and a number of ranks.
 
-Every figure is one of tensors. It leaves out what no tensor holds: the CUDA context, NCCL, DALI, the workspaces of
-kernels, and what the allocator can't use between its blocks. What ZeRO holds was measured on the engine itself
-(tests/pipeline/test_memory.py); with zero.offload and train.compile it was not, and a compiled network takes less.
+Every figure is one of tensors, but for a bound of what DALI takes of a GPU (data/memory.py). What no tensor holds is
+left out: the CUDA context, NCCL, the workspaces of kernels, and what the allocator can't use between its blocks. What
+ZeRO holds was measured on the engine itself (tests/pipeline/test_memory.py); with zero.offload and train.compile it was
+not, and a compiled network takes less.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ Settings = tuple[Train, Zero, int]
 """What decides over a rank's memory, beside the network: train, zero, ranks."""
 
 
-def memory_of(parameters: int, activations: Activations, settings: Settings, resolution: int, on_gpu: bool) -> Memory:
+def memory_of(
+    parameters: int, activations: Activations, settings: Settings, resolution: int, on_gpu: bool, decoding: int = 0
+) -> Memory:
     """The memory of a rank whose network has `parameters` weights; on a GPU, or of a machine where there is none.
+
+    `decoding` is what decoders take beside the batches of a step.
 
     The largest of three moments: the backward, when activations are alive; after the last one, when what is left of
     the gradients is added up over the ranks; the optimizer's step, which copies a rank's share of them.
@@ -61,6 +66,7 @@ def memory_of(parameters: int, activations: Activations, settings: Settings, res
         "optimizer states": held.optimizer * on_device,
         "moving average": held.average * on_device,
         "batch": passes * train.micro_batch * 3 * resolution**2,
+        "decoding": decoding,
     }
     # Stage 2 collects a pass's share of gradients beside that of the earlier passes, once its bucket is full.
     collected = share * (2 if zero.stage == 2 and passes > 1 else 1)

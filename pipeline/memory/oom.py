@@ -8,6 +8,7 @@ without GPUs, reports nothing.
 from __future__ import annotations
 
 import gc
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +38,8 @@ def explain_oom(config: Config, classes: int) -> Iterator[None]:
         try:
             on_gpu = torch.cuda.is_available()
             left, resident = memory.available_addresses(), memory.resident()  # while it is as it was
-            of_gpu = _usable_of_gpu() if on_gpu else None
             _release(error)
-            usable = _usable_of_host(left, resident) if of_gpu is None else of_gpu
+            usable = _usable_of_gpu() if on_gpu else _usable_of_host(left, resident)
             message = _explanation(config, classes, error, usable, "cuda" if on_gpu else "cpu")
         except MemoryError:
             rank = rank_and_world_size()[0]
@@ -112,3 +112,5 @@ def _release(error: BaseException) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if dali := sys.modules.get("nvidia.dali.backend"):
+            dali.ReleaseUnusedMemory()  # the estimate counts its decoders

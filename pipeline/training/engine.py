@@ -25,7 +25,7 @@ from models.norm import across_ranks, frozen_statistics
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Config, Optim, Train, Zero
 from pipeline.distributed.environment import rank_and_world_size
-from pipeline.errors import UsageError
+from pipeline.distributed.gpu import join_over_nccl
 from pipeline.plan import Plan
 from pipeline.training import zero
 from pipeline.training.ema import Statistics, swapped
@@ -44,15 +44,10 @@ def start_process_group(timeout_seconds: float = TIMEOUT_SECONDS) -> torch.devic
 
     A collective fails after twice that many seconds: before, the rank that it waits for is named (watchdog.py).
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu, timeout = torch.cuda.is_available(), datetime.timedelta(seconds=2 * timeout_seconds)
     deepspeed = import_deepspeed()
     zero.check_version(deepspeed.__version__)
-    device = torch.device("cpu")
-    if on_gpu:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        _check_gpu(device)
-        torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=2 * timeout_seconds)
+    device = join_over_nccl(timeout) if on_gpu else torch.device("cpu")
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return device
 
@@ -70,14 +65,6 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets a level of its own
     vars(deepspeed.ops)["__compatible_ops__"] = {}  # none; to find out which it could build takes a compiler
     return deepspeed
-
-
-def _check_gpu(device: torch.device) -> None:
-    if device.index >= torch.cuda.device_count():
-        raise UsageError(
-            f"rank {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; start as"
-            " many ranks, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
-        )
 
 
 def zero3_init(train: Train, optim: Optim, zero: Zero) -> ShardLayer | None:

@@ -1,6 +1,7 @@
 """Pixels: what the parameters say, from whatever bytes, whatever they are batched with; the decoder's manners."""
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data import decode
@@ -47,6 +50,7 @@ def decoder_of(
     *,
     batches: Sequence[Sequence[int]] | None = None,
     threads: int = 1,
+    ahead: int = 2,
     resolution: int = SIDE,
     device: Device = "cpu",
 ) -> Decoder:
@@ -64,6 +68,7 @@ def decoder_of(
         device_id=0 if device == "gpu" else None,
         threads=threads,
         source=lambda: next(answers),
+        ahead=ahead,
     )
 
 
@@ -94,17 +99,30 @@ def split(order: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 @on_each_device
-@pytest.mark.parametrize(("size", "threads", "ahead"), [(1, 1, 2), (7, 2, 2), (16, 1, 1), (33, 2, 4)])
+@pytest.mark.parametrize(
+    ("size", "threads", "ahead", "most"), [(1, 1, 2, 1), (7, 2, 2, 20_000), (16, 1, 1, 1), (33, 2, 4, 60_000)]
+)
 def test_a_samples_pixels_do_not_depend_on_its_batch(
-    size: int, threads: int, ahead: int, device: Device, monkeypatch
+    size: int, threads: int, ahead: int, most: int, device: Device, monkeypatch
 ) -> None:
-    """Nor on its neighbours, its place, the number of threads and how far DALI runs ahead, with RandAugment on."""
+    """Nor on its neighbours, its place, threads, how far DALI runs ahead and how much it decodes at once."""
     files, params = sample_set()
     together = pixels_of(files, params, device=device)
-    monkeypatch.setattr(decode, "AHEAD", ahead)
+    monkeypatch.setattr(decode, "DECODED_BYTES", most)
     order = np.random.default_rng(size).permutation(len(files))
-    again = pixels_of(files, params, batches=split(order.tolist(), size), threads=threads, device=device)
-    np.testing.assert_array_equal(again, together[order])
+    batches = split(order.tolist(), size)
+    decoder = decoder_of(files, params, batches=batches, threads=threads, ahead=ahead, device=device)
+    for pixels, batch in zip(decoder, batches, strict=True):
+        np.testing.assert_array_equal(pixels.cpu().numpy(), together[np.array(batch)])
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
+def test_what_dali_decodes_at_once_is_bounded_and_no_less_than_that(sizes: list[int], most: int) -> None:
+    parts = list(decode.parts_within(np.array(sizes, np.int64), most))
+    found = [sizes[part] for part in parts]
+    assert list(itertools.chain(*found)) == sizes and (len(parts) == 1 or all(found))
+    assert all(len(part) == 1 or sum(part) <= most for part in found if part)
+    assert all(sum(part) + following[0] > most for part, following in itertools.pairwise(found))
 
 
 def test_batches_come_in_order_and_as_large_as_they_were_asked_for() -> None:

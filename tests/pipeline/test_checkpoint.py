@@ -14,8 +14,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,9 +40,12 @@ from pipeline.checkpoint.reader import (
     step_of,
 )
 from pipeline.checkpoint.weights import latest_checkpoint
-from pipeline.checkpoint.writer import GlobalState, RankShard, rank_shard, write_checkpoint
+from pipeline.checkpoint.writer import CheckpointWriter, GlobalState, RankShard, rank_shard, write_checkpoint
+from pipeline.config.schema import Checkpoint
 from pipeline.errors import RunFailed, UsageError
+from pipeline.run.events import Events
 from tests.forked import forkserver
+from tests.pipeline.runs import events
 
 KINDS = ("weight", "exp_avg", "ema")
 SHAPES = {"stem.weight": (7, 3, 2, 2), "stages.0.bias": (5,), "scale": (), "head.weight": (40, 6)}
@@ -285,6 +291,77 @@ def test_a_copy_does_not_follow_later_changes_of_the_state(tmp_path):
         values.zero_()
     write_checkpoint(tmp_path, 0, 0, 1, part)
     read_everything(tmp_path / step_name(1))
+
+
+class Current(threading.local):
+    """The device that is current in a thread."""
+
+    def __init__(self):
+        self.device = torch.device("cuda", 0)
+
+
+class OnGpu3(torch.Tensor):
+    """A tensor whose copies to the host arrive only when the stream of its device is waited for."""
+
+    is_cuda, device, queued, current = True, torch.device("cuda", 3), [], Current()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args: Any = (), kwargs=None):
+        if func is torch.Tensor.copy_ and kwargs == {"non_blocking": True}:
+            assert cls.current.device == cls.device  # else GPU 0 would get a context, too
+            cls.queued.append((args[0], args[1].as_subclass(torch.Tensor)))
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    @contextmanager
+    def use(cls, device):
+        cls.current.device, before = device, cls.current.device
+        yield
+        cls.current.device = before
+
+
+class Stream:
+    """Of a device, by default of the current one."""
+
+    def __init__(self, device=None):
+        self.device = device or OnGpu3.current.device
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        while self.device == OnGpu3.device and OnGpu3.queued:
+            memory, source = OnGpu3.queued.pop(0)
+            memory.copy_(source)
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
+def test_a_checkpoint_of_any_gpu_is_read_when_its_bytes_have_arrived(tmp_path, monkeypatch, chunk_bytes):
+    use_small_blocks(monkeypatch)
+    monkeypatch.setattr(snapshot, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", OnGpu3.use)
+    (elements,) = elements_of({}, [0], 1)
+    live, copied = (parts_of([{k: v.as_subclass(OnGpu3) for k, v in elements.items()}], 1)[0] for _ in range(2))
+    copied.snapshot.copy_to(torch.empty(copied.snapshot.bytes, dtype=torch.uint8))
+    for name, part in (("live", live), ("copied", copied)):
+        write_checkpoint(tmp_path / name, 0, 0, 1, part)
+        read_everything(tmp_path / name / step_name(1))
+
+
+def test_host_memory_that_cannot_be_locked_is_used_unlocked_and_said(tmp_path, monkeypatch, capsys):
+    (part,) = parts_of([{k: v.as_subclass(OnGpu3) for k, v in elements_of({}, [0], 1)[0].items()}], 1)
+    of_library = {"cudaHostRegister": lambda *_: 2, "cudaGetErrorString": lambda _: "out of memory"}
+    refusing = SimpleNamespace(**of_library, cudaError=SimpleNamespace(success=0))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError))
+    writer = CheckpointWriter(tmp_path / "checkpoints", 0, 2, 4, Checkpoint(), Events(tmp_path, 0, 2))
+    memory = writer._memory_for(part.snapshot)
+    assert memory is not None and writer._memory_for(part.snapshot) is memory
+    (event,) = events(tmp_path, "memory_not_locked")
+    assert (event["rank"], event["reason"]) == (2, "out of memory")
+    assert capsys.readouterr().err.count("rank 2 cannot lock") == 1
 
 
 def test_available_memory_counts_control_groups_of_both_versions(tmp_path):

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.coatnet import CoAtNet
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config, Train, Zero
-from pipeline.memory.activations import count_activations
+from pipeline.memory.activations import count_activations, estimates
 from pipeline.memory.estimate import WIDTH, Activations, Memory, Settings, memory_of
 from pipeline.memory.suggest import fits, suggest_settings
 from pipeline.training.losses import loss_fn
@@ -71,6 +71,18 @@ def test_neither_a_higher_stage_nor_twice_the_ranks_needs_more_memory(
     assert sum(second.values()) <= sum(first.values())
     wider = components(count, 2, micro_batch, 2 * world_size, activations)
     assert sum(wider.values()) <= sum(second.values())
+
+
+def test_dali_counts_on_a_gpu_twice_where_a_set_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.memory.activations.count_activations", lambda *_: Activations({}, 0))
+
+    def decoding(device: str, *overrides: str) -> int:
+        config = tiny(*overrides)
+        return estimates(config, CLASSES, device)((config.train, config.zero, 1))[0].components["decoding"]
+
+    once = decoding("cuda", "data.val=null")
+    assert decoding("cpu") == 0 < once and decoding("cuda", "data.val=set") == 2 * once
+    assert decoding("cuda", "data.val=null", "model.resolution=64") > once
 
 
 def linear(per_sample: int, fixed: int, of_stages: tuple[int, ...]) -> Callable[[Settings], tuple[Memory, Activations]]:
