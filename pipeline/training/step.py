@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.loader import Batch
+from data.pinned import ToHost, to_device
 from data.storage.remote import ReadError
 from pipeline.distributed.collectives import all_reduce_sum
 
@@ -49,14 +51,14 @@ class StepReport:
         `stop` is whether this rank received a signal, `superseded` whether it has seen a newer attempt.
         """
         bad_samples = sum(len(batch.broken) for batch in self.micro_batches)
-        facts = torch.tensor([bad_samples, len(self.read_errors), stop, superseded], dtype=torch.float64)
-        on_gpu = self._sums.is_cuda  # pinned, so that the host need not wait for the copy either
-        self._sums[1:] = facts.pin_memory().to(self._sums.device, non_blocking=True) if on_gpu else facts
-        return all_reduce_sum(self._sums)[0] / self._micro_batches_per_step
+        facts = np.array([bad_samples, len(self.read_errors), stop, superseded], np.float64)
+        self._sums[1:] = to_device(facts, self._sums.device)
+        self._summed = ToHost(all_reduce_sum(self._sums))
+        return self._sums[0] / self._micro_batches_per_step
 
     @cached_property
     def totals(self) -> StepTotals:
-        """The sums on the host, which waits for them, once."""
-        loss, bad_samples, read_retries, stop, superseded = self._sums.tolist()
+        """The sums on the host. It does not wait for them once the engine has stepped, which waits for later work."""
+        loss, bad_samples, read_retries, stop, superseded = self._summed.tolist()
         mean_loss = loss / self._micro_batches_per_step
         return StepTotals(mean_loss, int(bad_samples), int(read_retries), stop > 0, superseded > 0)
