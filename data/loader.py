@@ -29,6 +29,7 @@ from data.decode import Decoder, Source
 from data.isolation import Inputs, decode_chunks
 from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES
 from data.order import Order, SampleRange, accumulation_steps, positions_of_step, rank_micro_batches
+from data.pinned import to_device
 from data.reader import Reader, Sample
 from data.shards.manifest import BadSample, Manifest
 from data.storage.prefetch import ordered_map
@@ -240,7 +241,7 @@ def _decode(
         )
 
     for chunk, images in decode_chunks(chunks, inputs, make_decoder, without):
-        labels = _label_rows(chunk.samples, most_labels).to(spec.device)
+        labels = to_device(_label_rows(chunk.samples, most_labels), spec.device)
         shapes, batches = np.stack(_shapes(chunk.samples), axis=1), []
         for first in range(0, max(1, len(chunk.samples)), spec.micro_batch):
             part = slice(first, first + spec.micro_batch)
@@ -255,11 +256,11 @@ def _steps(batches: Iterator[Batch], micro_batches: int) -> Iterator[list[Batch]
         yield step
 
 
-def _label_rows(samples: list[Sample], most: int) -> torch.Tensor:
+def _label_rows(samples: list[Sample], most: int) -> np.ndarray:
     rows = np.full((len(samples), most), -1, np.int64)
     for number, labels in enumerate(itertools.zip_longest(*(sample.labels for sample in samples), fillvalue=-1)):
         rows[:, number] = labels
-    return torch.from_numpy(rows)
+    return rows
 
 
 def _shapes(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:

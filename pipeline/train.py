@@ -175,7 +175,7 @@ def train_steps(
                 checkpoints.roll_back(state, reason)
                 return False
             record_epochs(events, log, state)
-            metrics.log_step(state.step, totals.mean_loss, lr, float(engine.get_global_grad_norm()), data_wait, last)
+            metrics.log_step(state.step, totals.mean_loss, lr, engine.get_global_grad_norm(), data_wait, last)
 
             # Checkpoint, evaluate, stop.
             if last or is_due(state.step, config.checkpoint.every):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.pinned import ToHost, to_device
 from pipeline.errors import DataError, RunFailed, UsageError
 
 Item = TypeVar("Item")
@@ -44,9 +46,10 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set on any rank."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+def any_rank(flag: bool, device: torch.device) -> Callable[[], bool]:
+    """What tells whether a flag is set on any rank; it waits for the answer, and for nothing launched since."""
+    total = ToHost(all_reduce_sum(to_device(np.array([flag], np.float32), device)))
+    return lambda: total.tolist() != [0]
 
 
 def from_rank_zero(work: Callable[[], Item]) -> Item:

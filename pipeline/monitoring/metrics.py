@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 import torch
@@ -91,8 +91,11 @@ class Metrics:
         if self._consumed is not None:
             self._consumed.close()
 
-    def log_step(self, step: int, loss: float, lr: float, grad_norm: float, data_wait: float, last: bool) -> None:
-        """Counts a step; `data_wait` are the seconds that it waited for its data."""
+    def log_step(
+        self, step: int, loss: float, lr: float, grad_norm: SupportsFloat, data_wait: float, last: bool
+    ) -> None:
+        """Counts a step; `data_wait` are the seconds that it waited for its data. `grad_norm`, which may be on the
+        device, is asked for where the step gets a row."""
         self._steps, self._data_wait = self._steps + 1, self._data_wait + data_wait
         if step % self._every and not last:
             return
@@ -105,7 +108,7 @@ class Metrics:
             "epoch": step * self._global_batch / self._samples,
             "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": float(grad_norm),
             "images_per_second": speed,
             "data_wait": self._data_wait / seconds,
             "step_seconds": seconds / self._steps,

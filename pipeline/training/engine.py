@@ -125,6 +125,7 @@ def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro batch, to print nothing
     }
     if zero.offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

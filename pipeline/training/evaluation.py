@@ -14,6 +14,7 @@ from itertools import chain, islice, repeat
 import torch
 
 from data.loader import LoaderSpec, evaluation_batches
+from data.pinned import to_device
 from data.shards.manifest import BadSample, Manifest
 from pipeline.distributed.collectives import all_gather, all_reduce_sum, any_rank
 from pipeline.distributed.heartbeat import beat
@@ -46,25 +47,27 @@ def evaluate(
 ) -> EvalMetrics | None:
     """Metrics of `forward` (images [n, 3, h, w] -> logits [n, classes]) over the whole set; collective.
 
-    `kind` is the loss that it was trained with, here without label smoothing. None as soon as a stop is requested on
-    any rank, which is asked before each batch.
+    `kind` is the loss that it was trained with, here without label smoothing. None where a stop is requested on any
+    rank: that is asked before each batch and answered before the next, so that no device waits for the host.
     """
     results = torch.zeros(4, manifest.samples, dtype=torch.float64, device=spec.device)  # loss, top1, top5, used
     broken: list[BadSample] = []
-    padding = torch.zeros(spec.micro_batch, spec.resolution, spec.resolution, 3, dtype=torch.uint8)
-    padding = padding.to(spec.device)
+    shape = spec.micro_batch, spec.resolution, spec.resolution, 3
+    padding = torch.zeros(shape, dtype=torch.uint8, device=spec.device)
     # All ranks run as many forwards: under ZeRO-3 they are collective.
     passes = -(-manifest.samples // (spec.micro_batch * spec.world_size))
+    stops: Callable[[], bool] | None = None
     with evaluation_batches(manifest, crop_fraction, spec) as batches:
         for batch in islice(chain(batches, repeat(None)), passes):
-            if any_rank(is_stop_requested(), spec.device):
+            if stops is not None and stops():
                 return None
+            stops = any_rank(is_stop_requested(), spec.device)
             images = padding if batch is None else torch.cat([batch.images, padding[len(batch.images) :]])
             logits = forward(normalize(images))
             beat("an evaluation batch")
             if batch is not None:
                 broken += batch.broken
-                numbers = torch.from_numpy(batch.positions).to(spec.device)
+                numbers = to_device(batch.positions, spec.device)
                 results[:, numbers] = per_sample(logits[: len(numbers)].float(), batch.labels, kind)
     loss, top1, top5, used = all_reduce_sum(results).sum(1).tolist()  # every sample is one rank's, so x + 0 is exact
     listed = sorted((asdict(sample) for sample in all_gather(broken)), key=lambda row: (row["shard"], row["key"]))

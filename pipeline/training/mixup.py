@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data import rng
+from data.pinned import to_device
 from data.rng import Stream
 
 
@@ -21,7 +22,7 @@ def mixup(
     number = int(positions[0]) // len(positions)  # of the micro batch, counted through all steps
     weight = mixup_lambda(seed, alpha, number)
     partners = rng.permutation(seed, Stream.MIXUP_PARTNERS, number, len(positions))
-    of_each = torch.from_numpy(partners).to(images.device)
+    of_each = to_device(partners, images.device)
     return images[of_each].lerp(images, weight), targets[of_each].lerp(targets, weight)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
 from data import rng
+from data.pinned import to_device
 from data.rng import Stream
 from models import coatnet
 from models.attention import RelativeAttention, check_backend
@@ -105,9 +107,13 @@ def attention_backends(network: CoAtNet, train: Train, device: torch.device) -> 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [n, height, width, 3] as normalised float32 [n, 3, height, width] in channels-last memory."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    deviation = torch.tensor(DEVIATION, device=images.device).view(3, 1, 1)
+    mean, deviation = _by_channel(MEAN, images.device), _by_channel(DEVIATION, images.device)
     return images.permute(0, 3, 1, 2).float().sub_(mean).div_(deviation)
+
+
+@cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def drop_path_mask(seed: int, positions: np.ndarray, rates: list[float], device: torch.device) -> torch.Tensor | None:
@@ -116,7 +122,7 @@ def drop_path_mask(seed: int, positions: np.ndarray, rates: list[float], device:
         return None
     drawn = rng.uniforms(seed, Stream.STOCHASTIC_DEPTH, positions, len(rates))
     factors = np.where(drawn >= np.array(rates), 1 / (1 - np.array(rates)), 0.0)
-    return torch.from_numpy(factors.astype(np.float32)).to(device)
+    return to_device(factors.astype(np.float32), device)
 
 
 def _network(model: Model, train: Train, classes: int) -> CoAtNet:

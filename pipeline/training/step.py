@@ -6,9 +6,11 @@ import math
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.loader import Batch
+from data.pinned import ToHost, to_device
 from data.storage.remote import ReadError
 from pipeline.distributed.collectives import all_reduce_sum
 
@@ -52,16 +54,16 @@ class StepReport:
         `stop` is whether this rank received a signal, `superseded` whether it has seen a newer attempt.
         """
         bad_samples, given_up = sum(len(batch.broken) for batch in self.micro_batches), not self.micro_batches
-        facts = torch.tensor([bad_samples, len(self.read_errors), stop, superseded, given_up], dtype=torch.float64)
+        facts = np.array([bad_samples, len(self.read_errors), stop, superseded, given_up], np.float64)
         if given_up:
             self._sums[0] = math.nan  # so that no rank applies it
-        on_gpu = self._sums.is_cuda  # pinned, so that the host need not wait for the copy either
-        self._sums[1:] = facts.pin_memory().to(self._sums.device, non_blocking=True) if on_gpu else facts
-        return all_reduce_sum(self._sums)[0] / self._micro_batches_per_step
+        self._sums[1:] = to_device(facts, self._sums.device)
+        self._summed = ToHost(all_reduce_sum(self._sums))
+        return self._sums[0] / self._micro_batches_per_step
 
     @cached_property
     def totals(self) -> StepTotals:
-        """The sums on the host, which waits for them, once."""
-        loss, bad_samples, read_retries, *flags = self._sums.tolist()
+        """The sums on the host. It does not wait for them once the engine has stepped, which waits for later work."""
+        loss, bad_samples, read_retries, *flags = self._summed.tolist()
         mean_loss = loss / self._micro_batches_per_step
         return StepTotals(mean_loss, int(bad_samples), int(read_retries), *(flag > 0 for flag in flags))

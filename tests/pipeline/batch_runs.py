@@ -4,9 +4,9 @@ Each job of the JSON file is `{"arguments": ["preset.yaml", "key=value", ...]}`:
 With `"source": RUN, "step": K` its folder first gets a copy of what that run had when it had saved step K. With
 `"resave": FOLDER` nothing is trained: the checkpoint is loaded into an engine, evaluated by the model's weights and by
 their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_padding"` the padding
-passes of ranks see NaN; with `"faults"` steps go wrong (`Faults`); with `"storage"` saves do (`StorageFaults`), and
-ended-RANK.txt in the run's folder has the error that a rank ended with. No training may draw from a random generator
-that has a state.
+passes of ranks see NaN; with `"faults"` steps go wrong (`Faults`); with `"storage"` saves do
+(`StorageFaults`), and ended-RANK.txt in the run's folder has the error that a rank ended with. With `"waits": K` waits
+for the device are counted in step K (`Waits`). No training may draw from a random generator that has a state.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pipeline.errors import RunFailed
 from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS
 from tests.pipeline.storage_faults import StorageFaults
+from tests.pipeline.waits import Waits
 
 MODULE = "tests.pipeline.batch_runs"
 
@@ -66,6 +67,8 @@ def do(job: dict[str, Any]) -> None:
         return
     before = generators()
     forward = Faults(**job["faults"]) if "faults" in job else micro_batch_loss
+    if "waits" in job:
+        forward = Waits(job["waits"], rank_and_world_size()[0], forward)
     if "storage" in job:
         return record_end(
             Path(config.run.dir), partial(train, config, plan, [], forward=StorageFaults(**job["storage"]))

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from data.pinned import ToHost, to_device
 from tests.pipeline.batch_runs import on_ranks
 from tests.pipeline.runs import (
     PATIENCE_SECONDS,
@@ -37,6 +39,18 @@ def request(digits: Path, run: Path, *more: str) -> list[str]:
     data = [f"data.train={digits}/train", f"data.val={digits}/val", f"run.dir={run}"]
     how = ["train.precision=bf16", "log.every=1", "checkpoint.every=10"]
     return ["pretrain", "configs/tiny.yaml", *data, *how, *more]
+
+
+def test_copies_through_pinned_memory_make_no_host_wait_and_keep_their_order() -> None:
+    numbers = np.arange(1000.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = to_device(numbers, torch.device("cuda", 0))
+        there = ToHost(values)
+        values += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert there.tolist() == numbers.tolist()
 
 
 def test_the_tiny_configuration_learns_the_digits_on_a_gpu(digits: Path, tmp_path: Path) -> None:
