@@ -153,7 +153,7 @@ def report(results: list[dict[str, Any]]) -> str:
 
 def _figures(rows: list[dict[str, Any]]) -> str:
     figures = [row for row in rows if "said" not in row]
-    return "\n".join(_table(list(alike)) for _, alike in groupby(figures, key=_columns))
+    return "\n\n".join(_table(list(alike)) for _, alike in groupby(figures, key=_columns))
 
 
 def _columns(row: dict[str, Any]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ WRONG = 0.5
 KERNELS = 20
 TOKENS = (49, 196, 576)
 BATCH = 128
+PASSES = ("forward ms", "of input ms", "of weight ms")
 
 
 # ------------------------------------------------------------------------------------------------- logits, gradients
@@ -138,7 +139,7 @@ def attention_backends(place: Place) -> Iterator[Row]:
             work = attention.work(case, backend, place.device)
             found = attempt({}, lambda work=work: {"ms": _milliseconds(work, place)})
             times[backend] = found.get("ms", float("inf"))
-            row[backend] = found.get("ms", found.get("error"))
+            row[f"{backend} ms"] = found.get("ms", found.get("error"))
         best, chosen = min(times, key=lambda name: times[name]), fastest(place.device, dtype, tokens, gradient)
         right, cases = right + (best == chosen), cases + 1
         yield row | {"fastest": best, "auto takes": chosen}
@@ -168,9 +169,7 @@ def depthwise_convolutions(place: Place) -> Iterator[Row]:
             row: Row = {"channels": width, "side": side, "batch": batch}
             row |= {"layout": "channels-last" if channels_last else "contiguous", "cudnn.benchmark": chosen}
             found = attempt(row, lambda w=width, s=side, k=kind: _depthwise(w, s, batch, k, place))
-            times[channels_last, chosen] = sum(
-                found.get(name, float("inf")) for name in ("forward", "of input", "of weight")
-            )
+            times[channels_last, chosen] = sum(found.get(name, float("inf")) for name in PASSES)
             yield found
         faster.append(times[True, False] / min(times.values()))
     yield {"said": f"as in training (channels-last, no benchmark) {max(faster):.2f} times the fastest way at the worst"}
@@ -189,8 +188,8 @@ def _depthwise(width: int, side: int, batch: int, layout: torch.memory_format, p
         return lambda: torch.ops.aten.convolution_backward(gradient, x, weight, None, *where)
 
     forward = _milliseconds(lambda: F.conv2d(x, weight, padding=1, groups=width), place)
-    row = {"forward": forward, "of input": _milliseconds(backward(True, False), place)}
-    row["of weight"] = _milliseconds(backward(False, True), place)
+    row = {"forward ms": forward, "of input ms": _milliseconds(backward(True, False), place)}
+    row["of weight ms"] = _milliseconds(backward(False, True), place)
     return row | {"forward GB/s": 2 * x.nbytes / forward / 1e6}
 
 

@@ -54,8 +54,7 @@ def waits_of_a_step(place: Place) -> Iterator[Row]:
     if not place.small:
         torch.cuda.reset_peak_memory_stats()
     problem = attempt({}, lambda: train(config, make_plan(config, "pretrain", 1, 1), [], forward=watch) or {})
-    yield {"images decoded by": decoded_by}
-    yield {"seconds of a step": watch.seconds, "kernels": watch.kernels}
+    yield {"images by": decoded_by, "seconds of a step": watch.seconds, "kernels": watch.kernels}
     if place.small:
         if problem:
             yield problem
@@ -165,6 +164,8 @@ def kill_and_resume(place: Place) -> Iterator[Row]:
         if done.returncode not in ((-9,) if kill else (0,)):
             row["error"] = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         yield row
+        if "error" in row:
+            return
     losses = [np.array([each[3] for each in curve(run)], float) for run in (whole, killed)]
     off = float(np.abs(losses[1] / losses[0] - 1).max())
     step = events(killed, "training_resumed")[-1]["step"]
