@@ -18,7 +18,7 @@ help:
 	@echo 'make check    lint, types and the tests that are quick: for while you work'
 	@echo 'make test     lint, types and the whole test suite on the CPU'
 	@echo 'make torture  the same tests with bigger numbers, and those marked torture'
-	@echo 'make gpu      the tests that need a CUDA device'
+	@echo 'make gpu      what a CUDA device shows (coatnet bench gpu, ten minutes), and the tests that need one'
 	@echo 'make clean    remove .venv and caches; runs stay'
 
 install: $(INSTALLED)
@@ -60,7 +60,7 @@ torture: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	@.venv/bin/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device; .venv/bin/coatnet doctor says why")'
-	.venv/bin/pytest -m gpu
+	@status=0; .venv/bin/coatnet bench gpu || status=1; .venv/bin/pytest -m gpu && exit $$status
 
 clean:
 	rm -rf .venv build coatnet.egg-info .pytest_cache .ruff_cache .hypothesis

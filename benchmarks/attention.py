@@ -64,7 +64,7 @@ class Case:
 def measure(cases: list[Case], device: str) -> list[dict[str, Any]]:
     """A row for each case: milliseconds of every backend that is valid there, best and median of the rounds."""
     valid: list[Backend] = [name for name in BACKENDS if name != "flex" or device == "cuda"]
-    timers = {(case, name): timer(_work(case, name, device), device) for case in cases for name in valid}
+    timers = {(case, name): timer(work(case, name, device), device) for case in cases for name in valid}
     found = []
     for number in range(ROUNDS):
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
@@ -89,7 +89,7 @@ def _row(case: Case, times: dict[Backend, list[float]], device: str) -> dict[str
     }
 
 
-def _work(case: Case, backend: Backend, device: str) -> Callable[[], object]:
+def work(case: Case, backend: Backend, device: str) -> Callable[[], object]:
     """Attention from projected tokens [n, tokens, width] to those that the output projection takes, as in the network;
     with gradient, then that of all three and of the table."""
     shape, dtype, with_gradient = case.shape, case.dtype, case.with_gradient

@@ -18,7 +18,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,9 +50,12 @@ class Case:
     mode: str
     precision: str
     device: str
+    compiled: bool = False
 
     def contestants(self) -> list[str]:
         """timm has no CoAtNet-6 and -7."""
+        import timm
+
         both = f"{self.size}_224" in timm.list_models("coatnet_*")
         return [OURS, OURS_AS_TIMM, TIMM, TIMM_CHANNELS_LAST] if both else [OURS]
 
@@ -67,6 +69,8 @@ def network(contestant: str, case: Case) -> nn.Module:
             case.size, resolution=case.resolution, stride="depthwise", pool="average", head_size=32,
             batch_norm_eps=1e-5, layer_norm_eps=1e-6,
         )  # fmt: skip
+    import timm
+
     return timm.create_model(f"{case.size}_224", img_size=case.resolution)
 
 
@@ -79,6 +83,8 @@ def work(contestant: str, case: Case) -> Callable[[], object]:
     if contestant == TIMM_CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)  # pyrefly: ignore
         images = images.contiguous(memory_format=torch.channels_last)
+    if case.compiled:
+        model.compile()
 
     def forward() -> Tensor:
         with torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
