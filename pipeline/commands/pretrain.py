@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from data.shards.manifest import Manifest, read_manifest
-from data.storage.remote import Storage
+from data.storage.remote import NotFound, Storage
 from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import check_mirror, list_copies, restore_from_mirror
@@ -57,6 +56,7 @@ def begin_anew(config: Config, command: str, procs: int) -> None:
             " yourself, or choose another folder with run.dir=..."
         )
     make_plan(set_aside_config(config), command, procs, procs)
+    _check_installed(config)
     set_files_aside(config)
 
 
@@ -90,8 +90,7 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
         print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}")
         return 0
-    _check_compiled(config)
-    check_wandb(config.log.wandb)
+    _check_installed(config)
     if is_first_process() and (wasted := padding_share(config.train, world_size)):
         print(f"warning: {wasted}", file=sys.stderr)
     if not is_rank():
@@ -151,14 +150,19 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
 
 def _readable_manifest(url: str) -> Manifest | None:
     """What a training set's manifest says, if it is there and can be read at once: the data may be the nodes' alone."""
-    with suppress(DataError, UsageError):
+    try:
         return read_manifest(url, Storage(attempts=1, attempt_timeout=10.0))
+    except NotFound:
+        pass
+    except (DataError, UsageError) as error:
+        print(f"warning: {error}", file=sys.stderr)
     return None
 
 
-def _check_compiled(config: Config) -> None:
-    """UsageError where this machine cannot train with train.compile or model.attention=flex; torch is imported only for
-    those."""
+def _check_installed(config: Config) -> None:
+    """UsageError where what log.wandb, train.compile or model.attention=flex need is not on this machine; torch is
+    imported only for the last two."""
+    check_wandb(config.log.wandb)
     if not config.train.compile and config.model.attention != "flex":
         return
     import torch
