@@ -146,6 +146,10 @@ class BadSample:
 # The manifest.
 
 
+class NoManifest(UsageError):
+    """Nothing lies where a manifest should."""
+
+
 def write_manifest(
     url: str,
     classes: Sequence[str],
@@ -187,7 +191,7 @@ def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
     try:
         contents = storage.read(place)
     except NotFound:
-        raise UsageError(
+        raise NoManifest(
             f"{place} does not exist; `coatnet data pack` makes shards with a manifest, `coatnet data index` one for"
             " shards that are there already"
         ) from None

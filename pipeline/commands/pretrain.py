@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data.shards.manifest import Manifest, read_manifest
-from data.storage.remote import NotFound, Storage
+from data.shards.manifest import Manifest, NoManifest, read_manifest
+from data.storage.remote import Storage
 from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import check_mirror, list_copies, restore_from_mirror
@@ -149,14 +149,14 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
 
 
 def _readable_manifest(url: str) -> Manifest | None:
-    """What a training set's manifest says, if it is there and can be read at once: the data may be the nodes' alone."""
+    """What a training set's manifest says, if it can be read from here and at once: the data may be the nodes' alone.
+
+    UsageError where it is there and is none.
+    """
     try:
         return read_manifest(url, Storage(attempts=1, attempt_timeout=10.0))
-    except NotFound:
-        pass
-    except (DataError, UsageError) as error:
-        print(f"warning: {error}", file=sys.stderr)
-    return None
+    except (NoManifest, DataError):
+        return None
 
 
 def _check_installed(config: Config) -> None:

@@ -16,8 +16,6 @@ from models.convert import LAYOUTS, TIMM_DEFAULTS, from_timm, settings, to_timm
 from models.variants import layout_of
 from tests.peers import peer
 
-timm = peer("timm")
-
 CLASSES = 7
 OTHERS = ["coatnet_rmlp_1_rw_224", "coatnet_0_rw_224", "coatnext_nano_rw_224", "maxvit_tiny_tf_224", "resnet50"]
 
@@ -25,6 +23,7 @@ OTHERS = ["coatnet_rmlp_1_rw_224", "coatnet_0_rw_224", "coatnext_nano_rw_224", "
 @pytest.fixture(scope="module", autouse=True)
 def no_initial_values() -> Iterator[None]:
     """Every value is set here, so the 688 million of timm's largest are not drawn first."""
+    peer("timm")  # not where tests are collected: it takes two seconds
     drawing = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
     with pytest.MonkeyPatch.context() as patch:
         for name in drawing:
@@ -50,7 +49,7 @@ def filled(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def timm_model(name: str, **arguments: Any) -> nn.Module:
-    model = timm.create_model(name, num_classes=CLASSES, **arguments).eval()
+    model = peer("timm").create_model(name, num_classes=CLASSES, **arguments).eval()
     filled(model.state_dict())
     return model
 
@@ -72,7 +71,7 @@ def opened_by_timm(model: CoAtNet, name: str, folder: Path) -> nn.Module:
     data = {"input_size": [3, *model.resolution], "first_conv": "stem.conv1", "classifier": "head.fc"}
     config = {"architecture": f"{name}_224", "num_classes": CLASSES, "model_args": arguments, "pretrained_cfg": data}
     (folder / "config.json").write_text(json.dumps(config))
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return peer("timm").create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def assert_same_logits(one: nn.Module, other: nn.Module, height: int, width: int) -> None:
@@ -138,7 +137,9 @@ def test_the_logits_see_the_orientation_of_a_table() -> None:
 
 def test_the_defaults_assumed_of_timm_are_those_that_timm_has() -> None:
     as_it_comes = timm_model("coatnet_0_224", img_size=32)
-    spelled_out = timm.create_model("coatnet_0_224", **{**TIMM_DEFAULTS, "num_classes": CLASSES, "img_size": 32}).eval()
+    spelled_out = (
+        peer("timm").create_model("coatnet_0_224", **{**TIMM_DEFAULTS, "num_classes": CLASSES, "img_size": 32}).eval()
+    )
     spelled_out.load_state_dict(as_it_comes.state_dict())
     assert str(spelled_out) == str(as_it_comes)
     assert_same_logits(as_it_comes, spelled_out, 32, 32)

@@ -176,6 +176,9 @@ def test_a_check_knows_the_length_by_the_manifest(
     assert "2 classes" in said.out and "optim.warmup_steps=100 is not less than the training's 100 steps" in said.err
     check_config(config(train=train, data={"train": str(tmp_path / "none")}, optim={"warmup_steps": 100}), 1)
     assert capsys.readouterr().err == ""
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"manifest.json is not a manifest of shards"):
+        check_config(config(train=train, data={"train": str(tmp_path)}), 1)
 
 
 @pytest.mark.parametrize("mirror", ["RUN", "RUN/mirror", "RUN/..", "file://RUN/../run/", "LINK/copies"])

@@ -140,6 +140,7 @@ def test_ranks_without_a_configuration_are_refused(monkeypatch: pytest.MonkeyPat
     assert "run.dir" in done.stderr and not done.stdout
 
 
+@pytest.mark.torture
 def test_two_ranks_on_two_hosts_give_one_report(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     settings = (f"run.dir={tmp_path}/runs/a", f"data.train={pack_two(tmp_path)}", "data.val=null", "--json")

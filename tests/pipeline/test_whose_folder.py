@@ -49,6 +49,7 @@ def test_ranks_of_the_launcher_take_no_module_from_the_folder(project: Path, dig
     train(project, digits, command(), "--procs", "2", OPENBLAS_NUM_THREADS="2")
 
 
+@pytest.mark.torture
 def test_ranks_of_torchrun_take_no_module_from_the_folder(project: Path, digits: Path) -> None:
     (project / "coatnet").write_text(f"#!{sys.executable} -P\n{SCRIPT}\n")
     (project / "coatnet").chmod(0o755)

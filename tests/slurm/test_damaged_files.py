@@ -23,7 +23,7 @@ from slurm.submit import JobSpec, prepare
 from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS, consumed, contents, curve, events, last_state, wait_until
 
-CASES = 6
+CASES = 3
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,11 @@ def test_after_every_damage_to_every_file_commands_end_properly_and_runs_resume(
 # ------------------------------------------------------------------------------------------------ what stands in for it
 
 
-@pytest.mark.parametrize("what", ["emptied", "cut", "removed"])
+ONE = "removed"
+OTHERS = [pytest.param(what, marks=pytest.mark.torture) for what in ("emptied", "cut")]
+
+
+@pytest.mark.parametrize("what", [ONE, *OTHERS])
 def test_without_config_yaml_a_run_is_what_its_newest_checkpoint_says(begun: Begun, what: str) -> None:
     DAMAGES[what](begun.restored() / "config.yaml")
     status, said = ended(*begun.request, "run.seed=5")
@@ -202,7 +206,7 @@ def test_without_config_yaml_a_run_is_what_its_newest_checkpoint_says(begun: Beg
     assert noted["file"] == str(begun.run / "config.yaml") and "newest checkpoint" in noted["instead"]
 
 
-@pytest.mark.parametrize("what", ["emptied", "removed"])
+@pytest.mark.parametrize("what", [ONE, *OTHERS])
 def test_without_source_json_a_run_resumes_from_what_it_began_and_nothing_else(begun: Begun, what: str) -> None:
     DAMAGES[what](begun.restored() / "source.json")
     others = [str(begun.run) if word == str(begun.source) else word for word in begun.request]

@@ -72,7 +72,7 @@ def equals_undisturbed(run: Path, undisturbed: Path) -> bool:
 
 
 def test_a_run_that_is_requeued_resumes_where_it_stopped(cluster: Cluster, training: Submit) -> None:
-    run, job = training("train.steps=40")
+    run, job = training("train.steps=40", "slurm.tasks_per_node=1")  # a task is an interpreter that imports torch
     cluster.run("scontrol", "requeue", job)
     assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
     assert events(run, "training_resumed")[0]["step"] == events(run, "interrupted")[0]["step"]
