@@ -129,7 +129,8 @@ def run_slurm(*command: str, environment: Mapping[str, str] | None = None) -> st
             f"{command[0]} did not answer in {TIMEOUT_SECONDS} s: is Slurm's controller up?"
         ) from None
     if done.returncode:
-        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        lines = [line for line in said if f'Try "{command[0]} --help"' not in line]  # what follows an unknown option
         last = lines[-1].removeprefix(f"{command[0]}: ") if lines else f"exit status {done.returncode}"
         if any(words in last.lower() for words in _SILENT):
             raise SlurmUnavailable(f"Slurm does not answer: {command[0]}: {last}")

@@ -258,6 +258,7 @@ def test_what_the_cluster_can_never_provide_is_refused_at_submission(
         (["slurm.time=3-00:00:01"], "slurm.time=3-00:00:01 is longer than partition main allows: 3-00:00:00"),
         (["slurm.memory=900G"], "sbatch: "),
         (["slurm.nodes=9"], "too few for 18 ranks"),
+        (["slurm.sbatch=[--no-such-option]"], "sbatch: unrecognized option '--no-such-option'"),
     ):
         words = [*keys(digits, tmp_path / "run"), *JOB, *request]
         done = command(cluster, "submit", "pretrain", "configs/tiny.yaml", *words)
