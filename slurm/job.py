@@ -258,8 +258,8 @@ def requeue_job(run: Path, slurm: Slurm, allocation: Allocation, decision: Decis
         time.sleep(decision.after)
         return 1
     facts = scheduler.parse_record(scheduler.ask_with_retries("scontrol", "-o", "show", "job", allocation.job))
-    if (facts["JobState"], facts["Restarts"]) != ("RUNNING", str(allocation.restart)):
-        log(run, "the job was cancelled or restarted in the meantime; exiting")
+    if facts["JobState"] not in scheduler.RUNNING or facts["Restarts"] != str(allocation.restart):
+        log(run, f"the job is {facts['JobState']} with {facts['Restarts']} restarts by now; exiting")
         return 1
     min_nodes = slurm.min_nodes or slurm.nodes
     exclude = decision.exclude if len(usable_nodes() - set(decision.exclude)) >= min_nodes else ()

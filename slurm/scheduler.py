@@ -21,7 +21,9 @@ from slurm.environment import outside_jobs
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 """States of a job that will start, or start again."""
-BUSY = {"RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+RUNNING = {"RUNNING", "CONFIGURING", "RESIZING", "SIGNALING", "STOPPED", "SUSPENDED"}
+"""States of a job whose script has not ended: it is SIGNALING, say, until all its nodes have confirmed a signal."""
+BUSY = RUNNING | {"COMPLETING", "STAGE_OUT"}
 """States of a job that has nodes."""
 ACTIVE = WAITING | BUSY
 _LOCAL = "local-"

@@ -225,6 +225,11 @@ class Cluster:
             machine = self._machine(node)
         machine.start("slurmd -D -N", node)
 
+    def slurmd(self, node: str) -> int:
+        """The process of its daemon."""
+        (pid,) = self._machines[node].running("slurmd")
+        return pid
+
     def kill_slurmd(self, node: str) -> None:
         """Only the daemon: the ranks of its jobs live on."""
         machine = self._machines[node]

@@ -149,6 +149,22 @@ def test_a_run_resumes_on_the_node_that_is_left(cluster: Cluster, training: Subm
 
 
 @pytest.mark.torture
+def test_a_run_that_stops_while_slurm_signals_its_job_is_requeued(cluster: Cluster, training: Submit) -> None:
+    """As in a preemption one of whose nodes confirms late: until then the job is not RUNNING."""
+    run, job = training("train.steps=300")
+    os.kill(daemon := cluster.slurmd("n2"), signal.SIGSTOP)
+    try:
+        cluster.run("scancel", "--signal=CONT", job)
+        cluster.wait(job, "SIGNALING")
+        for pid in ranks(run):
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: cluster.state(job) not in ("SIGNALING", "RUNNING"))
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    assert end(cluster, job) == "COMPLETED" and causes(run) == ["preempted", "done"]
+
+
+@pytest.mark.torture
 def test_a_run_resumes_when_the_daemon_under_its_batch_script_dies(cluster: Cluster, training: Submit) -> None:
     """Slurm gives the node up and starts the job again, but the batch script and two ranks on it live on."""
     run, job = training("train.steps=300")
