@@ -87,13 +87,15 @@ def planned_seconds(arguments: list[str], calibrations: list[Path]) -> float:
 
 
 def written(arguments: list[str]) -> str:
-    left_out = ("model.classes", "data.", "train.global_batch")
-    words = [word.rpartition(".")[2] for word in arguments[1:] if not word.startswith(left_out)]
-    return " ".join([*(["tiny"] if arguments[0] == TINY else []), *words])
+    """A configuration in few words; fp32 and stage 1 where nothing is said."""
+    left_out = ("model.classes", "data.", "train.global_batch", "train.precision=fp32")
+    words = [word.removeprefix("model.name=") for word in arguments[1:] if not word.startswith(left_out)]
+    named = [*(["tiny"] if arguments[0] == TINY else []), *words]
+    return " ".join(word.rpartition(".")[2].replace("activation_checkpointing", "recomputed") for word in named)
 
 
 def row(name: str, measured: float, planned: float) -> str:
-    return f"  {name:70} {measured:9.3f} {planned:9.3f} {100 * (planned / measured - 1):+7.1f} %"
+    return f"  {name:68} {measured:9.1f} {planned:9.1f} {100 * (planned / measured - 1):+7.1f} %"
 
 
 def memory_rows(folder: Path) -> list[str]:
@@ -166,13 +168,13 @@ def main() -> None:
         return train_all(options.clock, options.train)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="coatnet-plan-") as name:
-        print(f"{machine()}\n\n  {'':70}  measured   planned")
+        print(f"{machine()}\n\n  {'':68}  measured   planned")
         if options.only != "time":
             print("MiB of tensors on a rank", *memory_rows(Path(name)), sep="\n")
         if options.only != "memory":
             threads = os.environ.get("OMP_NUM_THREADS", "all")
             print(
-                f"ms of a step on a rank of {threads} threads, by the {options.clock} clock",
+                f"ms of a step on a rank, OMP_NUM_THREADS {threads}, by the {options.clock} clock",
                 *time_rows(Path(name), options.rounds, options.clock),
                 sep="\n",
             )
