@@ -81,8 +81,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "step", f"{_seconds(plan['step_seconds'])}, {speed}"
     yield "", ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in plan["step_terms"].items() if seconds)
     if plan["steps"] is not None:
-        days, with_failures = (format_duration(DAY * plan[name]) for name in ("days", "days_with_failures"))
-        gpu_days = f"{plan['steps']:,} steps: {days}, {format_number(plan['gpu_days'])} GPU-days"
+        days, longer = plan["days"], plan["days_with_failures"]
+        with_failures = "it never ends" if longer is None else format_duration(DAY * longer)
+        gpu_days = f"{plan['steps']:,} steps: {format_duration(DAY * days)}, {format_number(plan['gpu_days'])} GPU-days"
         cost = "" if plan["cost"] is None else f"; {plan['cost']:,.0f} by the price of a GPU-hour"
         yield "length", f"{gpu_days}; with failures {with_failures}{cost}"
     stall, write = (_seconds(plan[f"checkpoint_{name}_seconds"]) for name in ("stall", "write"))

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 
+MOST = 100
+"""Failures within an interval, past which the training never ends."""
+
 
 def best_interval(stall: float, between_failures: float) -> float:
     """Seconds of training between saves that lose the least time (Daly, Eq. 37; its first term is Young's, 1974)."""
@@ -19,5 +22,7 @@ def best_interval(stall: float, between_failures: float) -> float:
 
 def goodput(interval: float, stall: float, restart: float, between_failures: float) -> float:
     """The share of the time in which steps are done that are not lost, 0 to 1 (Daly, Eq. 20)."""
+    if restart + interval + stall > MOST * between_failures:
+        return 0.0
     wall = between_failures * math.exp(restart / between_failures) * math.expm1((interval + stall) / between_failures)
     return interval / wall

@@ -101,14 +101,15 @@ def run_costs(config: Config, request: Request, rates: Rates, measured: set[str]
 
 
 def length_costs(request: Request, steps: int | None, seconds: float, share: float) -> dict[str, Any]:
-    """Days of undisturbed training, and what it comes to with the time that failures and saves take; null: unknown."""
+    """Days of undisturbed training, and what it comes to with the time that failures and saves take; null: unknown, or
+    without end."""
     days = None if steps is None else steps * seconds / DAY
-    gpu_days = None if days is None else days * request.gpus
-    hours = None if gpu_days is None or request.price is None else 24 * gpu_days / share
+    with_failures = None if days is None or share == 0 else days / share
+    hours = None if with_failures is None else 24 * with_failures * request.gpus
     return {
         "days": days,
-        "gpu_days": gpu_days,
-        "days_with_failures": None if days is None else days / share,
+        "gpu_days": None if days is None else days * request.gpus,
+        "days_with_failures": with_failures,
         "cost": None if hours is None or request.price is None else hours * request.price,
     }
 

@@ -152,6 +152,10 @@ def test_no_other_interval_between_checkpoints_loses_much_less(stall: float, bet
     )
 
 
+def test_where_failures_come_faster_than_starts_nothing_is_done() -> None:
+    assert goodput(60.0, 1.0, 300.0, 0.02) == 0 < goodput(60.0, 1.0, 300.0, 600.0)
+
+
 # --------------------------------------------------------------------------------------------------------- command
 
 
