@@ -146,6 +146,35 @@ def preview(
     raise typer.Exit(preview(config, out, overrides or [], samples, epoch))
 
 
+@app.command(epilog="Example: coatnet plan configs/imagenet1k/coatnet0.yaml --gpus 8 --gpu h100 --price 2.5")
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="of all nodes")],
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="h100, a100, ..., or cpu with --calibrate")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="joined by their links")] = 8,
+    calibrate: Annotated[
+        list[str] | None,
+        path_option("--calibrate", metavar="FILE", help="metrics.jsonl of a run on such GPUs, or bench gpu's; repeat"),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour")] = None,
+    failure_days: Annotated[
+        float | None, typer.Option(min=1e-3, help="GPU-days between failures; default: 2000")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a training takes and costs, before it is paid for, from a machine without a GPU.
+
+    Memory of a GPU, whether it fits and what would (`changes`), time of a step (`step_terms`), days, `cost`, the best
+    interval between checkpoints and `goodput`, reads; what was `measured` and what `assumed`. Keys: docs/plan.md.
+    """
+    from pipeline.commands.plan_costs import plan_costs
+
+    raise typer.Exit(
+        plan_costs(config, overrides or [], gpu, gpus, gpus_per_node, calibrate or [], price, failure_days, as_json)
+    )
+
+
 @app.command(epilog="Example: coatnet evaluate runs/tiny --data digits/val")
 def evaluate(
     run: Trained,

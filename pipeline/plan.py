@@ -16,7 +16,7 @@ from data.augment import Augmentation
 from data.memory import check_memory
 from data.order import Order, accumulation_steps
 from data.shards.complete import complete_if_writable, with_checksums
-from data.shards.manifest import Manifest, read_manifest, with_cache
+from data.shards.manifest import Manifest, NoManifest, read_manifest, with_cache
 from data.storage.remote import DEFAULT, ReadError, Storage
 from pipeline.checkpoint.attempts import newest_state, trusted_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
@@ -25,7 +25,7 @@ from pipeline.config.batch_size import check_world_size, micro_batches_of, total
 from pipeline.config.parsing import changes, read_resolved, validate
 from pipeline.config.schema import Augment, Config
 from pipeline.distributed.environment import is_first_process, is_rank_zero
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.run.events import last_logged_step, last_saved_step
 from pipeline.run.jsonl import evaluated_steps, read_lines
 from pipeline.run.small_files import warn_damaged
@@ -131,6 +131,17 @@ def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, 
     _check_stated(config, manifest)
     counts = np.array([shard.samples for shard in manifest.shards], np.int64)
     return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.shuffle_window)
+
+
+def readable_manifest(url: str) -> Manifest | None:
+    """What a training set's manifest says, if it can be read from here and at once: the data may be the nodes' alone.
+
+    UsageError where it is there and is none.
+    """
+    try:
+        return read_manifest(url, Storage(attempts=1, attempt_timeout=10.0))
+    except (NoManifest, DataError):
+        return None
 
 
 def augmentation(augment: Augment) -> Augmentation:

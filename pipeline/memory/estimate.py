@@ -21,14 +21,30 @@ MOMENTS = 2
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a device does: operations of matrix products, two a multiply-add; bytes that it reads and writes; calls."""
+
+    operations: int
+    moved_bytes: int
+    calls: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.operations + other.operations, self.moved_bytes + other.moved_bytes, self.calls + other.calls)
+
+    def __rmul__(self, times: int) -> Work:
+        return Work(times * self.operations, times * self.moved_bytes, times * self.calls)
+
+
+@dataclass(frozen=True)
 class Activations:
-    """Bytes of the forward and backward of one micro batch, beside weights and what ZeRO holds.
+    """Bytes of the forward and backward of one micro batch, beside weights and what ZeRO holds; and their work.
 
     `peak` is what is alive at the most, by part of the network; `kept` what the forward leaves for the backward.
     """
 
     peak: dict[str, int]
     kept: int
+    work: Work = Work(0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ ROOMS = {
     "pipeline/doctor": {"pipeline/config", "pipeline/distributed", "pipeline/run", "pipeline/training"},
 }
 ROOMS["pipeline/memory"] = ROOMS["pipeline/checkpoint"] | {"pipeline/checkpoint"}
-ROOMS["pipeline/monitoring"] = ROOMS["pipeline/memory"] | {"pipeline/memory"}
+ROOMS["pipeline/costs"] = ROOMS["pipeline/memory"] | {"pipeline/memory"}
+ROOMS["pipeline/monitoring"] = ROOMS["pipeline/costs"] | {"pipeline/costs"}
 ROOMS["pipeline/commands"] = ROOMS["pipeline/monitoring"] | {
     "pipeline/monitoring",
     "pipeline/watchdog",
