@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.jsonl import JsonLines, read_lines
-from pipeline.run.small_files import has
+from pipeline.run.jsonl import JsonLines, read_lines, read_metrics
+from pipeline.run.small_files import NUMBER, has
 
+UNNOTICED_SECONDS = 0.01
 _OF_A_CHECKPOINT = ("checkpoint", "training_resumed", "interrupted", "finished")
 
 
@@ -28,6 +30,16 @@ class Events:
         if self._lines is None:
             self._lines = JsonLines(self._path)
         self._lines.write({"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **facts})
+
+    @contextmanager
+    def timed(self, event: str, **facts: Any) -> Iterator[None]:
+        """Records the `seconds` that training waits for what is inside, unless they are too few to notice."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if (seconds := time.monotonic() - began) > UNNOTICED_SECONDS:
+                self.write(event, **facts, seconds=round(seconds, 3))
 
     def warn(self, event: str, message: str, **facts: Any) -> None:
         """Records that something beside the training failed, and prints it; training continues."""
@@ -61,3 +73,9 @@ def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
 def last_logged_step(run: Path) -> int:
     """The last step in metrics.jsonl; 0 where there is none."""
     return max((row["step"] for row in read_lines(run / "metrics.jsonl", step=int)), default=0)
+
+
+def last_record(run: Path) -> dict[str, float]:
+    """The step and the time of the last row of metrics, for the event of an attempt that may cut it back; or {}."""
+    rows = read_metrics(run, step=int, time=NUMBER)
+    return {"left_step": rows[-1]["step"], "left_time": rows[-1]["time"]} if rows else {}
