@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -98,14 +98,12 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     number, identity = from_rank_zero(take)
     events = Events(run, number, rank)
     _begun[:] = [events]
-    facts = {"run": identity, "world_size": world_size, "torch": torch.__version__, "changed": plan.changed}
+    facts: dict[str, Any] = {}
     if rank == 0:
-        facts |= {
-            "began": round(command_began(), 3),
-            "command": [without_secrets(word) for word in sys.argv[1:]],
-            **last_record(run),
-        }
-    events.write("attempt_started", **facts)
+        facts = {"began": round(command_began(), 3), "command": list(map(without_secrets, sys.argv[1:]))}
+        facts |= last_record(run)
+    versions = {"torch": torch.__version__, "changed": plan.changed}
+    events.write("attempt_started", run=identity, world_size=world_size, **versions, **facts)
     for file, reason, instead in take_damaged(run):
         events.write("damaged_file", file=file, reason=reason, instead=instead)
     if rank == 0:

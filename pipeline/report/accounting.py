@@ -153,7 +153,8 @@ def _attempts(events: Sequence[Row], rows: Sequence[Row], starts: Sequence[Start
         if after is not None:
             noted = _first(own[after], "attempt_started") or {}
             left = {"step": noted.get("left_step", 0), "time": noted.get("left_time", 0.0)}
-        found.append(_attempt(number, opening, own[number], left, starts))
+        ranks = opening.get("world_size", found[-1].ranks if found else None)
+        found.append(_attempt(number, ranks, opening, own[number], left, starts))
     if found and now is not None:
         found[-1] = replace(found[-1], known=max(found[-1].known, now), ended=max(found[-1].ended, now))
     limits = [attempt.began for attempt in found[1:]] + [float("inf")]
@@ -163,7 +164,9 @@ def _attempts(events: Sequence[Row], rows: Sequence[Row], starts: Sequence[Start
     ]
 
 
-def _attempt(number: int, opening: Row, events: Sequence[Row], left: Row, starts: Sequence[Start]) -> Attempt:
+def _attempt(
+    number: int, ranks: int | None, opening: Row, events: Sequence[Row], left: Row, starts: Sequence[Start]
+) -> Attempt:
     """An attempt with these events; `left` has the last row of metrics that it wrote."""
     began, end = opening.get("began", opening["time"]), _first(events[::-1], *_ENDS)
     begun = _first(events, *_BEGINS) or {}
@@ -175,7 +178,7 @@ def _attempt(number: int, opening: Row, events: Sequence[Row], left: Row, starts
     ended = known if end is not None or within.ended is None else within.ended
     trained = _first(events, "first_step") or {"time": begun.get("time", ended), "step": first}
     return Attempt(
-        number, opening.get("world_size"), began, trained["time"], known, ended, first, trained["step"],
+        number, ranks, began, trained["time"], known, ended, first, trained["step"],
         max(first, *steps), end, within.cause,
     )  # fmt: skip
 

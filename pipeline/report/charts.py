@@ -58,8 +58,9 @@ def curves(title: str, found: Sequence[Curve], marks: Marks = Marks(), percent: 
             steps, values = _thinned(
                 np.array(curve.steps, float), np.array(curve.values, float), MOST_POINTS // len(found)
             )
-            style = {"marker": "o", "markersize": 3.5} if curve.dots or len(steps) == 1 else {}
-            axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.2, label=curve.label, **style)
+            shape = "o-" if curve.dots or len(steps) == 1 else "-"
+            color = COLORS[number % len(COLORS)]
+            axes.plot(steps, values, shape, color=color, linewidth=1.2, markersize=3.5, label=curve.label)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         else:

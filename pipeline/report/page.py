@@ -22,7 +22,7 @@ from pipeline.formatting import format_duration, format_number, format_percent, 
 from pipeline.lineage import format_lineage
 from pipeline.monitoring.summary import training_summary
 from pipeline.report import charts
-from pipeline.report.accounting import KINDS, PRODUCTIVE, Accounts
+from pipeline.report.accounting import KINDS, PRODUCTIVE
 from pipeline.report.charts import Curve, Marks
 from pipeline.report.mistakes import Verdicts
 from pipeline.report.record import RunRecord, describe_end, differences
@@ -55,7 +55,7 @@ def run_page(record: RunRecord, sheet: Sequence[Any], verdicts: Verdicts | None,
         summary=_summary(record),
         charts=_charts([record]),
         marked=len(record.accounts.attempts) > 1 or record.skipped(),
-        spent=[_spent(record)] if record.accounts.wall else [],
+        spent=_spent([record]),
         attempts=_attempts(record),
         skipped=[(f"{row['step']:,}", row["reason"], _few(row.get("keys", []))) for row in record.skipped()][
             -MOST_ROWS:
@@ -78,7 +78,7 @@ def comparison_page(records: Sequence[RunRecord]) -> str:
         facts={"head": ["", *names], "rows": [(fact, *(each[fact] for each in facts)) for fact in facts[0]]},
         differing={"head": ["key", *names], "rows": _cells(differing)} if differing else None,
         charts=_charts(records),
-        spent=[_spent(each, name) for name, each in zip(names, records, strict=True) if each.accounts.wall],
+        spent=_spent(records),
     )
 
 
@@ -101,6 +101,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
     return {
         "state": record.end,
         "step": f"{record.step:,}{of}",
+        "newest checkpoint": "" if record.saved is None else f"step {record.saved:,}",
         "best top-1": f"{format_percent(best['top1'], 2)} at step {best['step']:,}" if best else "",
         "last top-1": f"{format_percent(evaluated[-1]['top1'], 2)} ({evaluated[-1].get('weights')})" if best else "",
         "last training loss": format_number(last["loss"]) if "loss" in last else "",
@@ -159,31 +160,30 @@ def _marks(record: RunRecord) -> Marks:
     return Marks([each.first for each in record.accounts.attempts[1:]], backs, skipped)
 
 
-def _spent(record: RunRecord, name: str = "") -> dict[str, Any]:
-    accounts = record.accounts
-    shares = [seconds / accounts.wall for seconds in accounts.seconds]
-    kinds = [
-        {"name": kind, "share": f"{100 * share:.3f}" if share else "", "color": color}
-        for kind, share, color in zip(KINDS, shares, _COLORS, strict=True)
+def _spent(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """The seconds of each kind as a bar for each run and as one table."""
+    names, accounts = _names(records), [record.accounts for record in records]
+    bars = [
+        {"name": name, "parts": [(kind, color, f"{100 * seconds / each.wall:.3f}") for kind, color, seconds in parts]}
+        for name, each in zip(names, accounts, strict=True)
+        if (parts := [part for part in zip(KINDS, _COLORS, each.seconds, strict=True) if part[2]])
     ]
     rows = [
-        (_keyed(kind, color), _duration(seconds), format_percent(share, 1))
-        for kind, seconds, share, color in zip(KINDS, accounts.seconds, shares, _COLORS, strict=True)
-        if seconds
+        (_keyed(kind, color), *(_of_all(each.seconds[place], each.wall) for each in accounts))
+        for place, (kind, color) in enumerate(zip(KINDS, _COLORS, strict=True))
+        if any(each.seconds[place] for each in accounts)
     ]
+    rows += [("wall clock", *(_duration(each.wall) for each in accounts))]
+    goodputs = ("" if each.goodput is None else format_percent(each.goodput, 1) for each in accounts)
     return {
-        "name": name,
-        "kinds": kinds,
-        "rows": [*rows, ("wall clock", _duration(accounts.wall), "")],
-        "goodput": _goodput(accounts),
+        "bars": bars,
+        "head": ["", *(names if len(names) > 1 else ["time"])],
+        "rows": [*rows, ("goodput", *goodputs)],
     }
 
 
-def _goodput(accounts: Accounts) -> str:
-    if accounts.goodput is None:
-        return ""
-    share = format_percent(accounts.goodput, 1)
-    return f"Goodput {share}: the share of productive steps in the time in which the run had its machines."
+def _of_all(seconds: float, wall: float) -> str:
+    return f"{_duration(seconds)} ({format_percent(seconds / wall, 1)})" if seconds else ""
 
 
 def _attempts(record: RunRecord) -> list[tuple[str, ...]]:
@@ -203,8 +203,14 @@ def _attempts(record: RunRecord) -> list[tuple[str, ...]]:
 
 
 def _replaced(record: RunRecord) -> list[tuple[str, ...]]:
-    rows = {(row["step"], row["key"]): row["reason"] for row in record.of("sample_replaced")}
-    return [(f"{step:,}", key, reason) for (step, key), reason in rows.items()][-MOST_ROWS:]
+    """Each sample that was, with the steps, the reason and nothing twice that was done again."""
+    steps: dict[tuple[str, str], set[int]] = {}
+    for row in record.of("sample_replaced"):
+        steps.setdefault((row["key"], row["reason"]), set()).add(row["step"])
+    return [
+        (key, reason, _few([f"{step:,}" for step in sorted(at)]))
+        for (key, reason), at in list(steps.items())[-MOST_ROWS:]
+    ]
 
 
 def _verdicts(found: Verdicts) -> dict[str, Any]:

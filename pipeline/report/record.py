@@ -58,6 +58,11 @@ class RunRecord:
     def step(self) -> int:
         return self.accounts.attempts[-1].last if self.accounts.attempts else 0
 
+    @property
+    def saved(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return self.state.get("step")
+
     @cached_property
     def samples(self) -> int | None:
         """Of an epoch."""
