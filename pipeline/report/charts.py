@@ -44,8 +44,10 @@ class Marks:
 def curves(title: str, found: Sequence[Curve], marks: Marks = Marks(), percent: bool = False) -> str:
     """The chart as an svg element, text as text, its legend below where there are several curves."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(6.0, 2.6), layout="constrained")
-        axes = figure.add_subplot()
+        legend_rows = -(-len(found) // 3) if len(found) > 1 else 0
+        height, bottom = 2.35 + 0.2 * legend_rows, 0.25 + 0.2 * legend_rows  # inches
+        figure = Figure(figsize=(6.0, height))
+        axes = figure.add_axes((0.11, bottom / height, 0.87, 1.85 / height))
         for restart in marks.restarts:
             axes.axvline(restart, color=_INK, linewidth=0.8, linestyle=":", alpha=0.5)
         for first, last in marks.rollbacks:
@@ -70,7 +72,7 @@ def curves(title: str, found: Sequence[Curve], marks: Marks = Marks(), percent: 
         axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
         axes.set_title(title, loc="left", fontsize=10.5, parse_math=False)
         if len(found) > 1:
-            for text in figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9).get_texts():
+            for text in figure.legend(loc="lower left", ncols=3, frameon=False, fontsize=9).get_texts():
                 text.set_parse_math(False)
         return _svg(figure, title)
 
