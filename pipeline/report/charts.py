@@ -143,10 +143,5 @@ def _svg(figure: Figure, label: str) -> str:
     )
     text = file.getvalue()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r' id="(?:figure|axes|text|line2d|patch|matplotlib|xtick|ytick|PolyCollection|legend|FillBetween)[^"]*"',
-        "",
-        text,
-    )
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     return text.replace(_INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

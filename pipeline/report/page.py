@@ -28,7 +28,7 @@ from pipeline.report.mistakes import Verdicts
 from pipeline.report.record import RunRecord, describe_end, differences
 from pipeline.training.model import count_model
 
-MOST_ROWS, MOST_CLASSES, MOST_PIXELS = 100, 25, 256
+MOST_ROWS, MOST_CLASSES, MOST_PIXELS = 100, 25, 224
 """Of a table, of a matrix of classes, and of a picture's side: so that the page stays below 2 MB."""
 _COLORS = ("#2a9d5c", "#d64550", "#3b82d6", "#c9a000", "#e07b1a", "#7c2d3e", "#8b8f98", "#c3c6cc")
 """Of KINDS."""
