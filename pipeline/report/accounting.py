@@ -173,7 +173,7 @@ def _attempt(
     first = begun.get("step", 0)
     steps = [left.get("step", 0), *(event["last"] for event in events if event["event"] == "rollback")]
     steps += [event["step"] for event in events if isinstance(event.get("step"), int)]
-    known = max(began, left.get("time", 0.0), *(event["time"] for event in events))
+    known = max(began, *(event["time"] for event in events), 0.0 if end else left.get("time", 0.0))
     within = next((start for start in starts if start.began <= known <= (start.ended or known)), Start(0.0))
     ended = known if end is not None or within.ended is None else within.ended
     trained = _first(events, "first_step") or {"time": begun.get("time", ended), "step": first}

@@ -57,7 +57,7 @@ def run_page(record: RunRecord, sheet: Sequence[Any], verdicts: Verdicts | None,
         marked=len(record.accounts.attempts) > 1 or record.skipped(),
         spent=_spent([record]),
         attempts=_attempts(record),
-        skipped=[(f"{row['step']:,}", row["reason"], _few(row.get("keys", []))) for row in record.skipped()][
+        skipped=[(f"{row['step']:,}", row.get("reason"), _few(row.get("keys", []))) for row in record.skipped()][
             -MOST_ROWS:
         ],
         replaced=_replaced(record),

@@ -16,23 +16,10 @@ from pipeline.config.schema import Config
 from pipeline.errors import RunFailed, UsageError, first_line
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.report.accounting import Accounts, Attempt, Start, account
+from pipeline.run.events import read_events
 from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.lock import lock_holder
 from pipeline.run.small_files import NUMBER, has
-
-_FIELDS = {
-    "training_started": {"step": int},
-    "training_resumed": {"step": int},
-    "first_step": {"step": int},
-    "evaluation": {"seconds": NUMBER},
-    "checkpoint_stall": {"seconds": NUMBER},
-    "step_skipped": {"step": int, "reason": str},
-    "rollback": {"to": int, "first": int, "last": int, "reason": str},
-    "failed": {"message": str},
-    "out_of_memory": {"rank": int, "error": str},
-    "sample_replaced": {"step": int, "key": str, "reason": str},
-}
-"""Without which an event is not the program's."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +115,7 @@ def read_record(run: Path) -> RunRecord:
         state = newest_state(run)
     except (RunFailed, UsageError, OSError) as error:
         missing.append(f"its newest checkpoint: {first_line(error)}")
-    events = [
-        row
-        for row in read_lines(run / "events.jsonl", event=str, time=NUMBER)
-        if has(row, _FIELDS.get(row["event"], {}))
-    ]
+    events = read_events(run)
     rows = [{name: _number(value) for name, value in row.items()} for row in read_metrics(run, step=int)]
     is_alive = lock_holder(run) is not None
     accounts = account(
@@ -164,7 +147,9 @@ def describe_end(attempt: Attempt, is_alive: bool) -> str:
         case "out_of_memory":
             return f"rank {end['rank']} ran out of memory: {end['error']}"
         case "rollback":
-            return f"rolled back to step {end['to']}, to skip steps {end['first']} to {end['last']}: {end['reason']}"
+            return (
+                f"rolled back to step {end['to']}, to skip steps {end['first']} to {end['last']}: {end.get('reason')}"
+            )
         case "hang":
             return "hung"
     return "a rank was lost"

@@ -13,6 +13,18 @@ from pipeline.run.jsonl import JsonLines, read_lines, read_metrics
 from pipeline.run.small_files import NUMBER, has
 
 UNNOTICED_SECONDS = 0.01
+_FIELDS = {
+    **{event: {"step": int} for event in ("training_started", "training_resumed", "first_step", "interrupted")},
+    **{event: {"seconds": NUMBER} for event in ("evaluation", "checkpoint_stall")},
+    **{event: {"ranks": list} for event in ("hang", "heartbeat_lost")},
+    "step_skipped": {"step": int},
+    "rollback": {"to": int, "first": int, "last": int},
+    "sample_replaced": {"step": int, "key": str, "reason": str},
+    "failed": {"message": str},
+    "checkpoint_failed": {"in_a_row": int, "reason": str},
+    "out_of_memory": {"rank": int, "error": str},
+}
+"""Without which an event is not the program's."""
 _OF_A_CHECKPOINT = ("checkpoint", "training_resumed", "interrupted", "finished")
 
 
@@ -54,6 +66,12 @@ class Events:
         """Writes what waits; a later event is still recorded."""
         if self._lines is not None:
             self._lines.close()
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The events of a run that have their fields; what else is in the file is skipped."""
+    rows = read_lines(run / "events.jsonl", event=str, time=NUMBER)
+    return [row for row in rows if has(row, _FIELDS.get(row["event"], {}))]
 
 
 def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
