@@ -45,7 +45,7 @@ def curves(title: str, found: Sequence[Curve], marks: Marks = Marks(), percent: 
     """The chart as an svg element, text as text, its legend below where there are several curves."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         legend_rows = -(-len(found) // 3) if len(found) > 1 else 0
-        height, bottom = 2.35 + 0.2 * legend_rows, 0.25 + 0.2 * legend_rows  # inches
+        height, bottom = 2.4 + 0.25 * legend_rows, 0.3 + 0.25 * legend_rows  # inches
         figure = Figure(figsize=(6.0, height))
         axes = figure.add_axes((0.11, bottom / height, 0.87, 1.85 / height))
         for restart in marks.restarts:
@@ -62,7 +62,8 @@ def curves(title: str, found: Sequence[Curve], marks: Marks = Marks(), percent: 
             )
             shape = "o-" if curve.dots or len(steps) == 1 else "-"
             color = COLORS[number % len(COLORS)]
-            axes.plot(steps, values, shape, color=color, linewidth=1.2, markersize=3.5, label=curve.label)
+            width = 1.0 + 1.4 * (len(found) - 1 - number) / len(found)  # what a later curve covers is seen beside it
+            axes.plot(steps, values, shape, color=color, linewidth=width, markersize=3.5, label=curve.label)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         else:
