@@ -20,7 +20,7 @@ from pipeline.formatting import pluralize
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
 from pipeline.report.accounting import Start, account
-from pipeline.run.events import last_saved_step, read_events
+from pipeline.run.events import last_saved_step, read_events, steps_not_applied
 from pipeline.run.jsonl import read_metrics
 from pipeline.run.lock import LockHolder, lock_holder
 from pipeline.run.small_files import NUMBER, has, warn_damaged
@@ -356,12 +356,7 @@ def _goodput(snapshot: RunSnapshot, jobs: JobRecords, now: float) -> float | Non
 
 
 def _not_applied(snapshot: RunSnapshot) -> list[int]:
-    bad: set[int] = set()
-    for row in snapshot.events:
-        if row["event"] == "step_skipped":
-            bad.add(row["step"])
-        elif row["event"] in BEGIN_EVENTS:  # later steps are done again
-            bad = {step for step in bad if step <= row["step"]}
+    bad = {row["step"] for row in steps_not_applied(snapshot.events)}
     return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in snapshot.rollbacks)))
 
 

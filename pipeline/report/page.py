@@ -26,6 +26,7 @@ from pipeline.report.accounting import KINDS, PRODUCTIVE
 from pipeline.report.charts import Curve, Marks
 from pipeline.report.mistakes import Verdicts
 from pipeline.report.record import RunRecord, describe_end, differences
+from pipeline.run.events import steps_not_applied
 from pipeline.training.model import count_model
 
 MOST_ROWS, MOST_CLASSES, MOST_PIXELS = 100, 25, 224
@@ -54,12 +55,13 @@ def run_page(record: RunRecord, sheet: Sequence[Any], verdicts: Verdicts | None,
         missing=[*record.missing, *missing],
         summary=_summary(record),
         charts=_charts([record]),
-        marked=len(record.accounts.attempts) > 1 or record.skipped(),
+        marked=len(record.accounts.attempts) > 1 or steps_not_applied(record.events),
         spent=_spent([record]),
         attempts=_attempts(record),
-        skipped=[(f"{row['step']:,}", row.get("reason"), _few(row.get("keys", []))) for row in record.skipped()][
-            -MOST_ROWS:
-        ],
+        skipped=[
+            (f"{row['step']:,}", row.get("reason"), _few(row.get("keys", [])))
+            for row in steps_not_applied(record.events)
+        ][-MOST_ROWS:],
         replaced=_replaced(record),
         verdicts=_verdicts(verdicts) if verdicts is not None and verdicts.samples else None,
         sheet=[{"images": _images(each.original, each.augmented), "lines": each.lines} for each in sheet],
@@ -101,7 +103,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
     return {
         "state": record.end,
         "step": f"{record.step:,}{of}",
-        "newest checkpoint": "" if record.saved is None else f"step {record.saved:,}",
+        "newest checkpoint": f"step {record.state['step']:,}" if record.state else "",
         "best top-1": f"{format_percent(best['top1'], 2)} at step {best['step']:,}" if best else "",
         "last top-1": f"{format_percent(evaluated[-1]['top1'], 2)} ({evaluated[-1].get('weights')})" if best else "",
         "last training loss": format_number(last["loss"]) if "loss" in last else "",
@@ -156,7 +158,7 @@ def _charts(records: Sequence[RunRecord]) -> list[Markup]:
 
 def _marks(record: RunRecord) -> Marks:
     backs = [(row["first"], row["last"]) for row in record.of("rollback")]
-    skipped = [row["step"] for row in record.skipped()]
+    skipped = [row["step"] for row in steps_not_applied(record.events)]
     return Marks([each.first for each in record.accounts.attempts[1:]], backs, skipped)
 
 

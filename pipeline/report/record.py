@@ -45,23 +45,17 @@ class RunRecord:
     def step(self) -> int:
         return self.accounts.attempts[-1].last if self.accounts.attempts else 0
 
-    @property
-    def saved(self) -> int | None:
-        """The step of the newest checkpoint."""
-        return self.state.get("step")
-
     @cached_property
     def samples(self) -> int | None:
         """Of an epoch."""
         if self.config is not None and self.config.data.train_samples:
             return self.config.data.train_samples
         last = self.rows[-1] if self.rows else {}
-        return round(last["samples"] / last["epoch"]) if last.get("epoch") else None
+        return round(last["samples"] / last["epoch"]) if has(last, {"samples": int, "epoch": float}) else None
 
-    @cached_property
+    @property
     def steps(self) -> int | None:
-        finished = self.of("finished")
-        return self.step if finished else known_steps(self.config.train, self.samples) if self.config else None
+        return known_steps(self.config.train, self.samples) if self.config else None
 
     @property
     def end(self) -> str:
@@ -77,16 +71,6 @@ class RunRecord:
             (event.get("new_augmentations", []) for event in self.of("training_started", "training_resumed")), []
         )
         return lineage_of_run(ancestors, self.config.model_dump(mode="json"), self.steps, new)
-
-    def skipped(self) -> list[dict[str, Any]]:
-        """The events of the steps that were not applied and not done again since."""
-        bad: dict[int, dict[str, Any]] = {}
-        for event in self.of("training_started", "training_resumed", "step_skipped"):
-            if event["event"] == "step_skipped":
-                bad[event["step"]] = event
-            else:
-                bad = {step: each for step, each in bad.items() if step <= event["step"]}
-        return list(bad.values())
 
     def against_preset(self) -> tuple[str, dict[str, tuple[Any, Any]]] | None:
         """The preset of its last start, and what differs from it: name -> (preset's, run's); None where it is gone."""
@@ -117,6 +101,7 @@ def read_record(run: Path) -> RunRecord:
         missing.append(f"its newest checkpoint: {first_line(error)}")
     events = read_events(run)
     rows = [{name: _number(value) for name, value in row.items()} for row in read_metrics(run, step=int)]
+    rows = [row for row in rows if not any(isinstance(row.get(name), str) for name in ("loss", "top1", "time"))]
     is_alive = lock_holder(run) is not None
     accounts = account(
         events,

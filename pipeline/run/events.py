@@ -74,6 +74,17 @@ def read_events(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if has(row, _FIELDS.get(row["event"], {}))]
 
 
+def steps_not_applied(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events of the steps with a bad loss or gradient that no later start has done again."""
+    bad: list[Mapping[str, Any]] = []
+    for row in events:
+        if row["event"] in ("training_started", "training_resumed"):
+            bad = [each for each in bad if each["step"] <= row["step"]]
+        elif row["event"] == "step_skipped":
+            bad.append(row)
+    return bad
+
+
 def last_saved_step(events: Iterable[Mapping[str, Any]]) -> int | None:
     """The step of the last checkpoint that a run has written and not abandoned by a rollback; None where none is.
 
