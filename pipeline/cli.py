@@ -13,6 +13,7 @@ import time
 import traceback
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -232,6 +233,22 @@ def import_(
     from pipeline.commands.export import import_from_timm
 
     raise typer.Exit(import_from_timm(source, out, overwrite))
+
+
+@app.command(epilog="Example: coatnet report runs/tiny --data digits/val")
+def report(
+    runs: Annotated[list[Path], path_argument(metavar="RUN...", help="a run's folder; several are compared")],
+    data: Annotated[
+        str | None, path_option(metavar="URL", help="packed evaluation set: confusions, calibration, mistakes")
+    ] = None,
+    out: Annotated[
+        Path | None, path_option(metavar="FILE", help="default: RUN/report.html; of several runs report.html here")
+    ] = None,
+) -> None:
+    """Write one page of what happened: curves, where the time went, attempts, mistakes; or of several runs."""
+    from pipeline.commands.report import report
+
+    raise typer.Exit(report(runs, data, out))
 
 
 @app.command(epilog="Example: coatnet models --json")

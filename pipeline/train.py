@@ -165,6 +165,8 @@ def train_steps(
                 state.applied_steps += 1
                 ema.update(state.bn_ema, model, ema_decay)
             state.step = step + 1
+            if heartbeat.last_beat().step is None:
+                events.write("first_step", step=state.step)
             heartbeat.beat_step(state.step)
 
             # Records: samples consumed, bad samples, retried reads, skipped steps, finished epochs, metrics.
@@ -195,7 +197,8 @@ def evaluate_if_due(
         return True
     bn_ema = state.bn_ema if config.evaluate.weights == "ema" else None
     crop, loss = config.evaluate.crop_fraction, config.train.loss
-    with deepspeed_engine.evaluation_mode(engine, bn_ema):
+    timed = attempt.events.timed("evaluation", step=state.step)
+    with timed, deepspeed_engine.evaluation_mode(engine, bn_ema):
         result = evaluate(engine, plan.val, crop, loss, spec, attempt.is_stop_requested)
     if result is not None:
         metrics.log_evaluation(state.step, result, "model" if bn_ema is None else "ema")

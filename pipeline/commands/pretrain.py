@@ -95,11 +95,17 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         check_folder(Path(config.run.dir), to_write=True)
         arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
         return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
+    from torch.distributed import destroy_process_group
+
+    from pipeline.commands.report import report_when_done
     from pipeline.ending import record_exit_reason  # they import torch
     from pipeline.memory.oom import explain_oom
 
     with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
         work(plan)
+    destroy_process_group()  # no rank waits while rank 0 writes the page
+    if rank_and_world_size()[0] == 0:
+        report_when_done(Path(config.run.dir))
     return 0
 
 

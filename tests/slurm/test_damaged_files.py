@@ -224,7 +224,7 @@ def test_a_submission_replaces_a_damaged_copy_of_the_program(tmp_path: Path) -> 
     (code / "pipeline" / "train.py").write_bytes(b"")
     (code / "slurm" / "job.py").unlink()
     (code / "data" / "mine.py").touch()
-    assert snapshot(tmp_path) == code and contents(code) == whole
+    assert snapshot(tmp_path) == code and contents(code) == whole and "pipeline/report/page.html" in whole
     assert [path.name for path in tmp_path.iterdir()] == [code.name]
 
 
