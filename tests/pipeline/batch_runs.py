@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checkpoint.reader import step_name
+from pipeline.checkpoint.reader import checkpoints, step_name
 from pipeline.commands.pretrain import import_training
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.launcher import launch
@@ -150,7 +150,7 @@ def copy_run(source: Path, step: int, run: Path) -> None:
 
 
 def resave(config: Any, plan: Any, folder: Path) -> None:
-    from pipeline.checkpoint.restore import restore
+    from pipeline.checkpoint.restore import restore, warn_of_damage
     from pipeline.checkpoint.writer import CheckpointWriter
     from pipeline.config.schema import Checkpoint
     from pipeline.run.events import Events
@@ -167,7 +167,8 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     average = ema.clone(ema.statistics(model))
     folder.mkdir(parents=True, exist_ok=True)
     events = Events(folder, 0, rank)
-    state = restore(engine, Path(config.run.dir), average, plan.train, events)
+    folders = checkpoints(Path(config.run.dir) / "checkpoints")
+    state = restore(engine, folders, average, plan.train, warn_of_damage)
     assert state is not None
     losses, spec = {}, loader_spec(config, device)
     for kind, swapped in (("ema", average), ("model", None)):
