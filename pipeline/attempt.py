@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed import signals
 from pipeline.distributed.collectives import all_gather, from_rank_zero
 from pipeline.distributed.environment import FILE, command_began, rank_and_world_size
+from pipeline.monitoring.mfu import device_name
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.appended import AppendedFile
@@ -69,6 +70,10 @@ class Attempt:
         """Whether rank 0, which looks every few seconds, has seen a newer attempt of the run."""
         return self.rank == 0 and self._superseded.is_superseded(self.number)
 
+    def asked(self) -> tuple[bool, bool]:
+        """Both: whether this rank is to stop, and whether the attempt is superseded."""
+        return self.is_stop_requested(), self.is_superseded()
+
     def raise_if_superseded(self) -> None:
         """RunFailed where a newer attempt has begun. Collective."""
         from_rank_zero(lambda: raise_if_superseded(self.run, self.number))
@@ -102,8 +107,8 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     if rank == 0:
         facts = {"began": round(command_began(), 3), "command": list(map(without_secrets, sys.argv[1:]))}
         facts |= last_record(run)
-    versions = {"torch": torch.__version__, "changed": plan.changed}
-    events.write("attempt_started", run=identity, world_size=world_size, **versions, **facts)
+    computes = {"world_size": world_size, "device": device_name(device), "torch": torch.__version__}
+    events.write("attempt_started", run=identity, **computes, changed=plan.changed, **facts)
     for file, reason, instead in take_damaged(run):
         events.write("damaged_file", file=file, reason=reason, instead=instead)
     if rank == 0:

@@ -77,7 +77,7 @@ MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum
 
 
 TRAINS = {"pretrain", "finetune"}
-RANKS = {*TRAINS, "evaluate", "doctor"}
+RANKS = {*TRAINS, "evaluate", "replay", "doctor"}
 """The commands that a launcher may start as ranks."""
 PEER_SECONDS = 1.0
 """How much later than the rank that it has lost a rank ends: launchers report the first one that fails."""
@@ -174,6 +174,26 @@ def plan(
     raise typer.Exit(
         plan_costs(config, overrides or [], gpu, gpus, gpus_per_node, calibrate or [], price, failure_days, as_json)
     )
+
+
+@app.command(epilog="Example: coatnet replay runs/tiny --step 1234 --procs 2 --out step-1234")
+def replay(
+    run: Annotated[str, path_argument(metavar="RUN", help="run; nothing in its folder changes")],
+    step: Annotated[int, typer.Option(min=1, help="the step to look into")],
+    out: Annotated[
+        str | None, path_option(metavar="FOLDER", help="new; for all samples and layers, and a sheet of images")
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(min=0, help="of a step done several times; default: the last")] = None,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="train from step 1 where no checkpoint is left")
+    ] = False,
+    procs: Ranks = None,
+) -> None:
+    """Do a step again in memory, and say which samples and which layer made it what it was."""
+    ranks = _as_rank(procs)
+    from pipeline.commands.replay import replay
+
+    raise typer.Exit(replay(run, step, out, attempt, from_start, ranks))
 
 
 @app.command(epilog="Example: coatnet evaluate runs/tiny --data digits/val")

@@ -76,7 +76,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     train, order = training_set(config, storage)
     if train.header_fingerprint is None and is_rank_zero():
         train = complete_if_writable(train) if is_first_process() else with_checksums(train)
-    length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
+    length = planned_steps(config, train.samples)
     newest = _newest(run, train, length)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
@@ -85,6 +85,11 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     evaluated = newest is not None and newest in evaluated_steps(run)
     return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
+
+
+def planned_steps(config: Config, samples: int) -> int:
+    """The length of a training, with a training set of so many samples."""
+    return config.train.steps or total_steps(config.train.epochs or 0, samples, config.train.global_batch)
 
 
 def _newest(run: Path, train: Manifest, length: int) -> int | None:

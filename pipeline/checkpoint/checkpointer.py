@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.reader import step_name
-from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.attempts import trusted_checkpoints
+from pipeline.checkpoint.reader import DamagedCheckpoint, step_name
+from pipeline.checkpoint.restore import restore, warn_of_damage
 from pipeline.checkpoint.rollback import load_rollbacks, roll_back
 from pipeline.checkpoint.writer import CheckpointWriter, SaveFailed
 from pipeline.config.schema import Config
@@ -72,7 +73,8 @@ class Checkpointer:
         if self._writer.rank == 0:
             self._writer.remove_leftovers()
         bn_ema = ema.clone(ema.statistics(self._engine.module)) if self._train.ema else None
-        saved = restore(self._engine, self._run, bn_ema, self._train_set, self._events)
+        folders = from_rank_zero(lambda: trusted_checkpoints(self._run))
+        saved = restore(self._engine, folders, bn_ema, self._train_set, self._report_damage)
         rollbacks = from_rank_zero(lambda: load_rollbacks(self._run, saved))
         audit = EpochAudit(self._train_set.samples, self._train.global_batch, saved["epochs"] if saved else None)
         made = rollbacks, bn_ema
@@ -82,6 +84,10 @@ class Checkpointer:
         lost = self._warn_of_lost_steps() if saved is None and self._writer.rank == 0 else {}
         self._events.write(event, step=state.step, **lost, new_augmentations=self._new_augmentations)
         return state
+
+    def _report_damage(self, folder: Path, error: DamagedCheckpoint) -> None:
+        self._events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error))
+        warn_of_damage(folder, error)
 
     def _warn_of_lost_steps(self) -> dict[str, int]:
         """The steps that a run had done before it could save any, for the event; {} at a first start."""
