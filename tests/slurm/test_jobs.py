@@ -112,6 +112,7 @@ def test_one_command_leads_to_an_evaluated_model_though_the_checkout_changes(
     checkout = tmp_path / "checkout"
     for package in ("pipeline", "models", "data", "slurm", "configs"):
         shutil.copytree(ROOT / package, checkout / package)
+    shutil.copy(ROOT / "coatnet_main.py", checkout)
     first, second = tmp_path / "first", tmp_path / "second"
     fine = ["configs/tiny_finetune.yaml", *keys(digits, second, "train.steps=10", "train.micro_batch=16"), *JOB]
     done = command(
