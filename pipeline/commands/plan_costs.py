@@ -15,7 +15,7 @@ from pipeline.costs.devices import find_device
 from pipeline.costs.run_costs import DAY, Request, run_costs
 from pipeline.costs.step_time import CPU, Rates, peak
 from pipeline.errors import UsageError
-from pipeline.formatting import format_duration, format_number, format_percent, format_si, pluralize
+from pipeline.formatting import format_duration, format_number, format_percent, format_seconds, format_si, pluralize
 from pipeline.memory.oom import format_bytes
 from pipeline.plan import check_ranks, readable_manifest
 
@@ -73,20 +73,20 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(memory['total'])} of {format_bytes(plan['usable_bytes'])}: {verdict}"
     yield "", ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.items() if size and name != "total")
     for change in plan["changes"]:
-        takes = f"{format_bytes(change['memory_bytes'])}, {_seconds(change['step_seconds'])} a step"
+        takes = f"{format_bytes(change['memory_bytes'])}, {format_seconds(change['step_seconds'])} a step"
         yield "would fit", f"{change['set']}: {takes}"
     if not plan["fits"] and not plan["changes"]:
         yield "would fit", "nothing; take a device with more memory"
     speed = f"{format_number(plan['images_per_second'])} images/s, MFU {format_percent(plan['mfu'])}"
-    yield "step", f"{_seconds(plan['step_seconds'])}, {speed}"
-    yield "", ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in plan["step_terms"].items() if seconds)
+    yield "step", f"{format_seconds(plan['step_seconds'])}, {speed}"
+    yield "", ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in plan["step_terms"].items() if seconds)
     if plan["steps"] is not None:
         days, longer = plan["days"], plan["days_with_failures"]
         with_failures = "it never ends" if longer is None else format_duration(DAY * longer)
         gpu_days = f"{plan['steps']:,} steps: {format_duration(DAY * days)}, {format_number(plan['gpu_days'])} GPU-days"
         cost = "" if plan["cost"] is None else f"; {plan['cost']:,.0f} by the price of a GPU-hour"
         yield "length", f"{gpu_days}; with failures {with_failures}{cost}"
-    stall, write = (_seconds(plan[f"checkpoint_{name}_seconds"]) for name in ("stall", "write"))
+    stall, write = (format_seconds(plan[f"checkpoint_{name}_seconds"]) for name in ("stall", "write"))
     yield "checkpoint", f"{format_si(plan['checkpoint_bytes'], 'B')}, stalls {stall}, is written in {write}"
     every = f"checkpoint.every={plan['checkpoint_every']} ({format_duration(plan['checkpoint_interval_seconds'])})"
     best, present = (format_percent(plan[name], 2) for name in ("goodput", "goodput_as_configured"))
@@ -98,9 +98,3 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "measured", ", ".join(plan["measured"])
     for line in plan["assumed"]:
         yield "assumed", line
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 60:
-        return format_duration(seconds)
-    return f"{format_number(seconds)} s" if seconds >= 1 else f"{format_number(1000 * seconds)} ms"

@@ -33,11 +33,11 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
 from pipeline.distributed.environment import cpus_per_rank
-from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of
+from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of, most_gathered
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
 
-GRADIENTS = "gradients"
+GRADIENTS, GATHERED = "gradients", "gathered weights"
 DISTINCT_BLOCKS = 4
 """Of a stage: the first, the second, one that stands for all between, and the last. At the ends of those between is
 most alive: where the last begins its backward, or, if gradients stay, where the first does."""
@@ -59,27 +59,29 @@ def estimates(
     decoding = pipelines * decoder_gpu_bytes(resolution, threads or cpus_per_rank()) if on_gpu else 0
 
     @cache
-    def counted(train: Train, gradients_stay: bool) -> Activations:
-        return count_activations(config.model, train, config.augment, classes, device, gradients_stay)
+    def counted(train: Train, gradients_stay: bool, gathered: int) -> Activations:
+        return count_activations(config.model, train, config.augment, classes, device, gradients_stay, gathered)
 
     def estimate(settings: Settings) -> tuple[Memory, Activations]:
         train, zero, world_size = settings
         one_pass = accumulation_steps(micro_batches_of(train), world_size) == 1
-        activations = counted(train, one_pass and zero.stage == 1 and not zero.offload)
+        gradients_stay = one_pass and zero.stage == 1 and not zero.offload
+        activations = counted(train, gradients_stay, most_gathered(zero.stage, world_size))
         return memory_of(parameters, activations, settings, resolution, on_gpu, decoding), activations
 
     return estimate
 
 
 def count_activations(
-    model: Model, train: Train, augment: Augment, classes: int, device: str, gradients_stay: bool
+    model: Model, train: Train, augment: Augment, classes: int, device: str, gradients_stay: bool, gathered: int = 0
 ) -> Activations:
     """What a micro batch of `train` keeps alive on a device of this type ("cpu", "cuda").
 
     `gradients_stay`: each weight's gradient stays where the backward made it, and counts, as at ZeRO stage 1 in a
-    step of one accumulation step; else the engine takes it at once. The parts of `peak`: input, stem, stage 1 ...,
-    head, loss. Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over
-    several ranks as over one.
+    step of one accumulation step; else the engine takes it at once. `gathered`: bytes of weights that ZeRO-3 keeps
+    whole at the most, each until its gradient is made. The parts of `peak`: input, stem, stage 1 ..., head, loss.
+    Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over several ranks
+    as over one.
     """
     if ranks_of_group(train) > 1:
         train = train.model_copy(update={"batch_norm_group": None})
@@ -94,7 +96,8 @@ def count_activations(
         tracker.exclude(network)
         tracker.track_parts(network, repeated)
         for parameter in network.parameters():
-            parameter.register_post_accumulate_grad_hook(tracker.keep_gradient if gradients_stay else _free_gradient)
+            parameter.register_post_accumulate_grad_hook(tracker.keep_gradient if gradients_stay else tracker.let_go)
+        tracker.gather(network, gathered)
         n = train.micro_batch  # from here on as in train.py
         with tracker:
             images = torch.empty(n, 3, model.resolution, model.resolution, memory_format=torch.channels_last)
@@ -104,9 +107,10 @@ def count_activations(
                 logits = network(images, factors)
             tracker.part = "loss"
             loss = loss_fn(logits, targets, train.loss, train.label_smoothing)
-            kept = sum(tracker.bytes.values())
+            kept = tracker.bytes.total() - tracker.bytes[GATHERED]
             loss.backward()
-        return Activations(dict(tracker.peak), kept, tracker.work)
+        peak = dict(tracker.peak)
+        return Activations(peak, kept, tracker.work, peak.pop(GATHERED))
 
 
 def _shorten(network: CoAtNet) -> Repeated:
@@ -154,10 +158,6 @@ def _allocate(network: nn.Module) -> None:
             module.register_buffer(name, made, persistent=persistent)
 
 
-def _free_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
 class ActivationTracker(TorchDispatchMode):
     """Bytes of all storages that were allocated inside and are alive, by part of the network; and of their peak.
 
@@ -174,6 +174,7 @@ class ActivationTracker(TorchDispatchMode):
         self._known: dict[int, tuple[Any, str, int]] = {}
         self._of_block: list[tuple[int, Any]] = []
         self._times: dict[torch.Tensor, int] = {}
+        self._needed = self._most = 0
 
     def exclude(self, network: nn.Module) -> None:
         """Weights and statistics do not count."""
@@ -197,6 +198,17 @@ class ActivationTracker(TorchDispatchMode):
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self._replace(id(parameter.grad.untyped_storage()), GRADIENTS, self._times.get(parameter, 1))
+
+    def gather(self, network: nn.Module, most: int) -> None:
+        """Weights count whole until their gradients are made, as far as so many bytes are kept."""
+        self._most, self._needed = most, sum(self._times.get(each, 1) * each.nbytes for each in network.parameters())
+        self.bytes[GATHERED] = min(self._needed, most)
+
+    def let_go(self, parameter: torch.Tensor) -> None:
+        """The engine has taken a weight's gradient, and needs the weight no more."""
+        parameter.grad = None
+        self._needed -= self._times.get(parameter, 1) * parameter.nbytes
+        self.bytes[GATHERED] = min(self._needed, self._most)
 
     def _enter(self, part: str, repeats: int) -> None:
         self.part, self.repeats = part, repeats

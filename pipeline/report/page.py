@@ -18,11 +18,13 @@ from PIL import Image
 
 from data.urls import without_secrets
 from pipeline.config.parsing import to_yaml
-from pipeline.formatting import format_duration, format_number, format_percent, pluralize
+from pipeline.errors import UsageError, first_line
+from pipeline.formatting import format_duration, format_number, format_percent, format_seconds, pluralize
 from pipeline.lineage import format_lineage
 from pipeline.monitoring.summary import training_summary
 from pipeline.report import charts
 from pipeline.report.accounting import KINDS, PRODUCTIVE
+from pipeline.report.against_plan import against_plan
 from pipeline.report.charts import Curve, Marks
 from pipeline.report.mistakes import Verdicts
 from pipeline.report.record import RunRecord, describe_end, differences
@@ -48,15 +50,20 @@ _CURVES = (
 
 def run_page(record: RunRecord, sheet: Sequence[Any], verdicts: Verdicts | None, missing: Sequence[str]) -> str:
     """The page of one run. `sheet` has training samples (preview.SheetItem), `missing` what is not shown and why."""
-    preset, config = record.against_preset(), record.config
+    preset, config, missing = record.against_preset(), record.config, [*record.missing, *missing]
+    try:
+        planned = against_plan(record)
+    except UsageError as error:
+        planned, missing = None, [*missing, f"the cost by plan: {first_line(error)}"]
     return _render(
         title=f"{record.run.resolve().name}: {record.end}",
         tiles=[(name, value) for name, value in _facts(record).items() if value],
-        missing=[*record.missing, *missing],
+        missing=missing,
         summary=_summary(record),
         charts=_charts([record]),
         marked=len(record.accounts.attempts) > 1 or steps_not_applied(record.events),
         spent=_spent([record]),
+        planned=planned,
         attempts=_attempts(record),
         skipped=[
             (f"{row['step']:,}", row.get("reason"), _few(row.get("keys", [])))
@@ -175,7 +182,7 @@ def _spent(records: Sequence[RunRecord]) -> dict[str, Any]:
         for place, (kind, color) in enumerate(zip(KINDS, _COLORS, strict=True))
         if any(each.seconds[place] for each in accounts)
     ]
-    rows += [("wall clock", *(_duration(each.wall) for each in accounts))]
+    rows += [("wall clock", *(format_seconds(each.wall) for each in accounts))]
     goodputs = ("" if each.goodput is None else format_percent(each.goodput, 1) for each in accounts)
     return {
         "bars": bars,
@@ -185,7 +192,7 @@ def _spent(records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _of_all(seconds: float, wall: float) -> str:
-    return f"{_duration(seconds)} ({format_percent(seconds / wall, 1)})" if seconds else ""
+    return f"{format_seconds(seconds)} ({format_percent(seconds / wall, 1)})" if seconds else ""
 
 
 def _attempts(record: RunRecord) -> list[tuple[str, ...]]:
@@ -194,7 +201,7 @@ def _attempts(record: RunRecord) -> list[tuple[str, ...]]:
         (
             str(each.number),
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.began)),
-            _duration(each.ended - each.began),
+            format_seconds(each.ended - each.began),
             "" if each.ranks is None else str(each.ranks),
             f"{each.first + 1:,} to {each.last:,}" if each.last > each.first else "none",
             format_percent(each.seconds[PRODUCTIVE] / max(sum(each.seconds), 1e-9)),
@@ -268,7 +275,3 @@ def _keyed(kind: str, color: str) -> Markup:
 
 def _few(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def _duration(seconds: float) -> str:
-    return format_duration(seconds) if seconds >= 10 else f"{seconds:.2f} s"

@@ -78,6 +78,9 @@ class RunRecord:
         preset = next((word for word in command if str(word).endswith((".yaml", ".yml"))), None)
         if self.config is None or preset is None:
             return None
+        if Path(preset).resolve().is_relative_to(self.run.resolve()):  # of a job, which has the whole configuration
+            submitted = [row["preset"] for row in read_lines(self.run / "slurm" / "jobs.jsonl", preset=str)]
+            preset = submitted[-1] if submitted else preset
         try:
             found = changes(read_config(preset, []), self.config)
         except UsageError:

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.commands.report import judge_run, report, report_when_done
 from pipeline.errors import UsageError
+from pipeline.formatting import format_percent, format_seconds
 from pipeline.report.accounting import (
     EVALUATION,
     HUNG,
@@ -28,6 +30,7 @@ from pipeline.report.accounting import (
     Start,
     account,
 )
+from pipeline.report.against_plan import against_plan
 from pipeline.report.record import read_record
 from pipeline.run.lock import acquire_lock
 from tests.browser import chromium
@@ -190,6 +193,34 @@ def test_a_finished_run_has_its_page_and_its_seconds_are_those_of_its_events(fin
     assert record.accounts.wall == pytest.approx(record.events[-1]["time"] - started["began"], rel=0.01)
     evaluations = [row["seconds"] for row in events(finished, "evaluation")]
     assert len(evaluations) == 2 and record.accounts.seconds[EVALUATION] == pytest.approx(sum(evaluations), abs=0.01)
+
+
+def test_a_run_stands_beside_what_it_would_have_cost_by_plan(finished: Path) -> None:
+    record = read_record(finished)
+    with pytest.raises(UsageError, match="10 steps or more"):  # a CPU's, which is calibrated by the run itself
+        against_plan(record)
+    on_gpu = [{**event, "device": "NVIDIA H100 80GB HBM3"} for event in record.events]
+    found = against_plan(replace(record, events=on_gpu))
+    rows_ = {name: values for name, *values in found.rows}
+    assert rows_["goodput"][1] == format_percent(record.accounts.goodput or 0, 1)
+    assert rows_["6 steps"][1] == format_seconds(record.accounts.seconds[PRODUCTIVE])
+    (began,), last = events(finished, "attempt_started"), record.events[-1]
+    days = 2 * (last["time"] - began["began"]) / 86400
+    assert float(rows_["GPU-days"][1]) == pytest.approx(days, rel=0.01)
+    assert "60% of the peak" in found.basis
+    with pytest.raises(UsageError, match="a device Abacus"):
+        against_plan(replace(record, events=[{**event, "device": "Abacus"} for event in record.events]))
+
+
+def test_a_submitted_run_differs_from_the_preset_that_was_submitted(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    text = (run / "events.jsonl").read_text().replace(f'"{TINY}"', f'"{run}/slurm/config.yaml"')
+    (run / "events.jsonl").write_text(text)
+    (run / "slurm").mkdir()
+    (run / "slurm" / "config.yaml").write_text((run / "config.yaml").read_text())
+    (run / "slurm" / "jobs.jsonl").write_text(json.dumps({"job": "1", "time": 1.0, "preset": str(TINY)}) + "\n")
+    assert read_record(run).against_preset() == read_record(finished).against_preset()
+    assert (found := read_record(run).against_preset()) and found[1]["train.steps"] == (None, 6)
 
 
 def test_a_run_that_is_alive_is_accounted_for_until_now(copied: Path) -> None:
