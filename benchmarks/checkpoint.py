@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.machine import machine
 from data.shards.manifest import Manifest
-from pipeline.checkpoint.reader import step_name
-from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.reader import checkpoints, step_name
+from pipeline.checkpoint.restore import restore, warn_of_damage
 from pipeline.checkpoint.writer import CheckpointWriter
 from pipeline.config.schema import Checkpoint, Model, Optim, Train, Zero
 from pipeline.run.events import Events
@@ -69,7 +69,7 @@ def measure(folder: Path) -> tuple[dict[str, float], int, bool]:
         plain.unlink(missing_ok=True)
         plain_write = timed(partial(write, plain, content))
         cold &= dropped([plain])
-        load = timed(partial(restore, engine, run, average, train_set, events))
+        load = timed(lambda: restore(engine, checkpoints(run / "checkpoints"), average, train_set, warn_of_damage))
         cold &= dropped(files)
         plain_read = timed(partial(read, plain, content))
         cold &= dropped([plain])

@@ -3,7 +3,7 @@
 Every step is a command that a person could type; it is echoed before it runs. All output goes to demo/out.
 
     unpack, pack -> pretrain on two ranks, never interrupted -> the same, killed with SIGKILL, resumed on one rank
-    -> count the samples, compare the losses -> fine-tune at a higher resolution -> evaluate
+    -> count the samples, compare the losses -> fine-tune at a higher resolution -> evaluate -> report
 """
 
 import json
@@ -86,8 +86,10 @@ def main() -> None:
     finetuned = run(f"coatnet evaluate {FINE} --data {OUT}/val --procs 2")
     neighbour = run(f"python demo/neighbour.py {OUT}/digits/train {OUT}/digits/val")
 
+    reported = run(f"coatnet report {KILLED} --data {OUT}/val")
+
     print(f"\nDone in {time.monotonic() - began:.0f} seconds:")
-    for line in [*pretrained, *finetuned, *neighbour, *counted, *compared]:
+    for line in [*pretrained, *finetuned, *neighbour, *counted, *compared, *reported]:
         print(f"  {line}")
     print(f"  packed images: {OUT}/train, {OUT}/val; runs (config, metrics, events, samples, checkpoints):")
     print(f"  {WHOLE}, {KILLED}, {FINE}")

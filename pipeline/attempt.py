@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from data.storage.durable import remove_partials, write_atomically
+from data.urls import without_secrets
 from pipeline.checkpoint.attempts import SupersededCheck, allocate, latest_step, raise_if_superseded
 from pipeline.config.parsing import to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import signals
 from pipeline.distributed.collectives import all_gather, from_rank_zero
-from pipeline.distributed.environment import FILE, rank_and_world_size
+from pipeline.distributed.environment import FILE, command_began, rank_and_world_size
+from pipeline.monitoring.mfu import device_name
 from pipeline.monitoring.progress import Console, open_console
 from pipeline.plan import Plan
 from pipeline.run.appended import AppendedFile
-from pipeline.run.events import Events
+from pipeline.run.events import Events, last_record
 from pipeline.run.identity import settle
 from pipeline.run.lock import RunLocked, acquire_lock
 from pipeline.run.small_files import take_damaged
@@ -67,6 +70,10 @@ class Attempt:
         """Whether rank 0, which looks every few seconds, has seen a newer attempt of the run."""
         return self.rank == 0 and self._superseded.is_superseded(self.number)
 
+    def asked(self) -> tuple[bool, bool]:
+        """Both: whether this rank is to stop, and whether the attempt is superseded."""
+        return self.is_stop_requested(), self.is_superseded()
+
     def raise_if_superseded(self) -> None:
         """RunFailed where a newer attempt has begun. Collective."""
         from_rank_zero(lambda: raise_if_superseded(self.run, self.number))
@@ -96,7 +103,12 @@ def begin_attempt(config: Config, plan: Plan) -> Iterator[Attempt]:
     number, identity = from_rank_zero(take)
     events = Events(run, number, rank)
     _begun[:] = [events]
-    events.write("attempt_started", run=identity, world_size=world_size, torch=torch.__version__, changed=plan.changed)
+    facts: dict[str, Any] = {}
+    if rank == 0:
+        facts = {"began": round(command_began(), 3), "command": list(map(without_secrets, sys.argv[1:]))}
+        facts |= last_record(run)
+    computes = {"world_size": world_size, "device": device_name(device), "torch": torch.__version__}
+    events.write("attempt_started", run=identity, **computes, changed=plan.changed, **facts)
     for file, reason, instead in take_damaged(run):
         events.write("damaged_file", file=file, reason=reason, instead=instead)
     if rank == 0:

@@ -13,6 +13,7 @@ import time
 import traceback
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -76,7 +77,7 @@ MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum
 
 
 TRAINS = {"pretrain", "finetune"}
-RANKS = {*TRAINS, "evaluate", "doctor"}
+RANKS = {*TRAINS, "evaluate", "replay", "doctor"}
 """The commands that a launcher may start as ranks."""
 PEER_SECONDS = 1.0
 """How much later than the rank that it has lost a rank ends: launchers report the first one that fails."""
@@ -146,6 +147,55 @@ def preview(
     raise typer.Exit(preview(config, out, overrides or [], samples, epoch))
 
 
+@app.command(epilog="Example: coatnet plan configs/imagenet1k/coatnet0.yaml --gpus 8 --gpu h100 --price 2.5")
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="of all nodes")],
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="h100, a100, ..., or cpu with --calibrate")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="joined by their links")] = 8,
+    calibrate: Annotated[
+        list[str] | None,
+        path_option("--calibrate", metavar="FILE", help="metrics.jsonl of a run on such GPUs, or bench gpu's; repeat"),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour")] = None,
+    failure_days: Annotated[
+        float | None, typer.Option(min=1e-3, help="GPU-days between failures; default: 2000")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a training takes and costs, before it is paid for, from a machine without a GPU.
+
+    Memory of a GPU, whether it fits and what would (`changes`), time of a step (`step_terms`), days, `cost`, the best
+    interval between checkpoints and `goodput`, reads; what was `measured` and what `assumed`. Keys: docs/plan.md.
+    """
+    from pipeline.commands.plan_costs import plan_costs
+
+    raise typer.Exit(
+        plan_costs(config, overrides or [], gpu, gpus, gpus_per_node, calibrate or [], price, failure_days, as_json)
+    )
+
+
+@app.command(epilog="Example: coatnet replay runs/tiny --step 1234 --procs 2 --out step-1234")
+def replay(
+    run: Annotated[str, path_argument(metavar="RUN", help="run; nothing in its folder changes")],
+    step: Annotated[int, typer.Option(min=1, help="the step to look into")],
+    out: Annotated[
+        str | None, path_option(metavar="FOLDER", help="new; for all samples and layers, and a sheet of images")
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(min=0, help="of a step done several times; default: the last")] = None,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="train from step 1 where no checkpoint is left")
+    ] = False,
+    procs: Ranks = None,
+) -> None:
+    """Do a step again in memory, and say which samples and which layer made it what it was."""
+    ranks = _as_rank(procs)
+    from pipeline.commands.replay import replay
+
+    raise typer.Exit(replay(run, step, out, attempt, from_start, ranks))
+
+
 @app.command(epilog="Example: coatnet evaluate runs/tiny --data digits/val")
 def evaluate(
     run: Trained,
@@ -203,6 +253,22 @@ def import_(
     from pipeline.commands.export import import_from_timm
 
     raise typer.Exit(import_from_timm(source, out, overwrite))
+
+
+@app.command(epilog="Example: coatnet report runs/tiny --data digits/val")
+def report(
+    runs: Annotated[list[Path], path_argument(metavar="RUN...", help="a run's folder; several are compared")],
+    data: Annotated[
+        str | None, path_option(metavar="URL", help="packed evaluation set: confusions, calibration, mistakes")
+    ] = None,
+    out: Annotated[
+        Path | None, path_option(metavar="FILE", help="default: RUN/report.html; of several runs report.html here")
+    ] = None,
+) -> None:
+    """Write one page of what happened: curves, where the time went, attempts, mistakes; or of several runs."""
+    from pipeline.commands.report import report
+
+    raise typer.Exit(report(runs, data, out))
 
 
 @app.command(epilog="Example: coatnet models --json")

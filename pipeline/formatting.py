@@ -19,6 +19,13 @@ def format_duration(seconds: float) -> str:
     return " ".join(parts)
 
 
+def format_seconds(seconds: float) -> str:
+    """With three digits where they are few: 12.3 ms, 1.25 s, 4 min 10 s."""
+    if seconds >= 60:
+        return format_duration(seconds)
+    return f"{format_number(seconds)} s" if seconds >= 1 else f"{format_number(1000 * seconds)} ms"
+
+
 def format_number(value: float) -> str:
     """With three digits, or whole: 0.0523, 5.12, 690, 3,410."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"

@@ -16,7 +16,7 @@ from data.augment import Augmentation
 from data.memory import check_memory
 from data.order import Order, accumulation_steps
 from data.shards.complete import complete_if_writable, with_checksums
-from data.shards.manifest import Manifest, read_manifest, with_cache
+from data.shards.manifest import Manifest, NoManifest, read_manifest, with_cache
 from data.storage.remote import DEFAULT, ReadError, Storage
 from pipeline.checkpoint.attempts import newest_state, trusted_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
@@ -25,7 +25,7 @@ from pipeline.config.batch_size import check_world_size, micro_batches_of, total
 from pipeline.config.parsing import changes, read_resolved, validate
 from pipeline.config.schema import Augment, Config
 from pipeline.distributed.environment import is_first_process, is_rank_zero
-from pipeline.errors import UsageError, first_line
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.run.events import last_logged_step, last_saved_step
 from pipeline.run.jsonl import evaluated_steps, read_lines
 from pipeline.run.small_files import warn_damaged
@@ -76,7 +76,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     train, order = training_set(config, storage)
     if train.header_fingerprint is None and is_rank_zero():
         train = complete_if_writable(train) if is_first_process() else with_checksums(train)
-    length = config.train.steps or total_steps(config.train.epochs or 0, train.samples, config.train.global_batch)
+    length = planned_steps(config, train.samples)
     newest = _newest(run, train, length)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
@@ -85,6 +85,11 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     evaluated = newest is not None and newest in evaluated_steps(run)
     return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
+
+
+def planned_steps(config: Config, samples: int) -> int:
+    """The length of a training, with a training set of so many samples."""
+    return config.train.steps or total_steps(config.train.epochs or 0, samples, config.train.global_batch)
 
 
 def _newest(run: Path, train: Manifest, length: int) -> int | None:
@@ -131,6 +136,17 @@ def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, 
     _check_stated(config, manifest)
     counts = np.array([shard.samples for shard in manifest.shards], np.int64)
     return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.shuffle_window)
+
+
+def readable_manifest(url: str) -> Manifest | None:
+    """What a training set's manifest says, if it can be read from here and at once: the data may be the nodes' alone.
+
+    UsageError where it is there and is none.
+    """
+    try:
+        return read_manifest(url, Storage(attempts=1, attempt_timeout=10.0))
+    except (NoManifest, DataError):
+        return None
 
 
 def augmentation(augment: Augment) -> Augmentation:

@@ -38,7 +38,7 @@ from pipeline.training import engine as deepspeed_engine
 from pipeline.training.batches import loader_spec, training_steps
 from pipeline.training.evaluation import evaluate
 from pipeline.training.loss_guard import Verdict
-from pipeline.training.losses import loss_fn, one_hot
+from pipeline.training.losses import Reduction, loss_fn, one_hot
 from pipeline.training.mixup import mixup
 from pipeline.training.model import InitialWeights, drop_path_mask, normalize
 from pipeline.training.optimizer import learning_rate
@@ -47,17 +47,20 @@ from pipeline.training.step import StepReport
 from pipeline.training.step_events import record_epochs, record_step
 
 
-def micro_batch_loss(engine: Any, batch: Batch, config: Config, classes: int, drop_rates: list[float]) -> torch.Tensor:
-    """The forward pass: the mean loss of a micro batch. What is drawn in it depends only on its stream positions."""
+def micro_batch_loss(
+    engine: Any, batch: Batch, config: Config, classes: int, drop_rates: list[float], reduction: Reduction = "mean"
+) -> torch.Tensor:
+    """The forward pass: the mean loss of a micro batch, or each sample's. What is drawn depends only on positions."""
     seed, images, targets = config.run.seed, normalize(batch.images), batch.labels
     if config.augment.mixup:
         targets = one_hot(targets, classes, config.train.loss)
         images, targets = mixup(images, targets, config.augment.mixup, seed, batch.positions)
     logits = engine(images, drop_path_mask(seed, batch.positions, drop_rates, engine.device))
-    return loss_fn(logits, targets, config.train.loss, config.train.label_smoothing)
+    return loss_fn(logits, targets, config.train.loss, config.train.label_smoothing, reduction)
 
 
-Forward = Callable[[Any, Batch, Config, int, list[float]], torch.Tensor]
+Forward = Callable[..., torch.Tensor]
+"""micro_batch_loss, or what takes its place where faults are injected."""
 
 
 def train(
@@ -107,7 +110,6 @@ def train_steps(
     model, events, log = engine.module, attempt.events, attempt.console.print
     drop_rates = stochastic_depth_rates(model, config.train.stochastic_depth)
     micro_batches_per_step, accumulation_steps = micro_batches_of(config.train), engine.gradient_accumulation_steps()
-    gradient_scale = deepspeed_engine.gradient_scale(config.train)
     spec, spare = loader_spec(config, attempt.device, attempt.would_lose_steps), []
     gc.collect()
     gc.freeze()  # else a collection visits every object of torch: a tenth of a second in which nothing runs
@@ -128,54 +130,32 @@ def train_steps(
                 record_epochs(events, log, state)
                 continue
 
-            # Schedules are functions of the step: nothing to save, nothing to resume.
-            lr = learning_rate(config.optim, step, plan.steps)
-            ema_decay = ema.ema_decay(config.train.ema, step) if config.train.ema else None
-            deepspeed_engine.set_schedule(engine, lr, ema_decay)
-
-            # Forward and backward, one pass per micro batch; DeepSpeed accumulates, and steps after the last pass.
+            # Forward and backward; then applied, skipped or rolled back: the same verdict on every rank.
             report = StepReport(attempt.device, micro_batches, micro_batches_per_step, plan.take_read_errors())
             spare = micro_batches[:1] or spare  # other ranks wait for as many passes where this one gives the step up
             passes = micro_batches or accumulation_steps * spare
-            for number in range(accumulation_steps):
-                padding = number == len(passes)  # other ranks have one more: a pass whose gradients are zero
-                batch = passes[0 if padding else number]
-                with deepspeed_engine.padding_pass(engine) if padding else nullcontext():
-                    loss = forward(engine, batch, config, len(plan.train.classes), drop_rates)
-                    if not padding:
-                        report.add_loss(loss)
-                    if number == accumulation_steps - 1:  # the gate is NaN for a bad loss: no gradient
-                        mean_loss = report.all_reduce(attempt.is_stop_requested(), attempt.is_superseded())
-                        loss = loss * state.guard.gate(mean_loss)
-                    engine.backward(gradient_scale * loss)
-                    engine.step()
-                heartbeat.beat("a micro batch")
-
-            # Applied, skipped or rolled back: the same verdict on every rank.
-            totals, applied = report.totals, engine.was_step_applied()
-            if totals.given_up:
+            verdict, reason = do_step(engine, config, plan, state, report, passes, forward, drop_rates, attempt.asked)
+            totals = report.totals
+            if verdict is None:
                 log(f"step {step + 1} is given up, since a batch of it does not come")
                 save_and_stop(attempt, checkpoints, state, plan)
-            verdict, reason, state.guard = state.guard.update(step + 1, totals.mean_loss, applied)
-            assert applied == (verdict is Verdict.APPLY), f"step {step + 1} was applied although {reason}"
             if totals.superseded:
                 attempt.raise_if_superseded()
-            ema.sync_batch_norm(model, apply=applied)
-            if applied:
-                state.applied_steps += 1
-                ema.update(state.bn_ema, model, ema_decay)
-            state.step = step + 1
+            if heartbeat.last_beat().step is None:
+                events.write("first_step", step=state.step)
             heartbeat.beat_step(state.step)
 
             # Records: samples consumed, bad samples, retried reads, skipped steps, finished epochs, metrics.
             metrics.log_samples(state.step, micro_batches)
-            record_step(events, log, plan, config.data.max_bad_fraction, state, report, reason)
+            norm = engine.get_global_grad_norm()
+            record_step(events, log, plan, config, state, report, reason, norm)
             if verdict is Verdict.ROLLBACK and not (last or totals.stop):
                 log(f"{state.guard.bad_in_a_row} bad steps in a row: rolling back")
                 checkpoints.roll_back(state, reason)
                 return False
             record_epochs(events, log, state)
-            metrics.log_step(state.step, totals.mean_loss, lr, engine.get_global_grad_norm(), data_wait, last)
+            lr = learning_rate(config.optim, step, plan.steps)
+            metrics.log_step(state.step, totals.mean_loss, lr, norm, data_wait, last)
 
             # Checkpoint, evaluate, stop.
             if last or is_due(state.step, config.checkpoint.every):
@@ -184,6 +164,57 @@ def train_steps(
             if not evaluated or (totals.stop and not last):
                 save_and_stop(attempt, checkpoints, state, plan)
     return True
+
+
+def do_step(
+    engine: Any,
+    config: Config,
+    plan: Plan,
+    state: TrainState,
+    report: StepReport,
+    passes: list[Batch],
+    forward: Forward,
+    drop_rates: list[float],
+    asked: Callable[[], tuple[bool, bool]],
+) -> tuple[Verdict | None, str]:
+    """Does the step after `state`, which it moves on; returns the verdict, the same on all ranks, and why if it is bad.
+
+    The verdict is None, and the state what it was, where a rank gives the step up. `asked` is whether this rank
+    received a signal, and has seen a newer attempt. Collective.
+    """
+    # Schedules are functions of the step: nothing to save, nothing to resume.
+    step, accumulation_steps = state.step, engine.gradient_accumulation_steps()
+    ema_decay = ema.ema_decay(config.train.ema, step) if config.train.ema else None
+    deepspeed_engine.set_schedule(engine, learning_rate(config.optim, step, plan.steps), ema_decay)
+
+    # Forward and backward, one pass per micro batch; DeepSpeed accumulates, and steps after the last pass.
+    gradient_scale = deepspeed_engine.gradient_scale(config.train)
+    for number in range(accumulation_steps):
+        padding = number == len(passes)  # other ranks have one more: a pass whose gradients are zero
+        batch = passes[0 if padding else number]
+        with deepspeed_engine.padding_pass(engine) if padding else nullcontext():
+            loss = forward(engine, batch, config, len(plan.train.classes), drop_rates)
+            if not padding:
+                report.add_loss(loss)
+            if number == accumulation_steps - 1:  # the gate is NaN for a bad loss: no gradient
+                mean_loss = report.all_reduce(*asked())
+                loss = loss * state.guard.gate(mean_loss)
+            engine.backward(gradient_scale * loss)
+            engine.step()
+        heartbeat.beat("a micro batch")
+
+    # What follows, on every rank alike.
+    totals, applied = report.totals, engine.was_step_applied()
+    if totals.given_up:
+        return None, ""
+    verdict, reason, state.guard = state.guard.update(step + 1, totals.mean_loss, applied)
+    assert applied == (verdict is Verdict.APPLY), f"step {step + 1} was applied although {reason}"
+    ema.sync_batch_norm(engine.module, apply=applied)
+    if applied:
+        state.applied_steps += 1
+        ema.update(state.bn_ema, engine.module, ema_decay)
+    state.step = step + 1
+    return verdict, reason
 
 
 def evaluate_if_due(
@@ -195,7 +226,8 @@ def evaluate_if_due(
         return True
     bn_ema = state.bn_ema if config.evaluate.weights == "ema" else None
     crop, loss = config.evaluate.crop_fraction, config.train.loss
-    with deepspeed_engine.evaluation_mode(engine, bn_ema):
+    timed = attempt.events.timed("evaluation", step=state.step)
+    with timed, deepspeed_engine.evaluation_mode(engine, bn_ema):
         result = evaluate(engine, plan.val, crop, loss, spec, attempt.is_stop_requested)
     if result is not None:
         metrics.log_evaluation(state.step, result, "model" if bn_ema is None else "ema")

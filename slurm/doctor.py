@@ -23,7 +23,7 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
     """Submits, waits for the report and prints it; returns the exit status, 1 where something is missing or broken."""
     config = read_config(preset, overrides)
     config = config.model_copy(update={"slurm": config.slurm.model_copy(update={"time": MINUTES, "min_nodes": None})})
-    spec = JobSpec("doctor", config)
+    spec = JobSpec("doctor", preset, config)
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             print(prepare(spec, Path(folder), None)[1])

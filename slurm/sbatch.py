@@ -102,8 +102,8 @@ def snapshot(folder: Path) -> Path:
 
 
 def _modules(folder: Path) -> dict[str, bytes]:
-    """The program's modules in a folder, by their names."""
-    found = [file for package in PACKAGES for file in (folder / package).rglob("*.py")]
+    """The program's modules in a folder, and the template of its pages, by their names."""
+    found = [file for package in PACKAGES for kind in ("py", "html") for file in (folder / package).rglob(f"*.{kind}")]
     files = sorted(file for file in (*found, folder / "coatnet_main.py") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 

@@ -19,8 +19,9 @@ from pipeline.errors import UsageError
 from pipeline.formatting import pluralize
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
-from pipeline.run.events import last_saved_step
-from pipeline.run.jsonl import read_lines, read_metrics
+from pipeline.report.accounting import Start, account
+from pipeline.run.events import last_saved_step, read_events, steps_not_applied
+from pipeline.run.jsonl import read_metrics
 from pipeline.run.lock import LockHolder, lock_holder
 from pipeline.run.small_files import NUMBER, has, warn_damaged
 from slurm import history, scheduler
@@ -33,15 +34,8 @@ BEGIN_EVENTS = ("training_started", "training_resumed")
 STATE_EVENTS = ("attempt_started", *BEGIN_EVENTS, "interrupted", "finished", "failed", "out_of_memory", *HANG_EVENTS)
 FINAL = {Cause.DONE, Cause.CANCELLED, Cause.BAD_REQUEST}
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}
-EVENT_FIELDS = {
-    **{event: {"step": int} for event in (*BEGIN_EVENTS, "step_skipped", "interrupted")},
-    **{event: {"ranks": list} for event in HANG_EVENTS},
-    "failed": {"message": str},
-    "checkpoint_failed": {"in_a_row": int, "reason": str},
-    "out_of_memory": {"rank": int, "error": str},
-}
 ROW_FIELDS = {"step": int, "loss": NUMBER | str, "step_seconds": NUMBER, "images_per_second": NUMBER}
-"""Without which a row of events.jsonl or metrics.jsonl is not the program's."""
+"""Without which a row of metrics.jsonl is not the program's."""
 RESUBMIT = "submit it again to resume"
 JobRecords = Mapping[str, Mapping[str, str] | None]
 """Slurm's record of each job, None where it has forgotten it; a job is missing where Slurm could not be asked."""
@@ -92,7 +86,7 @@ class Status:
     seconds_left: float | None
     restarts: int
     goodput: float | None
-    """Share of the jobs' wall-clock time that went into steps that still count."""
+    """Share of productive steps in the time in which the run had its machines (pipeline/report/accounting.py)."""
     not_applied: list[int]
     """Steps with a bad loss or gradient, without those that a rollback skipped."""
     rollbacks: list[dict[str, int]]
@@ -143,11 +137,7 @@ def read_run(run: Path) -> RunSnapshot:
         submissions=submissions,
         starts=starts,
         failures=failures,
-        events=[
-            row
-            for row in read_lines(run / "events.jsonl", event=str, time=NUMBER)
-            if has(row, EVENT_FIELDS.get(row["event"], {}))
-        ],
+        events=read_events(run),
         rows=[
             row
             for row in read_metrics(run, **ROW_FIELDS)
@@ -358,30 +348,15 @@ def _job(snapshot: RunSnapshot, job: str, record: Mapping[str, str] | None) -> d
 
 
 def _goodput(snapshot: RunSnapshot, jobs: JobRecords, now: float) -> float | None:
-    """None where there were no jobs, or attempts outside of them, whose steps metrics do not tell apart."""
-    spans = []
-    for start in snapshot.starts:
-        record = jobs.get(start.job) or {}
-        is_alive = snapshot.holder is not None or record.get("JobState") in BUSY
-        ended = now if start is snapshot.starts[-1] and is_alive else max(start.began, snapshot.last_update)
-        spans.append((start.began, start.ended or ended))
-    attempts = [row["time"] for row in snapshot.events if row["event"] == "attempt_started"]
-    inside = all(any(begin <= attempt <= end for begin, end in spans) for attempt in attempts)
-    allocated = sum(end - begin for begin, end in spans)
-    if not inside or allocated <= 0:
-        return None
-    before = [0, *(row["step"] for row in snapshot.rows)]
-    useful = sum((row["step"] - past) * row["step_seconds"] for row, past in zip(snapshot.rows, before, strict=False))
-    return max(0.0, min(1.0, useful / allocated))
+    """Of a run that is alive until now."""
+    is_alive = snapshot.holder is not None or any((record or {}).get("JobState") in BUSY for record in jobs.values())
+    starts = [Start(each.began, each.ended, each.cause, each.again) for each in snapshot.starts]
+    hang_timeout = (snapshot.config.get("run") or {}).get("hang_timeout", 0.0)
+    return account(snapshot.events, snapshot.rows, starts, (), hang_timeout, now if is_alive else None).goodput
 
 
 def _not_applied(snapshot: RunSnapshot) -> list[int]:
-    bad: set[int] = set()
-    for row in snapshot.events:
-        if row["event"] == "step_skipped":
-            bad.add(row["step"])
-        elif row["event"] in BEGIN_EVENTS:  # later steps are done again
-            bad = {step for step in bad if step <= row["step"]}
+    bad = {row["step"] for row in steps_not_applied(snapshot.events)}
     return sorted(bad.difference(*(range(back["first"], back["last"] + 1) for back in snapshot.rollbacks)))
 
 

@@ -37,6 +37,7 @@ class JobSpec:
     """One job of a chain."""
 
     command: str
+    preset: str
     config: Config
     source: str | None = None
     """What a fine-tuning begins from."""
@@ -65,7 +66,7 @@ def submit(
     """Submits a run, anew with `restart`, and its fine-tuning after it; returns the exit status."""
     if cluster not in ("slurm", "local"):
         raise UsageError(f"--cluster is {cluster!r}; it is slurm or local")
-    chain = [JobSpec(command, read_config(preset, overrides), source, weights)]
+    chain = [JobSpec(command, preset, read_config(preset, overrides), source, weights)]
     if then is not None:
         if cluster == "local":
             raise UsageError("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
@@ -74,7 +75,7 @@ def submit(
                 "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
             )
         preset, *changes = shlex.split(then)
-        chain.append(JobSpec("finetune", read_config(preset, changes), str(chain[0].run), evaluate=True))
+        chain.append(JobSpec("finetune", preset, read_config(preset, changes), str(chain[0].run), evaluate=True))
     chain = [replace(job, array=job.config.slurm.requeue == "array") for job in chain]
     anew = set_aside_config(chain[0].config) if restart else chain[0].config
     for job, before in zip([replace(chain[0], config=anew), *chain[1:]], [None, *chain], strict=False):
@@ -263,8 +264,8 @@ def submit_one(job: JobSpec, dependency: str | None, cluster: str) -> str:
     settle(job.run)  # before the job can start, which does the same
     options, text, command = prepare(job, folder, dependency)
     number = submit_locally(folder, text) if cluster == "local" else submit_to_slurm(options, text, command)
-    facts = {"command": job.command, "nodes": slurm.nodes, "dependency": dependency}
-    history.record_submission(job.run, job=number, **facts, host=os.uname().nodename)
+    facts = {"command": job.command, "preset": os.path.abspath(job.preset), "nodes": slurm.nodes}
+    history.record_submission(job.run, job=number, **facts, dependency=dependency, host=os.uname().nodename)
     waits = f", {dependency}" if dependency else ""
     print(f"{job.run}: job {number}{waits}; coatnet status {job.run} shows its progress")
     return number

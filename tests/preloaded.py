@@ -15,6 +15,7 @@ COMMANDS = [
     "pipeline.memory.oom",
     "pipeline.commands.predict",
     "pipeline.commands.preview",
+    "pipeline.report.page",
 ]
 COMMANDS += ["pipeline.commands.pretrain", "pipeline.commands.evaluate", "slurm.cli", "data.packing.pack"]
 STAGE_3 = ["deepspeed.runtime.zero.stage3", "torch._dynamo", "torch.onnx"]

@@ -141,7 +141,7 @@ def test_a_caches_variable_that_is_not_set_is_an_error_where_the_cache_is_used()
 
 # ------------------------------------------------------------------------------------------------ on the command line
 
-NO_PATHS = {"overrides", "then", "weights", "layout", "crop", "label_field", "cluster", "name", "arguments"}
+NO_PATHS = {"overrides", "then", "weights", "layout", "crop", "label_field", "cluster", "name", "arguments", "gpu"}
 """Parameters of text that are no paths; overrides and `then` are read as configurations."""
 
 
@@ -159,7 +159,7 @@ def typed_paths() -> Iterator[tuple[str, list[str], str]]:
             if path.name not in NO_PATHS and any(kind in str(hints[path.name]) for kind in ("str", "Path")):
                 line = list(words)
                 for each in (each for each in command.params if each is path or each.required):
-                    value = "$UNSET/x" if each is path else "x"
+                    value = "$UNSET/x" if each is path else "1"
                     line.append(f"{each.opts[0]}={value}" if each.opts[0].startswith("-") else value)
                 shown = path.opts[0] if path.opts[0].startswith("-") else path.metavar.strip("[.]")
                 yield f"{' '.join(words)} {shown}", line, shown

@@ -242,7 +242,14 @@ def _rate_of_batch(contestant: str, case: Any) -> Row:
     rate = case.batch / min(seconds() for _ in range(3 if cuda else 1))
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
     operations = 6 * count(case.size, case.resolution).multiply_adds * rate / 1e12
-    row: Row = {"batch": case.batch, "images/s": rate, "TFLOP/s": operations, "peak MiB": peak}
+    row: Row = {
+        "batch": case.batch,
+        "side": case.resolution,
+        "precision": case.precision,
+        "images/s": rate,
+        "TFLOP/s": operations,
+        "peak MiB": peak,
+    }
     return row | {"kernels": longest(piece, case.device)}
 
 

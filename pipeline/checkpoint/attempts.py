@@ -47,14 +47,15 @@ def allocate_next(run: Path, attempt: int, to: int, rollbacks: list[dict[str, in
     return attempt + 1
 
 
-def recorded_rollbacks(run: Path) -> list[dict[str, int]]:
-    """The rollbacks up to the newest attempt: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
-    if (newest := latest_attempt(run)) < 0:
+def recorded_rollbacks(run: Path, attempt: int | None = None) -> list[dict[str, int]]:
+    """The rollbacks up to an attempt, or the newest: `to`, `first` and `last` of each (loss_guard.RollbackRecord)."""
+    number = latest_attempt(run) if attempt is None else attempt
+    if number < 0:
         return []
-    if (record := _read(run, newest)) is not None:
+    if (record := _read(run, number)) is not None:
         return record["rollbacks"]
-    rows = read_lines(run / "events.jsonl", **_ROLLBACK)
-    return [{name: row[name] for name in _ROLLBACK} for row in rows if row.get("event") == "rollback"]
+    rows = [row for row in read_lines(run / "events.jsonl", **_ROLLBACK) if row.get("event") == "rollback"]
+    return [{name: row[name] for name in _ROLLBACK} for row in rows if row.get("attempt", 0) < number]
 
 
 def _record(run: Path, number: int, found: list[str], rollbacks: list[dict[str, int]]) -> bool:

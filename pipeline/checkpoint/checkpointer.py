@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.reader import step_name
-from pipeline.checkpoint.restore import restore
+from pipeline.checkpoint.attempts import trusted_checkpoints
+from pipeline.checkpoint.reader import DamagedCheckpoint, step_name
+from pipeline.checkpoint.restore import restore, warn_of_damage
 from pipeline.checkpoint.rollback import load_rollbacks, roll_back
 from pipeline.checkpoint.writer import CheckpointWriter, SaveFailed
 from pipeline.config.schema import Config
@@ -71,7 +73,8 @@ class Checkpointer:
         if self._writer.rank == 0:
             self._writer.remove_leftovers()
         bn_ema = ema.clone(ema.statistics(self._engine.module)) if self._train.ema else None
-        saved = restore(self._engine, self._run, bn_ema, self._train_set, self._events)
+        folders = from_rank_zero(lambda: trusted_checkpoints(self._run))
+        saved = restore(self._engine, folders, bn_ema, self._train_set, self._report_damage)
         rollbacks = from_rank_zero(lambda: load_rollbacks(self._run, saved))
         audit = EpochAudit(self._train_set.samples, self._train.global_batch, saved["epochs"] if saved else None)
         made = rollbacks, bn_ema
@@ -81,6 +84,10 @@ class Checkpointer:
         lost = self._warn_of_lost_steps() if saved is None and self._writer.rank == 0 else {}
         self._events.write(event, step=state.step, **lost, new_augmentations=self._new_augmentations)
         return state
+
+    def _report_damage(self, folder: Path, error: DamagedCheckpoint) -> None:
+        self._events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error))
+        warn_of_damage(folder, error)
 
     def _warn_of_lost_steps(self) -> dict[str, int]:
         """The steps that a run had done before it could save any, for the event; {} at a first start."""
@@ -99,12 +106,13 @@ class Checkpointer:
         """
         if state.step in (self._saved, self._writing):
             return
-        ended = self._settle(max(0.0, self._began + WRITING_SECONDS - time.monotonic()))
-        if ended and self._failures < MAX_FAILURES:
-            self._begin(state)
-            self._writer.await_state()
-            if self._failures == MAX_FAILURES - 1:  # so that no steps are trained for nothing
-                self._settle(WRITING_SECONDS)
+        with self._stall(state.step):
+            ended = self._settle(max(0.0, self._began + WRITING_SECONDS - time.monotonic()))
+            if ended and self._failures < MAX_FAILURES:
+                self._begin(state)
+                self._writer.await_state()
+                if self._failures == MAX_FAILURES - 1:  # so that no steps are trained for nothing
+                    self._settle(WRITING_SECONDS)
         if self._failures >= MAX_FAILURES:
             raise self._failed()
         if not ended:
@@ -113,10 +121,11 @@ class Checkpointer:
     def finish(self, state: TrainState) -> None:
         """Returns once this step is in a durable checkpoint; RunFailed where it cannot be written. Collective."""
         pause()
-        self._settle_at_last()
-        if self._saved != state.step:
-            self._begin(state)
+        with self._stall(state.step):
             self._settle_at_last()
+            if self._saved != state.step:
+                self._begin(state)
+                self._settle_at_last()
         if self._saved != state.step:
             raise self._failed()
 
@@ -132,8 +141,9 @@ class Checkpointer:
         """
         pause()
         before = signals.count()
-        while not from_rank_zero(lambda: self._writer.is_mirrored(self._saved or 0, before)):
-            pass
+        with self._stall(self._saved):
+            while not from_rank_zero(lambda: self._writer.is_mirrored(self._saved or 0, before)):
+                pass
 
     def path(self, step: int) -> Path:
         return self._writer.root / step_name(step)
@@ -144,10 +154,15 @@ class Checkpointer:
         RunFailed where there is no checkpoint before them, or where the same one was tried often enough.
         """
         pause()
-        self._settle_at_last()
+        with self._stall(state.step):
+            self._settle_at_last()
         bad_steps = state.guard.first_bad, state.step
         take = partial(roll_back, self._run, self._writer, self._events, state.rollbacks, *bad_steps, reason)
         self._events.attempt = self._writer.attempt = from_rank_zero(take)
+
+    def _stall(self, step: int | None) -> AbstractContextManager[None]:
+        """Records for how long training waits inside."""
+        return self._events.timed("checkpoint_stall", step=step)
 
     def _begin(self, state: TrainState) -> None:
         self._writing, self._began = state.step, time.monotonic()

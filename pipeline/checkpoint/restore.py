@@ -8,7 +8,7 @@ training set or a newer format is refused, and never skipped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,29 @@ from typing import Any
 import torch
 
 from data.shards.manifest import Manifest
-from pipeline.checkpoint.attempts import trusted_checkpoints
 from pipeline.checkpoint.reader import READING_THREADS, CheckpointReader, DamagedCheckpoint, newest_good
 from pipeline.checkpoint.train_set import check_train_set
-from pipeline.distributed.collectives import all_gather, from_rank_zero
+from pipeline.distributed.collectives import all_gather
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.errors import UsageError
-from pipeline.run.events import Events
 from pipeline.training import zero
 from pipeline.training.ema import Statistics, load, of_kind, statistics
 from pipeline.training.zero import ParamSlice
 
 State = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
+OnDamage = Callable[[Path, DamagedCheckpoint], object]
 _ANOTHER_RUN = "put back the configuration and the program that wrote it, or begin another run with run.dir=..."
 
 
-def restore(engine: Any, run: Path, average: Statistics | None, train: Manifest, events: Events) -> State | None:
-    """Loads the newest good checkpoint into the engine and `average`; returns its state, None where there is none.
+def restore(
+    engine: Any, folders: list[Path], average: Statistics | None, train: Manifest, on_damage: OnDamage
+) -> State | None:
+    """Loads the newest good checkpoint of these into the engine and `average`; returns its state, None of no folder.
 
     Collective. RunFailed where checkpoints exist and none is good; UsageError where the newest is of another training
     set, network or format.
     """
-    folders = from_rank_zero(lambda: trusted_checkpoints(run))
     if not folders:
         return None
     owned, shapes = zero.owned_slices(engine, average is not None), zero.shapes(engine)
@@ -57,18 +57,17 @@ def restore(engine: Any, run: Path, average: Statistics | None, train: Manifest,
         return reader
 
     reader = newest_good(
-        f"{run}/checkpoints",
+        folders[-1].parent,
         folders,
         verified_by_all,
-        lambda folder, error: _report_damage(events, folder, error),
+        on_damage,
         "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
         " or begin again with --restart",
     )
     return _apply(engine, owned, average, reader)
 
 
-def _report_damage(events: Events, folder: Path, error: DamagedCheckpoint) -> None:
-    events.write("damaged_checkpoint", checkpoint=folder.name, reason=str(error))
+def warn_of_damage(folder: Path, error: DamagedCheckpoint) -> None:
     if rank_and_world_size()[0] == 0:
         print(f"warning: {error}; trying the checkpoint before {folder.name}", file=sys.stderr)
 

@@ -41,8 +41,8 @@ def roll_back(
         writer.abandon(to)  # what was saved since then is bad too
         raise RunFailed(
             f"steps {first} to {last}: {why}. {run} has rolled back to step {to} {ATTEMPTS_FROM_A_CHECKPOINT} times:"
-            " look at events.jsonl (step_skipped, rollback), then resume from there with a lower optim.learning_rate,"
-            " or move its newest checkpoints away to resume from an earlier one"
+            f" `coatnet replay {run} --step {first}` finds the sample and the layer; resume from there with a lower"
+            " optim.learning_rate, or move its newest checkpoints away to resume from an earlier one"
         )
     attempt = allocate_next(run, writer.attempt, back.to, [asdict(each) for each in [*history, back]])
     events.write("rollback", reason=why, **asdict(back))

@@ -39,7 +39,9 @@ def evaluate_command(
             f" on {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set with the same classes"
         )
     if not is_rank():
-        return _launch(reader, procs)
+        if isinstance(reader, WeightsFile):
+            return launch_apart(procs)
+        return launch(sys.argv[1:], procs, reader.folder.parent.parent / "logs", import_training)
     manifest = with_cache(manifest, DEFAULT, config.data.cache.dir, config.data.cache.max_bytes)
     metrics = _evaluate(reader, kind, config, manifest)
     if rank_and_world_size()[0] == 0:
@@ -50,10 +52,8 @@ def evaluate_command(
     return 0
 
 
-def _launch(reader: Weights, procs: int) -> int:
-    """Launches the ranks; logs go to the run's folder, or, of an exported file, to one that is kept on failure."""
-    if not isinstance(reader, WeightsFile):
-        return launch(sys.argv[1:], procs, reader.folder.parent.parent / "logs", import_training)
+def launch_apart(procs: int) -> int:
+    """Launches the ranks, whose logs go to a folder of their own that is kept on failure; returns the exit status."""
     logs = Path(tempfile.mkdtemp(prefix="coatnet-"))
     status = launch(sys.argv[1:], procs, logs, import_training)
     if status == 0:

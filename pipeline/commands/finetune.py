@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,17 +97,10 @@ def finetune(
     def work(plan: Plan) -> None:
         from pipeline.distributed.collectives import from_rank_zero
         from pipeline.train import train
-        from pipeline.training.ema import load
-        from pipeline.training.model import init_weights, load_values
 
         def first_weights(network: CoAtNet, device: torch.device, shard: ShardLayer | None) -> CoAtNet:
             found = from_rank_zero(lambda: source_of(run_folder, path, weights))
-            reader, classes = found.reader(), plan.train.classes
-            rows = map_classes(config.model.classifier, classes, reader.state()["classes"], found.run)
-            new = init_weights(config.run.seed)
-            values, statistics = convert_weights(reader, select_weights(reader, found.weights), rows, new)
-            load_values(network, device, values, shard)
-            load(network, statistics)
+            load_source(config, plan.train.classes, found, network, device, shard)
             from_rank_zero(lambda: pin_source(run_folder, found))
             return network
 
@@ -117,6 +111,26 @@ def finetune(
         train(config, plan, ancestors, first_weights)
 
     return run(config, "finetune", procs, work)
+
+
+def load_source(
+    config: Config,
+    classes: Sequence[str],
+    source: Source,
+    network: CoAtNet,
+    device: torch.device,
+    shard: ShardLayer | None,
+) -> CoAtNet:
+    """The network, which had no memory for weights, with those that the run begins with."""
+    from pipeline.training.ema import load
+    from pipeline.training.model import init_weights, load_values
+
+    reader, new = source.reader(), init_weights(config.run.seed)
+    rows = map_classes(config.model.classifier, classes, reader.state()["classes"], source.run)
+    values, statistics = convert_weights(reader, select_weights(reader, source.weights), rows, new)
+    load_values(network, device, values, shard)
+    load(network, statistics)
+    return network
 
 
 def check_source(config: Config, source: str, weights: str | None) -> int | None:

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data.shards.manifest import Manifest, NoManifest, read_manifest
-from data.storage.remote import Storage
 from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import check_mirror, list_copies, restore_from_mirror
@@ -18,9 +16,9 @@ from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_first_process, is_rank, local_world_size, rank_and_world_size
 from pipeline.distributed.launcher import launch
 from pipeline.doctor.compiler import find_compiler
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import UsageError
 from pipeline.monitoring.wandb import check_wandb
-from pipeline.plan import Plan, check_ranks, make_plan
+from pipeline.plan import Plan, check_ranks, make_plan, readable_manifest
 from pipeline.run.lock import check_folder, wait_for_holder
 from pipeline.run.restart import next_place, set_aside
 
@@ -97,11 +95,17 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         check_folder(Path(config.run.dir), to_write=True)
         arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
         return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
+    from torch.distributed import destroy_process_group
+
+    from pipeline.commands.report import report_when_done
     from pipeline.ending import record_exit_reason  # they import torch
     from pipeline.memory.oom import explain_oom
 
     with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
         work(plan)
+    destroy_process_group()  # no rank waits while rank 0 writes the page
+    if rank_and_world_size()[0] == 0:
+        report_when_done(Path(config.run.dir))
     return 0
 
 
@@ -130,7 +134,7 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
     check_job(config.slurm)
     check_mirror(Path(config.run.dir), config.checkpoint.mirror)
     check_wandb(config.log.wandb)
-    train = None if quiet else _readable_manifest(config.data.train)
+    train = None if quiet else readable_manifest(config.data.train)
     known_classes = config.model.classes or (len(train.classes) if train else None)
     classes = known_classes or likely_classes or 1000
     counts = count_model(config.model, config.train, classes)
@@ -146,17 +150,6 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
     for warning in filter(None, (*found, padding_share(config.train, procs), _compiler_problem(config, bool(on_gpu)))):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
-
-
-def _readable_manifest(url: str) -> Manifest | None:
-    """What a training set's manifest says, if it can be read from here and at once: the data may be the nodes' alone.
-
-    UsageError where it is there and is none.
-    """
-    try:
-        return read_manifest(url, Storage(attempts=1, attempt_timeout=10.0))
-    except (NoManifest, DataError):
-        return None
 
 
 def _check_installed(config: Config) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from data.shards.manifest import Manifest
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
 from pipeline.errors import UsageError
+from pipeline.formatting import format_percent
 from pipeline.plan import augmentation, training_set
-from pipeline.training.mixup import mixup
+from pipeline.training.mixup import drawn_partners, mixup
 
 MIN_SIDE, SHEET_WIDTH, GAP, BETWEEN, LINE, FONT_POINTS = 144, 2000, 12, 4, 15, 8
 """In pixels: a picture's least side, the sheet's width, gaps between samples and between their pictures, a line."""
@@ -63,14 +64,21 @@ def sheet_items(config: Config, samples: int, epoch: int) -> list[SheetItem]:
     manifest, order = training_set(config)
     samples, size = min(samples, order.samples), config.train.micro_batch
     first = -(-epoch * order.samples // size)
-    positions = range(first * size, (first + -(-samples // size)) * size)
-    drawn = augmentation(config.augment)
+    return items_at(config, manifest, order, range(first, first + -(-samples // size)))[:samples]
+
+
+def items_at(config: Config, manifest: Manifest, order: Order, micro_batches: Iterable[int]) -> list[SheetItem]:
+    """The samples of these micro batches, whose numbers in the stream rise, in its order."""
+    size, drawn = config.train.micro_batch, augmentation(config.augment)
+    positions = [position for number in micro_batches for position in range(number * size, (number + 1) * size)]
     plain = replace(NONE, crop="center")
     pairs = zip(*(_batches(config, manifest, order, each, positions) for each in (plain, drawn)), strict=True)
-    return [item for before, after in pairs for item in _items(config, manifest.classes, before, after)][:samples]
+    return [item for before, after in pairs for item in _items(config, manifest.classes, before, after)]
 
 
-def _batches(config: Config, manifest: Manifest, order: Order, drawn: Augmentation, positions: range) -> list[Batch]:
+def _batches(
+    config: Config, manifest: Manifest, order: Order, drawn: Augmentation, positions: Sequence[int]
+) -> list[Batch]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     threads = len(os.sched_getaffinity(0))
     spec = LoaderSpec(0, 1, config.train.micro_batch, config.model.resolution, device, threads)
@@ -83,18 +91,16 @@ def _items(config: Config, classes: tuple[str, ...], original: Batch, augmented:
     names = [", ".join(classes[label] for label in row if label >= 0) for row in augmented.labels.tolist()]
     images, partners = augmented.images, [""] * len(names)
     if alpha := config.augment.mixup:
-        identity = torch.eye(len(names), device=images.device)  # mixed as targets, it shows each sample's partner
-        floats = images.permute(0, 3, 1, 2).float()
-        floats, weights = mixup(floats, identity, alpha, config.run.seed, augmented.positions)
-        images = floats.permute(0, 2, 3, 1).round().byte()
-        others = weights - weights.diagonal().diag()
-        partners = [
-            f"{100 * row.max().item():.0f} % of {names[int(row.argmax())]}" if row.any() else "" for row in others
-        ]
+        drawn = alpha, config.run.seed, augmented.positions
+        floats, no_targets = images.permute(0, 3, 1, 2).float(), torch.zeros(len(names), 1, device=images.device)
+        images = mixup(floats, no_targets, *drawn)[0].permute(0, 2, 3, 1).round().byte()
+        weight, others = drawn_partners(*drawn)
+        share = format_percent(1 - weight)
+        partners = [f"{share} of {names[other]}" if other != own else "" for own, other in enumerate(others)]
     replaced = {broken.key for broken in augmented.broken}
     for i, key in enumerate(augmented.keys):
-        drawn = describe_params(augmented.params, i, augmented.shapes[i], config.augment.randaugment.magnitude)
-        lines = [names[i], *drawn]
+        params = describe_params(augmented.params, i, augmented.shapes[i], config.augment.randaugment.magnitude)
+        lines = [names[i], *params]
         lines += [f"mixed with {partners[i]}"] * bool(partners[i]) + [f"replaces {key}"] * (key in replaced)
         yield SheetItem(original.images[i].cpu().numpy(), images[i].cpu().numpy(), lines)
 

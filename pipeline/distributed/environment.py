@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from pipeline.errors import UsageError
 
@@ -21,6 +23,13 @@ STEP = (
     "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST",
 )  # fmt: skip
 """What srun sets for each task of a step."""
+
+
+def command_began() -> float:
+    """When the command that this process is, or is a rank of, was started; in seconds since 1970."""
+    stat = Path("/proc", os.environ.get(LAUNCHER, "self"), "stat").read_text()
+    ticks = int(stat.rpartition(")")[2].split()[19])  # since the machine was started
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def is_rank() -> bool:

@@ -21,14 +21,32 @@ MOMENTS = 2
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of the forward and backward of one micro batch, beside weights and what ZeRO holds.
+class Work:
+    """What a device does: operations of matrix products, two a multiply-add; bytes that it reads and writes; calls."""
 
-    `peak` is what is alive at the most, by part of the network; `kept` what the forward leaves for the backward.
+    operations: int
+    moved_bytes: int
+    calls: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.operations + other.operations, self.moved_bytes + other.moved_bytes, self.calls + other.calls)
+
+    def __rmul__(self, times: int) -> Work:
+        return Work(times * self.operations, times * self.moved_bytes, times * self.calls)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the forward and backward of one micro batch, beside weights and what ZeRO holds; and their work.
+
+    `peak` is what is alive at the most, by part of the network, and `gathered` the whole weights of ZeRO-3 beside it;
+    `kept` is what the forward leaves for the backward.
     """
 
     peak: dict[str, int]
     kept: int
+    work: Work = Work(0, 0, 0)
+    gathered: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ def memory_of(
     bucket, passes = WIDTH * BUCKET_ELEMENTS, accumulation_steps(micro_batches_of(train), world_size)
     on_device = not (zero.offload and on_gpu)
     states = {
-        "weights": held.weights + (_gathered(parameters, world_size) if zero.stage == 3 else 0),
+        "weights": held.weights,
         "optimizer states": held.optimizer * on_device,
         "moving average": held.average * on_device,
         "batch": passes * train.micro_batch * 3 * resolution**2,
@@ -72,7 +90,12 @@ def memory_of(
     collected = share * (2 if zero.stage == 2 and passes > 1 else 1)
     during_passes = collected if parameters > BUCKET_ELEMENTS else share
     accumulated = during_passes if zero.stage > 1 else whole * (passes > 1)
-    backward = {"gradients": accumulated * on_device, "buckets": bucket, "activations": sum(activations.peak.values())}
+    backward = {
+        "weights": held.weights + activations.gathered,
+        "gradients": accumulated * on_device,
+        "buckets": bucket,
+        "activations": sum(activations.peak.values()),
+    }
     reduction = {
         "gradients": (whole * (zero.stage == 1) + collected) * on_device,
         "buckets": bucket + WIDTH * min(parameters, BUCKET_ELEMENTS),
@@ -81,9 +104,9 @@ def memory_of(
     return max((Memory(states | moment) for moment in (backward, reduction, step)), key=lambda memory: memory.total)
 
 
-def _gathered(parameters: int, world_size: int) -> int:
-    """Whole weights that stage 3 has put together at a time; one rank has nothing to put together."""
-    return 0 if world_size == 1 else WIDTH * min(parameters, LIVE_ELEMENTS + BUCKET_ELEMENTS)
+def most_gathered(stage: int, world_size: int) -> int:
+    """Bytes of whole weights that a ZeRO stage puts together at a time; one rank has nothing to put together."""
+    return WIDTH * (LIVE_ELEMENTS + BUCKET_ELEMENTS) if stage == 3 and world_size > 1 else 0
 
 
 @dataclass(frozen=True)

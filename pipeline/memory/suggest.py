@@ -38,10 +38,7 @@ def suggest_settings(
     train, zero, world_size = settings
 
     def fitting(changes: dict[str, Any]) -> Suggestion | None:
-        of_train = {key.removeprefix("train."): value for key, value in changes.items() if key.startswith("train.")}
-        sharded = zero.model_copy(update={"stage": changes.get("zero.stage", zero.stage)})
-        changed = (train.model_copy(update=of_train), sharded, changes.get("ranks", world_size))
-        needed = estimate(changed)[0].total
+        needed = estimate(changed(settings, changes))[0].total
         return Suggestion(changes, needed) if fits(needed, usable) else None
 
     def first_fitting(candidates: Iterable[dict[str, Any]]) -> list[Suggestion]:
@@ -57,6 +54,14 @@ def suggest_settings(
     higher = [{"zero.stage": stage, **more} for stage in stages for more in ({}, all_stages)]
     ranks = [n for n in range(world_size + 1, micro_batches_of(train) + 1) if _is_possible(train, n)]
     return first_fitting([*higher, *({"ranks": n, "zero.stage": 3, **all_stages} for n in ranks)])
+
+
+def changed(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """The settings with a suggestion's changes."""
+    train, zero, world_size = settings
+    of_train = {key.removeprefix("train."): value for key, value in changes.items() if key.startswith("train.")}
+    sharded = zero.model_copy(update={"stage": changes.get("zero.stage", zero.stage)})
+    return train.model_copy(update=of_train), sharded, changes.get("ranks", world_size)
 
 
 def fits(needed: int, usable: int) -> bool:

@@ -53,7 +53,7 @@ class MetricsFile:
         self._lines = JsonLines(path, warn)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._lines.write(row)
+        self._lines.write({**row, "time": round(time.time(), 3)})
 
     def close(self, done: bool) -> None:
         self._lines.close()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 Kind = Literal["softmax", "sigmoid"]
+Reduction = Literal["mean", "none"]
 
 
 def one_hot(labels: torch.Tensor, classes: int, kind: Kind) -> torch.Tensor:
@@ -33,7 +34,7 @@ def loss_fn(
     targets: torch.Tensor,
     kind: Kind,
     smoothing: float = 0.0,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
 ) -> torch.Tensor:
     """float32, the mean over samples or [n], of logits [n, classes] against labels [n, most] or targets [n, classes].
 

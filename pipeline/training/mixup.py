@@ -19,11 +19,15 @@ def mixup(
     images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, positions: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [n, 3, h, w] and targets [n, classes], mixed alike; `positions`: the micro batch's in the stream."""
-    number = int(positions[0]) // len(positions)  # of the micro batch, counted through all steps
-    weight = mixup_lambda(seed, alpha, number)
-    partners = rng.permutation(seed, Stream.MIXUP_PARTNERS, number, len(positions))
+    weight, partners = drawn_partners(alpha, seed, positions)
     of_each = to_device(partners, images.device)
     return images[of_each].lerp(images, weight), targets[of_each].lerp(targets, weight)
+
+
+def drawn_partners(alpha: float, seed: int, positions: np.ndarray) -> tuple[float, np.ndarray]:
+    """The share that samples of a micro batch keep of themselves, and the place of each one's partner, int64 [n]."""
+    number = int(positions[0]) // len(positions)  # of the micro batch, counted through all steps
+    return mixup_lambda(seed, alpha, number), rng.permutation(seed, Stream.MIXUP_PARTNERS, number, len(positions))
 
 
 def mixup_lambda(seed: int, alpha: float, number: int) -> float:

@@ -6,9 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import SupportsFloat
 
 from data.loader import Batch
 from data.storage.remote import ReadError
+from pipeline.config.schema import Config
 from pipeline.distributed.collectives import all_gather
 from pipeline.errors import RunFailed
 from pipeline.plan import Plan
@@ -20,23 +22,33 @@ Log = Callable[[str], None]
 
 
 def record_step(
-    events: Events, log: Log, plan: Plan, max_bad_fraction: float, state: TrainState, report: StepReport, reason: str
+    events: Events,
+    log: Log,
+    plan: Plan,
+    config: Config,
+    state: TrainState,
+    report: StepReport,
+    reason: str,
+    grad_norm: SupportsFloat,
 ) -> None:
     """Counts the samples of the step just done, and records what went wrong in it; `reason` says why it was skipped.
 
-    Collective. RunFailed where more than `max_bad_fraction` of an epoch's samples were replaced.
+    Collective. RunFailed where more than data.max_bad_fraction of an epoch's samples were replaced.
     """
     totals = report.totals
     state.audit.add(report.micro_batches, applied=not reason)
     if totals.bad_samples:
         replaced = state.audit.replaced()
-        _record_replaced(events, state.step, report.micro_batches, replaced, plan.train.samples, max_bad_fraction)
+        samples, most = plan.train.samples, config.data.max_bad_fraction
+        _record_replaced(events, state.step, report.micro_batches, replaced, samples, most)
     if totals.read_retries:
         _record_read_retries(events, state.step, report.read_errors)
     if reason:
         keys = all_gather([key for batch in report.micro_batches for key in batch.keys])
-        events.write("step_skipped", step=state.step, reason=reason, loss=totals.mean_loss, keys=keys)
-        log(f"step {state.step:,}/{plan.steps:,}  not applied: {reason}")
+        values = {"loss": totals.mean_loss, "grad_norm": float(grad_norm)}  # exact, for `coatnet replay`
+        events.write("step_skipped", step=state.step, reason=reason, **values, keys=keys)
+        replay = f"`coatnet replay {config.run.dir} --step {state.step}` finds the sample and the layer"
+        log(f"step {state.step:,}/{plan.steps:,}  not applied: {reason}; {replay}")
 
 
 def record_epochs(events: Events, log: Log, state: TrainState) -> None:

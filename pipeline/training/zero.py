@@ -51,6 +51,14 @@ def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     return {name: whole_shape(parameter) for name, parameter in engine.module.named_parameters()}
 
 
+def whole_value(engine: Any, parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of a parameter's whole value, on every rank; collective where stage 3 keeps it in parts."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], enabled=_in_parts(engine)):
+        return parameter.detach().clone()
+
+
 def owned_slices(engine: Any, with_ema: bool) -> list[ParamSlice]:
     """What this rank owns, in a fixed order; missing optimizer states are created as zeros (the average as weights)."""
     states = engine.optimizer.optimizer.state

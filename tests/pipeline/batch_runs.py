@@ -6,11 +6,13 @@ With `"source": RUN, "step": K` its folder first gets a copy of what that run ha
 their average, and saved again in FOLDER, with the losses in FOLDER/losses.json. With `"poison_padding"` the padding
 passes of ranks see NaN; with `"faults"` steps go wrong (`Faults`); with `"storage"` saves do
 (`StorageFaults`), and ended-RANK.txt in the run's folder has the error that a rank ended with. With `"waits": K` waits
-for the device are counted in step K (`Waits`). No training may draw from a random generator that has a state.
+for the device are counted in step K (`Waits`). With `"replay": K` nothing is trained: step K is done again (`replay`).
+No training may draw from a random generator that has a state.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,7 +20,8 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checkpoint.reader import step_name
+from pipeline.checkpoint.reader import checkpoints, step_name
 from pipeline.commands.pretrain import import_training
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.distributed.launcher import launch
 from pipeline.errors import RunFailed
 from tests import forked
-from tests.pipeline.runs import PATIENCE_SECONDS
+from tests.pipeline.runs import PATIENCE_SECONDS, contents
 from tests.pipeline.storage_faults import StorageFaults
 from tests.pipeline.waits import Waits
 
@@ -65,6 +68,8 @@ def do(job: dict[str, Any]) -> None:
     if "resave" in job:
         resave(config, plan, Path(job["resave"]))
         return
+    if "replay" in job:
+        return replay(Path(config.run.dir), job["replay"], Path(job["out"]), Faults(**job["faults"]))
     before = generators()
     forward = Faults(**job["faults"]) if "faults" in job else micro_batch_loss
     if "waits" in job:
@@ -75,6 +80,21 @@ def do(job: dict[str, Any]) -> None:
         )
     train(config, plan, [], forward=poisoned_padding(forward) if job.get("poison_padding") else forward)
     assert generators() == before
+
+
+def replay(run: Path, step: int, out: Path, forward: Faults) -> None:
+    """Replays a step into a folder; rank 0 leaves what was printed and whether the run's folder is as it was."""
+    from pipeline.commands.replay import find, replay_on_ranks
+    from pipeline.distributed.collectives import from_rank_zero
+    from pipeline.training.engine import start_process_group
+
+    start_process_group()
+    before = from_rank_zero(lambda: contents(run))
+    with redirect_stdout(io.StringIO()) as printed:
+        status = replay_on_ranks(from_rank_zero(lambda: find(run, step, None, False)), out, forward)
+    if rank_and_world_size()[0] == 0:
+        told = {"status": status, "unchanged": contents(run) == before, "printed": printed.getvalue()}
+        (out / "told.json").write_text(json.dumps(told))
 
 
 def record_end(run: Path, training: Callable[[], None]) -> None:
@@ -105,13 +125,20 @@ def poisoned_padding(forward: Any) -> Any:
 
 class Faults:
     """A forward pass of which steps (from 1) go wrong: rank 1's pixels have a NaN, a gradient of rank 0 an Inf, losses
-    are a hundred times too high on all ranks; before step `kill` is done again after a rollback, or for the first
-    time, all ranks are killed."""
+    are a hundred times too high on all ranks, or what a layer makes of the sample at a slot of the global batch is
+    multiplied (`rows`: step -> slot, layer, factor); before step `kill` is done again after a rollback, or for the
+    first time, all ranks are killed."""
 
     def __init__(
-        self, nan: Sequence[int] = (), inf: Sequence[int] = (), spikes: Sequence[int] = (), kill: int = 0
+        self,
+        nan: Sequence[int] = (),
+        inf: Sequence[int] = (),
+        spikes: Sequence[int] = (),
+        kill: int = 0,
+        rows: Mapping[str, tuple[int, str, float]] | None = None,
     ) -> None:
-        self.nan, self.inf, self.spikes, self.kill = nan, inf, spikes, kill
+        self.nan, self.inf, self.spikes, self.kill, self.rows = nan, inf, spikes, kill, rows or {}
+        self.of_row: list[Any] = []
         self.rank, self.step, self.seen = rank_and_world_size()[0], 0, set[int]()
         self.hooks: list[Any] = []
 
@@ -121,11 +148,24 @@ class Faults:
         step = int(batch.positions[0]) // config.train.global_batch + 1
         if step != self.step:
             self.begin_step(engine, step)
+        self.spoil_row(engine, batch.positions % config.train.global_batch, *self.rows.get(str(step), (-1, "", 1.0)))
         if step in self.nan and self.rank == 1:
             images = batch.images.float()
             images[0, 0, 0, 0] = math.nan
             batch = replace(batch, images=images)
         return micro_batch_loss(engine, batch, config, *more) * (100 if step in self.spikes else 1)
+
+    def spoil_row(self, engine: Any, positions: Any, slot: int, layer: str, factor: float) -> None:
+        while self.of_row:
+            self.of_row.pop().remove()
+        is_it = torch.from_numpy(positions == slot)
+        factors = torch.where(is_it, factor, 1.0)
+
+        def multiplied(_layer: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * factors.view(-1, *[1] * (output.dim() - 1))
+
+        if is_it.any():
+            self.of_row.append(engine.module.get_submodule(layer).register_forward_hook(multiplied, prepend=True))
 
     def begin_step(self, engine: Any, step: int) -> None:
         if step == self.kill and (self.kill > max(self.spikes, default=0) or step in self.seen):
@@ -150,7 +190,7 @@ def copy_run(source: Path, step: int, run: Path) -> None:
 
 
 def resave(config: Any, plan: Any, folder: Path) -> None:
-    from pipeline.checkpoint.restore import restore
+    from pipeline.checkpoint.restore import restore, warn_of_damage
     from pipeline.checkpoint.writer import CheckpointWriter
     from pipeline.config.schema import Checkpoint
     from pipeline.run.events import Events
@@ -167,7 +207,7 @@ def resave(config: Any, plan: Any, folder: Path) -> None:
     average = ema.clone(ema.statistics(model))
     folder.mkdir(parents=True, exist_ok=True)
     events = Events(folder, 0, rank)
-    state = restore(engine, Path(config.run.dir), average, plan.train, events)
+    state = restore(engine, checkpoints(Path(config.run.dir) / "checkpoints"), average, plan.train, warn_of_damage)
     assert state is not None
     losses, spec = {}, loader_spec(config, device)
     for kind, swapped in (("ema", average), ("model", None)):

@@ -65,9 +65,11 @@ ROOMS = {
     "pipeline/doctor": {"pipeline/config", "pipeline/distributed", "pipeline/run", "pipeline/training"},
 }
 ROOMS["pipeline/memory"] = ROOMS["pipeline/checkpoint"] | {"pipeline/checkpoint"}
-ROOMS["pipeline/monitoring"] = ROOMS["pipeline/memory"] | {"pipeline/memory"}
-ROOMS["pipeline/commands"] = ROOMS["pipeline/monitoring"] | {
-    "pipeline/monitoring",
+ROOMS["pipeline/costs"] = ROOMS["pipeline/memory"] | {"pipeline/memory"}
+ROOMS["pipeline/monitoring"] = ROOMS["pipeline/costs"] | {"pipeline/costs"}
+ROOMS["pipeline/report"] = ROOMS["pipeline/monitoring"] | {"pipeline/monitoring"}
+ROOMS["pipeline/commands"] = ROOMS["pipeline/report"] | {
+    "pipeline/report",
     "pipeline/watchdog",
     "pipeline/doctor",
 }
@@ -186,7 +188,9 @@ def imported_by(program: str, *arguments: str) -> set[str]:
     return HEAVY & set(Path(report).read_text().split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["data", "pack", "--help"], ["keys"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pretrain", "--help"], ["report", "--help"], ["data", "pack", "--help"], ["keys"]]
+)
 def test_help_imports_nothing_heavy(tmp_path, arguments):
     program = """
         import sys

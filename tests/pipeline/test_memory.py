@@ -142,6 +142,10 @@ KINDS = {
     "plain": ["train.precision=fp32"],
     "half recomputed in bf16": ["train.activation_checkpointing=[1,3]", "train.precision=bf16"],
     "bf16, norm by groups, sdpa": ["train.precision=bf16", "train.batch_norm_group=4", "model.attention=sdpa"],
+    "more blocks than are counted, half recomputed": [
+        "model.stages=[{kind: mbconv, blocks: 6, width: 24}, {kind: transformer, blocks: 7, width: 64}]",
+        "train.activation_checkpointing=[2]", "train.precision=bf16",
+    ],
     "recomputed, layer norm, sigmoid, no drops": [
         "train.activation_checkpointing=all", "model.norm=layer", "train.loss=sigmoid", "train.stochastic_depth=0",
     ],
@@ -174,6 +178,42 @@ class Storages:
         storage = tensor.untyped_storage()
         self.found[storage.data_ptr()] = storage.nbytes()
         return tensor
+
+
+DEEP = "model.stages=[{kind: mbconv, blocks: 6, width: 24}, {kind: transformer, blocks: 7, width: 64}]"
+
+
+@pytest.mark.parametrize(("recomputed", "device"), [("all", "cpu"), ("[1]", "cuda")])
+def test_a_block_that_stands_for_many_counts_as_all_of_them_do(
+    recomputed: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(DEEP, f"train.activation_checkpointing={recomputed}", "train.precision=bf16")
+
+    def counted(gradients_stay: bool) -> Activations:
+        return count_activations(config.model, config.train, config.augment, CLASSES, device, gradients_stay)
+
+    short = [counted(stay) for stay in (True, False)]
+    monkeypatch.setattr("pipeline.memory.activations.DISTINCT_BLOCKS", 100)
+    for few, all_blocks in zip(short, [counted(stay) for stay in (True, False)], strict=True):
+        assert sum(few.peak.values()) == pytest.approx(sum(all_blocks.peak.values()), rel=0.01)
+        assert few.kept == pytest.approx(all_blocks.kept, rel=1e-3)
+        assert few.work.operations == all_blocks.work.operations and few.work.calls == all_blocks.work.calls
+
+
+def test_a_gpus_layer_norms_are_fp32_and_its_attention_keeps_no_weights() -> None:
+    """No GPU is needed: beside the CPU's count, a norm's fp32 copies are more, attention's [tokens, tokens] less."""
+    network = ["model.stages=[{kind: transformer, blocks: 2, width: 64, stride: 1}]", "train.precision=bf16"]
+
+    def kept(device: str, *more: str) -> int:
+        config = tiny(*network, *more)
+        return count_activations(config.model, config.train, config.augment, CLASSES, device, False).kept
+
+    tokens, samples, blocks = 32 * 32, 8, 2
+    weights = blocks * samples * 4 * tokens**2
+    assert kept("cpu", "model.attention=reference") > 2 * weights
+    assert kept("cuda") < 2 * weights
+    norms = (2 * blocks) * samples * tokens * 64
+    assert kept("cuda", "model.attention=sdpa") - kept("cuda", "model.attention=sdpa", "train.precision=fp32") < norms
 
 
 def one_pass(network: CoAtNet, config: Config, saved: Storages | None = None) -> None:

@@ -124,6 +124,7 @@ def test_a_stop_while_one_ranks_batch_never_comes_saves_the_steps_that_all_have_
         "stopped after step 8 of 40; run the same command to resume\n"
     )
     assert [row["step"] for row in events(run, "interrupted")] == [8] and len(last_state(run)) > 0
+    assert not (run / "report.html").exists(), "it is not done"
     for rank in range(2):
         assert [row["step"] for row in rows(run / "samples" / f"rank-{rank}.jsonl")] == list(range(1, 9))
 

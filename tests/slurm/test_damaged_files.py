@@ -224,18 +224,18 @@ def test_a_submission_replaces_a_damaged_copy_of_the_program(tmp_path: Path) -> 
     (code / "pipeline" / "train.py").write_bytes(b"")
     (code / "slurm" / "job.py").unlink()
     (code / "data" / "mine.py").touch()
-    assert snapshot(tmp_path) == code and contents(code) == whole
+    assert snapshot(tmp_path) == code and contents(code) == whole and "pipeline/report/page.html" in whole
     assert [path.name for path in tmp_path.iterdir()] == [code.name]
 
 
 def test_a_request_never_takes_the_place_of_one_that_a_job_may_wait_for(tmp_path: Path) -> None:
     config = read_config("configs/tiny.yaml", ["data.train=here", f"run.dir={tmp_path}/run"])
     for _ in range(3):
-        prepare(JobSpec("pretrain", config), tmp_path, None)
+        prepare(JobSpec("pretrain", "tiny.yaml", config), tmp_path, None)
     waiting = {name: (tmp_path / name).read_bytes() for name in ("request-1.json", "request-2.json", "config-2.yaml")}
     (tmp_path / "request-0.json").unlink()
     (tmp_path / "config-0.yaml").unlink()
-    prepare(JobSpec("pretrain", config), tmp_path, None)
+    prepare(JobSpec("pretrain", "tiny.yaml", config), tmp_path, None)
     assert waiting == {name: (tmp_path / name).read_bytes() for name in waiting}
     assert read_request(tmp_path / "request-3.json").command == ["pretrain", str(tmp_path / "config-3.yaml")]
     for content in (b"", b"{}", b"\xff"):

@@ -339,7 +339,7 @@ def test_where_preemption_cancels_an_array_is_chosen_or_advised(
 
     def chosen(partition: str, requeue: str, is_followed: bool = False) -> tuple[bool, str]:
         overrides = [f"slurm.partition={partition}", f"slurm.requeue={requeue}", f"run.dir={tmp_path}"]
-        job = JobSpec("pretrain", read_config("configs/tiny.yaml", [*overrides, "data.train=here"]))
+        job = JobSpec("pretrain", "tiny.yaml", read_config("configs/tiny.yaml", [*overrides, "data.train=here"]))
         is_array = with_restarts(job, is_followed).array
         said = capsys.readouterr()
         return is_array, said.out + said.err
