@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pipeline.costs.calibration import calibrated
 from pipeline.costs.devices import BY_TORCH_NAME
-from pipeline.costs.run_costs import DAY, Request, run_costs
+from pipeline.costs.run_costs import Request, run_costs
 from pipeline.costs.step_time import CPU, Rates
 from pipeline.errors import UsageError
 from pipeline.formatting import format_number, format_percent, format_seconds
@@ -64,7 +64,7 @@ def _rows(
     step = statistics.median(row["step_seconds"] for row in steps)
     images = statistics.median(row["images_per_second"] for row in steps)
     undisturbed, had = record.step * plan["step_seconds"], sum(accounts.seconds[:WAITING])
-    machine_days = sum((each.ranks or 0) * sum(each.seconds[:WAITING]) for each in accounts.attempts) / DAY
+    of_ranks = sum((each.ranks or 0) * sum(each.seconds[:WAITING]) for each in accounts.attempts)
     stalls = [row["seconds"] for row in record.of("checkpoint_stall")]
     rows = [
         ("a step", format_seconds(plan["step_seconds"]), format_seconds(step)),
@@ -75,9 +75,9 @@ def _rows(
     if goodput and accounts.goodput is not None:
         planned = undisturbed / goodput
         rows += [
-            ("with all that is not progress", format_seconds(planned), format_seconds(had)),
+            ("with saves, failures, restarts", format_seconds(planned), format_seconds(had)),
+            ("the same, of all ranks together", format_seconds(planned * ranks), format_seconds(of_ranks)),
             ("goodput", format_percent(goodput, 1), format_percent(accounts.goodput, 1)),
-            ("rank-days" if on_cpu else "GPU-days", f"{planned * ranks / DAY:.3g}", f"{machine_days:.3g}"),
         ]
     if not on_cpu:
         most = max(row.get("memory_bytes", 0) for row in steps)

@@ -122,6 +122,8 @@ def _scale(values: Sequence[float], axes: matplotlib.axes.Axes) -> None:
     known = [value for value in values if np.isfinite(value)]
     if known and min(known) > 0 and max(known) / min(known) > 100:
         axes.set_yscale("log")
+    else:  # each tick with its power of ten, for which there is no room above
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.10g}")
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
