@@ -58,6 +58,7 @@ CHECKS = (
     Entry("DALI", 80, "benchmarks.gpu_checks.decoding.rates"),
     Entry("odd samples", 20, "benchmarks.gpu_checks.decoding.odd_samples"),
     Entry("kill and resume", 50, "benchmarks.gpu_checks.training.kill_and_resume"),
+    Entry("the same, to the bit", 50, "benchmarks.gpu_checks.training.kill_and_resume", "true"),
     Entry("checkpoint and live state", 20, "benchmarks.gpu_checks.training.checkpoint_beside_live_state"),
     Entry("guards", 40, "benchmarks.gpu_checks.training.guards"),
     Entry(

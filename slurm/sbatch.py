@@ -54,7 +54,6 @@ def parameters(
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "constraint": slurm.constraint,
         "exclude": slurm.exclude,
         "dependency": dependency,
         "signal_delay_s": slurm.signal_seconds,

@@ -34,6 +34,8 @@ from pipeline.plan import check_ranks, training_set
 from pipeline.run.jsonl import JsonLines, read_metrics
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.replay import Replay
     from pipeline.train import Forward
 
@@ -72,17 +74,16 @@ def replay(run: str, step: int, out: str | None, attempt: int | None, from_start
     from pipeline.distributed.collectives import from_rank_zero
     from pipeline.training.engine import start_process_group
 
-    start_process_group()
-    return replay_on_ranks(from_rank_zero(lambda: find(Path(run), step, attempt, from_start)), place)
+    device = start_process_group()
+    return replay_on_ranks(from_rank_zero(lambda: find(Path(run), step, attempt, from_start)), place, device)
 
 
-def replay_on_ranks(found: Found, place: Path | None, forward: Forward | None = None) -> int:
+def replay_on_ranks(found: Found, place: Path | None, device: torch.device, forward: Forward | None = None) -> int:
     """The same on every rank, of what rank 0 has found. Collective."""
     from pipeline.replay import replay_step
     from pipeline.train import micro_batch_loss
-    from pipeline.training.engine import start_process_group
 
-    device, (rank, world_size) = start_process_group(), rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     check_ranks(found.stretch.config, world_size)
     if rank == 0:
         print("\n".join(_introduction(found, world_size)), flush=True)

@@ -29,6 +29,8 @@ CLEARS = {
     ("model", "stages"): ("name",),
 }
 """A key that is set in a later layer -> keys of its section that it removes from the earlier ones."""
+REMOVED = {"slurm.constraint": "slurm.sbatch=[--constraint=...]"}
+"""A key that there was -> what takes its place. A request that sets it is refused; what an older run kept is read."""
 
 
 def read_config(path: str, overrides: list[str]) -> Config:
@@ -49,6 +51,9 @@ def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -
     A line begins with the last of the overrides whose key it names, or else with the origin.
     """
     tree = {**{name: {} for name in Config.model_fields}, **tree}  # so that keys are missing, not sections
+    for section, _, name in (full.partition(".") for full in REMOVED):
+        if isinstance(tree[section], dict):
+            tree[section] = {key: value for key, value in tree[section].items() if key != name}
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -164,7 +169,10 @@ def _check_keys(tree: dict[str, Any], section: type[Section], prefix: str, origi
     for name, value in tree.items():
         full = f"{prefix}{name}"
         if name not in section.model_fields:
-            raise UsageError(f"{origin}: {full}: unknown{_suggestion(full, section, prefix)}")
+            if full in REMOVED and value is None:  # as the config.yaml of an older run has it
+                continue
+            instead = f"was removed; set {REMOVED[full]} instead" if full in REMOVED else None
+            raise UsageError(f"{origin}: {full}: {instead or 'unknown' + _suggestion(full, section, prefix)}")
         annotation = section.model_fields[name].annotation
         inner = section_type(annotation)
         if isinstance(value, dict) and inner is not None:

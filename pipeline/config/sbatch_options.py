@@ -7,9 +7,8 @@ import re
 from pipeline.config.schema import Slurm
 
 _KEYS = {
-    "account": "slurm.account", "constraint": "slurm.constraint", "exclude": "slurm.exclude", "job-name": "run.dir",
-    "nodes": "slurm.nodes", "no-kill": "slurm.min_nodes", "partition": "slurm.partition", "qos": "slurm.qos",
-    "signal": "slurm.signal_seconds",
+    "account": "slurm.account", "exclude": "slurm.exclude", "job-name": "run.dir", "nodes": "slurm.nodes",
+    "no-kill": "slurm.min_nodes", "partition": "slurm.partition", "qos": "slurm.qos", "signal": "slurm.signal_seconds",
     **dict.fromkeys(["array", "requeue", "no-requeue"], "slurm.requeue"),
     **dict.fromkeys(["cpus-per-task", "cpus-per-gpu"], "slurm.cpus_per_task"),
     **dict.fromkeys(

@@ -179,6 +179,11 @@ class Train(Section):
         " compiler and Python.h",
         "mutable",
     )
+    deterministic: bool = key(
+        False,
+        "on GPUs the same bits in every run, where operations that have no fixed order are an error; slower",
+        "mutable",
+    )
     loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: a binary decision for each class")
     label_smoothing: float = key(
         0.1, "share of the target that is uniform over the classes (sigmoid: 1/2 for each; 0.0001 there)", ge=0, lt=1
@@ -303,7 +308,6 @@ class Slurm(Section):
     partition: str | None = key(None, "partition; null: the cluster's default", "mutable")
     account: str | None = key(None, "account; null: the user's default", "mutable")
     qos: str | None = key(None, "quality of service; null: the default", "mutable")
-    constraint: str | None = key(None, "features that nodes must have", "mutable")
     exclude: str | None = key(None, "nodes to exclude", "mutable")
     sbatch: tuple[str, ...] = key((), "any other options of sbatch, as [--reservation=ours]", "mutable")
     setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "mutable")
@@ -356,6 +360,15 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _has_a_fixed_order(self) -> Config:
+        if self.train.deterministic and self.model.attention == "flex":
+            raise ValueError(
+                "train.deterministic is true and model.attention is flex, which adds up the bias's gradient in no fixed"
+                " order; set model.attention=auto, or train.deterministic=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _compiles(self) -> Config:

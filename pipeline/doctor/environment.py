@@ -17,9 +17,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.compiler import find_compiler
 from pipeline.distributed.launcher import free_port
 from pipeline.doctor.checks import Check
-from pipeline.doctor.compiler import find_compiler
 from pipeline.doctor.install import driver_cuda
 from pipeline.doctor.subprocess_probe import REINSTALL, has_gpu, one_line, run_isolated
 

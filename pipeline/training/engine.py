@@ -25,11 +25,19 @@ from models.norm import across_ranks, frozen_statistics
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Config, Optim, Train, Zero
 from pipeline.distributed.environment import rank_and_world_size
-from pipeline.distributed.gpu import join_over_nccl
+from pipeline.distributed.gpu import join_over_nccl, sum_in_fixed_order
 from pipeline.plan import Plan
 from pipeline.training import zero
 from pipeline.training.ema import Statistics, swapped
-from pipeline.training.model import InitialWeights, ShardLayer, empty_weights, init_weights, load_values, meta_model
+from pipeline.training.model import (
+    InitialWeights,
+    ShardLayer,
+    check_attention,
+    empty_weights,
+    init_weights,
+    load_values,
+    meta_model,
+)
 from pipeline.training.optimizer import AdamWWithEma, parameter_groups
 
 TIMEOUT_SECONDS = 1800.0
@@ -85,6 +93,9 @@ def build_initial_model(
     config: Config, plan: Plan, device: torch.device, initial_weights: InitialWeights | None
 ) -> CoAtNet:
     """The network, its parameters sharded at ZeRO-3, with its initial weights; zeros where a checkpoint's follow."""
+    check_attention(config.model, device)
+    if config.train.deterministic and device.type == "cuda":
+        sum_in_fixed_order()
     network = meta_model(config.model, config.train, len(plan.train.classes))
     shard = zero3_init(config.train, config.optim, config.zero)
     if not plan.is_new_run:

@@ -19,6 +19,7 @@ from models.count import Count, count_network
 from models.init import allocate, initial_value
 from models.norm import BatchNorm2d
 from models.variants import Layout, Stage, Stem
+from pipeline.compiler import find_compiler
 from pipeline.config.schema import Model, Train
 from pipeline.errors import UsageError
 
@@ -56,11 +57,21 @@ def build_model(
     shard: ShardLayer | None = None,
 ) -> CoAtNet:
     """A CoAtNet with the weights that `values` gives; UsageError for impossible values."""
+    check_attention(model, device)
+    return load_values(meta_model(model, train, classes), device, values, shard)
+
+
+def check_attention(model: Model, device: torch.device) -> None:
+    """UsageError where this machine cannot compute the model's attention on such a device."""
     try:
         check_backend(model.attention, device.type)
     except ValueError as error:
         raise UsageError(f"model.{error}") from None
-    return load_values(meta_model(model, train, classes), device, values, shard)
+    try:
+        if model.attention == "flex":
+            find_compiler(device.type == "cuda")
+    except ValueError as error:
+        raise UsageError(f"model.attention=flex compiles, and {error}") from None
 
 
 @torch.no_grad()

@@ -88,10 +88,10 @@ def replay(run: Path, step: int, out: Path, forward: Faults) -> None:
     from pipeline.distributed.collectives import from_rank_zero
     from pipeline.training.engine import start_process_group
 
-    start_process_group()
+    device = start_process_group()
     before = from_rank_zero(lambda: contents(run))
     with redirect_stdout(io.StringIO()) as printed:
-        status = replay_on_ranks(from_rank_zero(lambda: find(run, step, None, False)), out, forward)
+        status = replay_on_ranks(from_rank_zero(lambda: find(run, step, None, False)), out, device, forward)
     if rank_and_world_size()[0] == 0:
         told = {"status": status, "unchanged": contents(run) == before, "printed": printed.getvalue()}
         (out / "told.json").write_text(json.dumps(told))

@@ -207,6 +207,11 @@ def test_compiling_at_zero_stage_3_is_refused(small):
     assert "train.compile is true and zero.stage is 3" in line and "zero.stage=2" in line
 
 
+def test_attention_in_no_fixed_order_is_refused_where_one_is_asked_for(small):
+    (line,) = refused(small, "train.deterministic=true", "model.attention=flex")
+    assert "train.deterministic is true and model.attention is flex" in line and "model.attention=auto" in line
+
+
 def test_all_wrong_values_are_named_at_once(small):
     lines = refused(small, "train.micro_batch=x", "optim.grad_clip_norm=-1", "model.resolution=0")
     assert [re.findall(r"[a-z]+\.[a-z_]+ is", line) for line in lines] == [
@@ -469,6 +474,19 @@ def test_minutes_that_an_older_run_kept_as_a_number_are_read(small):
     tree = read_config(small, ["slurm.time=90"]).model_dump(mode="json")
     older = {**tree, "slurm": {**tree["slurm"], "time": 90}}
     assert validate(older, "checkpoint") == validate(tree, "checkpoint")
+
+
+def test_a_key_that_was_removed_is_refused_in_a_request_and_read_of_an_older_run(small, tmp_path):
+    config = read_config(small, [])
+    tree, older = config.model_dump(mode="json"), tmp_path / "config.yaml"
+    for value in ("ib", None):
+        older.write_text(yaml.safe_dump({**tree, "slurm": {**tree["slurm"], "constraint": value}}))
+        assert read_resolved(older) == config
+    assert read_config(str(older), []) == config  # an older run's own file, with which it is resumed
+    with pytest.raises(
+        UsageError, match=r"slurm.constraint: was removed; set slurm.sbatch=\[--constraint=...\] instead"
+    ):
+        read_config(small, ["slurm.constraint=ib"])
 
 
 def test_a_file_with_the_line_ends_and_the_mark_of_windows_is_read(small, tmp_path):

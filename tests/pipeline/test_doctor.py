@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.config.schema import Model
 from pipeline.doctor.checks import Check, exit_status, render
 from pipeline.doctor.environment import build_fit, check_compiler, check_machine
 from pipeline.doctor.install import ROOT
+from pipeline.errors import UsageError
+from pipeline.training.model import check_attention
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,9 @@ def test_what_compiles_needs_a_compiler_and_the_headers_of_python(
         monkeypatch.setenv(name, program)
     missing = check_compiler(on_gpu)
     assert missing.state == "note" and "no-such-compiler" in missing.advice and variable in missing.advice
+    if on_gpu:  # what evaluate, predict and report build, and every rank of a training
+        with pytest.raises(UsageError, match=r"model.attention=flex compiles, and .* no-such-compiler"):
+            check_attention(Model(name="coatnet_0", attention="flex"), torch.device("cuda"))
     monkeypatch.setenv(variable, sys.executable)
     monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
     missing = check_compiler(on_gpu)

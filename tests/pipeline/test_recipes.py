@@ -17,6 +17,7 @@ from pipeline.commands.pretrain import pretrain
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
 from pipeline.lineage import check_new_augmentations, lineage_entry, lineage_warning
+from tests.pipeline.runs import coatnet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = ("imagenet1k", "imagenet21k", "jft300m", "jft3b")
@@ -153,6 +154,21 @@ def test_the_head_says_what_the_paper_reached_what_is_our_reading_and_the_comman
     assert "Our reading" in words or "Our choice" in words
     command = f"coatnet {'finetune' if tuned else 'pretrain'} configs/{preset}" + " --from runs/" * tuned
     assert f"#     {command}" in head
+    assert bool(re.search(r"coatnet[4-7]", preset)) == ("#     coatnet plan " in head or "as in coatnet4.yaml" in words)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if "coatnet plan" in head_of(preset)])
+def test_the_head_of_a_large_preset_has_the_figures_of_its_command(preset: str) -> None:
+    head = " ".join(head_of(preset).replace("#", " ").split())
+    (command,) = re.findall(r"#     coatnet (plan .*)", head_of(preset))
+    for gpu, said in (
+        ("h100", r"(\S+ GiB) on a GPU of 80 .*; (\S+ m?s) a step"),
+        ("h200", r"(\S+ GiB) .*H100s, (\S+ m?s) on"),
+    ):
+        printed = coatnet(*command.replace("h100", gpu).split()).stdout
+        found = re.search(r"memory +(\S+ GiB) of \S+ GiB: fits.*step +(\S+ m?s),", printed, re.DOTALL)
+        assert found is not None and [found.groups()] == re.findall(said, head)
 
 
 def test_each_size_of_the_paper_has_its_presets_at_each_resolution() -> None:

@@ -70,7 +70,7 @@ OPTIONAL = {"--dependency", "--exclusive", "--kill-on-invalid-dep", "--propagate
 
 @pytest.mark.parametrize("array", [False, True])
 def test_what_the_batch_script_sets_cannot_be_set_otherwise(tmp_path: Path, array: bool) -> None:
-    words: dict[str, Any] = dict.fromkeys(("memory", "partition", "account", "qos", "constraint", "exclude"), "x")
+    words: dict[str, Any] = dict.fromkeys(("memory", "partition", "account", "qos", "exclude"), "x")
     everything = Slurm(nodes=4, min_nodes=2, gpus_per_node=2, cpus_per_task=3, **words)
     text = script(tmp_path, "exit", parameters(everything, "name", tmp_path, "afterok:7", array))
     options = set(re.findall(r"^#SBATCH (--[a-z-]+)", text, re.MULTILINE))
@@ -83,6 +83,7 @@ def test_what_the_batch_script_sets_cannot_be_set_otherwise(tmp_path: Path, arra
 
 def test_what_is_a_persons_to_choose_reaches_the_batch_script_beside_ours(tmp_path: Path) -> None:
     chosen = ("--dependency=afterok:1", "--hold", "--comment=two words", "--gres=gpu:a100:2", "--propagate=NOFILE")
+    chosen += ("--constraint=ib",)
     check_job(slurm := Slurm(gpus_per_node=2, sbatch=chosen))
     lines = script(tmp_path, "exit", parameters(slurm, "name", tmp_path, "afterok:7")).splitlines()
     both = ("--dependency=afterok:7,afterok:1", "--hold", "--comment='two words'", *chosen[3:])
