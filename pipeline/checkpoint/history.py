@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
-from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UsageError
 from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import read_lines, read_metrics
+from pipeline.run.small_files import has
 
 _ENDS = ("finished", "interrupted", "rollback")
 """Events that follow an attempt's last step."""
@@ -76,7 +76,7 @@ def read_history(run: Path) -> list[Stretch]:
     begun: dict[str, Any] = {}
     for row in rows:
         step = row.get("step")
-        if row["event"] == "attempt_started":
+        if row["event"] == "attempt_started" and has(row, {"world_size": int}):
             begun = row
             if stretches and isinstance(left := row.get("left_step"), int):  # its metrics may be cut back since
                 stretches[-1] = _reaching(stretches[-1], left)
@@ -104,7 +104,7 @@ def _before(config: Config, changed: dict[str, Any], run: Path) -> Config:
     tree = config.model_dump(mode="json")
     for name, (old, _) in changed.items():
         *sections, leaf = name.split(".")
-        reduce(getitem, sections, tree)[leaf] = old
+        reduce(lambda part, section: part.setdefault(section, {}), sections, tree)[leaf] = old
     return validate(tree, f"{run}: the configuration of an earlier start") if changed else config
 
 

@@ -68,6 +68,8 @@ def replay(run: str, step: int, out: str | None, attempt: int | None, from_start
         found = find(Path(run), step, attempt, from_start)
         _check_data(found)
         check_ranks(found.stretch.config, procs)
+        if place is not None:
+            _make(place)
         return launch_apart(procs)
     from pipeline.distributed.collectives import from_rank_zero
     from pipeline.training.engine import start_process_group
@@ -139,6 +141,13 @@ def _checked_place(place: Path, run: Path) -> Path:
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"--out={place} exists already; choose a new folder")
     return place
+
+
+def _make(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={place} cannot be made: {error.strerror}; choose another folder") from None
 
 
 def _introduction(found: Found, world_size: int) -> list[str]:
