@@ -156,7 +156,8 @@ def _attempts(events: Sequence[Row], rows: Sequence[Row], starts: Sequence[Start
         if after is not None:
             noted = _first(own[after], "attempt_started") or {}
             left = {"step": noted["left_step"], "time": noted["left_time"]} if has(noted, _LEFT) else {}
-        ranks = opening.get("world_size", found[-1].ranks if found else None)
+        before_it = found[-1].ranks if found else None
+        ranks = opening["world_size"] if has(opening, {"world_size": int}) else before_it
         found.append(_attempt(number, ranks, opening, own[number], left, starts))
     if found and now is not None:
         found[-1] = replace(found[-1], known=max(found[-1].known, now), ended=max(found[-1].ended, now))
