@@ -158,9 +158,9 @@ def plan(
         list[str] | None,
         path_option("--calibrate", metavar="FILE", help="metrics.jsonl of a run on such GPUs, or bench gpu's; repeat"),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour")] = None,
+    price: Annotated[float | None, typer.Option(min=0, max=1e9, help="of a GPU-hour")] = None,
     failure_days: Annotated[
-        float | None, typer.Option(min=1e-3, help="GPU-days between failures; default: 2000")
+        float | None, typer.Option(min=1e-3, max=1e9, help="GPU-days between failures; default: 2000")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

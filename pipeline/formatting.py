@@ -15,7 +15,7 @@ def format_duration(seconds: float) -> str:
     parts = []
     for unit, length in UNITS[first : first + 2]:
         count, whole = divmod(whole, length)
-        parts.append(f"{count} {unit}")
+        parts.append(f"{count:,} {unit}")
     return " ".join(parts)
 
 

@@ -111,7 +111,7 @@ def _restored(
     engine = deepspeed_engine.build_engine(model, config.train, config.optim, config.zero)
     bn_ema = ema.clone(ema.statistics(model)) if config.train.ema else None
     audit = EpochAudit(plan.train.samples, config.train.global_batch, None)
-    saved = restore(engine, folders, bn_ema, plan.train, warn_of_damage)
+    saved = restore(engine, folders, bn_ema, plan.train, warn_of_damage, "--from-start trains from step 1 instead")
     return engine, TrainState.from_json(saved, audit, [], bn_ema) if saved else TrainState.begin(audit, [], bn_ema)
 
 

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
-from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +22,18 @@ from pipeline.config.schema import Config
 from pipeline.errors import UsageError
 from pipeline.run.events import last_logged_step
 from pipeline.run.jsonl import read_lines, read_metrics
+from pipeline.run.small_files import has
 
+_ENDS = ("finished", "interrupted", "rollback")
+"""Events that follow an attempt's last step."""
 TRIED = 3
 """The newest checkpoints before a step that are tried where one is damaged."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """The steps that an attempt did: those after `start`, less `skipped`, up to `reach` at least, as its records say.
+    """The steps that an attempt did: those after `start`, less `skipped`, up to `reach` at least, as its records say,
+    and no more where they have its end.
 
     `device` and `torch` are what it computed with; None where an older version did not note it.
     """
@@ -38,6 +41,7 @@ class Stretch:
     attempt: int
     start: int
     reach: int
+    has_end: bool
     skipped: frozenset[int]
     config: Config
     world_size: int
@@ -72,18 +76,27 @@ def read_history(run: Path) -> list[Stretch]:
     begun: dict[str, Any] = {}
     for row in rows:
         step = row.get("step")
-        if row["event"] == "attempt_started":
+        if row["event"] == "attempt_started" and has(row, {"world_size": int}):
             begun = row
+            if stretches and isinstance(left := row.get("left_step"), int):  # its metrics may be cut back since
+                stretches[-1] = _reaching(stretches[-1], left)
         elif row["event"] in ("training_started", "training_resumed") and begun and isinstance(step, int):
             number = row["attempt"]
+            if before := [each for each in stretches if each.start < step]:  # whose checkpoint this is
+                stretches[stretches.index(before[-1])] = _reaching(before[-1], step)
             skipped = [range(each["first"], each["last"] + 1) for each in recorded_rollbacks(run, number)]
             made = configs[begun["attempt"]], begun["world_size"], begun.get("device"), begun.get("torch")
-            stretches.append(Stretch(number, step, step, frozenset().union(*skipped), *made))
-        elif stretches and row["attempt"] == stretches[-1].attempt and isinstance(step, int):
-            stretches[-1] = replace(stretches[-1], reach=max(step, stretches[-1].reach))
+            stretches.append(Stretch(number, step, step, False, frozenset().union(*skipped), *made))
+        elif stretches and row["attempt"] == stretches[-1].attempt:
+            last = _reaching(stretches[-1], step if isinstance(step, int) else 0)
+            stretches[-1] = replace(last, has_end=last.has_end or row["event"] in _ENDS)
     if not stretches:
         raise UsageError(f"{run} has trained no step yet, by its events.jsonl")
-    return [*stretches[:-1], replace(stretches[-1], reach=max(stretches[-1].reach, last_logged_step(run)))]
+    return [*stretches[:-1], _reaching(stretches[-1], last_logged_step(run))]
+
+
+def _reaching(stretch: Stretch, step: int) -> Stretch:
+    return replace(stretch, reach=max(step, stretch.reach))
 
 
 def _before(config: Config, changed: dict[str, Any], run: Path) -> Config:
@@ -91,21 +104,21 @@ def _before(config: Config, changed: dict[str, Any], run: Path) -> Config:
     tree = config.model_dump(mode="json")
     for name, (old, _) in changed.items():
         *sections, leaf = name.split(".")
-        reduce(getitem, sections, tree)[leaf] = old
+        reduce(lambda part, section: part.setdefault(section, {}), sections, tree)[leaf] = old
     return validate(tree, f"{run}: the configuration of an earlier start") if changed else config
 
 
 def attempts_of(history: Sequence[Stretch], step: int) -> list[Stretch]:
     """The stretches that have a step, the one that counts last; UsageError where none has.
 
-    A run notes only every `log.every`-th step, so a last one may have done a few more than its records say.
+    A run notes only every `log.every`-th step, so one that was killed may have done a few more than its records say.
     """
     having = [each for each in history if each.start < step and step not in each.skipped]
-    done = [each for each in having if step < each.reach + each.config.log.every]
+    done = [each for each in having if step < each.reach + (1 if each.has_end else each.config.log.every)]
     if done:
         return sorted(done, key=lambda each: (min(each.reach, step), each.attempt))
     reached = max(each.reach for each in history)
-    if 0 < step <= reached:
+    if any(step in each.skipped for each in history):
         raise UsageError(f"step {step} was done by no attempt: a rollback skipped it")
     raise UsageError(f"step {step} is none of the run's, which has done {reached} steps")
 

@@ -28,16 +28,25 @@ from pipeline.training.zero import ParamSlice
 State = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 OnDamage = Callable[[Path, DamagedCheckpoint], object]
+_ANOTHER_CHECKPOINT = (
+    "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
+    " or begin again with --restart"
+)
 _ANOTHER_RUN = "put back the configuration and the program that wrote it, or begin another run with run.dir=..."
 
 
 def restore(
-    engine: Any, folders: list[Path], average: Statistics | None, train: Manifest, on_damage: OnDamage
+    engine: Any,
+    folders: list[Path],
+    average: Statistics | None,
+    train: Manifest,
+    on_damage: OnDamage,
+    suggestion: str = _ANOTHER_CHECKPOINT,
 ) -> State | None:
     """Loads the newest good checkpoint of these into the engine and `average`; returns its state, None of no folder.
 
-    Collective. RunFailed where checkpoints exist and none is good; UsageError where the newest is of another training
-    set, network or format.
+    Collective. RunFailed, with the suggestion, where checkpoints exist and none is good; UsageError where the newest
+    is of another training set, network or format.
     """
     if not folders:
         return None
@@ -56,14 +65,7 @@ def restore(
             raise problems[0]
         return reader
 
-    reader = newest_good(
-        folders[-1].parent,
-        folders,
-        verified_by_all,
-        on_damage,
-        "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
-        " or begin again with --restart",
-    )
+    reader = newest_good(folders[-1].parent, folders, verified_by_all, on_damage, suggestion)
     return _apply(engine, owned, average, reader)
 
 

@@ -12,15 +12,12 @@ from typing import Any
 from pipeline.config.parsing import read_config
 from pipeline.costs.calibration import calibrated
 from pipeline.costs.devices import find_device
-from pipeline.costs.run_costs import DAY, Request, run_costs
+from pipeline.costs.run_costs import CLASSES, DAY, Request, run_costs
 from pipeline.costs.step_time import CPU, Rates, peak
 from pipeline.errors import UsageError
 from pipeline.formatting import format_duration, format_number, format_percent, format_seconds, format_si, pluralize
 from pipeline.memory.oom import format_bytes
 from pipeline.plan import check_ranks, readable_manifest
-
-CLASSES = 1000
-"""Where neither the configuration nor a manifest says."""
 
 
 def plan_costs(
@@ -47,7 +44,7 @@ def plan_costs(
     files = [Path(each) for each in calibrations]
     rates, measured = calibrated(files, device, gpus_per_node) if files else (Rates(), set[str]())
     manifest = readable_manifest(config.data.train)
-    classes = config.model.classes or (len(manifest.classes) if manifest else CLASSES)
+    classes = config.model.classes or (len(manifest.classes) if manifest else None)
     samples = config.data.train_samples or (manifest.samples if manifest else None)
     sample_bytes = manifest.mean_sample_bytes if manifest else None
     request = Request(gpu, device, gpus, gpus_per_node, classes, samples, sample_bytes, price, failure_days)
@@ -55,8 +52,8 @@ def plan_costs(
     if as_json:
         print(json.dumps(document))
         return 0
-    name = config.model.name or "custom CoAtNet"
-    print(f"{name}, {config.model.resolution} x {config.model.resolution}, {pluralize(classes, 'class', 'classes')}")
+    name, side = config.model.name or "custom CoAtNet", config.model.resolution
+    print(f"{name}, {side} x {side}, {pluralize(classes or CLASSES, 'class', 'classes')}")
     for heading, lines in groupby(_lines(document), key=itemgetter(0)):
         for number, (_, text) in enumerate(lines):
             print(f"{heading if number == 0 else '':12}{text}")
@@ -83,12 +80,13 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if plan["steps"] is not None:
         days, longer = plan["days"], plan["days_with_failures"]
         with_failures = "it never ends" if longer is None else format_duration(DAY * longer)
-        gpu_days = f"{plan['steps']:,} steps: {format_duration(DAY * days)}, {format_number(plan['gpu_days'])} GPU-days"
+        steps, gpu_days = pluralize(plan["steps"], "step"), format_number(plan["gpu_days"])
         cost = "" if plan["cost"] is None else f"; {plan['cost']:,.0f} by the price of a GPU-hour"
-        yield "length", f"{gpu_days}; with failures {with_failures}{cost}"
+        undisturbed = f"{format_duration(DAY * days)}, {gpu_days} GPU-days"
+        yield "length", f"{steps}: {undisturbed}; with failures {with_failures}{cost}"
     stall, write = (format_seconds(plan[f"checkpoint_{name}_seconds"]) for name in ("stall", "write"))
     yield "checkpoint", f"{format_si(plan['checkpoint_bytes'], 'B')}, stalls {stall}, is written in {write}"
-    every = f"checkpoint.every={plan['checkpoint_every']} ({format_duration(plan['checkpoint_interval_seconds'])})"
+    every = f"checkpoint.every={plan['checkpoint_every']} ({format_seconds(plan['checkpoint_interval_seconds'])})"
     best, present = (format_percent(plan[name], 2) for name in ("goodput", "goodput_as_configured"))
     between = format_duration(3600 * plan["hours_between_failures"])
     yield "failures", f"one in {between}: best is {every}, goodput {best}; as configured {present}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +112,7 @@ def sheet(items: list[SheetItem], title: str) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
 
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # the sheet shows a box
     scale = -(-MIN_SIDE // len(items[0].augmented))
     side, font = scale * len(items[0].augmented), FontProperties(size=FONT_POINTS)
     width, height = 2 * side + BETWEEN + 2 * GAP, side + LINE * max(len(item.lines) for item in items) + GAP

@@ -68,8 +68,10 @@ def replay(run: str, step: int, out: str | None, attempt: int | None, from_start
     place = None if out is None else _checked_place(Path(out), Path(run))
     if not is_rank():  # what is wrong with the request is said at once
         found = find(Path(run), step, attempt, from_start)
-        training_set(found.stretch.config)
+        _check_data(found)
         check_ranks(found.stretch.config, procs)
+        if place is not None:
+            _make(place)
         return launch_apart(procs)
     from pipeline.distributed.collectives import from_rank_zero
     from pipeline.training.engine import start_process_group
@@ -124,12 +126,29 @@ def find(run: Path, step: int, attempt: int | None, from_start: bool) -> Found:
     return Found(run, path, folders, numbers, recorded_values(run, history, path))
 
 
+def _check_data(found: Found) -> None:
+    try:
+        training_set(found.stretch.config)
+    except UsageError as error:
+        place = found.run / "config.yaml"
+        raise UsageError(
+            f"{error}. A replay reads the run's data: set data.train in {place} to where they lie"
+        ) from None
+
+
 def _checked_place(place: Path, run: Path) -> Path:
     if place.resolve().is_relative_to(run.resolve()):
         raise UsageError(f"--out={place} is in the run's folder, in which nothing is to change; choose another")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"--out={place} exists already; choose a new folder")
     return place
+
+
+def _make(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={place} cannot be made: {error.strerror}; choose another folder") from None
 
 
 def _introduction(found: Found, world_size: int) -> list[str]:
@@ -174,7 +193,8 @@ def _comparison(found: Found, done: Replay, world_size: int) -> tuple[list[str],
         wrong = f"WARNING: step {differing[0]} had {_values(there)} in the run and has {_values(here)} now, which is no"
         cause = "unless code, packages or data have changed, one of the devices computes wrongly"
         return [was, f"{wrong} rounding: {cause}.{first}"], True
-    same = f"step {', '.join(format_ranges(both))}: loss and gradient norm are those that the run recorded"
+    steps = f"step{'s' * (len(both) > 1)} {', '.join(format_ranges(both))}"
+    same = f"{steps}: loss and gradient norm are those that the run recorded"
     if set(how.values()) == {"equal to the bit"}:
         return [was, f"{same}, to the bit{', as they must be' * done.exact}"], False
     why = f"{_machines(then)} and torch {then.torch}, as the run had, give the same bits, and only on CPUs of a kind"

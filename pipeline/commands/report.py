@@ -58,8 +58,8 @@ def judge_run(record: RunRecord, data: str) -> Verdicts:
     classes = reader.state()["classes"]
     if list(manifest.classes) != classes:
         raise UsageError(
-            f"--data={data} has {len(manifest.classes)} classes and {record.run} was trained on {len(classes)};"
-            " give a set with the same classes"
+            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {record.run} was"
+            f" trained on {len(classes)} ({classes[0]}, ...); give a set with the same classes"
         )
     import torch
 

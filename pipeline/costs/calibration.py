@@ -16,18 +16,22 @@ import numpy as np
 
 from pipeline.config.parsing import read_resolved
 from pipeline.config.schema import Augment, Config, Model, Train, Zero
-from pipeline.costs.devices import Device
+from pipeline.costs.devices import BY_TORCH_NAME, Device
 from pipeline.costs.step_time import Rates, scaled, step_terms
 from pipeline.errors import UsageError
 from pipeline.memory.activations import count_activations, estimates
 from pipeline.memory.estimate import Settings
 from pipeline.plan import readable_manifest
 from pipeline.run.jsonl import read_lines, read_metrics
+from pipeline.run.small_files import NUMBER, has
 from pipeline.training.model import count_model
 
 FITTED = ("compute", "memory", "calls", "collectives")
 PULL = 0.1
 """Of a factor towards the common one, beside a measurement's relative error."""
+_BEGINS = ("training_started", "training_resumed")
+_RATE = {"images/s": NUMBER}
+_SPEED = {"batch": int, "side": int, "precision": str}
 CLASSES = 1000
 """Where a run's are not known any more."""
 
@@ -38,6 +42,16 @@ class Measurement:
 
     terms: dict[str, float]
     seconds: float
+
+
+def _check_device(file: Path, measured: object, device: Device) -> None:
+    """UsageError for a measurement that says that it is of another device."""
+    is_other = measured in BY_TORCH_NAME and measured not in device.names
+    if measured is not None and (is_other or (measured == "cpu") != (device.kind == "cpu")):
+        raise UsageError(
+            f"--calibrate {file} was measured on another device than --gpu names: {measured}; give a measurement of the"
+            " device that is planned for"
+        )
 
 
 def calibrated(files: Sequence[Path], device: Device, gpus_per_node: int) -> tuple[Rates, set[str]]:
@@ -91,9 +105,11 @@ def _run(file: Path, device: Device, gpus_per_node: int) -> Iterator[Measurement
     if not (run / "config.yaml").exists():
         raise UsageError(f"--calibrate {file}: {run / 'config.yaml'} is missing, which says what was measured")
     config = read_resolved(run / "config.yaml")
-    events = list(read_lines(run / "events.jsonl", event=str))
-    ranks = next((row["world_size"] for row in reversed(events) if row["event"] == "attempt_started"), 1)
-    first = next((row["step"] for row in reversed(events) if row["event"] == "training_started"), 0)
+    events = list(read_lines(run / "events.jsonl", event=str))[::-1]
+    began = next((row for row in events if row["event"] == "attempt_started" and has(row, {"world_size": int})), {})
+    _check_device(file, began.get("device"), device)
+    ranks = began.get("world_size", 1)
+    first = next((row["step"] for row in events if row["event"] in _BEGINS and has(row, {"step": int})), 0)
     rows = [row for row in read_metrics(run, step_seconds=float, data_wait=float) if row["step"] > first]
     seconds = [row["step_seconds"] * (1 - row["data_wait"]) for row in rows[1:]]  # the first has the start-up
     if seconds and rows[-1]["step"] - rows[0]["step"] >= 9:
@@ -114,8 +130,11 @@ def _terms(config: Config, settings: Settings, device: Device, gpus_per_node: in
 
 def _bench(file: Path, device: Device) -> Iterator[Measurement]:
     """Forwards with backwards of whole networks of ours, without an optimizer."""
+    if not file.exists():
+        raise UsageError(f"--calibrate {file}: there is no such file")
+    _check_device(file, next((row["device"] for row in read_lines(file, command=list, device=str)), None), device)
     for row in _rows(file, "speed of "):
-        if row.get("network") == "ours" and {"images/s", "batch", "side", "precision"} <= set(row):
+        if row.get("network") == "ours" and has(row, _SPEED):
             batch, size = row["batch"], {"global_batch": row["batch"], "micro_batch": row["batch"]}
             train = Train(steps=1, **size, precision=row["precision"], stochastic_depth=0.0, ema=None)
             model = Model(name=row["size"], resolution=row["side"])
@@ -125,13 +144,12 @@ def _bench(file: Path, device: Device) -> Iterator[Measurement]:
 
 
 def _decoded(file: Path) -> list[float]:
-    return [row["images/s"] for row in _rows(file, "DALI") if "images/s" in row]
+    return [row["images/s"] for row in _rows(file, "DALI")]
 
 
 def _rows(file: Path, check: str) -> Iterator[dict]:
-    """The rows of the checks whose name begins so."""
-    if not file.exists():
-        raise UsageError(f"--calibrate {file}: there is no such file")
+    """The rows with a rate of the checks whose name begins so."""
     for result in read_lines(file, check=str, rows=list):
         if result["check"].startswith(check):
-            yield from ({"size": result["check"].rpartition(" ")[2], **row} for row in result["rows"])
+            rows = (row for row in result["rows"] if has(row, _RATE) and row["images/s"] > 0)
+            yield from ({"size": result["check"].rpartition(" ")[2], **row} for row in rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-MOST = 100
+MOST = 10
 """Failures within an interval, past which the training never ends."""
 
 

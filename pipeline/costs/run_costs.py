@@ -5,6 +5,7 @@ Arithmetic on counts and rates, as JSON's values; what was assumed is listed wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ GPU_DAYS_BETWEEN_FAILURES = 2000.0
 RESTART_SECONDS = 300.0
 WRITE_RATE = 1.0
 """GB/s that a node writes to the shared file system."""
+CLASSES = 1000
 SAMPLE_BYTES = 110_000
 """Of ImageNet's images on average; 140 GB are 1.28 million."""
 DECODING_THREADS = 16
@@ -33,13 +35,13 @@ DECODING_THREADS = 16
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, beside the configuration. `samples` and `sample_bytes` are None where they are not known."""
+    """What is asked, beside the configuration. Classes, `samples` and `sample_bytes` are None where not known."""
 
     gpu: str
     device: Device
     gpus: int
     gpus_per_node: int
-    classes: int
+    classes: int | None
     samples: int | None
     sample_bytes: float | None
     price: float | None
@@ -49,8 +51,9 @@ class Request:
 def run_costs(config: Config, request: Request, rates: Rates, measured: set[str]) -> dict[str, Any]:
     """The document that `coatnet plan --json` prints."""
     device, settings = request.device, (config.train, config.zero, request.gpus)
-    counts = count_model(config.model, config.train, request.classes)
-    estimate = estimates(config, request.classes, device.kind, DECODING_THREADS)
+    classes = request.classes or CLASSES
+    counts = count_model(config.model, config.train, classes)
+    estimate = estimates(config, classes, device.kind, DECODING_THREADS)
 
     def terms_of(settings: Settings) -> dict[str, float]:
         work = estimate(settings)[1].work
@@ -131,7 +134,7 @@ def checkpoint_costs(config: Config, request: Request, parameters: int, seconds:
         "checkpoint_write_seconds": write,
         "hours_between_failures": between / 3600,
         "checkpoint_interval_seconds": interval,
-        "checkpoint_every": max(1, round(interval / seconds)),
+        "checkpoint_every": max(round(interval / seconds), math.ceil(write / seconds)),
         "goodput": goodput(interval, stall, RESTART_SECONDS + write, between),
         "goodput_as_configured": goodput(config.checkpoint.every * seconds, stall, RESTART_SECONDS + write, between),
     }
@@ -161,6 +164,7 @@ def assumptions(config: Config, request: Request, rates: Rates, measured: set[st
         "core_decoding": f"a CPU core decodes {rates.core_decoding:g} images a second",
         "host": f"{rates.host:g} GB/s from a GPU to the host's memory",
         "write": f"a node writes {WRITE_RATE:g} GB/s to the shared file system",
+        "classes": None if request.classes else f"{CLASSES:,} classes",
         "sample": None if request.sample_bytes else f"{SAMPLE_BYTES:,} bytes a sample",
         "failures": None if request.failure_days else f"a failure in {GPU_DAYS_BETWEEN_FAILURES:,.0f} GPU-days",
         "restart": f"{RESTART_SECONDS:g} s to start again",

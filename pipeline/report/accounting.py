@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.run.small_files import NUMBER, has
+
 KINDS = (
     "productive steps", "steps done again", "evaluation", "checkpoint stalls", "start-up", "hung", "waiting for Slurm",
     "not running",
@@ -21,6 +23,7 @@ PRODUCTIVE, REPEATED, EVALUATION, STALL, START_UP, HUNG, WAITING, STOPPED = rang
 _PAUSES = {"evaluation": EVALUATION, "checkpoint_stall": STALL}
 _BEGINS, _HANGS = ("training_started", "training_resumed"), ("hang", "heartbeat_lost")
 _ENDS = ("finished", "interrupted", "failed", "out_of_memory", "rollback", *_HANGS)
+_LEFT = {"left_step": int, "left_time": NUMBER}
 Row = Mapping[str, Any]
 
 
@@ -152,8 +155,9 @@ def _attempts(events: Sequence[Row], rows: Sequence[Row], starts: Sequence[Start
         left: Row = rows[-1] if rows else {}
         if after is not None:
             noted = _first(own[after], "attempt_started") or {}
-            left = {"step": noted.get("left_step", 0), "time": noted.get("left_time", 0.0)}
-        ranks = opening.get("world_size", found[-1].ranks if found else None)
+            left = {"step": noted["left_step"], "time": noted["left_time"]} if has(noted, _LEFT) else {}
+        before_it = found[-1].ranks if found else None
+        ranks = opening["world_size"] if has(opening, {"world_size": int}) else before_it
         found.append(_attempt(number, ranks, opening, own[number], left, starts))
     if found and now is not None:
         found[-1] = replace(found[-1], known=max(found[-1].known, now), ended=max(found[-1].ended, now))

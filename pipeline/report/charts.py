@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -138,6 +139,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarr
 
 
 def _svg(figure: Figure, label: str) -> str:
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text, in the reader's fonts
     figure.savefig(
         file := io.StringIO(),
         format="svg",

@@ -106,11 +106,17 @@ def test_calibration_tells_two_terms_apart_where_measurements_do() -> None:
     assert fitted([point(10, 1), point(1, 10)]) == pytest.approx({"compute": 2, "memory": 6}, rel=0.1)
 
 
-def recorded_run(run: Path, step_seconds: float) -> Path:
+def recorded_run(run: Path, step_seconds: float, device: str = "cpu") -> Path:
     config = read_config(TINY, ["model.classes=10"])
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(config))
-    rows = [{"step": step, "loss": 1.0, "step_seconds": step_seconds, "data_wait": 0.0} for step in range(1, 13)]
+    starts = [
+        {"event": "attempt_started", "world_size": 1, "device": device},
+        {"event": "training_resumed", "step": 20},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in starts))
+    seconds = {step: step_seconds * (1 if step > 20 else 9) for step in range(1, 33)}  # before, it was another start's
+    rows = [{"step": step, "loss": 1.0, "step_seconds": each, "data_wait": 0.0} for step, each in seconds.items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run / "metrics.jsonl"
 
@@ -122,6 +128,21 @@ def test_the_plan_of_what_calibrated_it_takes_what_was_measured(
     plan = planned(capsys, TINY, "model.classes=10", gpu="cpu", gpus=1, calibrate=(metrics,))
     assert plan["step_seconds"] == pytest.approx(0.321, rel=1e-3)
     assert {"compute", "memory"} <= set(plan["measured"]) and not any("peak" in line for line in plan["assumed"])
+
+
+def test_a_measurement_on_another_device_is_refused(tmp_path: Path) -> None:
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(
+        '{"command": [], "device": "cuda"}\n{"check": "speed of coatnet_0", "rows": [7, {"images/s": 0}]}\n'
+    )
+    with pytest.raises(UsageError, match="measured on another device than --gpu names: cuda"):
+        asked(TINY, gpu="cpu", gpus=1, calibrate=(str(bench),))
+    with pytest.raises(UsageError, match="has no measurement"):
+        asked(TINY, gpus=1, calibrate=(str(bench),))
+    metrics = str(recorded_run(tmp_path / "run", 0.321, "NVIDIA A100-SXM4-80GB"))
+    for gpu in ("h100", "cpu"):
+        with pytest.raises(UsageError, match="than --gpu names: NVIDIA A100"):
+            asked(TINY, gpu=gpu, gpus=1, calibrate=(metrics,))
 
 
 def test_the_results_of_bench_gpu_calibrate_speed_and_decoding(

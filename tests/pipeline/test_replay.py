@@ -165,18 +165,19 @@ def test_what_agrees_is_told_from_rounding_and_rounding_from_a_wrong_device(loss
 def test_the_path_to_a_step_is_what_the_attempts_really_did(tmp_path_factory, data) -> None:
     """Of a run that crashes, resumes from what it saved, changes its learning rate and rolls back."""
     run = tmp_path_factory.mktemp("history")
-    config = read_config("configs/tiny.yaml", ["log.every=1"])
+    config = read_config("configs/tiny.yaml", [])
     rates = [config.optim.learning_rate]
     done_by: dict[tuple[int, int], dict[int, int]] = {}  # (attempt, step) -> who did each step up to it
     saved: dict[int, dict[int, int]] = {0: {}}
     lines, skipped = [], set[int]()
-    number = -1
+    number, step = -1, 0
     for _ in range(data.draw(st.integers(1, 5))):
         number += 1
         rates.append(data.draw(st.sampled_from([1e-3, 2e-3])))
         changed = {"optim.learning_rate": rates[-2:]} if rates[-1] != rates[-2] and number else {}
         rates[-2:] = rates[-2:] if number else [rates[-1], rates[-1]]
-        lines.append({"event": "attempt_started", "attempt": number, "world_size": 1 + number % 3, "changed": changed})
+        noted = {"world_size": 1 + number % 3, "changed": changed, "left_step": step}
+        lines.append({"event": "attempt_started", "attempt": number, **noted})
         for _ in range(data.draw(st.integers(1, 2))):
             step = max(saved)
             lineage = dict(saved[step])
@@ -186,18 +187,19 @@ def test_the_path_to_a_step_is_what_the_attempts_really_did(tmp_path_factory, da
                 if step not in skipped:
                     lineage[step] = number
                     done_by[number, step] = dict(lineage)
-                    lines.append({"event": "step_skipped", "attempt": number, "step": step, "loss": 1.0})
                 if data.draw(st.booleans()):
                     saved[step] = dict(lineage)
             back = data.draw(st.sampled_from(sorted(saved)))
             if back < step and data.draw(st.booleans()):
                 first = data.draw(st.integers(back + 1, step))
                 skipped |= {*range(first, step + 1)}
+                lines.append({"event": "step_skipped", "attempt": number, "step": step, "loss": 1.0})
                 lines.append({"event": "rollback", "attempt": number, "to": back, "first": first, "last": step})
                 saved = {each: who for each, who in saved.items() if each <= back}
                 number += 1
             else:
                 break
+    lines.append({"event": "finished", "attempt": number, "step": step})
     (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     update = {"optim": config.optim.model_copy(update={"learning_rate": rates[-1]})}
     (run / "config.yaml").write_text(to_yaml(config.model_copy(update=update)))
