@@ -2,7 +2,7 @@
 
     coatnet bench compile > benchmarks/results/compile.txt
 
-Every way has a process and an empty cache of its own. Twenty minutes on two cores.
+Every way has a process and an empty cache of its own. Some ten minutes on two cores.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
 from pipeline.distributed.environment import cpus_per_rank
 from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of, most_gathered
-from pipeline.training.engine import zero3_leaves
+from pipeline.training.engine import STAY_GATHERED, zero3_leaves
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
 
@@ -221,9 +221,9 @@ class ActivationTracker(TorchDispatchMode):
         return set(chain(*of_leaves.values()))
 
     def let_go(self, parameter: torch.Tensor) -> None:
-        """The engine has taken a weight's gradient, and needs the weight no more."""
+        """The engine has taken a weight's gradient, and needs the weight no more; small ones stay."""
         parameter.grad = None
-        self._needed -= self._times.get(parameter, 1) * parameter.nbytes
+        self._needed -= self._times.get(parameter, 1) * parameter.nbytes * (parameter.numel() > STAY_GATHERED)
         self.bytes[GATHERED] = min(self._needed, self._most)
 
     def _let_go_of_all(self, weights: list[nn.Parameter], *_: Any) -> None:

@@ -47,6 +47,9 @@ BUCKET_ELEMENTS = 50_000_000
 LIVE_ELEMENTS = 200_000_000
 """Elements of gathered parameters that stage 3 keeps at a time, a large layer and what is fetched ahead."""
 
+STAY_GATHERED = 100_000
+"""Elements of the largest parameters that stage 3 keeps whole on every rank, once gathered: DeepSpeed's default."""
+
 
 def start_process_group(timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
     """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device.
@@ -143,6 +146,7 @@ def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": STAY_GATHERED,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
         },
