@@ -137,10 +137,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
 def flex(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
     """torch's FlexAttention, which looks the bias up inside its kernel: neither bias nor logits are ever in memory.
 
-    Compiled on a CUDA device. On a CPU it has no backward (torch 2.13), and runs uncompiled: to check values only.
+    Compiled on a CUDA device, with its block or alone. On a CPU it has no backward (torch 2.13), and runs uncompiled:
+    to check values only.
     """
     score = None if table is None else _score(table)
-    return _flex(q.is_cuda)(q, k, v, score_mod=score)
+    return _flex(q.is_cuda and not torch.compiler.is_compiling())(q, k, v, score_mod=score)
 
 
 def _score(table: Tensor) -> Callable[..., Tensor]:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,7 @@ from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
 from pipeline.distributed.environment import cpus_per_rank
 from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of, most_gathered
+from pipeline.training.engine import STAY_GATHERED, zero3_leaves
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
 
@@ -59,7 +61,7 @@ def estimates(
     decoding = pipelines * decoder_gpu_bytes(resolution, threads or cpus_per_rank()) if on_gpu else 0
 
     @cache
-    def counted(train: Train, gradients_stay: bool, gathered: int) -> Activations:
+    def counted(train: Train, gradients_stay: bool, gathered: int | None) -> Activations:
         return count_activations(config.model, train, config.augment, classes, device, gradients_stay, gathered)
 
     def estimate(settings: Settings) -> tuple[Memory, Activations]:
@@ -73,15 +75,21 @@ def estimates(
 
 
 def count_activations(
-    model: Model, train: Train, augment: Augment, classes: int, device: str, gradients_stay: bool, gathered: int = 0
+    model: Model,
+    train: Train,
+    augment: Augment,
+    classes: int,
+    device: str,
+    gradients_stay: bool,
+    gathered: int | None = None,
 ) -> Activations:
     """What a micro batch of `train` keeps alive on a device of this type ("cpu", "cuda").
 
     `gradients_stay`: each weight's gradient stays where the backward made it, and counts, as at ZeRO stage 1 in a
-    step of one accumulation step; else the engine takes it at once. `gathered`: bytes of weights that ZeRO-3 keeps
-    whole at the most, each until its gradient is made. The parts of `peak`: input, stem, stage 1 ..., head, loss.
-    Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over several ranks
-    as over one.
+    step of one accumulation step; else the engine takes it at once, or at ZeRO-3 a block's after its backward.
+    `gathered`: bytes of weights that ZeRO-3 keeps whole at the most, each until its gradient is taken. The parts of
+    `peak`: input, stem, stage 1 ..., head, loss. Attention's flex is counted as sdpa, whose memory is the same but for
+    the bias; and batch norm over several ranks as over one.
     """
     if ranks_of_group(train) > 1:
         train = train.model_copy(update={"batch_norm_group": None})
@@ -95,9 +103,10 @@ def count_activations(
         tracker = ActivationTracker()
         tracker.exclude(network)
         tracker.track_parts(network, repeated)
-        for parameter in network.parameters():
+        of_leaves = set() if gathered is None else tracker.let_go_of_leaves(network)
+        for parameter in set(network.parameters()) - of_leaves:
             parameter.register_post_accumulate_grad_hook(tracker.keep_gradient if gradients_stay else tracker.let_go)
-        tracker.gather(network, gathered)
+        tracker.gather(network, gathered or 0)
         n = train.micro_batch  # from here on as in train.py
         with tracker:
             images = torch.empty(n, 3, model.resolution, model.resolution, memory_format=torch.channels_last)
@@ -204,11 +213,22 @@ class ActivationTracker(TorchDispatchMode):
         self._most, self._needed = most, sum(self._times.get(each, 1) * each.nbytes for each in network.parameters())
         self.bytes[GATHERED] = min(self._needed, most)
 
+    def let_go_of_leaves(self, network: CoAtNet) -> set[nn.Parameter]:
+        """The weights whose gradients the engine takes after the backward of the block that they are in."""
+        of_leaves = {leaf: list(leaf.parameters()) for leaf in zero3_leaves(network)}
+        for leaf, weights in of_leaves.items():
+            leaf.register_full_backward_hook(partial(self._let_go_of_all, weights))
+        return set(chain(*of_leaves.values()))
+
     def let_go(self, parameter: torch.Tensor) -> None:
-        """The engine has taken a weight's gradient, and needs the weight no more."""
+        """The engine has taken a weight's gradient, and needs the weight no more; small ones stay."""
         parameter.grad = None
-        self._needed -= self._times.get(parameter, 1) * parameter.nbytes
+        self._needed -= self._times.get(parameter, 1) * parameter.nbytes * (parameter.numel() > STAY_GATHERED)
         self.bytes[GATHERED] = min(self._needed, self._most)
+
+    def _let_go_of_all(self, weights: list[nn.Parameter], *_: Any) -> None:
+        for weight in weights:
+            self.let_go(weight)
 
     def _enter(self, part: str, repeats: int) -> None:
         self.part, self.repeats = part, repeats

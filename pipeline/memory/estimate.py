@@ -104,9 +104,11 @@ def memory_of(
     return max((Memory(states | moment) for moment in (backward, reduction, step)), key=lambda memory: memory.total)
 
 
-def most_gathered(stage: int, world_size: int) -> int:
-    """Bytes of whole weights that a ZeRO stage puts together at a time; one rank has nothing to put together."""
-    return WIDTH * (LIVE_ELEMENTS + BUCKET_ELEMENTS) if stage == 3 and world_size > 1 else 0
+def most_gathered(stage: int, world_size: int) -> int | None:
+    """Bytes of whole weights that ZeRO-3 puts together at a time, none on one rank; None at other stages."""
+    if stage < 3:
+        return None
+    return WIDTH * (LIVE_ELEMENTS + BUCKET_ELEMENTS) if world_size > 1 else 0
 
 
 @dataclass(frozen=True)

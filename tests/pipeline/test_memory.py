@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.memory.estimate import WIDTH, Activations, Memory, Settings, memor
 from pipeline.memory.suggest import fits, suggest_settings
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import build_model, init_weights
-from tests.pipeline.peaks import measured
+from tests.pipeline.peaks import allocator_peak, measured
 from tests.pipeline.runs import ROOT
 
 CLASSES = 10
@@ -224,13 +223,6 @@ def one_pass(network: CoAtNet, config: Config, saved: Storages | None = None) ->
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = network(images, factors)
     loss_fn(logits, torch.zeros(n, 1, dtype=torch.int64), config.train.loss, 0.1).backward()
-
-
-def allocator_peak(profiled: profile) -> int:
-    """The most bytes that the allocator had given out since the profile began, temporary ones of kernels too."""
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyrefly: ignore
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(itertools.accumulate(changes))
 
 
 # ------------------------------------------------------------------------------------------------------- whole ranks
