@@ -105,7 +105,7 @@ def build_initial_model(
     return load_values(network, device, init_weights(config.run.seed), shard)
 
 
-def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> Any:
+def build_engine(model: nn.Module, train: Train, optim: Optim, sharding: Zero) -> Any:
     """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
     import deepspeed
 
@@ -114,7 +114,8 @@ def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> An
         across_ranks(model, neighbours)
     groups = parameter_groups(model, optim.weight_decay)
     optimizer = AdamWWithEma(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, zero))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, sharding))
+    zero.flatten_gradients(engine)
     if train.compile:
         engine.compile()
     return engine
@@ -130,6 +131,7 @@ def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
             "stage": zero.stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
+            "contiguous_gradients": False,  # no copy of a gradient for its bucket alone
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
