@@ -33,7 +33,7 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
 from pipeline.distributed.environment import cpus_per_rank
-from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of, most_gathered
+from pipeline.memory.estimate import Activations, Memory, Settings, Work, fill_a_bucket, memory_of, most_gathered
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
 
@@ -65,7 +65,7 @@ def estimates(
     def estimate(settings: Settings) -> tuple[Memory, Activations]:
         train, zero, world_size = settings
         one_pass = accumulation_steps(micro_batches_of(train), world_size) == 1
-        gradients_stay = one_pass and zero.stage == 1 and not zero.offload
+        gradients_stay = (one_pass if zero.stage == 1 else not fill_a_bucket(parameters)) and not zero.offload
         activations = counted(train, gradients_stay, most_gathered(zero.stage, world_size))
         return memory_of(parameters, activations, settings, resolution, on_gpu, decoding), activations
 
@@ -78,8 +78,9 @@ def count_activations(
     """What a micro batch of `train` keeps alive on a device of this type ("cpu", "cuda").
 
     `gradients_stay`: each weight's gradient stays where the backward made it, and counts, as at ZeRO stage 1 in a
-    step of one accumulation step; else the engine takes it at once. `gathered`: bytes of weights that ZeRO-3 keeps
-    whole at the most, each until its gradient is made. The parts of `peak`: input, stem, stage 1 ..., head, loss.
+    step of one accumulation step, or where no bucket fills; else the engine takes it at once. `gathered`: bytes of
+    weights that ZeRO-3 keeps whole at the most, each until its gradient is made. The parts of `peak`: input, stem,
+    stage 1 ..., head, loss.
     Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over several ranks
     as over one.
     """
@@ -198,6 +199,7 @@ class ActivationTracker(TorchDispatchMode):
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self._replace(id(parameter.grad.untyped_storage()), GRADIENTS, self._times.get(parameter, 1))
+        self._let_weight_go(parameter)
 
     def gather(self, network: nn.Module, most: int) -> None:
         """Weights count whole until their gradients are made, as far as so many bytes are kept."""
@@ -205,8 +207,12 @@ class ActivationTracker(TorchDispatchMode):
         self.bytes[GATHERED] = min(self._needed, most)
 
     def let_go(self, parameter: torch.Tensor) -> None:
-        """The engine has taken a weight's gradient, and needs the weight no more."""
+        """The engine has taken a weight's gradient."""
         parameter.grad = None
+        self._let_weight_go(parameter)
+
+    def _let_weight_go(self, parameter: torch.Tensor) -> None:
+        """What has its gradient is needed no more."""
         self._needed -= self._times.get(parameter, 1) * parameter.nbytes
         self.bytes[GATHERED] = min(self._needed, self._most)
 

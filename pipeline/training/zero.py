@@ -150,8 +150,8 @@ class _SharesOfGradients(_FlatGradients):
         parameters = [(group, self.bit16_groups[group][number]) for (group, number, _), _ in in_order]
         flat = self.flatten([gradient for _, gradient in in_order])
         gradients.clear()
-        for _, parameter in parameters:
-            parameter.grad = None
+        for each in parameters:
+            each[1].grad = None
         all_reduce_sum(flat)
         runs: list[list[int]] = []  # group, place in the flat gradients, place in the bucket, count
         start = 0
