@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(name: str, stage: int, resolution: int, steps: int) -> dict[str, list[float]]:
+def measure(name: str, stage: int, resolution: int, steps: int) -> dict[str, Any]:
     """Operations and milliseconds of each part, and before them operations of a backward of the network alone."""
     from models.coatnet import stochastic_depth_rates
     from pipeline.config.parsing import read_config
@@ -90,7 +90,7 @@ def measure(name: str, stage: int, resolution: int, steps: int) -> dict[str, lis
             part()
         operations.append(counted.count)
     milliseconds = [1e3 * statistics.median(of_part) for of_part in zip(*seconds, strict=True)]
-    return {"alone": [of_backward.count], "operations": operations, "ms": milliseconds}
+    return {"alone": of_backward.count, "operations": operations, "ms": milliseconds}
 
 
 def measured_seconds(work: Callable[[], object]) -> float:
@@ -116,7 +116,7 @@ def main() -> None:
     for stage in (1, 2, 3):  # each in a process of its own: ZeRO-3 changes torch for good
         done = subprocess.run([*entry, *sys.argv[1:], "--stage", str(stage)], check=True, stdout=subprocess.PIPE)
         found = json.loads(done.stdout.splitlines()[-1])
-        (alone,), (forward, backward, end) = found["alone"], found["operations"]
+        alone, (forward, backward, end) = found["alone"], found["operations"]
         counts = "".join(f"{count:10}" for count in (forward, alone, backward - alone, end))
         print(f"{stage:<10}{counts}" + "".join(f"{ms:12.1f}" for ms in (*found["ms"], sum(found["ms"]))))
 

@@ -14,6 +14,7 @@ from data.loader import LoaderSpec
 from data.shards.manifest import read_manifest
 from pipeline.training.evaluation import evaluate
 from tests.pipeline.batch_runs import on_ranks
+from tests.pipeline.waits import AFTER
 
 NOTHING_TO_COPY = {"to in partition_parameters.py:_allgather_params_coalesced"}
 """Where DeepSpeed moves what is on the device already, unless it is offloaded."""
@@ -44,7 +45,7 @@ def waits(digits: Path) -> Callable[[int, int], tuple[Counter[str], Counter[str]
 
     def found(stage: int, rank: int) -> tuple[Counter[str], Counter[str]]:
         counts = json.loads((digits / f"waits-{stage}/waits-{rank}.json").read_text())
-        loop = {call: count for call, count in counts["loop"].items() if call not in NOTHING_TO_COPY}
+        loop = {call: count for call, count in counts["loop"].items() if call not in {*NOTHING_TO_COPY, AFTER}}
         return Counter(loop), Counter(counts["threads"])
 
     return found
@@ -54,6 +55,13 @@ def waits(digits: Path) -> Callable[[int, int], tuple[Counter[str], Counter[str]
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_step_waits_for_the_device_where_deepspeed_does_and_its_loader_never(stage, rank, waits):
     assert waits(stage, rank) == ({**DEEPSPEED_WAITS, READ: 1}, {})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_follows_the_backwards_takes_fewer_than_two_operations_a_parameter(stage, waits, digits):
+    waits(stage, 0)
+    counts = json.loads((digits / f"waits-{stage}/waits-0.json").read_text())
+    assert 0 < counts["loop"][AFTER] < 2 * counts["parameters"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
