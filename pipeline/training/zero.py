@@ -146,12 +146,12 @@ class _SharesOfGradients(_FlatGradients):
         self: Any, gradients: list[torch.Tensor], places: list[tuple[int, int, int]], *_: Any, **__: Any
     ) -> None:
         """Averages a bucket's gradients over the ranks, and adds what this rank owns to its flat gradients."""
-        in_order = sorted(zip(places, gradients, strict=True), key=lambda each: each[0])
-        parameters = [(group, self.bit16_groups[group][number]) for (group, number, _), _ in in_order]
-        flat = self.flatten([gradient for _, gradient in in_order])
+        order = sorted(range(len(places)), key=places.__getitem__)
+        parameters = [(places[n][0], self.bit16_groups[places[n][0]][places[n][1]]) for n in order]
+        flat = self.flatten([gradients[n] for n in order])
         gradients.clear()
-        for each in parameters:
-            each[1].grad = None
+        for _group, parameter in parameters:
+            parameter.grad = None
         all_reduce_sum(flat)
         runs: list[list[int]] = []  # group, place in the flat gradients, place in the bucket, count
         start = 0
@@ -193,6 +193,8 @@ class _PartsOfGradients(_FlatGradients):
         first = self.micro_step_id == 0
         (torch._foreach_copy_ if first else torch._foreach_add_)(own, [g for g in gradients if len(g)])
         for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_cuda:  # read by the stream of reductions, not its own
+                parameter.grad.record_stream(torch.cuda.current_stream())
             parameter.grad = None
 
     def _get_norm_groups(self: Any) -> list[torch.Tensor]:
