@@ -177,27 +177,28 @@ def _batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
 
 @torch.no_grad()
 def pop_statistics(model: nn.Module) -> Tensor:
-    """All sums of means and variances and the counts of groups since the last call, float32 in one row; zeroes them.
-
-    Rows of several ranks may be added before `apply_statistics`.
-    """
-    sums = [(norm.mean_sum, norm.variance_sum, norm.group_count) for norm in _batch_norms(model)]
-    none = torch.zeros(0, device=next(model.parameters()).device)  # of a network without batch norm
-    flat = torch.cat([none, *(part.float() for parts in sums for part in parts)])
-    for parts in sums:
-        for part in parts:
-            part.zero_()
-    return flat
+    """What was seen since the last call, float32 [3, channels of all layers]: sums of means and of variances, and the
+    number of groups; zeroes them. Those of several ranks may be added before `apply_statistics`."""
+    norms = list(_batch_norms(model))
+    if not norms:
+        return torch.zeros(3, 0, device=next(model.parameters()).device)
+    sums = [[norm.mean_sum for norm in norms], [norm.variance_sum for norm in norms]]
+    counts = [norm.group_count.expand_as(norm.mean_sum) for norm in norms]
+    seen = torch.cat([*sums[0], *sums[1], *counts]).float().view(3, -1)
+    torch._foreach_zero_([*sums[0], *sums[1], *(norm.group_count for norm in norms)])
+    return seen
 
 
 @torch.no_grad()
-def apply_statistics(model: nn.Module, flat: Tensor) -> None:
+def apply_statistics(model: nn.Module, seen: Tensor) -> None:
     """Moves the running statistics by `momentum`, once, towards the mean over groups; a count of 0 moves nothing."""
     norms = list(_batch_norms(model))
-    rows = flat.split([2 * len(norm.running_mean) + 1 for norm in norms])
-    for norm, row in zip(norms, rows, strict=True):
-        width = len(norm.running_mean)  # the weight may be in parts, on other ranks
-        mean_sum, variance_sum, count = row.to(norm.running_mean).split([width, width, 1])
-        step = norm.momentum * (count > 0).to(count.dtype)
-        norm.running_mean.lerp_(mean_sum / count.clamp(min=1), step)
-        norm.running_var.lerp_(variance_sum / count.clamp(min=1), step)
+    if not norms:
+        return
+    widths = [len(norm.running_mean) for norm in norms]  # a weight may be in parts, on other ranks
+    sums, count = seen.to(norms[0].running_mean).split([2, 1])
+    targets = (sums / count.clamp(min=1)).view(-1).split(2 * widths)
+    weights = (count > 0).to(count).view(-1).split(widths)
+    weights = torch._foreach_mul(weights, [norm.momentum for norm in norms])
+    running = [*(norm.running_mean for norm in norms), *(norm.running_var for norm in norms)]
+    torch._foreach_lerp_(running, targets, 2 * weights)

@@ -34,7 +34,7 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
 from pipeline.distributed.environment import cpus_per_rank
-from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of, most_gathered
+from pipeline.memory.estimate import Activations, Memory, Settings, Work, fill_a_bucket, memory_of, most_gathered
 from pipeline.training.engine import STAY_GATHERED, zero3_leaves
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
@@ -67,7 +67,7 @@ def estimates(
     def estimate(settings: Settings) -> tuple[Memory, Activations]:
         train, zero, world_size = settings
         one_pass = accumulation_steps(micro_batches_of(train), world_size) == 1
-        gradients_stay = one_pass and zero.stage == 1 and not zero.offload
+        gradients_stay = (one_pass if zero.stage == 1 else not fill_a_bucket(parameters)) and not zero.offload
         activations = counted(train, gradients_stay, most_gathered(zero.stage, world_size))
         return memory_of(parameters, activations, settings, resolution, on_gpu, decoding), activations
 
@@ -86,10 +86,10 @@ def count_activations(
     """What a micro batch of `train` keeps alive on a device of this type ("cpu", "cuda").
 
     `gradients_stay`: each weight's gradient stays where the backward made it, and counts, as at ZeRO stage 1 in a
-    step of one accumulation step; else the engine takes it at once, or at ZeRO-3 a block's after its backward.
-    `gathered`: bytes of weights that ZeRO-3 keeps whole at the most, each until its gradient is taken. The parts of
-    `peak`: input, stem, stage 1 ..., head, loss. Attention's flex is counted as sdpa, whose memory is the same but for
-    the bias; and batch norm over several ranks as over one.
+    step of one accumulation step, or where no bucket fills; else the engine takes it at once, or at ZeRO-3 a block's
+    after its backward. `gathered`: bytes of weights that ZeRO-3 keeps whole at the most, each until its gradient is
+    made. The parts of `peak`: input, stem, stage 1 ..., head, loss. Attention's flex is counted as sdpa, whose memory
+    is the same but for the bias; and batch norm over several ranks as over one.
     """
     if ranks_of_group(train) > 1:
         train = train.model_copy(update={"batch_norm_group": None})
@@ -103,7 +103,7 @@ def count_activations(
         tracker = ActivationTracker()
         tracker.exclude(network)
         tracker.track_parts(network, repeated)
-        of_leaves = set() if gathered is None else tracker.let_go_of_leaves(network)
+        of_leaves = set() if gathered is None or gradients_stay else tracker.let_go_of_leaves(network)
         for parameter in set(network.parameters()) - of_leaves:
             parameter.register_post_accumulate_grad_hook(tracker.keep_gradient if gradients_stay else tracker.let_go)
         tracker.gather(network, gathered or 0)
@@ -207,6 +207,7 @@ class ActivationTracker(TorchDispatchMode):
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         self._replace(id(parameter.grad.untyped_storage()), GRADIENTS, self._times.get(parameter, 1))
+        self._let_weight_go(parameter)
 
     def gather(self, network: nn.Module, most: int) -> None:
         """Weights count whole until their gradients are made, as far as so many bytes are kept."""
@@ -221,8 +222,12 @@ class ActivationTracker(TorchDispatchMode):
         return set(chain(*of_leaves.values()))
 
     def let_go(self, parameter: torch.Tensor) -> None:
-        """The engine has taken a weight's gradient, and needs the weight no more; small ones stay."""
+        """The engine has taken a weight's gradient."""
         parameter.grad = None
+        self._let_weight_go(parameter)
+
+    def _let_weight_go(self, parameter: torch.Tensor) -> None:
+        """What has its gradient is needed no more; small weights stay."""
         self._needed -= self._times.get(parameter, 1) * parameter.nbytes * (parameter.numel() > STAY_GATHERED)
         self.bytes[GATHERED] = min(self._needed, self._most)
 

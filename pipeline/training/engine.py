@@ -117,21 +117,22 @@ def zero3_leaves(model: CoAtNet) -> list[nn.Module]:
     return [*model.blocks(), model.head]
 
 
-def build_engine(model: CoAtNet, train: Train, optim: Optim, zero: Zero) -> Any:
+def build_engine(model: CoAtNet, train: Train, optim: Optim, sharding: Zero) -> Any:
     """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
     import deepspeed
 
     if (together := ranks_of_group(train)) > 1:
         neighbours: Any = dist.new_subgroups(together)[0]
         across_ranks(model, neighbours)
-    if zero.stage == 3:
+    if sharding.stage == 3:
         for leaf in zero3_leaves(model):
             deepspeed.utils.set_z3_leaf_module(leaf, True)
     groups = parameter_groups(model, optim.weight_decay)
     optimizer = AdamWWithEma(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, zero))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, sharding))
+    zero.flatten_gradients(engine)
     if train.compile:
-        compile_blocks(model, stem=zero.stage < 3)  # after initialize, whose hooks are around the blocks
+        compile_blocks(model, stem=sharding.stage < 3)  # after initialize, whose hooks are around the blocks
     return engine
 
 
@@ -145,6 +146,7 @@ def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
             "stage": zero.stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
+            "contiguous_gradients": False,  # no copy of a gradient for its bucket alone
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": STAY_GATHERED,
             "stage3_max_live_parameters": LIVE_ELEMENTS,

@@ -27,7 +27,7 @@ from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS
 
 MODULE = "tests.pipeline.peaks"
-BUCKET, CLASSES = 200_000, 10
+BUCKET, CLASSES = 50_000, 10
 
 
 def measured(world_size: int, cases: list[list[str]], folder: Path) -> list[tuple[int, int]]:
