@@ -136,14 +136,8 @@ def _shorten(network: CoAtNet) -> Repeated:
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Inside, a CPU's tensors have the types and the attention that CUDA would give them.
-
-    Its autocast takes layer norm in fp32, and its memory-efficient SDPA a bias that needs a gradient.
-    """
-    norm = F.layer_norm
-
-    def layer_norm(x: torch.Tensor, *more: Any) -> torch.Tensor:
-        return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *more)
+    """Inside, a CPU's tensors have the attention that CUDA would give them: its memory-efficient SDPA takes a bias that
+    needs a gradient."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
         if attn_mask is not None:  # whose rows the kernel wants in multiples of 8
@@ -151,7 +145,7 @@ def like_cuda() -> Iterator[None]:
             attn_mask = F.pad(attn_mask, (0, -tokens % 8))[..., :tokens].expand(len(q), -1, -1, -1)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
-    with mock.patch.multiple(F, layer_norm=layer_norm, scaled_dot_product_attention=attention):
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
         yield
 
 
