@@ -200,7 +200,9 @@ class ActivationTracker(TorchDispatchMode):
 
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        self._replace(id(parameter.grad.untyped_storage()), GRADIENTS, self._times.get(parameter, 1))
+        key = id(parameter.grad.untyped_storage())
+        if self._known[key][1] != GRADIENTS:  # as it is for the second of query, key and value, which share one
+            self._replace(key, GRADIENTS, self._times.get(parameter, 1))
 
     def gather(self, network: nn.Module, most: int) -> None:
         """Weights count whole until their gradients are made, as far as so many bytes are kept."""
