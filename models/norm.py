@@ -5,7 +5,7 @@ nor on how many groups a forward holds; where a group lies on several ranks, the
 training forward adds up its groups' statistics; the training loop takes the sums (`pop_statistics`), adds them
 over the ranks, and applies them (`apply_statistics`), or drops them with the step. A forward that repeats another
 (activation checkpointing), or that only takes part in collectives, is run under `frozen_statistics` and adds none.
-Layer normalisation of maps is here too.
+Layer normalisation, of rows and of maps, is here too.
 """
 
 from collections.abc import Iterator
@@ -164,7 +164,19 @@ def across_ranks(model: nn.Module, ranks: dist.ProcessGroup) -> None:
         norm.ranks = ranks
 
 
-class LayerNorm2d(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm):
+    """As `nn.LayerNorm`, but under autocast in the type of its input, with statistics in float32: CUDA's autocast would
+    cast input, output and both their gradients from and to float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)  # CUDA's kernel wants one type
+        with torch.autocast(input.device.type, enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class LayerNorm2d(LayerNorm):
     """Maps [n, width, h, w] in channels-last memory, each place normalised over its channels, without a copy."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -136,14 +136,8 @@ def _shorten(network: CoAtNet) -> Repeated:
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Inside, a CPU's tensors have the types and the attention that CUDA would give them.
-
-    Its autocast takes layer norm in fp32, and its memory-efficient SDPA a bias that needs a gradient.
-    """
-    norm = F.layer_norm
-
-    def layer_norm(x: torch.Tensor, *more: Any) -> torch.Tensor:
-        return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *more)
+    """Inside, a CPU's tensors have the attention that CUDA would give them: its memory-efficient SDPA takes a bias that
+    needs a gradient."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
         if attn_mask is not None:  # whose rows the kernel wants in multiples of 8
@@ -151,7 +145,7 @@ def like_cuda() -> Iterator[None]:
             attn_mask = F.pad(attn_mask, (0, -tokens % 8))[..., :tokens].expand(len(q), -1, -1, -1)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
-    with mock.patch.multiple(F, layer_norm=layer_norm, scaled_dot_product_attention=attention):
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
         yield
 
 
@@ -206,7 +200,9 @@ class ActivationTracker(TorchDispatchMode):
 
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        self._replace(id(parameter.grad.untyped_storage()), GRADIENTS, self._times.get(parameter, 1))
+        key = id(parameter.grad.untyped_storage())
+        if self._known[key][1] != GRADIENTS:  # as it is for the second of query, key and value, which share one
+            self._replace(key, GRADIENTS, self._times.get(parameter, 1))
         self._let_weight_go(parameter)
 
     def gather(self, network: nn.Module, most: int) -> None:

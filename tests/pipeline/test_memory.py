@@ -203,8 +203,8 @@ def test_a_block_that_stands_for_many_counts_as_all_of_them_do(
         assert few.work.operations == all_blocks.work.operations and few.work.calls == all_blocks.work.calls
 
 
-def test_a_gpus_layer_norms_are_fp32_and_its_attention_keeps_no_weights() -> None:
-    """No GPU is needed: beside the CPU's count, a norm's fp32 copies are more, attention's [tokens, tokens] less."""
+def test_a_gpus_attention_keeps_no_weights_and_bf16_half_of_fp32() -> None:
+    """No GPU is needed."""
     network = ["model.stages=[{kind: transformer, blocks: 2, width: 64, stride: 1}]", "train.precision=bf16"]
 
     def kept(device: str, *more: str) -> int:
@@ -215,8 +215,7 @@ def test_a_gpus_layer_norms_are_fp32_and_its_attention_keeps_no_weights() -> Non
     weights = blocks * samples * 4 * tokens**2
     assert kept("cpu", "model.attention=reference") > 2 * weights
     assert kept("cuda") < 2 * weights
-    norms = (2 * blocks) * samples * tokens * 64
-    assert kept("cuda", "model.attention=sdpa") - kept("cuda", "model.attention=sdpa", "train.precision=fp32") < norms
+    assert kept("cuda") < 0.6 * kept("cuda", "train.precision=fp32")  # layer norms too
 
 
 def one_pass(network: CoAtNet, config: Config, saved: Storages | None = None) -> None:
