@@ -83,7 +83,13 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
     for name, facts in documented_keys().items():
         of_change.setdefault(facts["change"], set()).add(name)
     mutable = ("run.dir", "run.hang_timeout", "data.val", "data.max_bad_fraction", "data.cache.", "augment.allow_new")
-    mutable += ("train.precision", "train.activation_checkpointing", "train.compile", "model.attention")
+    mutable += (
+        "train.precision",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.deterministic",
+        "model.attention",
+    )
     mutable += ("zero.", "evaluate.", "checkpoint.", "log.", "slurm.")
     assert of_change["mutable"] == {name for name in documented_keys() if name.startswith(mutable)}
     assert of_change["tracked"] == {
