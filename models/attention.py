@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .init import linear
+from .linear import apply_linear
 
 BiasPosition = Literal["pre_softmax", "post_softmax", "none"]
 """Where w stands in Eq. 3: inside the softmax (the paper's choice), added to its result, or nowhere (Table 6)."""
@@ -70,14 +71,13 @@ class RelativeAttention(nn.Module):
         self.register_load_state_dict_pre_hook(_resize_loaded_table)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(1, 2)
-        q, k, v = (
-            layer(tokens).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        layers = (self.query, self.key, self.value)
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        heads = apply_linear(x, weight, bias).flatten(1, 2).unflatten(-1, (-1, self.head_size))
+        q, k, v = (part.transpose(1, 2) for part in heads.chunk(3, 2))
         backend = self.select_backend(q.device.type, q.dtype, torch.is_grad_enabled())
         y = relative_attention(q, k, v, self.bias_table, self.bias_position, backend)
-        return self.output(y.transpose(1, 2).flatten(2)).unflatten(1, x.shape[1:3])
+        return self.output(y.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
 
     def select_backend(self, device: str, dtype: torch.dtype, with_gradient: bool) -> Backend:
         """The backend that attention in this type on such a device takes."""
@@ -137,10 +137,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
 def flex(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
     """torch's FlexAttention, which looks the bias up inside its kernel: neither bias nor logits are ever in memory.
 
-    Compiled on a CUDA device. On a CPU it has no backward (torch 2.13), and runs uncompiled: to check values only.
+    Compiled on a CUDA device, with its block or alone. On a CPU it has no backward (torch 2.13), and runs uncompiled:
+    to check values only.
     """
     score = None if table is None else _score(table)
-    return _flex(q.is_cuda)(q, k, v, score_mod=score)
+    return _flex(q.is_cuda and not torch.compiler.is_compiling())(q, k, v, score_mod=score)
 
 
 def _score(table: Tensor) -> Callable[..., Tensor]:

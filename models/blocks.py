@@ -57,8 +57,9 @@ class SqueezeExcitation(nn.Module):
         self.excite = linear(squeezed, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Over one flat axis: a CPU is slower at the mean over (h, w) of channels-last maps.
-        means = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        # Over one flat axis: a CPU is slower at (h, w) of channels-last maps. A mean's backward would write a map.
+        places = x.permute(0, 2, 3, 1).flatten(1, 2)
+        means = places.sum(1) / places.shape[1]
         gate = self.excite(F.silu(self.squeeze(means))).sigmoid()
         return x * gate[:, :, None, None]
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Backend, BiasPosition, RelativeAttention, check_backend
 from .blocks import MBConv, Norm, Pool, TransformerBlock, gelu
 from .init import Normal, convolution, from_torch, initialize, linear
-from .norm import BatchNorm2d, LayerNorm2d, frozen_statistics
+from .norm import BatchNorm2d, LayerNorm, LayerNorm2d, frozen_statistics
 from .variants import Layout, Stage, Stem, StridePlace, layout_of
 
 Block = MBConv | TransformerBlock
@@ -67,7 +67,7 @@ def coatnet(
     check_backend(attention)
     batch_norm = partial(BatchNorm2d, eps=batch_norm_eps, momentum=batch_norm_momentum, group=batch_norm_group)
     map_norm: Norm = batch_norm if norm == "batch" else partial(LayerNorm2d, eps=layer_norm_eps)
-    row_norm: Norm = partial(nn.LayerNorm, eps=layer_norm_eps)
+    row_norm: Norm = partial(LayerNorm, eps=layer_norm_eps)
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     _check_resolution(layout, (height, width))
 

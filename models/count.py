@@ -47,8 +47,9 @@ def count(layout: str | Layout, resolution: int = 224, stride: StridePlace | Non
 def count_network(model: CoAtNet) -> Count:
     """The counts of a network at its resolution; it may be on the meta device, and stays as it is.
 
-    No image goes through zeros that take no memory, and past the biases, which would, so nothing is computed. (Shapes
-    could be had on the meta device itself, but there torch imports its compiler for them, which takes seconds.)
+    No image goes through zeros that take no memory, and past attention, where they would, so nothing is computed; in
+    bfloat16, which linear layers don't take for convolutions, whose weights are copied. (Shapes could be had on the
+    meta device itself, but there torch imports its compiler for them, which takes seconds.)
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     exact: list[int] = []
@@ -66,23 +67,23 @@ def count_network(model: CoAtNet) -> Count:
             for charged, per_element in _overheads(module):
                 undo.enter_context(charged.register_forward_hook(partial(charge, per_element)))
             if isinstance(module, RelativeAttention):
-                for name, instead in (("backend", "reference"), ("bias_table", None)):
-                    undo.callback(setattr, module, name, getattr(module, name))
-                    setattr(module, name, instead)
+                undo.callback(delattr, module, "forward")
+                module.forward = partial(_nothing_attended, module)
         undo.callback(model.train, model.training)
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        zeros = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors}
-        functional_call(model.eval(), zeros, torch.empty(0, 3, *model.resolution))
+        zeros = {name: torch.zeros((), dtype=torch.bfloat16).expand(tensor.shape) for name, tensor in tensors}
+        functional_call(model.eval(), zeros, torch.empty(0, 3, *model.resolution, dtype=torch.bfloat16))
     return Count(parameters, sum(exact), round(sum(exact) + sum(overhead)))
 
 
 def _multiply_adds(module: nn.Module, output: Tensor) -> int:
-    """Of a module's own work for an image, apart from that of the modules within it."""
+    """Of a module's own work for an image, apart from that of the modules that it runs."""
     elements = output.shape[1:].numel()
     if isinstance(module, nn.Conv2d | nn.Linear):
         return elements * module.weight[0].numel()
-    if isinstance(module, RelativeAttention):  # q k^T, and its product with v
-        return 2 * elements * module.grid[0] * module.grid[1]
+    if isinstance(module, RelativeAttention):  # q, k, v; q k^T, and its product with v; the output
+        tokens = module.grid[0] * module.grid[1]
+        return elements * (3 * module.query.in_features + 2 * tokens + module.output.in_features)
     return 0
 
 
@@ -99,6 +100,10 @@ def _overheads(module: nn.Module) -> list[tuple[nn.Module, float]]:
         logits_per_element = height * width / module.head_size
         return [(module, logits_per_element * (PER_LOGIT + PER_LOGIT_AND_TABLE_ROW * (2 * height - 1)))]
     return []
+
+
+def _nothing_attended(layer: RelativeAttention, x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:3], layer.output.out_features)
 
 
 def _nothing(name: str, shape: torch.Size) -> Tensor:

@@ -12,13 +12,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
+
 Normal = Callable[[str, torch.Size], Tensor]
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def linear(inputs: int, width: int) -> nn.Linear:
+def linear(inputs: int, width: int) -> Linear:
     """A linear layer with bias, without values, on torch's current default device."""
-    return allocate(nn.Linear(inputs, width, device="meta"), torch.get_default_device())
+    return allocate(Linear(inputs, width, device="meta"), torch.get_default_device())
 
 
 def convolution(inputs: int, width: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = True) -> nn.Conv2d:

@@ -5,12 +5,11 @@ nor on how many groups a forward holds; where a group lies on several ranks, the
 training forward adds up its groups' statistics; the training loop takes the sums (`pop_statistics`), adds them
 over the ranks, and applies them (`apply_statistics`), or drops them with the step. A forward that repeats another
 (activation checkpointing), or that only takes part in collectives, is run under `frozen_statistics` and adds none.
-Layer normalisation of maps is here too.
+Layer normalisation, of rows and of maps, is here too.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,17 +17,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_adds_statistics: ContextVar[bool] = ContextVar("_adds_statistics", default=True)
+_adds_statistics = True  # plain, for the compiler to see: forwards run one at a time
 
 
 @contextmanager
 def frozen_statistics() -> Iterator[None]:
     """Inside, forwards count for nothing in the running statistics."""
-    before = _adds_statistics.set(False)
+    global _adds_statistics
+    before, _adds_statistics = _adds_statistics, False
     try:
         yield
     finally:
-        _adds_statistics.reset(before)
+        _adds_statistics = before
 
 
 class BatchNorm2d(nn.Module):
@@ -97,10 +97,10 @@ class BatchNorm2d(nn.Module):
         return y
 
     def _add(self, mean: Tensor, variance: Tensor) -> None:
-        if _adds_statistics.get():
-            self.mean_sum += mean
-            self.variance_sum += variance
-            self.group_count += 1
+        if _adds_statistics:
+            self.mean_sum.add_(mean)
+            self.variance_sum.add_(variance)
+            self.group_count.add_(1)
 
     def extra_repr(self) -> str:
         return f"{len(self.running_mean)}, eps={self.eps}, momentum={self.momentum}, group={self.group}"
@@ -164,7 +164,19 @@ def across_ranks(model: nn.Module, ranks: dist.ProcessGroup) -> None:
         norm.ranks = ranks
 
 
-class LayerNorm2d(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm):
+    """As `nn.LayerNorm`, but under autocast in the type of its input, with statistics in float32: CUDA's autocast would
+    cast input, output and both their gradients from and to float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)  # CUDA's kernel wants one type
+        with torch.autocast(input.device.type, enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class LayerNorm2d(LayerNorm):
     """Maps [n, width, h, w] in channels-last memory, each place normalised over its channels, without a copy."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -177,27 +189,28 @@ def _batch_norms(model: nn.Module) -> Iterator[BatchNorm2d]:
 
 @torch.no_grad()
 def pop_statistics(model: nn.Module) -> Tensor:
-    """All sums of means and variances and the counts of groups since the last call, float32 in one row; zeroes them.
-
-    Rows of several ranks may be added before `apply_statistics`.
-    """
-    sums = [(norm.mean_sum, norm.variance_sum, norm.group_count) for norm in _batch_norms(model)]
-    none = torch.zeros(0, device=next(model.parameters()).device)  # of a network without batch norm
-    flat = torch.cat([none, *(part.float() for parts in sums for part in parts)])
-    for parts in sums:
-        for part in parts:
-            part.zero_()
-    return flat
+    """What was seen since the last call, float32 [3, channels of all layers]: sums of means and of variances, and the
+    number of groups; zeroes them. Those of several ranks may be added before `apply_statistics`."""
+    norms = list(_batch_norms(model))
+    if not norms:
+        return torch.zeros(3, 0, device=next(model.parameters()).device)
+    sums = [[norm.mean_sum for norm in norms], [norm.variance_sum for norm in norms]]
+    counts = [norm.group_count.expand_as(norm.mean_sum) for norm in norms]
+    seen = torch.cat([*sums[0], *sums[1], *counts]).float().view(3, -1)
+    torch._foreach_zero_([*sums[0], *sums[1], *(norm.group_count for norm in norms)])
+    return seen
 
 
 @torch.no_grad()
-def apply_statistics(model: nn.Module, flat: Tensor) -> None:
+def apply_statistics(model: nn.Module, seen: Tensor) -> None:
     """Moves the running statistics by `momentum`, once, towards the mean over groups; a count of 0 moves nothing."""
     norms = list(_batch_norms(model))
-    rows = flat.split([2 * len(norm.running_mean) + 1 for norm in norms])
-    for norm, row in zip(norms, rows, strict=True):
-        width = len(norm.running_mean)  # the weight may be in parts, on other ranks
-        mean_sum, variance_sum, count = row.to(norm.running_mean).split([width, width, 1])
-        step = norm.momentum * (count > 0).to(count.dtype)
-        norm.running_mean.lerp_(mean_sum / count.clamp(min=1), step)
-        norm.running_var.lerp_(variance_sum / count.clamp(min=1), step)
+    if not norms:
+        return
+    widths = [len(norm.running_mean) for norm in norms]  # a weight may be in parts, on other ranks
+    sums, count = seen.to(norms[0].running_mean).split([2, 1])
+    targets = (sums / count.clamp(min=1)).view(-1).split(2 * widths)
+    weights = (count > 0).to(count).view(-1).split(widths)
+    weights = torch._foreach_mul(weights, [norm.momentum for norm in norms])
+    running = [*(norm.running_mean for norm in norms), *(norm.running_var for norm in norms)]
+    torch._foreach_lerp_(running, targets, 2 * weights)

@@ -175,8 +175,8 @@ class Train(Section):
     )
     compile: bool = key(
         False,
-        "let torch.compile fuse the network's operations; at ZeRO stages 1 and 2; takes minutes at each start; needs a"
-        " compiler and Python.h",
+        "let torch.compile fuse the operations of each block, of equal blocks once; takes minutes at each start; needs"
+        " a compiler and Python.h",
         "mutable",
     )
     deterministic: bool = key(
@@ -372,15 +372,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _compiles(self) -> Config:
-        if self.train.compile and self.zero.stage == 3:
-            raise ValueError(
-                "train.compile is true and zero.stage is 3, which gathers weights between layers: nothing can be fused"
-                " across them; set zero.stage=2, or train.compile=false"
-            )
         if self.train.compile and ranks_of_group(self.train) > 1:
             raise ValueError(
-                "train.compile is true and train.batch_norm_group spans several ranks, which communicate between"
-                " layers; set train.batch_norm_group to a micro batch or less, or train.compile=false"
+                "train.compile is true and train.batch_norm_group spans several ranks, which communicate inside"
+                " blocks; set train.batch_norm_group to a micro batch or less, or train.compile=false"
             )
         return self
 

@@ -95,9 +95,12 @@ def peak(device: Device, precision: Precision) -> float:
 
 
 def collective_bytes(parameters: int, stage: int, ranks: int, passes: int) -> float:
-    """Bytes that a rank sends in a step: gradients once, or at stages 2 and 3 in each pass, and weights gathered after
-    the step, or at stage 3 twice in each pass (Rajbhandari et al. 2020, section 7)."""
-    reduced = passes if stage > 1 else 1
+    """Bytes that a rank sends in a step (Rajbhandari et al. 2020, section 7): weights gathered after the step, and
+    gradients added up once, or at stage 2 in each pass; at stage 3 both in each pass, and weights twice.
+
+    Below stage 3 every rank gets all sums, which sends twice what a rank's share of them would.
+    """
+    reduced = {1: 2, 2: 2 * passes, 3: passes}[stage]
     gathered = 2 * passes if stage == 3 else 1
     return (reduced + gathered) * WIDTH * parameters * (ranks - 1) / ranks
 

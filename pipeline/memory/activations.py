@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -33,7 +34,8 @@ from models.coatnet import CoAtNet, stochastic_depth_rates
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Augment, Config, Model, Train
 from pipeline.distributed.environment import cpus_per_rank
-from pipeline.memory.estimate import Activations, Memory, Settings, Work, memory_of, most_gathered
+from pipeline.memory.estimate import Activations, Memory, Settings, Work, fill_a_bucket, memory_of, most_gathered
+from pipeline.training.engine import STAY_GATHERED, zero3_leaves
 from pipeline.training.losses import loss_fn
 from pipeline.training.model import count_model, meta_model
 
@@ -59,13 +61,13 @@ def estimates(
     decoding = pipelines * decoder_gpu_bytes(resolution, threads or cpus_per_rank()) if on_gpu else 0
 
     @cache
-    def counted(train: Train, gradients_stay: bool, gathered: int) -> Activations:
+    def counted(train: Train, gradients_stay: bool, gathered: int | None) -> Activations:
         return count_activations(config.model, train, config.augment, classes, device, gradients_stay, gathered)
 
     def estimate(settings: Settings) -> tuple[Memory, Activations]:
         train, zero, world_size = settings
         one_pass = accumulation_steps(micro_batches_of(train), world_size) == 1
-        gradients_stay = one_pass and zero.stage == 1 and not zero.offload
+        gradients_stay = (one_pass if zero.stage == 1 else not fill_a_bucket(parameters)) and not zero.offload
         activations = counted(train, gradients_stay, most_gathered(zero.stage, world_size))
         return memory_of(parameters, activations, settings, resolution, on_gpu, decoding), activations
 
@@ -73,15 +75,21 @@ def estimates(
 
 
 def count_activations(
-    model: Model, train: Train, augment: Augment, classes: int, device: str, gradients_stay: bool, gathered: int = 0
+    model: Model,
+    train: Train,
+    augment: Augment,
+    classes: int,
+    device: str,
+    gradients_stay: bool,
+    gathered: int | None = None,
 ) -> Activations:
     """What a micro batch of `train` keeps alive on a device of this type ("cpu", "cuda").
 
     `gradients_stay`: each weight's gradient stays where the backward made it, and counts, as at ZeRO stage 1 in a
-    step of one accumulation step; else the engine takes it at once. `gathered`: bytes of weights that ZeRO-3 keeps
-    whole at the most, each until its gradient is made. The parts of `peak`: input, stem, stage 1 ..., head, loss.
-    Attention's flex is counted as sdpa, whose memory is the same but for the bias; and batch norm over several ranks
-    as over one.
+    step of one accumulation step, or where no bucket fills; else the engine takes it at once, or at ZeRO-3 a block's
+    after its backward. `gathered`: bytes of weights that ZeRO-3 keeps whole at the most, each until its gradient is
+    made. The parts of `peak`: input, stem, stage 1 ..., head, loss. Attention's flex is counted as sdpa, whose memory
+    is the same but for the bias; and batch norm over several ranks as over one.
     """
     if ranks_of_group(train) > 1:
         train = train.model_copy(update={"batch_norm_group": None})
@@ -95,9 +103,10 @@ def count_activations(
         tracker = ActivationTracker()
         tracker.exclude(network)
         tracker.track_parts(network, repeated)
-        for parameter in network.parameters():
+        of_leaves = set() if gathered is None or gradients_stay else tracker.let_go_of_leaves(network)
+        for parameter in set(network.parameters()) - of_leaves:
             parameter.register_post_accumulate_grad_hook(tracker.keep_gradient if gradients_stay else tracker.let_go)
-        tracker.gather(network, gathered)
+        tracker.gather(network, gathered or 0)
         n = train.micro_batch  # from here on as in train.py
         with tracker:
             images = torch.empty(n, 3, model.resolution, model.resolution, memory_format=torch.channels_last)
@@ -127,14 +136,8 @@ def _shorten(network: CoAtNet) -> Repeated:
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Inside, a CPU's tensors have the types and the attention that CUDA would give them.
-
-    Its autocast takes layer norm in fp32, and its memory-efficient SDPA a bias that needs a gradient.
-    """
-    norm = F.layer_norm
-
-    def layer_norm(x: torch.Tensor, *more: Any) -> torch.Tensor:
-        return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *more)
+    """Inside, a CPU's tensors have the attention that CUDA would give them: its memory-efficient SDPA takes a bias that
+    needs a gradient."""
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
         if attn_mask is not None:  # whose rows the kernel wants in multiples of 8
@@ -142,7 +145,7 @@ def like_cuda() -> Iterator[None]:
             attn_mask = F.pad(attn_mask, (0, -tokens % 8))[..., :tokens].expand(len(q), -1, -1, -1)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
-    with mock.patch.multiple(F, layer_norm=layer_norm, scaled_dot_product_attention=attention):
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
         yield
 
 
@@ -197,18 +200,36 @@ class ActivationTracker(TorchDispatchMode):
 
     def keep_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        self._replace(id(parameter.grad.untyped_storage()), GRADIENTS, self._times.get(parameter, 1))
+        key = id(parameter.grad.untyped_storage())
+        if self._known[key][1] != GRADIENTS:  # as it is for the second of query, key and value, which share one
+            self._replace(key, GRADIENTS, self._times.get(parameter, 1))
+        self._let_weight_go(parameter)
 
     def gather(self, network: nn.Module, most: int) -> None:
         """Weights count whole until their gradients are made, as far as so many bytes are kept."""
         self._most, self._needed = most, sum(self._times.get(each, 1) * each.nbytes for each in network.parameters())
         self.bytes[GATHERED] = min(self._needed, most)
 
+    def let_go_of_leaves(self, network: CoAtNet) -> set[nn.Parameter]:
+        """The weights whose gradients the engine takes after the backward of the block that they are in."""
+        of_leaves = {leaf: list(leaf.parameters()) for leaf in zero3_leaves(network)}
+        for leaf, weights in of_leaves.items():
+            leaf.register_full_backward_hook(partial(self._let_go_of_all, weights))
+        return set(chain(*of_leaves.values()))
+
     def let_go(self, parameter: torch.Tensor) -> None:
-        """The engine has taken a weight's gradient, and needs the weight no more."""
+        """The engine has taken a weight's gradient."""
         parameter.grad = None
-        self._needed -= self._times.get(parameter, 1) * parameter.nbytes
+        self._let_weight_go(parameter)
+
+    def _let_weight_go(self, parameter: torch.Tensor) -> None:
+        """What has its gradient is needed no more; small weights stay."""
+        self._needed -= self._times.get(parameter, 1) * parameter.nbytes * (parameter.numel() > STAY_GATHERED)
         self.bytes[GATHERED] = min(self._needed, self._most)
+
+    def _let_go_of_all(self, weights: list[nn.Parameter], *_: Any) -> None:
+        for weight in weights:
+            self.let_go(weight)
 
     def _enter(self, part: str, repeats: int) -> None:
         self.part, self.repeats = part, repeats

@@ -72,12 +72,12 @@ def memory_of(
     `decoding` is what decoders take beside the batches of a step.
 
     The largest of three moments: the backward, when activations are alive; after the last one, when what is left of
-    the gradients is added up over the ranks; the optimizer's step, which copies a rank's share of them.
+    the gradients is added up over the ranks; the optimizer's step, which takes a rank's share of them.
     """
     train, zero, world_size = settings
     held = states_of(parameters, world_size, zero.stage, train.ema is not None)
     whole, share = WIDTH * parameters, WIDTH * -(-parameters // world_size)
-    bucket, passes = WIDTH * BUCKET_ELEMENTS, accumulation_steps(micro_batches_of(train), world_size)
+    bucket, passes = WIDTH * min(parameters, BUCKET_ELEMENTS), accumulation_steps(micro_batches_of(train), world_size)
     on_device = not (zero.offload and on_gpu)
     states = {
         "weights": held.weights,
@@ -86,27 +86,35 @@ def memory_of(
         "batch": passes * train.micro_batch * 3 * resolution**2,
         "decoding": decoding,
     }
-    # Stage 2 collects a pass's share of gradients beside that of the earlier passes, once its bucket is full.
-    collected = share * (2 if zero.stage == 2 and passes > 1 else 1)
-    during_passes = collected if parameters > BUCKET_ELEMENTS else share
-    accumulated = during_passes if zero.stage > 1 else whole * (passes > 1)
+    # Stages 2 and 3 take the gradients of a full bucket, or those that a pass leaves, and put them into one tensor.
+    # How many wait for that when most activations are alive is not known: a whole bucket's are counted.
+    several = fill_a_bucket(parameters)
+    taken = share * (zero.stage == 3 or passes > 1 or several)
+    waiting = bucket if several and zero.stage > 1 else 0
     backward = {
         "weights": held.weights + activations.gathered,
-        "gradients": accumulated * on_device,
-        "buckets": bucket,
+        "gradients": (taken if zero.stage > 1 else whole * (passes > 1)) * on_device,
+        "buckets": WIDTH * BUCKET_ELEMENTS if zero.offload else waiting,
         "activations": sum(activations.peak.values()),
     }
     reduction = {
-        "gradients": (whole * (zero.stage == 1) + collected) * on_device,
-        "buckets": bucket + WIDTH * min(parameters, BUCKET_ELEMENTS),
+        "gradients": (taken + bucket if zero.stage > 1 else whole) * on_device,
+        "buckets": max(bucket, share * several),  # at stage 1 the share takes the room of the first bucket's gradients
     }
-    step = {"gradients": 2 * share * on_device, "buckets": bucket * (zero.stage == 3)}
+    step = {"gradients": share * on_device}
     return max((Memory(states | moment) for moment in (backward, reduction, step)), key=lambda memory: memory.total)
 
 
-def most_gathered(stage: int, world_size: int) -> int:
-    """Bytes of whole weights that a ZeRO stage puts together at a time; one rank has nothing to put together."""
-    return WIDTH * (LIVE_ELEMENTS + BUCKET_ELEMENTS) if stage == 3 and world_size > 1 else 0
+def fill_a_bucket(parameters: int) -> bool:
+    """Whether so many gradients are taken by several buckets in a pass; else they stay to its end."""
+    return parameters > BUCKET_ELEMENTS
+
+
+def most_gathered(stage: int, world_size: int) -> int | None:
+    """Bytes of whole weights that ZeRO-3 puts together at a time, none on one rank; None at other stages."""
+    if stage < 3:
+        return None
+    return WIDTH * (LIVE_ELEMENTS + BUCKET_ELEMENTS) if world_size > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.norm import apply_statistics, pop_statistics
+from models.norm import BatchNorm2d, apply_statistics, pop_statistics
 from pipeline.distributed.collectives import all_reduce_sum
 
 Statistics = dict[str, torch.Tensor]
 
 
 def statistics(model: nn.Module) -> Statistics:
-    """The model's own running statistics by name; writing into them changes the model."""
-    state, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
-    return {name: values for name, values in state.items() if name not in parameters}
+    """The model's own running statistics by their names in its state; writing into them changes the model."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm2d)}
+    kinds = ("running_mean", "running_var")
+    return {f"{name}.{kind}": norm.get_buffer(kind) for name, norm in norms.items() for kind in kinds}
 
 
 def sync_batch_norm(model: nn.Module, apply: bool) -> None:
@@ -38,10 +39,10 @@ def clone(values: Statistics) -> Statistics:
 
 def update(average: Statistics | None, model: nn.Module, decay: float | None) -> None:
     """Moves an average of statistics towards the model's own, by 1 - decay; nothing without train.ema."""
-    if average is None or decay is None:
+    if average is None or decay is None or not average:
         return
-    for name, values in statistics(model).items():
-        average[name].lerp_(values, 1 - decay)
+    current = statistics(model)
+    torch._foreach_lerp_(list(average.values()), [current[name] for name in average], 1 - decay)
 
 
 def load(model: nn.Module, values: Statistics) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from data.order import accumulation_steps
 from models.coatnet import CoAtNet
+from models.compiled import compile_blocks
 from models.norm import across_ranks, frozen_statistics
 from pipeline.config.batch_size import micro_batches_of, ranks_of_group
 from pipeline.config.schema import Config, Optim, Train, Zero
@@ -45,6 +46,9 @@ BUCKET_ELEMENTS = 50_000_000
 """Elements that travel in one collective: 200 MB, enough for any network, and little beside a model that is sharded."""
 LIVE_ELEMENTS = 200_000_000
 """Elements of gathered parameters that stage 3 keeps at a time, a large layer and what is fetched ahead."""
+
+STAY_GATHERED = 100_000
+"""Elements of the largest parameters that stage 3 keeps whole on every rank, once gathered: DeepSpeed's default."""
 
 
 def start_process_group(timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
@@ -105,18 +109,30 @@ def build_initial_model(
     return load_values(network, device, init_weights(config.run.seed), shard)
 
 
-def build_engine(model: nn.Module, train: Train, optim: Optim, zero: Zero) -> Any:
+def zero3_leaves(model: CoAtNet) -> list[nn.Module]:
+    """What ZeRO-3 gathers, and whose gradients it takes, as a whole: one hook for each, and not for every layer.
+
+    Not the stem, whose input needs no gradient: DeepSpeed would take the stem's before they are made.
+    """
+    return [*model.blocks(), model.head]
+
+
+def build_engine(model: CoAtNet, train: Train, optim: Optim, sharding: Zero) -> Any:
     """A DeepSpeed engine around the model: ZeRO, accumulation over a global batch, clipping, bf16 autocast."""
     import deepspeed
 
     if (together := ranks_of_group(train)) > 1:
         neighbours: Any = dist.new_subgroups(together)[0]
         across_ranks(model, neighbours)
+    if sharding.stage == 3:
+        for leaf in zero3_leaves(model):
+            deepspeed.utils.set_z3_leaf_module(leaf, True)
     groups = parameter_groups(model, optim.weight_decay)
     optimizer = AdamWWithEma(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, zero))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(train, optim, sharding))
+    zero.flatten_gradients(engine)
     if train.compile:
-        engine.compile()
+        compile_blocks(model, stem=sharding.stage < 3)  # after initialize, whose hooks are around the blocks
     return engine
 
 
@@ -130,7 +146,9 @@ def _settings(train: Train, optim: Optim, zero: Zero) -> dict[str, Any]:
             "stage": zero.stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
+            "contiguous_gradients": False,  # no copy of a gradient for its bucket alone
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": STAY_GATHERED,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
         },

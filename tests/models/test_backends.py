@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import BACKENDS, Backend, RelativeAttention, check_backend, fastest, reference
 from models.blocks import TransformerBlock
+from models.norm import LayerNorm
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 TRAINING: list[Any] = ["reference", "sdpa"]
@@ -93,7 +94,7 @@ def test_a_block_with_stride_has_the_same_output_and_gradients_with_every_backen
 ) -> None:
     def block(backend: Backend) -> nn.Module:
         attention = partial(RelativeAttention, grid=(7, 9), head_size=16, backend=backend)
-        return TransformerBlock(24, 48, 2, attention, nn.LayerNorm)
+        return TransformerBlock(24, 48, 2, attention, LayerNorm)
 
     exact = block("reference").double()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.attention import BiasPosition, RelativeAttention, relative_bias
 from models.blocks import MBConv, Pool, TransformerBlock
-from models.norm import BatchNorm2d, LayerNorm2d
+from models.norm import BatchNorm2d, LayerNorm, LayerNorm2d
 from models.variants import StridePlace
 
 Weights = dict[str, Tensor]
@@ -94,7 +94,7 @@ def test_transformer_block_is_equation_4_and_a_feed_forward(
 ) -> None:
     grid = (4 // stride, 6 // stride)
     attention = partial(RelativeAttention, grid=grid, head_size=4, bias_position=form)
-    block = TransformerBlock(inputs, width, stride, attention, partial(torch.nn.LayerNorm, eps=1e-5), pool)
+    block = TransformerBlock(inputs, width, stride, attention, partial(LayerNorm, eps=1e-5), pool)
     w, x = drawn_weights(block), maps(2, inputs)
     pooled = pooled_by_hand(layer_norm(x, w, "attention_norm"), stride, pool)
     q, k, v = (

@@ -125,4 +125,4 @@ def test_statistics_of_bfloat16_maps_are_added_in_float32() -> None:
     ours = BatchNorm2d(WIDTH, group=GROUP)
     x = maps(GROUP).bfloat16()
     assert ours(x).dtype == torch.bfloat16
-    torch.testing.assert_close(pop_statistics(ours)[:WIDTH], x.float().mean((0, 2, 3)))
+    torch.testing.assert_close(pop_statistics(ours)[0], x.float().mean((0, 2, 3)))

@@ -6,12 +6,14 @@ file with its rank added. ZeRO's buckets are made small, so that they don't hide
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.profiler import profile
 
 from pipeline.commands.pretrain import import_training
 from pipeline.config.parsing import read_config
@@ -25,7 +27,7 @@ from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS
 
 MODULE = "tests.pipeline.peaks"
-BUCKET, CLASSES = 200_000, 10
+BUCKET, CLASSES = 50_000, 10
 
 
 def measured(world_size: int, cases: list[list[str]], folder: Path) -> list[tuple[int, int]]:
@@ -40,6 +42,13 @@ def measured(world_size: int, cases: list[list[str]], folder: Path) -> list[tupl
         for number in range(len(cases))
     ]
     return [(max(peak for peak, _ in each), each[0][1]) for each in found]
+
+
+def allocator_peak(profiled: profile) -> int:
+    """The most bytes that the allocator had given out since the profile began, temporary ones of kernels too."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # pyrefly: ignore
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes))
 
 
 def peak_of_two_steps(config: Config) -> int:

@@ -83,7 +83,13 @@ def test_what_defines_a_run_may_not_change_and_how_and_where_it_runs_may():
     for name, facts in documented_keys().items():
         of_change.setdefault(facts["change"], set()).add(name)
     mutable = ("run.dir", "run.hang_timeout", "data.val", "data.max_bad_fraction", "data.cache.", "augment.allow_new")
-    mutable += ("train.precision", "train.activation_checkpointing", "train.compile", "model.attention")
+    mutable += (
+        "train.precision",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.deterministic",
+        "model.attention",
+    )
     mutable += ("zero.", "evaluate.", "checkpoint.", "log.", "slurm.")
     assert of_change["mutable"] == {name for name in documented_keys() if name.startswith(mutable)}
     assert of_change["tracked"] == {
@@ -202,9 +208,9 @@ def test_a_malformed_override_is_refused_in_a_line_that_repeats_it(small, text):
     assert text.replace("\n", "\\n") in line
 
 
-def test_compiling_at_zero_stage_3_is_refused(small):
-    (line,) = refused(small, "train.compile=true", "zero.stage=3")
-    assert "train.compile is true and zero.stage is 3" in line and "zero.stage=2" in line
+def test_compiling_batch_norm_across_ranks_is_refused(small):
+    (line,) = refused(small, "train.compile=true", "train.micro_batch=2", "train.batch_norm_group=4")
+    assert "train.batch_norm_group spans several ranks" in line and "train.compile=false" in line
 
 
 def test_attention_in_no_fixed_order_is_refused_where_one_is_asked_for(small):

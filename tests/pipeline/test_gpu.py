@@ -89,8 +89,12 @@ def test_bad_steps_are_not_applied_on_a_gpu_and_three_are_rolled_back(digits: Pa
 
 
 @pytest.mark.parametrize(
-    "how", [(), ("zero.stage=2",), ("zero.stage=3",), ("zero.stage=3", "zero.offload=true"), ("train.compile=true",)]
-)
+    "how",
+    [
+        (), ("zero.stage=2",), ("zero.stage=3",), ("zero.stage=3", "zero.offload=true"), ("train.compile=true",),
+        ("zero.stage=3", "train.compile=true", "train.activation_checkpointing=all"),
+    ],
+)  # fmt: skip
 def test_the_first_losses_on_a_gpu_are_those_of_the_cpu_to_rounding(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
 ) -> None:

@@ -1,4 +1,5 @@
-"""What in a step of training would make the host wait for a GPU, counted with the CPU in place of one.
+"""What in a step of training would make the host wait for a GPU, counted with the CPU in place of one; and what it has
+the device do beside forward and backward.
 
 The host waits where Python asks for a tensor's value, where the size of a result depends on values, where memory that
 is not pinned is copied to or from the device, and where DeepSpeed asks the device to finish. Arrays reach the device
@@ -23,6 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COPIES = {torch.tensor, torch.as_tensor, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.tolist}
+AFTER_BACKWARD = {"stage_1_and_2.py", "stage3.py", "utils.py", "coalesced_collectives.py", "adam.py"}
+AFTER_BACKWARD |= {"zero.py", "optimizer.py", "ema.py", "norm.py:pop_statistics", "norm.py:apply_statistics"}
+"""Where gradients are reduced and weights stepped: files, or functions of one that is also of the network."""
+AFTER = "operations after backward"
 NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -49,7 +54,7 @@ class Copies(TorchFunctionMode):
 
 
 class Values(TorchDispatchMode):
-    """Of tensors, asked for by Python or by torch."""
+    """Of tensors, asked for by Python or by torch; and operations that compute or copy, AFTER_BACKWARD."""
 
     def __init__(self, seen: Counter[str]) -> None:
         super().__init__()
@@ -59,6 +64,9 @@ class Values(TorchDispatchMode):
         by_number = func is torch.ops.aten.index.Tensor and all(i is None or i.dtype == torch.int64 for i in args[1])
         if not by_number and not NEEDS_VALUES.isdisjoint(func.tags):
             self.seen[f"{func.overloadpacket.__name__} in {caller()}"] += 1
+        is_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.arguments)
+        if not is_view and not AFTER_BACKWARD.isdisjoint((name := caller(), name.partition(":")[0])):
+            self.seen[AFTER] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -115,6 +123,7 @@ class Waits:
             self.counting.close()
             self.counting = None
             self.patched.close()
-            found = {"loop": self.loop, "threads": self.threads}
+            parameters = len(list(engine.module.parameters()))
+            found = {"loop": self.loop, "threads": self.threads, "parameters": parameters}
             Path(config.run.dir, f"waits-{self.rank}.json").write_text(json.dumps(found))
         return self.forward(engine, batch, config, *more)
