@@ -23,7 +23,7 @@ from slurm.submit import JobSpec, prepare
 from tests import forked
 from tests.pipeline.runs import PATIENCE_SECONDS, consumed, contents, curve, events, last_state, wait_until
 
-CASES = 3
+CASES = 2
 
 
 @dataclass(frozen=True)
