@@ -41,11 +41,11 @@ lint: $(INSTALLED)
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest
 
 # What trains, or submits to a Slurm; and long properties, DALI, whole families, and doctors.
-NOT_IN_CHECK := test_weak test_forked cluster/test_slurm slurm/test_jobs \
+NOT_IN_CHECK := test_weak test_forked test_benchmarks $(addprefix slurm/test_,jobs damaged_files without_submit) \
 	$(addprefix pipeline/test_,attempts cold_starts end_to_end export faults guards memory mirror mixing out_of_memory \
-	monitoring predict report restore stops watchdog zero) models/test_norm_across_ranks \
+	monitoring plan_costs predict replay report restore saving stops waits watchdog zero) models/test_norm_across_ranks \
 	$(addprefix data/test_,cache codec decode loader schedules storage) pipeline/test_preview \
-	$(addprefix models/test_,convert count) $(addprefix pipeline/test_,doctor rank_doctor)
+	$(addprefix models/test_,compiled convert count) $(addprefix pipeline/test_,doctor rank_doctor)
 
 check: lint
 	$(PYTEST) -n 2 $(NOT_IN_CHECK:%=--ignore tests/%.py)
