@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """As `nn.Linear`, of whose state and values it is."""
+    """An `nn.Linear`, with the same state and values."""
 
     def forward(self, input: Tensor) -> Tensor:
         return apply_linear(input, self.weight, self.bias)

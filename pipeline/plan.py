@@ -21,7 +21,7 @@ from data.storage.remote import DEFAULT, ReadError, Storage
 from pipeline.checkpoint.attempts import newest_state, trusted_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, checkpoints, step_of
 from pipeline.checkpoint.train_set import check_train_set
-from pipeline.config.batch_size import check_world_size, micro_batches_of, total_steps
+from pipeline.config.batch_size import check_world_size, micro_batches_of, planned_steps
 from pipeline.config.parsing import changes, read_resolved, validate
 from pipeline.config.schema import Augment, Config
 from pipeline.distributed.environment import is_first_process, is_rank_zero
@@ -76,7 +76,7 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     train, order = training_set(config, storage)
     if train.header_fingerprint is None and is_rank_zero():
         train = complete_if_writable(train) if is_first_process() else with_checksums(train)
-    length = planned_steps(config, train.samples)
+    length = planned_steps(config.train, train.samples)
     newest = _newest(run, train, length)
     val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
     if val is not None and val.classes != train.classes:
@@ -85,11 +85,6 @@ def make_plan(config: Config, command: str, world_size: int, local_world_size: i
     check_memory(train, slots, config.data.shuffle_window, config.model.resolution, local_world_size)
     evaluated = newest is not None and newest in evaluated_steps(run)
     return Plan(train, val, order, length, changed, newest, evaluated, read_errors)
-
-
-def planned_steps(config: Config, samples: int) -> int:
-    """The length of a training, with a training set of so many samples."""
-    return config.train.steps or total_steps(config.train.epochs or 0, samples, config.train.global_batch)
 
 
 def _newest(run: Path, train: Manifest, length: int) -> int | None:

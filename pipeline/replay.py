@@ -16,11 +16,11 @@ import torch
 from models.coatnet import stochastic_depth_rates
 from pipeline.checkpoint.history import Span, Values, skipped_on, span_of
 from pipeline.checkpoint.restore import restore, warn_of_damage
-from pipeline.config.batch_size import micro_batches_of
+from pipeline.config.batch_size import micro_batches_of, planned_steps
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.monitoring.mfu import device_name
-from pipeline.plan import Plan, planned_steps, training_set
+from pipeline.plan import Plan, training_set
 from pipeline.train import Forward, do_step, micro_batch_loss
 from pipeline.training import ema
 from pipeline.training import engine as deepspeed_engine
@@ -66,7 +66,7 @@ def replay_step(
     """
     config, step = _uncompiled(path[0].stretch.config), path[0].end
     train, order = training_set(config)
-    plan = Plan(train, None, order, planned_steps(config, train.samples), {}, 0 if folders else None, False, [])
+    plan = Plan(train, None, order, planned_steps(config.train, train.samples), {}, 0 if folders else None, False, [])
     engine, state = _restored(config, plan, folders, device, initial_weights)
     first, classes = state.step + 1, len(plan.train.classes)
     rates = stochastic_depth_rates(engine.module, config.train.stochastic_depth)
@@ -81,7 +81,7 @@ def replay_step(
                 losses = _losses_by(forward, config, classes, rates)
                 examination = examine(probe, micro_batches, losses, config)
             then = span_of(path, number + 1).stretch.config  # with the learning rate and the length of its time
-            of_then = replace(plan, steps=planned_steps(then, train.samples))
+            of_then = replace(plan, steps=planned_steps(then.train, train.samples))
             report = StepReport(device, micro_batches, micro_batches_of(config.train), [])
             _, reason = do_step(engine, then, of_then, state, report, micro_batches, forward, rates, _nothing_asked)
             values[number + 1] = Values(report.totals.mean_loss, float(engine.get_global_grad_norm()))

@@ -27,14 +27,13 @@ from pipeline.config.schema import Slurm, parse_duration
 from pipeline.distributed.environment import FILE, IDENTITY, START
 from pipeline.distributed.launcher import COMMANDS, free_port, module_command
 from pipeline.errors import RunFailed, UsageError
-from pipeline.run.events import last_logged_step
+from pipeline.run.events import HANG_EVENTS, last_logged_step
 from pipeline.run.jsonl import append_row, read_lines
 from pipeline.run.small_files import NUMBER, write_atomically
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.requeue import (
     FAILURES,
-    HANG_EVENTS,
     Cause,
     Decision,
     Ending,

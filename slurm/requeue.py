@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from pipeline.config.contradictions import EARLY_SECONDS
 from pipeline.distributed.signals import STOPPED, STOPPING
+from pipeline.run.events import HANG_EVENTS
 from slurm.history import JobStart
 
 MAX_BACKOFF_SECONDS = 3600.0
@@ -47,7 +48,6 @@ class Cause(StrEnum):
     BAD_REQUEST = "bad request"
 
 
-HANG_EVENTS = ("heartbeat_lost", "hang")
 STOPPED_STATUSES = {STOPPED, *(128 + number for number in STOPPING)}
 """srun's exit status where ranks were asked to stop before their first step, or before they could hear of it."""
 FAILURES = {Cause.CRASH, Cause.KILLED_RANK, Cause.HANG, Cause.NOT_STARTED}

@@ -20,17 +20,16 @@ from pipeline.formatting import pluralize
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.monitoring.progress import eta_seconds
 from pipeline.report.accounting import Start, account
-from pipeline.run.events import last_saved_step, read_events, steps_not_applied
+from pipeline.run.events import BEGIN_EVENTS, HANG_EVENTS, last_saved_step, read_events, steps_not_applied
 from pipeline.run.jsonl import read_metrics
 from pipeline.run.lock import LockHolder, lock_holder
 from pipeline.run.small_files import NUMBER, has, warn_damaged
 from slurm import history, scheduler
 from slurm.history import JobStart
 from slurm.logs import exit_reason
-from slurm.requeue import FAILURES, HANG_EVENTS, Cause
+from slurm.requeue import FAILURES, Cause
 from slurm.scheduler import ACTIVE, BUSY, WAITING
 
-BEGIN_EVENTS = ("training_started", "training_resumed")
 STATE_EVENTS = ("attempt_started", *BEGIN_EVENTS, "interrupted", "finished", "failed", "out_of_memory", *HANG_EVENTS)
 FINAL = {Cause.DONE, Cause.CANCELLED, Cause.BAD_REQUEST}
 ENDED_BY_SLURM = {"TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "a node was lost"}

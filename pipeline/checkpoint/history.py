@@ -20,7 +20,7 @@ from pipeline.checkpoint.reader import CheckpointReader, DamagedCheckpoint, chec
 from pipeline.config.parsing import read_resolved, validate
 from pipeline.config.schema import Config
 from pipeline.errors import UsageError
-from pipeline.run.events import last_logged_step
+from pipeline.run.events import BEGIN_EVENTS, last_logged_step
 from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.small_files import has
 
@@ -80,7 +80,7 @@ def read_history(run: Path) -> list[Stretch]:
             begun = row
             if stretches and isinstance(left := row.get("left_step"), int):  # its metrics may be cut back since
                 stretches[-1] = _reaching(stretches[-1], left)
-        elif row["event"] in ("training_started", "training_resumed") and begun and isinstance(step, int):
+        elif row["event"] in BEGIN_EVENTS and begun and isinstance(step, int):
             number = row["attempt"]
             if before := [each for each in stretches if each.start < step]:  # whose checkpoint this is
                 stretches[stretches.index(before[-1])] = _reaching(before[-1], step)

@@ -10,8 +10,8 @@ from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import check_mirror, list_copies, restore_from_mirror
 from pipeline.compiler import find_compiler
-from pipeline.config.batch_size import padding_share
-from pipeline.config.contradictions import check_job, cpu_flags, known_steps, warnings
+from pipeline.config.batch_size import known_steps, padding_share
+from pipeline.config.contradictions import check_job, cpu_flags, warnings
 from pipeline.config.parsing import read_config
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_first_process, is_rank, local_world_size, rank_and_world_size

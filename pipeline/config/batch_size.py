@@ -22,6 +22,19 @@ class Batches(Protocol):
     def batch_norm_group(self) -> int | None: ...
 
 
+class Length(Protocol):
+    """The keys of train.* that say how long it is."""
+
+    @property
+    def global_batch(self) -> int: ...
+
+    @property
+    def steps(self) -> int | None: ...
+
+    @property
+    def epochs(self) -> float | None: ...
+
+
 def micro_batches_of(train: Batches) -> int:
     """Micro batches of a step, on all ranks together."""
     return train.global_batch // train.micro_batch
@@ -92,6 +105,16 @@ def suggest(*options: tuple[str, list[int], int]) -> str:
 
 def _nearest(values: list[int], present: int) -> int:
     return min(values, key=lambda value: abs(value - present))
+
+
+def planned_steps(train: Length, samples: int) -> int:
+    """The length of a training, with a training set of so many samples."""
+    return train.steps or total_steps(train.epochs or 0, samples, train.global_batch)
+
+
+def known_steps(train: Length, samples: int | None) -> int | None:
+    """The same, None where it follows from samples that are not known."""
+    return train.steps if samples is None else planned_steps(train, samples)
 
 
 def total_steps(epochs: float, samples: int, global_batch: int) -> int:

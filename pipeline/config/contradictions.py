@@ -11,8 +11,7 @@ import re
 from pathlib import Path
 
 from pipeline.config import sbatch_options
-from pipeline.config.batch_size import total_steps
-from pipeline.config.schema import Config, Slurm, Train, parse_duration, profiled_steps
+from pipeline.config.schema import Config, Slurm, parse_duration, profiled_steps
 from pipeline.errors import UsageError
 
 FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -91,13 +90,6 @@ def warnings(config: Config, steps: int | None, classes: int | None, cpu: set[st
             " to stop before its first step is requeued, endlessly; lower the first or raise the second"
         )
     return found
-
-
-def known_steps(train: Train, samples: int | None) -> int | None:
-    """The training's length, where that is known."""
-    if train.steps is not None or samples is None:
-        return train.steps
-    return total_steps(train.epochs or 0, samples, train.global_batch)
 
 
 def cpu_flags() -> set[str]:

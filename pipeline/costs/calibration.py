@@ -17,11 +17,13 @@ import numpy as np
 from pipeline.config.parsing import read_resolved
 from pipeline.config.schema import Augment, Config, Model, Train, Zero
 from pipeline.costs.devices import BY_TORCH_NAME, Device
+from pipeline.costs.run_costs import CLASSES
 from pipeline.costs.step_time import Rates, scaled, step_terms
 from pipeline.errors import UsageError
 from pipeline.memory.activations import count_activations, estimates
 from pipeline.memory.estimate import Settings
 from pipeline.plan import readable_manifest
+from pipeline.run.events import BEGIN_EVENTS
 from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.small_files import NUMBER, has
 from pipeline.training.model import count_model
@@ -29,11 +31,8 @@ from pipeline.training.model import count_model
 FITTED = ("compute", "memory", "calls", "collectives")
 PULL = 0.1
 """Of a factor towards the common one, beside a measurement's relative error."""
-_BEGINS = ("training_started", "training_resumed")
 _RATE = {"images/s": NUMBER}
 _SPEED = {"batch": int, "side": int, "precision": str}
-CLASSES = 1000
-"""Where a run's are not known any more."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _run(file: Path, device: Device, gpus_per_node: int) -> Iterator[Measurement
     began = next((row for row in events if row["event"] == "attempt_started" and has(row, {"world_size": int})), {})
     _check_device(file, began.get("device"), device)
     ranks = began.get("world_size", 1)
-    first = next((row["step"] for row in events if row["event"] in _BEGINS and has(row, {"step": int})), 0)
+    first = next((row["step"] for row in events if row["event"] in BEGIN_EVENTS and has(row, {"step": int})), 0)
     rows = [row for row in read_metrics(run, step_seconds=float, data_wait=float) if row["step"] > first]
     seconds = [row["step_seconds"] * (1 - row["data_wait"]) for row in rows[1:]]  # the first has the start-up
     if seconds and rows[-1]["step"] - rows[0]["step"] >= 9:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.memory import granted_bytes
-from pipeline.config.batch_size import total_steps
+from pipeline.config.batch_size import known_steps
 from pipeline.config.schema import Config
 from pipeline.costs.devices import Device
 from pipeline.costs.reliability import best_interval, goodput
@@ -27,6 +27,7 @@ RESTART_SECONDS = 300.0
 WRITE_RATE = 1.0
 """GB/s that a node writes to the shared file system."""
 CLASSES = 1000
+"""Where neither the configuration nor a manifest says."""
 SAMPLE_BYTES = 110_000
 """Of ImageNet's images on average; 140 GB are 1.28 million."""
 DECODING_THREADS = 16
@@ -73,9 +74,7 @@ def run_costs(config: Config, request: Request, rates: Rates, measured: set[str]
     terms = terms_of(settings)
     seconds = step_seconds(terms)
     train, images = config.train, config.train.global_batch / seconds
-    steps = train.steps
-    if steps is None and request.samples is not None:
-        steps = total_steps(train.epochs or 0, request.samples, train.global_batch)
+    steps = known_steps(train, request.samples)
     reserve = round(MARGIN * needed.total)
     document: dict[str, Any] = {
         "gpu": request.gpu,

@@ -9,7 +9,7 @@ import torch
 from data.order import accumulation_steps
 from models.coatnet import CoAtNet
 from models.count import Count
-from pipeline.config.batch_size import micro_batches_of, total_steps
+from pipeline.config.batch_size import micro_batches_of, planned_steps
 from pipeline.config.schema import Config, Model, Train, Zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.formatting import format_si, pluralize
@@ -58,7 +58,7 @@ def print_summary(console: Console, config: Config, plan: Plan, model: CoAtNet, 
 def _length(train: Train, samples: int | None) -> str:
     if samples is None and train.steps is None:
         return f"{train.epochs:g} epochs"
-    steps = train.steps or total_steps(train.epochs or 0, samples or 0, train.global_batch)
+    steps = planned_steps(train, samples or 0)
     seen = steps * train.global_batch
     epochs = f", {seen / samples:.4g} epochs of {samples:,}" if samples else ""
     return f"{pluralize(steps, 'step')}: {pluralize(seen, 'sample')}{epochs}"

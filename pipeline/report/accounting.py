@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.run.events import BEGIN_EVENTS, HANG_EVENTS
 from pipeline.run.small_files import NUMBER, has
 
 KINDS = (
@@ -21,8 +22,7 @@ KINDS = (
 )  # fmt: skip
 PRODUCTIVE, REPEATED, EVALUATION, STALL, START_UP, HUNG, WAITING, STOPPED = range(len(KINDS))
 _PAUSES = {"evaluation": EVALUATION, "checkpoint_stall": STALL}
-_BEGINS, _HANGS = ("training_started", "training_resumed"), ("hang", "heartbeat_lost")
-_ENDS = ("finished", "interrupted", "failed", "out_of_memory", "rollback", *_HANGS)
+_ENDS = ("finished", "interrupted", "failed", "out_of_memory", "rollback", *HANG_EVENTS)
 _LEFT = {"left_step": int, "left_time": NUMBER}
 Row = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ class Attempt:
     trained: float
     """When its first step was done, `first_done`."""
     known: float
-    """Its last sign of life; it ended then, or soon after."""
+    """The time of its last record; it ended then, or soon after."""
     ended: float
     first: int
     first_done: int
@@ -63,7 +63,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Accounts:
-    """A run's attempts, and its seconds of each of KINDS, from its submission or first start to its last sign."""
+    """A run's attempts, and its seconds of each of KINDS, from its submission or first start to its last record."""
 
     attempts: Sequence[Attempt]
     seconds: Sequence[float]
@@ -116,7 +116,7 @@ def account(
         spans += [(max(attempt.known, attempt.trained), attempt.ended, REPEATED, place)]
     places = {attempt.number: (place, attempt) for place, attempt in enumerate(attempts, start=1)}
     for event in events:
-        if event["event"] in (*_PAUSES, *_HANGS) and event.get("attempt") in places:
+        if event["event"] in (*_PAUSES, *HANG_EVENTS) and event.get("attempt") in places:
             place, attempt = places[event["attempt"]]
             kind = _PAUSES.get(event["event"], HUNG)
             length = event.get("seconds", 0.0) if kind != HUNG else min(hang_timeout, event["time"] - attempt.trained)
@@ -173,7 +173,7 @@ def _attempt(
 ) -> Attempt:
     """An attempt with these events; `left` has the last row of metrics that it wrote."""
     began, end = opening.get("began", opening["time"]), _first(events[::-1], *_ENDS)
-    begun = _first(events, *_BEGINS) or {}
+    begun = _first(events, *BEGIN_EVENTS) or {}
     first = begun.get("step", 0)
     steps = [left.get("step", 0), *(event["last"] for event in events if event["event"] == "rollback")]
     steps += [event["step"] for event in events if isinstance(event.get("step"), int)]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.attempts import newest_state
-from pipeline.config.contradictions import known_steps
+from pipeline.config.batch_size import known_steps
 from pipeline.config.parsing import changes, read_config, read_resolved
 from pipeline.config.schema import Config
 from pipeline.errors import RunFailed, UsageError, first_line
 from pipeline.lineage import lineage_of_run, noted_ancestors
 from pipeline.report.accounting import Accounts, Attempt, Start, account
-from pipeline.run.events import read_events
+from pipeline.run.events import BEGIN_EVENTS, read_events
 from pipeline.run.jsonl import read_lines, read_metrics
 from pipeline.run.lock import lock_holder
 from pipeline.run.small_files import NUMBER, has
@@ -67,9 +67,7 @@ class RunRecord:
         """The entries of its ancestors and its own, or [] where they cannot be read."""
         if self.config is None or (ancestors := noted_ancestors(self.run)) is None:
             return []
-        new = next(
-            (event.get("new_augmentations", []) for event in self.of("training_started", "training_resumed")), []
-        )
+        new = next((event.get("new_augmentations", []) for event in self.of(*BEGIN_EVENTS)), [])
         return lineage_of_run(ancestors, self.config.model_dump(mode="json"), self.steps, new)
 
     def against_preset(self) -> tuple[str, dict[str, tuple[Any, Any]]] | None:

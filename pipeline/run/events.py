@@ -13,10 +13,13 @@ from pipeline.run.jsonl import JsonLines, read_lines, read_metrics
 from pipeline.run.small_files import NUMBER, has
 
 UNNOTICED_SECONDS = 0.01
+BEGIN_EVENTS = ("training_started", "training_resumed")
+"""One of them opens the steps of each attempt, and of what follows a rollback."""
+HANG_EVENTS = ("heartbeat_lost", "hang")
 _FIELDS = {
-    **{event: {"step": int} for event in ("training_started", "training_resumed", "first_step", "interrupted")},
+    **{event: {"step": int} for event in (*BEGIN_EVENTS, "first_step", "interrupted")},
     **{event: {"seconds": NUMBER} for event in ("evaluation", "checkpoint_stall")},
-    **{event: {"ranks": list} for event in ("hang", "heartbeat_lost")},
+    **{event: {"ranks": list} for event in HANG_EVENTS},
     "step_skipped": {"step": int},
     "rollback": {"to": int, "first": int, "last": int},
     "sample_replaced": {"step": int, "key": str, "reason": str},
@@ -78,7 +81,7 @@ def steps_not_applied(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, 
     """The events of the steps with a bad loss or gradient that no later start has done again."""
     bad: list[Mapping[str, Any]] = []
     for row in events:
-        if row["event"] in ("training_started", "training_resumed"):
+        if row["event"] in BEGIN_EVENTS:
             bad = [each for each in bad if each["step"] <= row["step"]]
         elif row["event"] == "step_skipped":
             bad.append(row)

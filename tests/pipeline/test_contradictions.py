@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from data.shards.manifest import Shard, write_manifest
 from pipeline.checkpoint.mirror import check_mirror
 from pipeline.commands.pretrain import check_config
-from pipeline.config.contradictions import check_job, known_steps, warnings
+from pipeline.config.batch_size import known_steps
+from pipeline.config.contradictions import check_job, warnings
 from pipeline.config.parsing import validate
 from pipeline.config.schema import Config, Slurm
 from pipeline.errors import UsageError
