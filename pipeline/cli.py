@@ -72,6 +72,9 @@ Crop = Annotated[
     typer.Option(metavar="FRACTION|none", help="share of the short side in the middle; none: all of the image"),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
+Part = Annotated[
+    str | None, typer.Option(metavar="I/N", help="do part I of N, others elsewhere at any time; 0/N: the plan alone")
+]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
@@ -334,9 +337,11 @@ def pack(
     seed: Annotated[int, typer.Option(min=0, help="of the shuffle, and of what is held out")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one a processor")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is packed at DST")] = False,
+    part: Part = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack images into shuffled WebDataset shards; what is broken is listed and left out. Started again, it resumes."""
+    from data.packing.work import parse_part
     from pipeline.commands.data import pack_and_report
 
     raise typer.Exit(
@@ -354,6 +359,7 @@ def pack(
             resize=resize,
             quality=quality,
             holdout=holdout,
+            part=part and parse_part(part),
         )
     )
 

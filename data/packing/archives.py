@@ -41,7 +41,8 @@ class ZipMember(NamedTuple):
 class Entry(NamedTuple):
     """A folder or file of a source: its path inside, and where its bytes are; `fault` says why they are not.
 
-    `offset` is None for a file of its own; in a zip it is that of the member's header.
+    `offset` is None for a file of its own; in a zip it is that of the member's header. `link` is the path of the file
+    that a hard link in a tar stands for, if there is one.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Entry(NamedTuple):
     size: int | None = None
     fault: str | None = None
     zipped: ZipMember | None = None
+    link: str | None = None
 
 
 def is_hidden(name: str) -> bool:
@@ -63,9 +65,11 @@ def normalize_path(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) -> dict[str, Entry]:
-    """The files and folders of a tar that begins at byte `begin` of `url`, by path below `inside`; tarfile.TarError."""
-    entries: dict[str, Entry] = {}
+def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) -> Iterator[Entry]:
+    """The files and folders of a tar that begins at byte `begin` of `url`, their paths below `inside`, as they lie.
+
+    tarfile.TarError where it is damaged.
+    """
     for member in tar_members(stream):
         path = normalize_path(member.name)
         if not path or any(is_hidden(part) for part in path.split("/")):
@@ -73,46 +77,43 @@ def tar_entries(stream: BinaryIO, url: str, inside: str = "", begin: int = 0) ->
         path = inside + path
         if member.isreg() and has_suffix(path, ".tar"):
             folder = path[: -len(".tar")]
-            entries |= {folder: Entry(folder, True, url)} | _nested_entries(stream, url, folder, begin, member)
+            yield Entry(folder, True, url)
+            yield from _nested_entries(stream, url, folder, begin, member)
         else:
-            entries[path] = _tar_entry(path, member, url, begin, entries.get(inside + normalize_path(member.linkname)))
-    return entries
+            yield _tar_entry(path, member, url, inside, begin)
 
 
-def _nested_entries(stream: BinaryIO, url: str, folder: str, begin: int, member: tarfile.TarInfo) -> dict[str, Entry]:
+def _nested_entries(stream: BinaryIO, url: str, folder: str, begin: int, member: tarfile.TarInfo) -> Iterator[Entry]:
     def read(first: int, end: int) -> bytes:
         stream.seek(member.offset_data + first)
         return stream.read(end - first)
 
     try:
-        return tar_entries(RangedFile(read, member.size), url, f"{folder}/", begin + member.offset_data)
+        yield from tar_entries(RangedFile(read, member.size), url, f"{folder}/", begin + member.offset_data)
     except (tarfile.TarError, DataError) as error:
         raise tarfile.ReadError(f"{folder}.tar in it is not whole: {error}") from None
 
 
-def _tar_entry(path: str, member: tarfile.TarInfo, url: str, begin: int, linked: Entry | None) -> Entry:
-    if member.islnk() and linked:
-        return linked._replace(path=path)
+def _tar_entry(path: str, member: tarfile.TarInfo, url: str, inside: str, begin: int) -> Entry:
     fault = None if member.isreg() or member.isdir() else "a link or device inside the tar"
-    return Entry(path, member.isdir(), url, begin + member.offset_data, member.size, fault)
+    link = inside + normalize_path(member.linkname) if member.islnk() else None
+    return Entry(path, member.isdir(), url, begin + member.offset_data, member.size, fault, link=link)
 
 
-def zip_entries(stream: BinaryIO, url: str) -> dict[str, Entry]:
-    """The files and folders of a zip, by path; zipfile.BadZipFile where its directory is damaged."""
+def zip_entries(stream: BinaryIO, url: str) -> Iterator[Entry]:
+    """The files and folders of a zip; zipfile.BadZipFile where its directory is damaged, which is read whole."""
     with zipfile.ZipFile(stream) as archive:
         members = archive.infolist()
         begins = sorted({member.header_offset for member in members})
         ends = dict(pairwise([*begins, archive.start_dir]))
     names = [_zip_name(member, url) for member in members]
     by_dos = not any("/" in name for name in names)
-    entries = {}
     for name, member in zip(names, members, strict=True):
         if by_dos or member.create_system != _UNIX:
             name = name.replace("\\", "/")
         path = normalize_path(name)
         if path and not any(is_hidden(part) for part in path.split("/")):
-            entries[path] = _zip_entry(path, name.endswith("/"), member, url, ends[member.header_offset])
-    return entries
+            yield _zip_entry(path, name.endswith("/"), member, url, ends[member.header_offset])
 
 
 def _zip_name(member: zipfile.ZipInfo, url: str) -> str:

@@ -1,95 +1,184 @@
-"""Which images become which samples of which shards: known from the listing alone, before an image is read."""
+"""Which images become which samples of which shards: a plan that the listing alone decides, before an image is read.
+
+    DST/.packing/plan/000012.json.gz   {"of", "images": [[key, classes, is a copy, path, where its bytes are], ...]}
+
+The order is one permutation of all images; shards are cut from it by the sizes that the listing gave. SQLite does both
+in bounded memory, and a shard's images are written as soon as they are known.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-import os
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, groupby
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
-from data.errors import UsageError
+from data import rng
+from data.errors import DataError, UsageError
+from data.packing.archives import Entry
+from data.packing.catalog import pack_entry, to_entry, to_text, unpack_entry
 from data.packing.copies import name_contents
-from data.packing.holdout import held_out
-from data.packing.resume import TRAIN, VAL
-from data.packing.sources import Entry, Source
-from data.urls import split_query
+from data.packing.holdout import held_out, ordered_as_signed
+from data.packing.sources import Source, label_numbers
+from data.packing.work import Work
+from data.storage.prefetch import ordered_map
+from data.storage.remote import Storage, write_file
+from data.urls import join, split_query
 
 Item = TypeVar("Item")
+TRAIN, VAL = "train/", "val/"
+"""The folders of the two sets that a pack makes in its destination with images held out; else its one set is ""."""
+_DRAWS_AT_ONCE = 2**14
+_WRITES_AT_ONCE = 8
 
 
 class Candidate(NamedTuple):
     """An image on its way into a shard; `label` is the part that says its classes: extension and contents.
 
-    With images held out `set` is the folder of its set, and `contents` the same for the same bytes.
+    With images held out `is_copy` says that another one before it has the same bytes.
     """
 
     image: Entry
     key: str
     labels: tuple[int, ...]
     label: tuple[str, bytes]
-    set: str = ""
-    contents: bytes = b""
+    is_copy: bool
 
 
-def candidates_of(found: Source) -> list[Candidate]:
-    """The images of a listing, in its order."""
-    keys = unique_keys([image.path for image in found.images])
-    several = any(len(labels) > 1 for labels in found.labels)
-    return [
-        Candidate(image, key, labels, _label_part(labels, several))
-        for image, key, labels in zip(found.images, keys, found.labels, strict=True)
-    ]
-
-
-def split_sets(found: Source, holdout: float, seed: int, progress: Callable[[int, int], None]) -> list[Candidate]:
-    """The candidates, each with its contents and set."""
-    contents = name_contents(found, progress)
-    held = held_out([image.path for image in found.images], found.labels, contents, holdout, seed)
-    if not any(held):
+def hold_out(found: Source, holdout: float, seed: int, progress: Callable[[int, int], None]) -> None:
+    """Enters which images are held out, and which are copies of others."""
+    name_contents(found, progress)
+    catalog = found.catalog
+    contents = (each for (each,) in catalog.select("SELECT contents FROM images ORDER BY id"))
+    images = ((image.path, labels, each) for (image, labels), each in zip(found.images(), contents, strict=True))
+    held = held_out(images, holdout, seed)
+    catalog.change_each("UPDATE images SET held = 1 WHERE contents = ?", ((each,) for each in held))
+    catalog.change("UPDATE images SET copy = 1 WHERE id NOT IN (SELECT MIN(id) FROM images GROUP BY contents)")
+    if not catalog.first("SELECT 1 FROM images WHERE held"):
         raise UsageError(
             f"--holdout={holdout} takes no image: it is less than half an image of each class of {found.url}, or every"
             " class has only one; take a larger share, or pack other images as an evaluation set"
         )
-    return [
-        candidate._replace(set=VAL if for_val else TRAIN, contents=name)
-        for candidate, for_val, name in zip(candidates_of(found), held, contents, strict=True)
-    ]
 
 
-def _label_part(labels: tuple[int, ...], several: bool) -> tuple[str, bytes]:
-    """Of a set in which some sample has several labels, all have them in the same place."""
-    return ("json", json.dumps({"labels": labels}).encode()) if several else ("cls", str(labels[0]).encode())
-
-
-def fingerprint_of(found: Source, candidates: Sequence[Candidate]) -> str:
+def fingerprint_of(found: Source) -> str:
     """SHA-256 of all that the listing says, where each file is, how large, and its labels, and of the sets."""
-    digest = hashlib.sha256(repr((found.classes, found.broken)).encode("utf-8", "surrogateescape"))
-    for each in candidates:
-        image = each.image._replace(url=split_query(each.image.url)[0])  # a link that is signed anew: the same file
-        digest.update(repr((image, each.labels, each.set)).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256(repr((found.classes, sorted(found.numbers.items()))).encode("utf-8", "surrogateescape"))
+    for each in found.catalog.broken():
+        digest.update(repr(each).encode("utf-8", "surrogatepass"))
+    for path, entry, *more in found.catalog.select("SELECT path, entry, labels, held, copy FROM images ORDER BY id"):
+        if "?" in entry:
+            image = unpack_entry(to_text(path), entry)
+            entry = pack_entry(image._replace(url=split_query(image.url)[0]))  # a link that is signed anew: the same
+        digest.update(repr((path, entry, more)).encode())
     return digest.hexdigest()
 
 
-def unique_keys(paths: Iterable[str]) -> list[str]:
-    """A key for each path, all different: no suffix, and only letters, digits, "_", "-" and "/".
+def write_plan(
+    work: Work, found: Source, sets: tuple[str, ...], seed: int, most_samples: int | None, most_bytes: int | None
+) -> dict[str, Any]:
+    """Writes which images go into which shards, then the plan; returns that."""
+    listing = fingerprint_of(found)
+    catalog, numbers_of, query = found.catalog, label_numbers(found.numbers), split_query(found.url)[1]
+    widest = max((len(json.loads(each)) for (each,) in catalog.select("SELECT DISTINCT labels FROM images")), default=1)
+    catalog.function("draw", _draws(seed))
+    columns = "held, key, labels, copy, path, entry, size"
+    shuffled = catalog.select(f"SELECT {columns} FROM images ORDER BY held, draw(id), id")
+    counts: dict[str, Counter[int]] = {name: Counter() for name in sets}
+    names: list[tuple[str, int]] = []
 
-    webdataset ends a key at its first dot and skips "__x__/..."; DALI's index is split at spaces. Of paths with
-    the same key the first keeps it, the next get "-2", "-3", ...
-    """
-    taken: dict[str, int] = {}
-    keys = []
-    for path in paths:
-        plain = re.sub(r"[^\w/-]", "_", unicodedata.normalize("NFC", os.path.splitext(path)[0]))
-        key = plain = re.sub(r"^__+", "_", plain)
-        while key in taken:
-            taken[plain] += 1
-            key = f"{plain}-{taken[plain]}"
-        taken[key] = 1
-        keys.append(key)
-    return keys
+    def rows() -> Iterator[tuple[int, list[Any], int]]:
+        for held, key, labels, copy, path, entry, size in shuffled:
+            numbers = numbers_of(labels)
+            counts[sets[held]].update(numbers)
+            url, *where = json.loads(entry)
+            url = url.removesuffix(query) if query else url  # which may be a secret
+            row = [to_text(key), numbers, copy, to_text(path), url, *where]
+            yield held, row, _tar_bytes(len(label_part(numbers, widest)[1]), size or 0)
+
+    def pieces() -> Iterator[tuple[int, bytes]]:
+        for held, of_set in groupby(rows(), key=itemgetter(0)):
+            numbered = count()
+            for run in split_by_size(of_set, itemgetter(2), most_samples, most_bytes):
+                names.append((f"{sets[held]}shard-{next(numbered):06d}", len(run)))
+                piece = json.dumps({"of": listing, "images": [row for _, row, _ in run]}).encode()
+                yield len(names) - 1, piece
+
+    work.fs.makedirs(join(work.folder, "plan"), exist_ok=True)
+    with ThreadPoolExecutor(_WRITES_AT_ONCE) as pool:
+        for _ in ordered_map(pool, lambda piece: _write_piece(work, *piece), pieces(), _WRITES_AT_ONCE):
+            pass
+    return work.publish_plan(
+        len(names),
+        listing=listing,
+        classes=found.classes,
+        fixed=found.fixed,
+        reading=found.reading,
+        broken=list(catalog.broken()),
+        labels_per_sample=widest,
+        images=sum(images for _, images in names),
+        shards=names,
+        counts={name: sorted(each.items()) for name, each in counts.items()},
+    )
+
+
+def read_piece(work: Work, plan: dict[str, Any], number: int, query: str) -> list[Candidate]:
+    """The images of a shard, on a web server with the source's query."""
+    path = _piece(work, number)
+    packed = Storage().with_retries("read", path, lambda: work.fs.cat_file(path))
+    piece = json.loads(gzip.decompress(packed))
+    if piece["of"] != plan["listing"]:
+        raise DataError(
+            f"{work.url} was listed twice at once, with other files in between: pack again with --overwrite"
+        )
+    widest = plan["labels_per_sample"]
+    return [
+        Candidate(
+            _with_query(to_entry(path, where), query), key, tuple(numbers), label_part(numbers, widest), bool(copy)
+        )
+        for key, numbers, copy, path, *where in piece["images"]
+    ]
+
+
+def _with_query(image: Entry, query: str) -> Entry:
+    return image._replace(url=image.url + query) if query and not split_query(image.url)[1] else image
+
+
+def label_part(numbers: Iterable[int], labels_per_sample: int) -> tuple[str, bytes]:
+    """Of a set in which some sample has several labels, all have them in the same place."""
+    labels = tuple(numbers)
+    if labels_per_sample > 1:
+        return "json", json.dumps({"labels": labels}).encode()
+    return "cls", str(labels[0]).encode()
+
+
+def _write_piece(work: Work, number: int, piece: bytes) -> None:
+    write_file(work.fs, _piece(work, number), gzip.compress(piece, compresslevel=1, mtime=0))
+
+
+def _piece(work: Work, number: int) -> str:
+    return join(work.folder, f"plan/{number:06d}.json.gz")
+
+
+def _draws(seed: int) -> Callable[[int], int]:
+    """The number by which image `id` (from 1) is shuffled: that of `rng.permutation` of all images."""
+    held: dict[int, list[int]] = {}
+
+    def draw(image: int) -> int:
+        block, place = divmod(image - 1, _DRAWS_AT_ONCE)
+        if block not in held:
+            held.clear()
+            first = block * _DRAWS_AT_ONCE // 2  # a group of four words is two numbers
+            words = rng.uint32s(seed, rng.Stream.PACK, 0, 2 * _DRAWS_AT_ONCE, first_block=first).astype("u8")
+            held[block] = ordered_as_signed(words[0::2] | words[1::2] << 32)
+        return held[block][place]
+
+    return draw
 
 
 def split_by_size(
@@ -109,11 +198,6 @@ def split_by_size(
         yield run
 
 
-def image_bytes(candidate: Candidate) -> int:
-    """By the listing."""
-    return candidate.image.size or 0
-
-
-def tar_bytes(candidate: Candidate) -> int:
-    """What a sample takes in a tar: two headers, and label and image in whole blocks."""
-    return 2 * 512 + sum(-(-size // 512) * 512 for size in (len(candidate.label[1]), image_bytes(candidate)))
+def _tar_bytes(*parts: int) -> int:
+    """What a sample of parts of these sizes takes in a tar: two headers, and label and image in whole blocks."""
+    return 2 * 512 + sum(-(-size // 512) * 512 for size in parts)

@@ -8,52 +8,65 @@ of these only the latter are read.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from data.packing.archives import DamagedMember, Entry
+from data.packing.catalog import to_text, unpack_entry
+from data.packing.reading import read_image
 from data.packing.sources import Source
 from data.storage.prefetch import ordered_map
 
 _TAIL_BYTES = 2**12
 _READS_AT_ONCE = 16
+_SHARED = "FROM images WHERE contents IN (SELECT contents FROM images GROUP BY contents HAVING COUNT(*) > 1)"
 
 
-def name_contents(found: Source, progress: Callable[[int, int], None]) -> list[bytes]:
-    """A name for the bytes of each image: two images have the same where their bytes are equal.
+def name_contents(found: Source, progress: Callable[[int, int], None]) -> None:
+    """Enters a name for the bytes of each image: two images have the same where their bytes are equal.
 
     `progress(done, total)` counts the reads, first of ends, then of whole images.
     """
-    names = [_digest(str(_size(found, image)).encode()) for image in found.images]
+    catalog = found.catalog
+    catalog.change("CREATE INDEX equal ON images (contents)")
+    catalog.change_each("UPDATE images SET contents = ? WHERE id = ?", _sizes(found))
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         for read in (_end, _whole):
-            sharing = Counter(names)
-            asked = [number for number, name in enumerate(names) if sharing[name] > 1]
-            results = ordered_map(pool, lambda number: read(found, found.images[number]), asked, 2 * _READS_AT_ONCE)  # noqa: B023
-            progress(0, len(asked))
-            for done, (number, contents) in enumerate(zip(asked, results, strict=True), start=1):
-                names[number] = _digest(names[number] + contents)
-                progress(done, len(asked))
-    return names
+            catalog.change("CREATE TABLE asked AS SELECT id, path, entry, contents " + _SHARED)
+
+            def name(row: tuple[int, bytes, str, bytes], read: Callable[..., bytes] = read) -> tuple[bytes, int]:
+                number, path, entry, known = row
+                return _digest(known + read(found, unpack_entry(to_text(path), entry))), number
+
+            total = (catalog.first("SELECT COUNT(*) FROM asked") or (0,))[0]
+            asked = catalog.select("SELECT id, path, entry, contents FROM asked")
+            progress(0, total)
+            results = ordered_map(pool, name, asked, 2 * _READS_AT_ONCE)
+            for done, result in enumerate(results, start=1):
+                catalog.change("UPDATE images SET contents = ? WHERE id = ?", *result)
+                progress(done, total)
+            catalog.change("DROP TABLE asked")
 
 
-def _size(found: Source, image: Entry) -> int:
-    return len(found.read(image)) if image.size is None else image.size
+def _sizes(found: Source) -> Iterator[tuple[bytes, int]]:
+    for number, path, entry, size in found.catalog.select("SELECT id, path, entry, size FROM images"):
+        if size is None:  # a server did not say
+            size = len(read_image(found.storage, unpack_entry(to_text(path), entry)))
+        yield str(size).encode(), number
 
 
 def _end(found: Source, image: Entry) -> bytes:
     if image.zipped:
         return image.zipped.crc.to_bytes(4, "little")
     if not image.size:
-        return found.read(image)[-_TAIL_BYTES:]
+        return read_image(found.storage, image)[-_TAIL_BYTES:]
     begin, end = image.offset or 0, (image.offset or 0) + image.size
     return found.storage.read(image.url, max(begin, end - _TAIL_BYTES), end)
 
 
 def _whole(found: Source, image: Entry) -> bytes:
     try:
-        return _digest(found.read(image))
+        return _digest(read_image(found.storage, image))
     except DamagedMember:
         return image.path.encode("utf-8", "surrogateescape")  # it is left out, equal to none
 

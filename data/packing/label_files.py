@@ -11,18 +11,24 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 from data.errors import UsageError
 from data.packing.archives import normalize_path
+from data.packing.catalog import Database, to_bytes, to_text
 from data.packing.label_reading import Classes
 from data.shards.labels import composed, label_word
 from data.shards.manifest import MANIFEST, read_manifest
+from data.storage.ranged_file import RangedFile
 from data.storage.remote import NotFound, Storage, open_fs
 from data.urls import has_suffix, split_query
 
 LISTS = (".csv", ".jsonl")
+_BLOCK_BYTES = 2**20
+_NO_TEXT = "{url} is not UTF-8 text (nor UTF-16 with its mark); a list is needed"
 
 
 class Row(NamedTuple):
@@ -46,26 +52,64 @@ def read_classes(url: str) -> Classes:
     return Classes(tuple(lines_of), counted=True)
 
 
-def read_labels(url: str, images: Collection[str]) -> dict[str, str] | list[str]:
+class ListedLabels(Database):
+    """The labels of a list by file name; `alone`: one in each line, by sorted file name, `count` of them."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__("CREATE TABLE labels (name BLOB UNIQUE, label TEXT, taken INT DEFAULT 0)")
+        self.alone, self.count = alone, 0
+
+    def add(self, name: str | None, label: str) -> bool:
+        """Whether the name is a new one."""
+        self.count += 1
+        values = name and to_bytes(name), label
+        return bool(self.change("INSERT OR IGNORE INTO labels (name, label) VALUES (?, ?)", *values))
+
+    def take(self, name: str) -> str | None:
+        """The label of a file."""
+        if not self.change("UPDATE labels SET taken = 1 WHERE name = ?", to_bytes(name)):
+            return None
+        found = self.first("SELECT label FROM labels WHERE name = ?", to_bytes(name))
+        return found[0] if found else None
+
+    def left(self) -> Iterator[str]:
+        """The names that were not taken."""
+        return (to_text(name) for (name,) in self.select("SELECT name FROM labels WHERE NOT taken"))
+
+    def in_order(self) -> Iterator[str]:
+        """The labels as they are listed."""
+        return (label for (label,) in self.select("SELECT label FROM labels ORDER BY rowid"))
+
+
+def read_labels(url: str, is_image: Callable[[str], bool]) -> ListedLabels:
     """Labels by file name, from lines `name label` (tab, comma or space); or one in each line, by sorted file name.
 
     Names are as `comparable_path` has them. Of several signs that could separate, the one after an image's name does.
     """
-    lines = _lines(url)
-    ways = [[(line, *_split_pair(text, sign)) for line, text in lines] for sign in ("\t", ",", None)]
-    divided = [pairs for pairs in ways if any(label for _, _, label in pairs)]
+    signs = "\t", ",", None
+    divides, leaves, fits = dict.fromkeys(signs, False), dict.fromkeys(signs, False), dict.fromkeys(signs, False)
+    for _, text in _lines(url):
+        for sign in signs:
+            name, label = _split_pair(text, sign)
+            divides[sign] |= bool(label)
+            leaves[sign] |= not label
+            fits[sign] = fits[sign] or is_image(name)
+    divided = [sign for sign in signs if divides[sign]]
     if not divided:
-        return [composed(label) for _, label in lines]
-    whole = [pairs for pairs in divided if all(label for _, _, label in pairs)] or divided
-    pairs = next((pairs for pairs in whole if any(name in images for _, name, _ in pairs)), whole[0])
-    labels: dict[str, str] = {}
-    for line, name, label in pairs:
+        listed = ListedLabels(alone=True)
+        for _, label in _lines(url):
+            listed.add(None, composed(label))
+        return listed
+    whole = [sign for sign in divided if not leaves[sign]] or divided
+    chosen = next((sign for sign in whole if fits[sign]), whole[0])
+    listed = ListedLabels(alone=False)
+    for line, text in _lines(url):
+        name, label = _split_pair(text, chosen)
         if not label:
             raise UsageError(f"{url} line {line} is {name!r} alone; all lines are `name label`, or all labels alone")
-        if name in labels:
+        if not listed.add(name, label):
             raise UsageError(f"{url} line {line} names {name} once more")
-        labels[name] = label
-    return labels
+    return listed
 
 
 def comparable_path(path: str) -> str:
@@ -80,23 +124,23 @@ def _split_pair(text: str, separator: str | None) -> tuple[str, str]:
     return comparable_path(name.strip()), composed(label[0].strip()) if label else ""
 
 
-def read_rows(url: str) -> list[Row]:
+def read_rows(url: str) -> Iterator[Row]:
     """The samples of a CSV with columns `path` and `label`, or `labels` ("a;b"); or of a JSONL with such fields."""
     parse = _csv_rows if has_suffix(url, ".csv") else _json_rows
     try:
-        rows = list(parse(url, _text(url)))
+        for row in parse(url, _text(url)):
+            if not row.path or not row.labels or not all(row.labels):
+                raise UsageError(f"{url} line {row.line} lacks its {'label' if row.path else 'path'}")
+            yield row
     except csv.Error as error:
         raise UsageError(f"{url} is not CSV: {error}") from None
-    for row in rows:
-        if not row.path or not row.labels or not all(row.labels):
-            raise UsageError(f"{url} line {row.line} lacks its {'label' if row.path else 'path'}")
-    return rows
 
 
-def _csv_rows(url: str, text: str) -> Iterator[Row]:
-    first = text.partition("\n")[0].strip()
+def _csv_rows(url: str, lines: Iterator[str]) -> Iterator[Row]:
+    begin = next(lines, "")
+    first = begin.strip()
     separator = re.search("[,;\t]", first)  # Excel's is the country's
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator[0] if separator else ",", skipinitialspace=True)
+    reader = csv.DictReader(chain([begin], lines), delimiter=separator[0] if separator else ",", skipinitialspace=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     columns = set(reader.fieldnames)
     if "path" not in columns or len(columns & {"label", "labels"}) != 1:
@@ -108,8 +152,8 @@ def _csv_rows(url: str, text: str) -> Iterator[Row]:
         yield Row(reader.line_num, fields["path"], _unique(labels))
 
 
-def _json_rows(url: str, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_rows(url: str, lines: Iterator[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -129,24 +173,30 @@ def _unique(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(composed(label.strip()) for label in labels))
 
 
-def _lines(url: str) -> list[tuple[int, str]]:
-    lines = enumerate((line.strip() for line in _text(url).split("\n")), start=1)
-    if not (full := [(number, line) for number, line in lines if line]):
+def _lines(url: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, each with its number."""
+    is_empty = True
+    for number, line in enumerate(map(str.strip, _text(url)), start=1):
+        if line:
+            is_empty = False
+            yield number, line
+    if is_empty:
         raise UsageError(f"{url} is empty")
-    return full
 
 
-def _text(url: str) -> str:
-    """A list's text, with ends of lines as they are here."""
+def _text(url: str) -> Iterator[str]:
+    """The lines of a list, with ends as they are here, read as they are asked for."""
+    storage = Storage()
     try:
-        contents = Storage().read(url)
+        size = storage.size(url)
     except NotFound:
         raise UsageError(f"{url} does not exist; a list is needed") from None
-    encoding = "utf-16" if contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    stream = io.BufferedReader(cast(io.RawIOBase, RangedFile(partial(storage.read, url), size)), _BLOCK_BYTES)
+    marked = stream.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = contents.decode(encoding)
+        for line in io.TextIOWrapper(stream, "utf-16" if marked else "utf-8-sig"):
+            if "\0" in line:
+                raise UsageError(_NO_TEXT.format(url=url))
+            yield line
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise UsageError(f"{url} is not UTF-8 text (nor UTF-16 with its mark); a list is needed")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise UsageError(_NO_TEXT.format(url=url)) from None

@@ -56,21 +56,15 @@ def reading_of(where: str, labels: Mapping[str, str], classes: Classes | None) -
     return Reading.NAMES
 
 
-def to_class_names(
-    where: str, labels: Sequence[tuple[str, ...]], samples: Iterable[str], classes: Classes | None
-) -> tuple[list[tuple[str, ...]], Reading]:
-    """Labels as class names, where `where` writes them as numbers of `classes`, and how they were read."""
-    first_with: dict[str, str] = {}
-    for each, sample in zip(labels, samples, strict=True):
-        for label in each:
-            first_with.setdefault(label, sample)
-    reading = reading_of(where, first_with, classes)
+def class_names_of(where: str, labels: Mapping[str, str], classes: Classes | None) -> tuple[dict[str, str], Reading]:
+    """The class name of each label, where `where` may write numbers of `classes`, and how the labels were read."""
+    reading = reading_of(where, labels, classes)
     if reading is Reading.NAMES:
-        return list(labels), reading
+        return {label: label for label in labels}, reading
     if classes is None:
         raise UsageError(_NO_ORDER.format(where=where))
     first = int(reading is Reading.FROM_1)
-    return [tuple(classes.names[(number_of(label) or 0) - first] for label in each) for each in labels], reading
+    return {label: classes.names[(number_of(label) or 0) - first] for label in labels}, reading
 
 
 def describe_reading(reading: Reading, where: str, names: Sequence[str], given: bool) -> str:

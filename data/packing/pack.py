@@ -1,22 +1,22 @@
 """Images packed into shuffled WebDataset shards; the same source and seed give the same bytes.
 
 Images keep their bytes, unless smaller ones are asked for or training would not decode them (codec.py). Each is decoded
-once, in threads, so that training meets no damaged one; what does not decode is listed and left out. The order is one
-permutation of all images, and shards are cut from it by the sizes that the listing gave, before anything is read:
-neither threads nor damaged images nor an interruption move a sample to another shard. At most three shards are in
-memory. The manifest comes last, so an interrupted pack never looks whole. With `holdout` two sets are cut from that
-order, one after the other.
+once, in threads, so that training meets no damaged one; what does not decode is listed and left out. Which image goes
+into which shard is planned by the listing alone (candidates.py), before anything is read: neither threads nor damaged
+images, neither an interruption nor the number of machines (work.py) move a sample to another shard. The manifest comes
+last, so an unfinished pack never looks whole. With `holdout` two sets are cut from the plan, one after the other.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, NamedTuple
 
 from webdataset import TarWriter
@@ -25,35 +25,44 @@ from data import codec, rng
 from data.errors import DataError, UsageError
 from data.packing.archives import DamagedMember
 from data.packing.candidates import (
-    Candidate,
-    candidates_of,
-    fingerprint_of,
-    image_bytes,
-    split_by_size,
-    split_sets,
-    tar_bytes,
-)
-from data.packing.resize import shrink
-from data.packing.resume import (
     TRAIN,
     VAL,
+    Candidate,
+    fingerprint_of,
+    hold_out,
+    read_piece,
+    split_by_size,
+    write_plan,
+)
+from data.packing.reading import read_images
+from data.packing.resize import shrink
+from data.packing.resume import (
+    PACKING,
     FinishedShard,
-    Request,
     check_destination,
+    clear,
     commit,
-    resume,
+    files_of,
+    finished_shards,
+    is_unfinished,
     write_shard,
 )
 from data.packing.sources import Source, check_empty_classes, list_source
-from data.shards.manifest import BadSample, Shard
+from data.packing.work import WHOLE, Part, Request, Work, open_work
+from data.shards.manifest import MANIFEST, BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, shard_checksums, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
 from data.storage.prefetch import ordered_map
+from data.storage.remote import Storage
 from data.urls import split_query
 
 QUALITY = 92
+LOOK_AHEAD_BYTES = 2**28
+"""Of images in archives, in so many of the next shards, that are read in the order in which they lie."""
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
 _WRITES_AT_ONCE = 2
+_FORMAT = 1
+"""Of the plan and the records: parts that were begun by another one are refused."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,22 @@ class PackReport(SetReport):
     labels: str = ""
 
 
+@dataclass(frozen=True)
+class PartReport:
+    """What one part did: shards and images of its share, and how many shards of the plan are not done yet.
+
+    `broken` are those of its share that were left out.
+    """
+
+    part: str
+    shards: int
+    images: int
+    shards_left: int
+    shards_in_all: int
+    broken: tuple[BadSample, ...] = ()
+    labels: str = ""
+
+
 class Examined(NamedTuple):
     """A candidate's bytes and what they are, or why they are left out."""
 
@@ -108,51 +133,83 @@ def pack(
     workers: int,
     overwrite: bool,
     progress: Callable[[int, int], None],
+    listed: Callable[[int], None] = lambda count: None,
     labels: str | None = None,
     classes: str | None = None,
     resize: int | None = None,
     quality: int | None = None,
     holdout: float | None = None,
-) -> PackReport:
+    part: Part | None = None,
+) -> PackReport | PartReport:
     """Packs what `list_source` finds into shards at `destination`, or resumes an interrupted pack of the same.
 
     A shard has at most `samples_per_shard` samples and about `bytes_per_shard` bytes of tar (at least one sample),
     whichever comes first. Images whose shorter side is above `resize` are made that small, in JPEG of this `quality`.
     With `holdout`, that share of each class goes to `destination`/val and the rest to `destination`/train, images of
     equal bytes to the same set. `progress(done, total)` counts image files, and before that the reads that compare
-    them. UsageError where source, destination or numbers cannot be; DataError where reading or writing fails.
+    them; `listed(count)` what the listing finds. A `part` takes the listing that is kept there, or makes it, and does
+    its share of the shards; whichever finds all of them done writes the manifests and returns the whole report.
+    UsageError where source, destination or numbers cannot be; DataError where reading or writing fails.
     """
     _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality, holdout)
     sets = ("",) if holdout is None else (TRAIN, VAL)
+
+    def list_images() -> Source:
+        found = list_source(source, labels, classes, listed)
+        if holdout is not None:
+            hold_out(found, holdout, seed, progress)
+        return found
+
+    if part and part.number and _is_packed(destination, sets):
+        return PartReport(str(part), 0, 0, 0, 0)
     check_destination(source, destination, sets, overwrite)
-    found = list_source(source, labels, classes)
-    candidates = candidates_of(found) if holdout is None else split_sets(found, holdout, seed, progress)
-    shuffled = [candidates[i] for i in rng.permutation(seed, rng.Stream.PACK, 0, len(candidates))]
-    by_set = [[candidate for candidate in shuffled if candidate.set == name] for name in sets]
-    plan = [run for each in by_set for run in split_by_size(each, tar_bytes, samples_per_shard, bytes_per_shard)]
+    lists = {"labels": labels and split_query(labels)[0], "classes": classes and split_query(classes)[0]}
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
-    options: Request = {"resize": resize, "quality": quality, "holdout": holdout}
-    listing = fingerprint_of(found, candidates)
-    request = {"source": split_query(source)[0], **numbers, **options, "listing": listing}
-    done = resume(destination, sets, request, overwrite)
-    kept = len(done)
+    options: Request = {"resize": resize, "quality": quality, "holdout": holdout, **lists}
+    versions = {"webdataset": importlib.metadata.version("webdataset"), "nvimgcodec": codec.nvimgcodec.__version__}
+    request = {"source": split_query(source)[0], **numbers, **options, "format": _FORMAT, **versions}
+    work = open_work(destination, PACKING, request)
+    if overwrite and not (work.is_current() and is_unfinished(destination, sets)):
+        if part and part.number:
+            raise UsageError(f"--overwrite goes with --part 0/{part.of}, which lists anew; the other parts join it")
+        work.remove()
+    clear(destination, sets)
+    work.join(overwrite or (part is None and not work.is_planned()))
+    plan = work.plan()
+    if plan is None or part is None:  # one process alone lists each time, and so finds out what has changed
+        plan = _planned(work, plan, list_images, sets)
+    part = part or WHOLE
+    share = part.share(plan["items"])
+    kept = finished_shards(work, share, sets)
     with ThreadPoolExecutor(workers) as pool:
-        examine = partial(_examine, found, resize, quality or QUALITY)
-        examined = _examine_all(pool, examine, plan, kept, workers, progress)
-        done += _write_shards(pool, destination, plan, done, examined)
-    packed, shards = list(_packed(plan, done)), [each.shard for each in done if each.shard]
-    written = {name: [shard for shard in shards if shard.name.startswith(name)] for name in sets}
-    classes_of = {name: {label for each in packed if each.set == name for label in each.labels} for name in sets}
-    _check_packed(found, plan, done, classes_of)
-    commit(destination, found.classes, written, max(map(len, found.labels)))
-    left_out = chain(found.broken, *(each.broken for each in done))
-    return PackReport(
-        **vars(_count(found, shards)),
-        broken=tuple(sorted(left_out, key=lambda each: each.key)),
-        kept=sum(each.shard is not None for each in done[:kept]),
-        holdout=None if holdout is None else _compare(found, written, classes_of, packed),
-        labels=found.reading,
-    )
+        examine = partial(_examine, resize, quality or QUALITY)
+        shards = [number for number in share if number not in kept]
+        query = split_query(source)[1]
+        examined = _examine_all(pool, examine, work, plan, share, shards, query, workers, progress)
+        for _ in ordered_map(pool, lambda shard: _write_shard(work, *shard), examined, _WRITES_AT_ONCE):
+            pass
+    return _finish(work, plan, part, sets, kept)
+
+
+def _planned(
+    work: Work, plan: dict[str, Any] | None, list_images: Callable[[], Source], sets: tuple[str, ...]
+) -> dict[str, Any]:
+    """The plan by a listing made now; UsageError where there is one that differs."""
+    try:
+        found = list_images()
+    except UsageError:
+        if plan is None:
+            work.remove()  # it is no pack, and would keep others out
+        raise
+    if plan is None:
+        request: dict[str, Any] = work.request
+        return write_plan(work, found, sets, request["seed"], request["samples per shard"], request["bytes per shard"])
+    if plan["listing"] != fingerprint_of(found):
+        raise UsageError(
+            f"{work.url} holds an unfinished pack of another listing: the source has other files, labels or classes"
+            " now; pack elsewhere, or with --overwrite to begin again"
+        )
+    return plan
 
 
 def _check_numbers(
@@ -183,124 +240,175 @@ def _check_numbers(
 
 def _examine_all(
     pool: ThreadPoolExecutor,
-    examine: Callable[[Candidate], Examined],
-    plan: Sequence[list[Candidate]],
-    kept: int,
+    examine: Callable[[list[Candidate]], Iterable[Examined]],
+    work: Work,
+    plan: dict[str, Any],
+    share: Sequence[int],
+    shards: Sequence[int],
+    query: str,
     workers: int,
     progress: Callable[[int, int], None],
-) -> Iterator[Examined]:
-    """Every candidate after the shards that are kept, in order, read and decoded."""
-    before, total = sum(map(len, plan[:kept])), sum(map(len, plan))
-    chunks = split_by_size(chain.from_iterable(plan[kept:]), image_bytes, _CHUNK_IMAGES, _CHUNK_BYTES)
-    results = ordered_map(pool, lambda chunk: [examine(each) for each in chunk], chunks, 2 * workers)
-    progress(before, total)
-    for done, each in enumerate(chain.from_iterable(results), start=before + 1):
+) -> Iterator[tuple[int, str, list[Examined]]]:
+    """Number, name and candidates of these shards of a share, read and decoded."""
+    images = {number: plan["shards"][number][1] for number in share}
+    total = sum(images.values())
+    done = total - sum(images[number] for number in shards)
+    progress(done, total)
+
+    def chunks() -> Iterator[list[tuple[int, int, Candidate]]]:
+        pieces = ((number, read_piece(work, plan, number, query)) for number in shards)
+        for window in split_by_size(pieces, _bytes_ahead, None, LOOK_AHEAD_BYTES):
+            lying = [(number, i, each) for number, piece in window for i, each in enumerate(piece)]
+            if len(window) > 1 or window[0][1][0].image.offset is not None:
+                lying.sort(key=lambda each: (each[2].image.url, each[2].image.offset or 0))
+            yield from split_by_size(lying, lambda each: each[2].image.size or 0, _CHUNK_IMAGES, _CHUNK_BYTES)
+
+    def work_on(chunk: list[tuple[int, int, Candidate]]) -> list[tuple[int, int, Examined]]:
+        results = examine([each for _, _, each in chunk])
+        return [(number, i, each) for (number, i, _), each in zip(chunk, results, strict=True)]
+
+    ready: dict[int, dict[int, Examined]] = {}
+    for number, i, each in chain.from_iterable(ordered_map(pool, work_on, chunks(), 2 * workers)):
+        ready.setdefault(number, {})[i] = each
+        done += 1
         progress(done, total)
-        yield each
+        if len(ready[number]) == images[number]:
+            of_shard = ready.pop(number)
+            yield number, plan["shards"][number][0], [of_shard[i] for i in range(images[number])]
 
 
-def _examine(found: Source, resize: int | None, quality: int, candidate: Candidate) -> Examined:
-    try:
-        encoded = found.read(candidate.image)
-        if resize is None:
-            return Examined(candidate, *codec.decode(encoded)[:2], "")
-        return Examined(candidate, *shrink(encoded, resize, quality), "")
-    except (codec.Undecodable, DamagedMember) as error:
-        return Examined(candidate, b"", None, str(error))
+def _bytes_ahead(piece: tuple[int, list[Candidate]]) -> int:
+    """What a shard takes of the look-ahead: all where its images are files of their own, which lie nowhere near."""
+    images = [each.image for each in piece[1]]
+    return sum(image.size or 0 for image in images) if images[0].offset is not None else LOOK_AHEAD_BYTES
+
+
+def _examine(resize: int | None, quality: int, chunk: list[Candidate]) -> Iterator[Examined]:
+    for candidate, encoded in zip(chunk, read_images(Storage(), [each.image for each in chunk]), strict=True):
+        try:
+            if isinstance(encoded, DamagedMember):
+                raise encoded
+            found = codec.decode(encoded)[:2] if resize is None else shrink(encoded, resize, quality)
+            yield Examined(candidate, *found, "")
+        except (codec.Undecodable, DamagedMember) as error:
+            yield Examined(candidate, b"", None, str(error))
 
 
 # Writing.
 
 
-def _write_shards(
-    pool: ThreadPoolExecutor,
-    destination: str,
-    plan: Sequence[list[Candidate]],
-    kept: Sequence[FinishedShard],
-    examined: Iterator[Examined],
-) -> list[FinishedShard]:
-    """The shards after those that are kept, each written while the next is built."""
-
-    def shards() -> Iterator[tuple[Any, ...]]:
-        named = Counter(candidates[0].set for candidates, each in zip(plan, kept, strict=False) if each.shard)
-        for number, candidates in enumerate(plan[len(kept) :], start=len(kept)):
-            tar, shapes, broken = _tar(islice(examined, len(candidates)))
-            name = candidates[0].set
-            yield destination, number, f"{name}shard-{named[name]:06d}", tar, shapes, broken
-            named[name] += bool(shapes)
-
-    return list(ordered_map(pool, lambda shard: _write_shard(*shard), shards(), _WRITES_AT_ONCE))
-
-
-def _tar(samples: Iterable[Examined]) -> tuple[bytes, list[tuple[int, int]], list[BadSample]]:
-    """A tar of those samples that decoded, their (height, width), and the others."""
-    stream, shapes, broken = io.BytesIO(), [], []
-    with TarWriter(stream, encoder=False, mtime=0) as tar:  # any other mtime makes other bytes each time
-        for candidate, encoded, picture, reason in samples:
-            if picture is None:
-                broken.append(BadSample(None, printable(candidate.image.path), reason))
-                continue
-            tar.write({"__key__": candidate.key, picture.kind: encoded, candidate.label[0]: candidate.label[1]})
-            shapes.append((picture.height, picture.width))
-    return stream.getvalue(), shapes, broken
-
-
-def _write_shard(
-    destination: str,
-    number: int,
-    name: str,
-    tar: bytes,
-    shapes: Sequence[tuple[int, int]],
-    broken: Sequence[BadSample],
-) -> FinishedShard:
-    if not shapes:
-        return write_shard(destination, number, name, {}, FinishedShard(None, 0, tuple(broken)))
+def _write_shard(work: Work, number: int, name: str, examined: list[Examined]) -> None:
+    """Writes a shard of those samples that decoded, and its record."""
+    good = [each for each in examined if each.picture]
+    bad = [each for each in examined if not each.picture]
+    broken = tuple(BadSample(None, printable(each.candidate.image.path), each.reason) for each in bad)
+    unused = tuple(each.candidate.labels for each in bad)
+    copies = sum(each.candidate.is_copy for each in good)
+    if not work.is_current():
+        raise DataError(f"{work.url}: another process has finished this pack or begun it anew; nothing more is written")
+    if not good:
+        return write_shard(work, number, name, {}, FinishedShard(None, 0, broken, unused, copies))
+    tar = _tar(good)
     samples = index_tar(tar)
-    if len(samples) != len(shapes):
-        raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(shapes)}")
+    if len(samples) != len(good):
+        raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(good)}")
+    shapes = [(each.picture.height, each.picture.width) for each in good if each.picture]
     table = table_bytes(sample_table(tar, samples, shapes, FLAG_DECODED))
     index = index_bytes(samples)
     shard = Shard(f"{name}.tar", len(samples), len(tar), "", *shard_checksums(table))
-    done = FinishedShard(shard, len(index), tuple(broken))
-    return write_shard(destination, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
+    done = FinishedShard(shard, len(index), broken, unused, copies)
+    write_shard(work, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
+
+
+def _tar(samples: Iterable[Examined]) -> bytes:
+    stream = io.BytesIO()
+    with TarWriter(stream, encoder=False, mtime=0) as tar:  # any other mtime makes other bytes each time
+        for candidate, encoded, picture, _ in samples:
+            if picture:
+                tar.write({"__key__": candidate.key, picture.kind: encoded, candidate.label[0]: candidate.label[1]})
+    return stream.getvalue()
 
 
 # What came of it.
 
 
-def _packed(plan: Sequence[list[Candidate]], done: Sequence[FinishedShard]) -> Iterator[Candidate]:
-    """The images that were not left out."""
-    for candidates, each in zip(plan, done, strict=True):
-        broken = {left_out.key for left_out in each.broken}
-        yield from (candidate for candidate in candidates if printable(candidate.image.path) not in broken)
+def _finish(
+    work: Work, plan: dict[str, Any], part: Part, sets: tuple[str, ...], kept: dict[int, FinishedShard]
+) -> PackReport | PartReport:
+    """Makes the set, if all shards of the plan are done, and reports it; else what this part did."""
+    everything = range(plan["items"])
+    left = set(everything) - work.numbers()
+    done = finished_shards(work, part.share(plan["items"]) if left else everything, sets)
+    if left or len(done) < plan["items"]:
+        missing = 0 if _is_packed(work.url, sets) else len(left) or plan["items"] - len(done)
+        if missing and part == WHOLE:
+            raise DataError(f"{missing} shards of {work.url} were taken away while it was packed; pack again")
+        own = [done[number] for number in part.share(plan["items"]) if number in done]
+        images = sum(plan["shards"][number][1] for number in part.share(plan["items"]))
+        broken = tuple(chain.from_iterable(each.broken for each in own))
+        return PartReport(str(part), len(own), images, missing, plan["items"], broken, plan["reading"])
+    sets_of = {number: name.partition("shard-")[0] for number, (name, _) in enumerate(plan["shards"])}
+    written = {name: [done[n].shard for n in range(plan["items"]) if sets_of[n] == name] for name in sets}
+    written = {name: [shard for shard in shards if shard] for name, shards in written.items()}
+    classes_of = {name: _classes_of(plan, done, sets_of, name) for name in sets}
+    _check_packed(work, plan, done, sets_of, classes_of)
+    commit(work, plan["classes"], written, plan["labels_per_sample"])
+    left_out = chain((BadSample(None, *each) for each in plan["broken"]), *(each.broken for each in done.values()))
+    return PackReport(
+        **vars(_count(plan, list(chain.from_iterable(written.values())))),
+        broken=tuple(sorted(left_out, key=lambda each: each.key)),
+        kept=sum(each.shard is not None for each in kept.values()),
+        holdout=_compare(plan, written, classes_of, done) if VAL in sets else None,
+        labels=plan["reading"],
+    )
 
 
-def _count(found: Source, shards: Sequence[Shard]) -> SetReport:
+def _is_packed(destination: str, sets: tuple[str, ...]) -> bool:
+    names = files_of(destination, sets)
+    return all(name + MANIFEST in names for name in sets) and PACKING not in names
+
+
+def _classes_of(plan: dict[str, Any], done: dict[int, FinishedShard], sets_of: dict[int, str], name: str) -> set[int]:
+    """The classes of which a set has images that were not left out."""
+    counts = Counter(dict(plan["counts"][name]))
+    for number, each in done.items():
+        if sets_of[number] == name:
+            counts.subtract(chain.from_iterable(each.unused))
+    return {label for label, images in counts.items() if images > 0}
+
+
+def _count(plan: dict[str, Any], shards: Sequence[Shard]) -> SetReport:
     samples, size = (sum(getattr(shard, name) for shard in shards) for name in ("samples", "bytes"))
-    return SetReport(len(shards), samples, size, len(found.classes))
+    return SetReport(len(shards), samples, size, len(plan["classes"]))
 
 
 def _check_packed(
-    found: Source, plan: Sequence[list[Candidate]], done: Sequence[FinishedShard], classes_of: dict[str, set[int]]
+    work: Work,
+    plan: dict[str, Any],
+    done: dict[int, FinishedShard],
+    sets_of: dict[int, str],
+    classes_of: dict[str, set[int]],
 ) -> None:
     """UsageError where a set has no image, or a class has none to learn from."""
-    kinds = {"": "image", TRAIN: "training image", VAL: "held-out image"}
+    kinds, source = {"": "image", TRAIN: "training image", VAL: "held-out image"}, work.request["source"]
     for name, full in classes_of.items():
         if not full:
-            shards = zip(plan, done, strict=True)
-            one = next(broken for run, each in shards if run[0].set == name for broken in each.broken)
-            raise UsageError(f"{found.url} has no {kinds[name]} that decodes; {one.key}, for one: {one.reason}")
-        if name != VAL and not found.fixed:
-            empty = [each for label, each in enumerate(found.classes) if label not in full]
-            check_empty_classes(found.url, empty, f"of which no {kinds[name]} decodes")
+            one = next(bad for number, each in done.items() if sets_of[number] == name for bad in each.broken)
+            raise UsageError(f"{source} has no {kinds[name]} that decodes; {one.key}, for one: {one.reason}")
+        if name != VAL and not plan["fixed"]:
+            empty = [each for label, each in enumerate(plan["classes"]) if label not in full]
+            check_empty_classes(str(source), empty, f"of which no {kinds[name]} decodes")
 
 
 def _compare(
-    found: Source, written: dict[str, list[Shard]], classes: dict[str, set[int]], packed: Sequence[Candidate]
+    plan: dict[str, Any],
+    written: dict[str, list[Shard]],
+    classes_of: dict[str, set[int]],
+    done: dict[int, FinishedShard],
 ) -> HoldoutReport:
     return HoldoutReport(
-        _count(found, written[TRAIN]),
-        _count(found, written[VAL]),
-        copies=len(packed) - len({candidate.contents for candidate in packed}),
-        missing_in_val=tuple(found.classes[label] for label in sorted(classes[TRAIN] - classes[VAL])),
+        _count(plan, written[TRAIN]),
+        _count(plan, written[VAL]),
+        copies=sum(each.copies for each in done.values()),
+        missing_in_val=tuple(plan["classes"][label] for label in sorted(classes_of[TRAIN] - classes_of[VAL])),
     )

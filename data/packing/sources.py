@@ -12,82 +12,95 @@ reason. The same files give the same listing, whatever they lie in.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 
-from data.errors import DataError, UsageError
-from data.packing.archives import Entry, unzip
+from data.errors import UsageError
+from data.packing.archives import Entry
+from data.packing.catalog import Catalog, Database, pack_entry, to_bytes, to_text, unpack_entry
 from data.packing.folders import NEEDED, list_entries
 from data.packing.image_lists import list_images
+from data.packing.keys import Keys
 from data.packing.label_files import LISTS, comparable_path, read_classes, read_labels
-from data.packing.label_reading import Classes, abbreviate, describe_reading, to_class_names
-from data.shards.labels import IMAGES, composed
-from data.shards.manifest import BadSample
+from data.packing.label_reading import Classes, abbreviate, class_names_of, describe_reading
+from data.shards.labels import IMAGES, Reading, composed
 from data.shards.tar_index import printable
+from data.storage.prefetch import ordered_map
 from data.storage.remote import ByteSource, Storage
 from data.urls import has_suffix, split_query
 
 _REQUESTS_AT_ONCE = 16
 SUFFIXES = tuple(f".{name}" for name in IMAGES)
+Labelled = Iterator[tuple[Entry, tuple[str, ...]]]
+"""Images with their labels as they are written."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in the order of their paths (of a list: in its order), their labels, and what was left out.
+    """Images in the order of their paths (of a list: in its order) with their labels, and what was left out.
 
-    `labels` are numbers of `classes`, one tuple an image. `fixed` says that the classes were given: then a class
-    may have no image. `reading` says how a list's labels were read.
+    `numbers` has the class of each label as it is written. `fixed` says that the classes were given: then a class may
+    have no image. `reading` says how a list's labels were read.
     """
 
     url: str
     classes: tuple[str, ...]
     fixed: bool
-    images: tuple[Entry, ...]
-    labels: tuple[tuple[int, ...], ...]
-    broken: tuple[BadSample, ...]
+    numbers: Mapping[str, int]
+    catalog: Catalog
     storage: ByteSource
     reading: str = ""
 
-    def read(self, image: Entry) -> bytes:
-        """The bytes of an image's file; DataError if unreadable or not as listed, DamagedMember in a damaged zip."""
-        if image.size == 0:
-            return b""
-        size = image.zipped.span if image.zipped else image.size
-        begin, end = (None, None) if image.offset is None else (image.offset, image.offset + (size or 0))
-        try:
-            contents = self.storage.read(image.url, begin, end)
-        except DataError as error:
-            raise DataError(f"{printable(image.path)} of {self.url} cannot be read: {error}") from error
-        if size is not None and len(contents) != size:
-            had = f"has {len(contents)} bytes and had {size} when listed"
-            raise DataError(f"{printable(image.path)} of {self.url} {had}")
-        return unzip(contents, image.zipped, image.size or 0) if image.zipped else contents
+    def images(self) -> Iterator[tuple[Entry, tuple[int, ...]]]:
+        """Each image, and the numbers of its classes."""
+        numbers_of = label_numbers(self.numbers)
+        for path, entry, labels in self.catalog.select("SELECT path, entry, labels FROM images ORDER BY id"):
+            yield unpack_entry(to_text(path), entry), numbers_of(labels)
 
 
-def list_source(url: str, labels: str | None = None, classes: str | None = None) -> Source:
+def label_numbers(numbers: Mapping[str, int]) -> Callable[[str], tuple[int, ...]]:
+    """From an image's labels in a catalog to the numbers of its classes."""
+    return lru_cache(2**16)(lambda labels: tuple(numbers[label] for label in json.loads(labels)))
+
+
+def list_source(
+    url: str,
+    labels: str | None = None,
+    classes: str | None = None,
+    listed: Callable[[int], None] = lambda count: None,
+) -> Source:
     """What is in a folder, tar, zip or list, with the label list at `labels` if it is flat.
 
-    `classes` fixes the classes and their order: a file with one in each line, or packed shards. UsageError where there
-    is nothing, a list does not fit, a class is unknown, or one that is not fixed has no image file.
+    `classes` fixes the classes and their order: a file with one in each line, or packed shards. `listed(count)` counts
+    what was found so far. UsageError where there is nothing, a list does not fit, a class is unknown, or one that is
+    not fixed has no image file.
     """
     address, query = split_query(url)
     url = (address.rstrip("/") or "/") + query
     given = None if classes is None else read_classes(classes)
-    storage = Storage()
+    storage, catalog = Storage(), Catalog(listed)
     if has_suffix(url, *LISTS):
         if labels is not None:
             raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
-        return _labelled(storage, url, *list_images(storage, url), [], given, url)
-    entries = list_entries(storage, url)
+        first_with = _insert(catalog, list_images(storage, url, listed))
+        return _make_source(storage, url, catalog, first_with, given, url)
+    list_entries(storage, url, catalog)
     if labels is not None:
-        images, broken = _images_and_broken(_without_outer_folders(entries), lambda entry: None)
-        return _labelled(storage, url, images, _listed_labels(url, images, labels), broken, given, labels)
-    entries = _without_outer_folder(entries)
-    images, broken = _images_and_broken(entries, lambda entry: None if "/" in entry.path else "in no class folder")
-    _check_usable(url, entries, images, broken, given is not None)
-    return _make_source(storage, url, images, [(_class_name(image),) for image in images], broken, given)
+        images = _images_and_broken(catalog, _inside(catalog, catalog.around.count), lambda entry: None)
+        first_with = _insert(catalog, _with_listed_labels(url, images, labels))
+        return _make_source(storage, url, catalog, first_with, given, labels)
+    outer = min(1, catalog.around.count) if _has_folders_of_images(catalog) else 0
+    seen = _Seen()
+    entries = map(seen.note, _inside(catalog, outer))
+    images = _images_and_broken(catalog, entries, lambda entry: None if "/" in entry.path else "in no class folder")
+    first_with = _insert(catalog, ((image, (_class_name(image),)) for image in images))
+    _check_usable(url, seen, first_with, given is not None)
+    return _make_source(storage, url, catalog, first_with, given, None)
 
 
 def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
@@ -96,95 +109,115 @@ def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
         raise UsageError(f"{url} has class folders {why}: {abbreviate(names)}; add images to them or take them away")
 
 
-def _labelled(
-    storage: Storage,
-    url: str,
-    images: list[Entry],
-    written: Sequence[tuple[str, ...]],
-    broken: list[BadSample],
-    given: Classes | None,
-    where: str,
-) -> Source:
-    """The source of images with labels as `where` has them written."""
-    paths = [printable(image.path) for image in images]
-    label_names, reading = to_class_names(where, written, paths, given)
-    source = _make_source(storage, url, images, label_names, broken, given)
-    return replace(source, reading=describe_reading(reading, where, source.classes, source.fixed))
+def _insert(catalog: Catalog, labelled: Labelled) -> dict[str, str]:
+    """Enters the images in their order; returns each label with the first image that has it."""
+    keys, first_with = Keys(), dict[str, str]()
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        for image, labels in labelled:
+            for label in labels:
+                if label not in first_with:
+                    first_with[label] = printable(image.path)
+            key = keys.of(image.path)
+            yield to_bytes(image.path), to_bytes(key), pack_entry(image), image.size, json.dumps(labels)
+
+    catalog.change_each("INSERT INTO images (path, key, entry, size, labels) VALUES (?, ?, ?, ?, ?)", rows())
+    return first_with
 
 
 def _make_source(
     storage: Storage,
     url: str,
-    images: list[Entry],
-    label_names: Sequence[tuple[str, ...]],
-    broken: list[BadSample],
+    catalog: Catalog,
+    first_with: Mapping[str, str],
     given: Classes | None,
+    where: str | None,
 ) -> Source:
-    if not images:
-        raise UsageError(f"{url} has no images ({' '.join(SUFFIXES)})" + _example(broken))
-    classes = sorted({name for each in label_names for name in each}) if given is None else given.names
+    """The source of the images that were entered; `where` has labels in its own writing, where they are no folders."""
+    if not first_with:
+        raise UsageError(f"{url} has no images ({' '.join(SUFFIXES)})" + _example(catalog))
+    names, reading = {name: name for name in first_with}, Reading.NAMES
+    if where is not None:
+        names, reading = class_names_of(where, first_with, given)
+    classes = tuple(sorted(set(names.values()))) if given is None else given.names
     numbers = {name: number for number, name in enumerate(classes)}
-    for image, names in zip(images, label_names, strict=True):
-        if unknown := [name for name in names if name not in numbers]:
-            where = f"{printable(image.path)} of {url}"
-            raise UsageError(f"{where} is of class {printable(unknown[0])}, which --classes does not have")
-    labels = tuple(tuple(numbers[name] for name in names) for names in label_names)
-    sized = tuple(_with_sizes(storage, images))
-    return Source(url, tuple(classes), given is not None, sized, labels, tuple(broken), storage)
+    for label, image in first_with.items():
+        if names[label] not in numbers:
+            name = printable(names[label])
+            raise UsageError(f"{image} of {url} is of class {name}, which --classes does not have")
+    described = "" if where is None else describe_reading(reading, where, classes, given is not None)
+    _find_sizes(storage, catalog)
+    numbered = {label: numbers[name] for label, name in names.items()}
+    return Source(url, classes, given is not None, numbered, catalog, storage, described)
 
 
-def _with_sizes(storage: Storage, images: list[Entry]) -> Iterator[Entry]:
-    """The images with their sizes, for which a web server is asked one by one: its pages lack them."""
+def _find_sizes(storage: Storage, catalog: Catalog) -> None:
+    """Enters the sizes for which a web server is asked one by one: its pages lack them."""
 
-    def size(image: Entry) -> int | None:
-        return storage.info(image.url)["size"] if image.size is None else image.size
+    def sized(row: tuple[int, bytes, str]) -> tuple[str, int, int]:
+        number, path, entry = row
+        image = unpack_entry(to_text(path), entry)
+        size = storage.info(image.url)["size"]
+        return pack_entry(image._replace(size=size)), size, number
 
+    unsized = catalog.select("SELECT id, path, entry FROM images WHERE size IS NULL")
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        for image, number in zip(images, pool.map(size, images), strict=True):
-            yield image._replace(size=number)
+        rows = ordered_map(pool, sized, unsized, 2 * _REQUESTS_AT_ONCE)  # type: ignore[arg-type]
+        catalog.change_each("UPDATE images SET entry = ?, size = ? WHERE id = ?", rows)
 
 
-def _example(broken: list[BadSample]) -> str:
-    return f"; {broken[0].key}, for one: {broken[0].reason}" if broken else ""
+def _example(catalog: Catalog) -> str:
+    return "".join(f"; {path}, for one: {reason}" for path, reason in islice(catalog.broken(), 1))
 
 
 # Class folders.
+
+
+@dataclass
+class _Seen:
+    """Whether anything was seen, and the class folders, with images or without."""
+
+    anything: bool = False
+    classes: set[str] = field(default_factory=set)
+
+    def note(self, entry: Entry) -> Entry:
+        """The entry, seen."""
+        self.anything = True
+        if entry.folder or "/" in entry.path:
+            self.classes.add(_class_name(entry))
+        return entry
 
 
 def _class_name(entry: Entry) -> str:
     return composed(entry.path.partition("/")[0])
 
 
-def _check_usable(url: str, entries: list[Entry], images: list[Entry], broken: list[BadSample], fixed: bool) -> None:
-    classes = {_class_name(entry) for entry in entries if entry.folder or "/" in entry.path}
-    if not entries:
+def _check_usable(url: str, seen: _Seen, with_images: Mapping[str, str], fixed: bool) -> None:
+    if not seen.anything:
         raise UsageError(f"{url} is empty; {NEEDED}")
-    if not classes:
+    if not seen.classes:
         raise UsageError(
             f"{url} has no class folders; put the images of each class into a folder of its name, or give their labels"
             " with --labels FILE"
         )
-    for name in classes:
+    for name in seen.classes:
         if name != printable(name):
             raise UsageError(f"{url} has a class folder {printable(name)}, which is not UTF-8; rename it")
-    if not fixed and images:
-        empty = classes - {_class_name(image) for image in images}
-        check_empty_classes(url, empty, f"without images ({' '.join(SUFFIXES)})")
+    if not fixed and with_images:
+        check_empty_classes(url, seen.classes.difference(with_images), f"without images ({' '.join(SUFFIXES)})")
 
 
 def _images_and_broken(
-    entries: list[Entry], fault_of_place: Callable[[Entry], str | None]
-) -> tuple[list[Entry], list[BadSample]]:
-    """Images and broken files, each in the order of their paths."""
-    images, broken = [], []
-    for entry in sorted(entries):
+    catalog: Catalog, entries: Iterable[Entry], fault_of_place: Callable[[Entry], str | None]
+) -> Iterator[Entry]:
+    """The images of what was found; the files that are none are entered with the reason."""
+    for entry in entries:
         if entry.folder:
             continue
         if reason := entry.fault or fault_of_place(entry) or fault_of_name(entry.path):
-            broken.append(BadSample(None, printable(entry.path), reason))
+            catalog.change("INSERT INTO broken VALUES (?, ?)", printable(entry.path), reason)
         else:
-            images.append(entry)
-    return images, broken
+            yield entry
 
 
 def fault_of_name(path: str) -> str | None:
@@ -194,41 +227,54 @@ def fault_of_name(path: str) -> str | None:
     return None
 
 
-def _without_outer_folder(entries: list[Entry]) -> list[Entry]:
-    """Entries without the one folder around everything, if it has folders of images in it."""
-    images = (entry.path for entry in entries if not entry.folder and fault_of_name(entry.path) is None)
-    return _one_folder_less(entries) if any(path.count("/") > 1 for path in images) else entries
+def _inside(catalog: Catalog, outer: int) -> Iterator[Entry]:
+    """What was found, without this many folders around everything."""
+    for entry in catalog.entries():
+        parts = entry.path.split("/", outer)
+        if len(parts) > outer:
+            yield entry._replace(path=parts[-1])
 
 
-def _without_outer_folders(entries: list[Entry]) -> list[Entry]:
-    """Entries without any folder around everything."""
-    while (inner := _one_folder_less(entries)) is not entries:
-        entries = inner
-    return entries
-
-
-def _one_folder_less(entries: list[Entry]) -> list[Entry]:
-    tops = {_class_name(entry) for entry in entries}
-    if len(tops) != 1 or not any("/" in entry.path for entry in entries):
-        return entries
-    return [entry._replace(path=entry.path.partition("/")[2]) for entry in entries if "/" in entry.path]
+def _has_folders_of_images(catalog: Catalog) -> bool:
+    """Whether a folder around everything would have class folders in it."""
+    paths = catalog.select("SELECT path FROM files WHERE NOT folder")
+    return catalog.around.count > 0 and any(
+        path.count(b"/") > 1 and fault_of_name(to_text(path)) is None for (path,) in paths
+    )
 
 
 # A label list beside flat images.
 
 
-def _listed_labels(url: str, images: list[Entry], labels: str) -> list[tuple[str, ...]]:
-    """The labels of each image by the label list; UsageError where it lacks one, or names what is not there."""
-    paths = [comparable_path(image.path) for image in images]
-    stems = [os.path.splitext(path)[0] for path in paths]
-    listed = read_labels(labels, {*paths, *stems})
-    if isinstance(listed, list):
-        if len(listed) != len(images):
-            raise UsageError(f"{labels} has {len(listed)} labels, one a line, for {len(images)} images of {url}")
-        return [(label,) for label in listed]
-    names = [path if path in listed else stem for path, stem in zip(paths, stems, strict=True)]
-    if unlabelled := [path for path, name in zip(paths, names, strict=True) if name not in listed]:
+def _with_listed_labels(url: str, images: Iterator[Entry], labels: str) -> Labelled:
+    """The images with their labels by the label list; UsageError where it lacks one, or names what is not there."""
+    flat = Database("CREATE TABLE images (path BLOB, entry TEXT); CREATE TABLE names (name BLOB PRIMARY KEY);")
+    count = 0
+    for count, image in enumerate(images, start=1):  # noqa: B007
+        flat.change("INSERT INTO images VALUES (?, ?)", to_bytes(image.path), pack_entry(image))
+        for name in _names(image):
+            flat.change("INSERT OR IGNORE INTO names VALUES (?)", to_bytes(name))
+    listed = read_labels(labels, lambda name: bool(flat.first("SELECT 1 FROM names WHERE name = ?", to_bytes(name))))
+    found = (unpack_entry(to_text(path), entry) for path, entry in flat.select("SELECT path, entry FROM images"))
+    if listed.alone:
+        if listed.count != count:
+            raise UsageError(f"{labels} has {listed.count} labels, one a line, for {count} images of {url}")
+        yield from ((image, (label,)) for image, label in zip(found, listed.in_order(), strict=True))
+        return
+    unlabelled = []
+    for image in found:
+        label = next(filter(None, map(listed.take, _names(image))), None)
+        if label is None:
+            unlabelled.append(_names(image)[0])
+        else:
+            yield image, (label,)
+    if unlabelled:
         raise UsageError(f"{labels} has no label for {printable(abbreviate(unlabelled))} of {url}")
-    if missing := set(listed) - set(names):
+    if missing := list(listed.left()):
         raise UsageError(f"{labels} names {abbreviate(missing)}, which {url} does not have")
-    return [(listed[name],) for name in names]
+
+
+def _names(image: Entry) -> tuple[str, str]:
+    """What a list may call an image: its path, or that without its suffix."""
+    path = comparable_path(image.path)
+    return path, os.path.splitext(path)[0]

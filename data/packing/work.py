@@ -92,6 +92,10 @@ class Work:
         earlier = self._read(REQUEST)
         return earlier is not None and earlier.get("request") == self.request
 
+    def is_planned(self) -> bool:
+        """Whether there is a plan, of this request or another one: without it nothing was made yet."""
+        return self._read(PLAN) is not None
+
     def plan(self) -> dict[str, Any] | None:
         """What there is to do, once that is known."""
         plan = self._read(PLAN)

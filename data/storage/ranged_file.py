@@ -31,6 +31,14 @@ class _Walked(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        contents = self.read(len(buffer))
+        buffer[: len(contents)] = contents
+        return len(contents)
+
     def tell(self) -> int:
         return self._at
 

@@ -18,7 +18,7 @@ from pipeline.formatting import pluralize
 
 if TYPE_CHECKING:
     from data.packing.index import Report
-    from data.packing.pack import HoldoutReport, PackReport, SetReport
+    from data.packing.pack import HoldoutReport, PackReport, PartReport, SetReport
 
 
 MAX_LISTED = 20
@@ -26,16 +26,33 @@ MAX_LISTED = 20
 
 def pack_and_report(source: str, destination: str, workers: int | None, as_json: bool, **options: Any) -> int:
     """Packs with a progress bar, prints the report; returns the exit status. `options` are those of `pack`."""
-    from data.packing.pack import pack
+    from data.packing.pack import PartReport, pack
 
     with _bar("packing") as progress:
-        report = pack(source, destination, workers=workers or _cpus(), progress=progress, **options)
+        report = pack(
+            source,
+            destination,
+            workers=workers or _cpus(),
+            progress=progress,
+            listed=lambda count: progress(count, None),
+            **options,
+        )
+    if isinstance(report, PartReport):
+        _print(report, as_json, "left out", f"{destination}: {_describe_part(report)}")
+        return 0
     resumed = f"; resumed after {report.kept} whole shards" if report.kept else ""
     summary = f"{destination}: {_counts(report)}; {len(report.broken)} left out{resumed}"
     if report.holdout:
         summary += f"\n{_describe_holdout(destination, report.holdout)}"
     _print(report, as_json, "left out", summary)
     return 0
+
+
+def _describe_part(report: PartReport) -> str:
+    if not report.shards_in_all:
+        return "complete already; nothing is changed"
+    own = f"{report.part}: {pluralize(report.shards, 'shard')} of {pluralize(report.images, 'image')} done"
+    return f"{own}, {len(report.broken)} left out; {report.shards_left} of {report.shards_in_all} shards to go"
 
 
 def _describe_holdout(destination: str, holdout: HoldoutReport) -> str:
@@ -96,7 +113,7 @@ def _counts(report: Report | SetReport) -> str:
     return f"{pluralize(report.samples, 'sample')} of {classes} in {shards}, {size}"
 
 
-def _print(report: Report | PackReport, as_json: bool, label: str, summary: str = "") -> None:
+def _print(report: Report | PackReport | PartReport, as_json: bool, label: str, summary: str = "") -> None:
     """The report as JSON; or all shards that are broken as a whole, the first broken samples, and the summary."""
     if as_json:
         print(json.dumps(asdict(report)))
@@ -114,8 +131,8 @@ def _print(report: Report | PackReport, as_json: bool, label: str, summary: str 
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, only on a terminal; yields a function of what is done, and of how much."""
+def _bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar, only on a terminal; yields a function of what is done, and of how much, if that is known."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

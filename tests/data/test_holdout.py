@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import UsageError
+from data.packing.catalog import pack_entry
 from data.packing.copies import name_contents
 from data.packing.holdout import held_out
-from data.packing.sources import list_source
+from data.packing.sources import Source, list_source
 from data.shards.manifest import read_manifest
 from tests.data.test_pack import encoded, files_in, lay_out, packed, samples_in, tar_of
 from tests.data.test_source import csv_of, folder_of_tars, jsonl_of, tar_of_tars, zip_of
@@ -36,8 +37,9 @@ def listings(draw: st.DrawFn, most_labels: int = 3) -> list[tuple[str, tuple[int
 
 def held_paths(images: Sequence[tuple[str, tuple[int, ...], Any]], fraction: float, seed: int) -> set[str]:
     paths, labels, contents = zip(*images, strict=True)
-    held = held_out(paths, labels, contents, fraction, seed)
-    return {path for path, out in zip(paths, held, strict=True) if out}
+    names = [repr(each).encode() for each in contents]
+    held = set(held_out(zip(paths, labels, names, strict=True), fraction, seed))
+    return {path for path, name in zip(paths, names, strict=True) if name in held}
 
 
 @given(listings(), FRACTIONS, SEEDS, st.randoms(use_true_random=False))
@@ -185,9 +187,17 @@ def test_contents_have_one_name_where_their_bytes_are_equal_and_only_there(files
     for number, each in enumerate(contents):
         fs.pipe_file(f"/equal/a/{number:02d}.jpg", each)
     found = list_source("memory://equal")
-    unknown = tuple(image._replace(size=None) if n % 3 == 0 else image for n, image in enumerate(found.images))
-    names = name_contents(replace(found, images=unknown), lambda done, total: None)
+    for number, (image, _) in enumerate(found.images()):
+        if number % 3 == 0:
+            unknown = pack_entry(image._replace(size=None))
+            found.catalog.change("UPDATE images SET size = NULL, entry = ? WHERE id = ?", unknown, number + 1)
+    names = names_of(found)
     assert [names.index(name) for name in names] == [contents.index(each) for each in contents]
+
+
+def names_of(found: Source) -> list[bytes]:
+    name_contents(found, lambda done, total: None)
+    return [name for (name,) in found.catalog.select("SELECT contents FROM images ORDER BY id")]
 
 
 class Metered:
@@ -210,7 +220,7 @@ def test_images_of_equal_size_are_told_apart_by_their_ends_alone(kind, most, tmp
     source = lay_out(tmp_path / "in", files) if kind == "folder" else zip_of(tmp_path, files)
     found = list_source(str(source))
     metered: Any = Metered(found.storage)
-    names = name_contents(replace(found, storage=metered), lambda done, total: None)
+    names = names_of(replace(found, storage=metered))
     assert len(set(names)) == len(files) - 1
     assert 0 < metered.bytes <= most
 

@@ -115,9 +115,8 @@ INDEXED: list[Form] = [shards("cls"), shards("txt"), shards("a.cls"), shards("js
 
 def listed(source: str, **options: str) -> dict[int, str]:
     """The class of each image by its number, as packing lists it."""
-    found = list_source(source, **options)
-    numbers = [int(Path(image.path).stem) for image in found.images]
-    return {number: found.classes[label] for number, (label,) in zip(numbers, found.labels, strict=True)}
+    found = list_source(source, **options)  # type: ignore[arg-type]
+    return {int(Path(image.path).stem): found.classes[label] for image, (label,) in found.images()}
 
 
 def indexed(source: str, **options: Any) -> dict[int, str]:
@@ -280,10 +279,9 @@ def test_a_list_of_any_system_is_read_as_the_same_list(tmp_path, encoding, ends,
         if flat:
             options["labels"] = str(root / name)
             lay_out(tmp_path / "photos", {path: JPEG for path, _ in ROWS})
-        found = list_source(str(tmp_path / "photos" if flat else root / name), **options)
+        found = list_source(str(tmp_path / "photos" if flat else root / name), **options)  # type: ignore[arg-type]
         assert found.classes == ("Käse", "tench, Tinca tinca")
-        got = {image.path: found.classes[label] for image, (label,) in zip(found.images, found.labels, strict=True)}
-        assert got == expected
+        assert {image.path: found.classes[label] for image, (label,) in found.images()} == expected
 
 
 def test_a_comma_that_is_not_quoted_is_refused_with_its_line(tmp_path):

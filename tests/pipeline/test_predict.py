@@ -120,7 +120,7 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
     os.mkfifo(photos / "dog" / "pipe.png")
     for name, target in {"linked": "../../elsewhere", "up": "..", "lost.jpg": "nowhere.jpg"}.items():
         (photos / "dog" / name).symlink_to(target)
-    packed = [image.path for image in list_source(str(photos)).images]
+    packed = [image.path for image, _ in list_source(str(photos)).images()]
     assert packed == ["cat/a.jpg", "cat/deep/B.PNG", "dog/linked/c.webp"]
     files, passed_over = image_files([photos])
     assert [str(file.relative_to(photos)) for file in files] == [*packed, "dog/lost.jpg"]
