@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import count, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from data import rng
 from data.errors import DataError, UsageError
 from data.packing.archives import Entry
-from data.packing.catalog import pack_entry, to_entry, to_text, unpack_entry
+from data.packing.catalog import ENTRY, to_bytes, to_entry, to_text
 from data.packing.copies import name_contents
 from data.packing.holdout import held_out, ordered_as_signed
 from data.packing.sources import Source, label_numbers
@@ -35,6 +36,8 @@ TRAIN, VAL = "train/", "val/"
 """The folders of the two sets that a pack makes in its destination with images held out; else its one set is ""."""
 _DRAWS_AT_ONCE = 2**14
 _WRITES_AT_ONCE = 8
+_BLOCK = 512
+_LISTED = "SELECT url, path, offset, size, fault, zipped, labels, held, copy FROM images ORDER BY id"
 
 
 class Candidate(NamedTuple):
@@ -71,11 +74,9 @@ def fingerprint_of(found: Source) -> str:
     digest = hashlib.sha256(repr((found.classes, sorted(found.numbers.items()))).encode("utf-8", "surrogateescape"))
     for each in found.catalog.broken():
         digest.update(repr(each).encode("utf-8", "surrogatepass"))
-    for path, entry, *more in found.catalog.select("SELECT path, entry, labels, held, copy FROM images ORDER BY id"):
-        if "?" in entry:
-            image = unpack_entry(to_text(path), entry)
-            entry = pack_entry(image._replace(url=split_query(image.url)[0]))  # a link that is signed anew: the same
-        digest.update(repr((path, entry, more)).encode())
+    for url, *more in found.catalog.select(_LISTED):
+        url = split_query(to_text(url))[0] if b"?" in url else url  # a link that is signed anew: the same file
+        digest.update(repr((url, more)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -87,19 +88,20 @@ def write_plan(
     catalog, numbers_of, query = found.catalog, label_numbers(found.numbers), split_query(found.url)[1]
     widest = max((len(json.loads(each)) for (each,) in catalog.select("SELECT DISTINCT labels FROM images")), default=1)
     catalog.function("draw", _draws(seed))
-    columns = "held, key, labels, copy, path, entry, size"
+    columns = f"held, key, labels, copy, {ENTRY}"
     shuffled = catalog.select(f"SELECT {columns} FROM images ORDER BY held, draw(id), id")
+    label_bytes = lru_cache(2**16)(lambda numbers: _padded(len(label_part(numbers, widest)[1])))
     counts: dict[str, Counter[int]] = {name: Counter() for name in sets}
     names: list[tuple[str, int]] = []
 
     def rows() -> Iterator[tuple[int, list[Any], int]]:
-        for held, key, labels, copy, path, entry, size in shuffled:
+        for held, key, labels, copy, path, url, offset, size, *more in shuffled:
             numbers = numbers_of(labels)
-            counts[sets[held]].update(numbers)
-            url, *where = json.loads(entry)
-            url = url.removesuffix(query) if query else url  # which may be a secret
-            row = [to_text(key), numbers, copy, to_text(path), url, *where]
-            yield held, row, _tar_bytes(len(label_part(numbers, widest)[1]), size or 0)
+            for number in numbers:
+                counts[sets[held]][number] += 1
+            url = _without_query(to_text(url), query)
+            row = [to_text(key), numbers, copy, to_text(path), url, offset, size, *more]
+            yield held, row, 2 * _BLOCK + _padded(size or 0) + label_bytes(numbers)
 
     def pieces() -> Iterator[tuple[int, bytes]]:
         for held, of_set in groupby(rows(), key=itemgetter(0)):
@@ -139,14 +141,23 @@ def read_piece(work: Work, plan: dict[str, Any], number: int, query: str) -> lis
     widest = plan["labels_per_sample"]
     return [
         Candidate(
-            _with_query(to_entry(path, where), query), key, tuple(numbers), label_part(numbers, widest), bool(copy)
+            to_entry(to_bytes(path), to_bytes(_with_query(url, query)), *where),
+            key,
+            tuple(numbers),
+            label_part(numbers, widest),
+            bool(copy),
         )
-        for key, numbers, copy, path, *where in piece["images"]
+        for key, numbers, copy, path, url, *where in piece["images"]
     ]
 
 
-def _with_query(image: Entry, query: str) -> Entry:
-    return image._replace(url=image.url + query) if query and not split_query(image.url)[1] else image
+def _without_query(url: str, query: str) -> str:
+    """A URL in the plan, where "?" stands for the source's query, which may be a secret."""
+    return url.removesuffix(query) + "?" if query and url.endswith(query) else url
+
+
+def _with_query(url: str, query: str) -> str:
+    return url[:-1] + query if query and url.endswith("?") else url
 
 
 def label_part(numbers: Iterable[int], labels_per_sample: int) -> tuple[str, bytes]:
@@ -198,6 +209,6 @@ def split_by_size(
         yield run
 
 
-def _tar_bytes(*parts: int) -> int:
-    """What a sample of parts of these sizes takes in a tar: two headers, and label and image in whole blocks."""
-    return 2 * 512 + sum(-(-size // 512) * 512 for size in parts)
+def _padded(size: int) -> int:
+    """What a part of this size takes in a tar beside its header."""
+    return -(-size // _BLOCK) * _BLOCK

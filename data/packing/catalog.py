@@ -21,14 +21,16 @@ from data.shards.labels import composed
 _CACHE_KIB = 2**16
 _ROWS_AT_ONCE = 2**10
 _TABLES = """
-CREATE TABLE files (path BLOB, url BLOB, folder INT, entry TEXT, link BLOB);
-CREATE TABLE images (id INTEGER PRIMARY KEY, path BLOB, key TEXT, entry TEXT, size INT, labels TEXT,
-                     contents BLOB, held INT DEFAULT 0, copy INT DEFAULT 0);
+CREATE TABLE files (path BLOB, url BLOB, offset INT, size INT, fault TEXT, zipped TEXT, folder INT, link BLOB);
+CREATE TABLE images (id INTEGER PRIMARY KEY, path BLOB, url BLOB, offset INT, size INT, fault TEXT, zipped TEXT,
+                     key BLOB, labels TEXT, contents BLOB, held INT DEFAULT 0, copy INT DEFAULT 0);
 CREATE TABLE broken (path TEXT, reason TEXT);
 """
 """What was found, in any order; of it the images, in the listing's order, and the files that are none."""
-_TARGET = """
-SELECT entry FROM files WHERE path = ? AND url = ? AND rowid < ? AND link IS NULL ORDER BY rowid DESC LIMIT 1
+ENTRY = "path, url, offset, size, fault, zipped"
+"""The columns that `to_entry` takes, and `to_row` gives."""
+_TARGET = f"""
+SELECT {ENTRY} FROM files WHERE path = ? AND url = ? AND rowid < ? AND link IS NULL ORDER BY rowid DESC LIMIT 1
 """
 
 
@@ -88,11 +90,9 @@ class Catalog(Database):
         """Adds what was found; of two entries of one path in an archive the later one counts."""
         entries = iter(entries)
         while some := list(islice(entries, _ROWS_AT_ONCE)):
-            rows = [
-                (to_bytes(e.path), to_bytes(e.url), e.folder, pack_entry(e), e.link and to_bytes(e.link)) for e in some
-            ]
+            rows = [(*to_row(each), each.folder, each.link and to_bytes(each.link)) for each in some]
             with self._lock:
-                self._connection.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?)", rows)
+                self._connection.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
                 self._has_links |= any(each.link for each in some)
                 for each in some:
                     self.around.see(each.path)
@@ -103,12 +103,12 @@ class Catalog(Database):
         """What was found, in the order of its paths, with hard links as the files that they stand for."""
         if self._has_links:
             self.change("CREATE INDEX places ON files (path)")
-        query = "SELECT path, url, folder, entry, link, rowid FROM files ORDER BY path, url, rowid"
+        query = f"SELECT {ENTRY}, folder, link, rowid FROM files ORDER BY path, url, rowid"
         for _, same in groupby(self.select(query), key=itemgetter(0, 1)):
-            *_, (path, url, folder, entry, link, row) = same
-            if link is not None and (target := self.first(_TARGET, link, url, row)):
-                entry = target[0]
-            yield unpack_entry(to_text(path), entry, bool(folder))
+            *_, (*row, folder, link, number) = same
+            if link is not None and (target := self.first(_TARGET, link, row[1], number)):
+                row[1:] = target[1:]
+            yield to_entry(*row, folder=bool(folder))
 
     def broken(self) -> Iterator[tuple[str, str]]:
         """Files that are no images, and why, in the order of their paths."""
@@ -159,17 +159,21 @@ def to_text(path: bytes) -> str:
     return path.decode("utf-8", "surrogatepass")
 
 
-def pack_entry(entry: Entry) -> str:
-    """Where an entry's bytes are, as JSON."""
-    return json.dumps([entry.url, entry.offset, entry.size, entry.fault, entry.zipped])
+def to_row(entry: Entry) -> tuple[Any, ...]:
+    """An entry's columns, ENTRY."""
+    path, _, url, offset, size, fault, zipped, _ = entry
+    return to_bytes(path), to_bytes(url), offset, size, fault, zipped and json.dumps(zipped)
 
 
-def unpack_entry(path: str, packed: str, folder: bool = False) -> Entry:
-    """What `pack_entry` was given."""
-    return to_entry(path, json.loads(packed), folder)
-
-
-def to_entry(path: str, where: Sequence[Any], folder: bool = False) -> Entry:
-    """An entry of this path, from the list that `pack_entry` made of it."""
-    url, offset, size, fault, zipped = where
-    return Entry(path, folder, url, offset, size, fault, zipped and ZipMember(*zipped))
+def to_entry(
+    path: bytes,
+    url: bytes,
+    offset: int | None,
+    size: int | None,
+    fault: str | None,
+    zipped: str | None,
+    folder: bool = False,
+) -> Entry:
+    """What `to_row` was given."""
+    member = ZipMember(*json.loads(zipped)) if zipped else None
+    return Entry(to_text(path), folder, to_text(url), offset, size, fault, member)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from data.packing.archives import DamagedMember, Entry
-from data.packing.catalog import to_text, unpack_entry
+from data.packing.catalog import ENTRY, to_entry
 from data.packing.reading import read_image
 from data.packing.sources import Source
 from data.storage.prefetch import ordered_map
@@ -32,14 +33,14 @@ def name_contents(found: Source, progress: Callable[[int, int], None]) -> None:
     catalog.change_each("UPDATE images SET contents = ? WHERE id = ?", _sizes(found))
     with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
         for read in (_end, _whole):
-            catalog.change("CREATE TABLE asked AS SELECT id, path, entry, contents " + _SHARED)
+            catalog.change(f"CREATE TABLE asked AS SELECT id, contents, {ENTRY} {_SHARED}")
 
-            def name(row: tuple[int, bytes, str, bytes], read: Callable[..., bytes] = read) -> tuple[bytes, int]:
-                number, path, entry, known = row
-                return _digest(known + read(found, unpack_entry(to_text(path), entry))), number
+            def name(row: tuple[Any, ...], read: Callable[[Source, Entry], bytes] = read) -> tuple[bytes, int]:
+                number, known, *entry = row
+                return _digest(known + read(found, to_entry(*entry))), number
 
             total = (catalog.first("SELECT COUNT(*) FROM asked") or (0,))[0]
-            asked = catalog.select("SELECT id, path, entry, contents FROM asked")
+            asked = catalog.select("SELECT * FROM asked")
             progress(0, total)
             results = ordered_map(pool, name, asked, 2 * _READS_AT_ONCE)
             for done, result in enumerate(results, start=1):
@@ -49,9 +50,9 @@ def name_contents(found: Source, progress: Callable[[int, int], None]) -> None:
 
 
 def _sizes(found: Source) -> Iterator[tuple[bytes, int]]:
-    for number, path, entry, size in found.catalog.select("SELECT id, path, entry, size FROM images"):
-        if size is None:  # a server did not say
-            size = len(read_image(found.storage, unpack_entry(to_text(path), entry)))
+    for number, *entry in found.catalog.select(f"SELECT id, {ENTRY} FROM images"):
+        image = to_entry(*entry)
+        size = len(read_image(found.storage, image)) if image.size is None else image.size  # a server may not say
         yield str(size).encode(), number
 
 

@@ -8,6 +8,8 @@ import unicodedata
 
 from data.packing.catalog import Database, to_bytes
 
+_NO_LETTERS, _HIDDEN = re.compile(r"[^\w/-]"), re.compile("^__+")
+
 
 class Keys:
     """Gives each path a key: no suffix, and only letters, digits, "_", "-" and "/".
@@ -21,8 +23,8 @@ class Keys:
 
     def of(self, path: str) -> str:
         """The key of the next path."""
-        plain = re.sub(r"[^\w/-]", "_", unicodedata.normalize("NFC", os.path.splitext(path)[0]))
-        key = plain = re.sub(r"^__+", "_", plain)
+        plain = _NO_LETTERS.sub("_", unicodedata.normalize("NFC", os.path.splitext(path)[0]))
+        key = plain = _HIDDEN.sub("_", plain)
         while not self._taken.change("INSERT OR IGNORE INTO keys VALUES (?, 1)", to_bytes(key)):
             self._taken.change("UPDATE keys SET times = times + 1 WHERE key = ?", to_bytes(plain))
             times = self._taken.first("SELECT times FROM keys WHERE key = ?", to_bytes(plain))

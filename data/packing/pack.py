@@ -42,14 +42,14 @@ from data.packing.resume import (
     check_destination,
     clear,
     commit,
-    files_of,
     finished_shards,
+    has_manifests,
     is_unfinished,
     write_shard,
 )
 from data.packing.sources import Source, check_empty_classes, list_source
 from data.packing.work import WHOLE, Part, Request, Work, open_work
-from data.shards.manifest import MANIFEST, BadSample, Shard
+from data.shards.manifest import BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, shard_checksums, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
 from data.storage.prefetch import ordered_map
@@ -100,7 +100,7 @@ class PackReport(SetReport):
 
 @dataclass(frozen=True)
 class PartReport:
-    """What one part did: shards and images of its share, and how many shards of the plan are not done yet.
+    """What one part did: shards and images of its share (of part 0, which plans: images of all), and what is not done.
 
     `broken` are those of its share that were left out.
     """
@@ -160,7 +160,7 @@ def pack(
             hold_out(found, holdout, seed, progress)
         return found
 
-    if part and part.number and _is_packed(destination, sets):
+    if part and part.number and has_manifests(destination, sets):
         return PartReport(str(part), 0, 0, 0, 0)
     check_destination(source, destination, sets, overwrite)
     lists = {"labels": labels and split_query(labels)[0], "classes": classes and split_query(classes)[0]}
@@ -181,13 +181,12 @@ def pack(
     part = part or WHOLE
     share = part.share(plan["items"])
     kept = finished_shards(work, share, sets)
-    with ThreadPoolExecutor(workers) as pool:
-        examine = partial(_examine, resize, quality or QUALITY)
-        shards = [number for number in share if number not in kept]
-        query = split_query(source)[1]
-        examined = _examine_all(pool, examine, work, plan, share, shards, query, workers, progress)
-        for _ in ordered_map(pool, lambda shard: _write_shard(work, *shard), examined, _WRITES_AT_ONCE):
-            pass
+    shards = [number for number in share if number not in kept]
+    try:
+        _pack_shards(work, plan, share, shards, split_query(source)[1], (resize, quality or QUALITY), workers, progress)
+    except DataError:
+        if not has_manifests(destination, sets):  # else a twin of this part was faster
+            raise
     return _finish(work, plan, part, sets, kept)
 
 
@@ -236,6 +235,23 @@ def _check_numbers(
 
 
 # Reading and decoding, in threads; the results come in order.
+
+
+def _pack_shards(
+    work: Work,
+    plan: dict[str, Any],
+    share: Sequence[int],
+    shards: Sequence[int],
+    query: str,
+    size: tuple[int | None, int],
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes these shards of a share, each while the next is read."""
+    with ThreadPoolExecutor(workers) as pool:
+        examined = _examine_all(pool, partial(_examine, *size), work, plan, share, shards, query, workers, progress)
+        for _ in ordered_map(pool, lambda shard: _write_shard(work, *shard), examined, _WRITES_AT_ONCE):
+            pass
 
 
 def _examine_all(
@@ -340,11 +356,12 @@ def _finish(
     left = set(everything) - work.numbers()
     done = finished_shards(work, part.share(plan["items"]) if left else everything, sets)
     if left or len(done) < plan["items"]:
-        missing = 0 if _is_packed(work.url, sets) else len(left) or plan["items"] - len(done)
+        missing = 0 if has_manifests(work.url, sets) else len(left) or plan["items"] - len(done)
         if missing and part == WHOLE:
             raise DataError(f"{missing} shards of {work.url} were taken away while it was packed; pack again")
         own = [done[number] for number in part.share(plan["items"]) if number in done]
-        images = sum(plan["shards"][number][1] for number in part.share(plan["items"]))
+        share = part.share(plan["items"]) if part.number else everything
+        images = sum(plan["shards"][number][1] for number in share)
         broken = tuple(chain.from_iterable(each.broken for each in own))
         return PartReport(str(part), len(own), images, missing, plan["items"], broken, plan["reading"])
     sets_of = {number: name.partition("shard-")[0] for number, (name, _) in enumerate(plan["shards"])}
@@ -361,11 +378,6 @@ def _finish(
         holdout=_compare(plan, written, classes_of, done) if VAL in sets else None,
         labels=plan["reading"],
     )
-
-
-def _is_packed(destination: str, sets: tuple[str, ...]) -> bool:
-    names = files_of(destination, sets)
-    return all(name + MANIFEST in names for name in sets) and PACKING not in names
 
 
 def _classes_of(plan: dict[str, Any], done: dict[int, FinishedShard], sets_of: dict[int, str], name: str) -> set[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -101,21 +101,32 @@ def finished_shards(work: Work, numbers: Iterable[int], sets: Sequence[str]) -> 
 def commit(work: Work, classes: Sequence[str], written: Mapping[str, list[Shard]], labels_per_sample: int) -> None:
     """Removes what earlier packs left, which globs would take for samples, and writes the manifests last.
 
-    `written` are the shards of each set, named from the destination on. Another part may do the same at this moment.
+    `written` are the shards of each set, named from the destination on. Another part may do the same at this moment,
+    or still write a shard: it finds the manifests where its unfinished file is gone.
     """
-    fs, folder = open_fs(work.url)
     stems = {shard.stem for shards in written.values() for shard in shards}
-    for name in files_of(work.url, list(written)):
-        own = _OWN_FILE.fullmatch(name)
-        if own and (own[1] + own[2] not in stems or name.endswith(".partial")):
-            with suppress(FileNotFoundError):
-                fs.rm_file(join(folder, name))
+    _remove(work.url, list(written), lambda own: own[1] + own[2] not in stems)
     label_field = "labels" if labels_per_sample > 1 else None
     for name, shards in written.items():
         own_names = [replace(shard, name=shard.name.removeprefix(name)) for shard in shards]
         place = inside(work.url, name)
         write_manifest(place, classes, own_names, label_field=label_field, labels_per_sample=labels_per_sample)
+    _remove(work.url, list(written), lambda own: own[0].endswith(".partial"))
     work.remove()
+
+
+def has_manifests(destination: str, sets: Sequence[str]) -> bool:
+    """Whether all sets are whole."""
+    names = files_of(destination, sets)
+    return all(name + MANIFEST in names for name in sets)
+
+
+def _remove(destination: str, sets: Sequence[str], is_stale: Callable[[re.Match[str]], bool]) -> None:
+    fs, folder = open_fs(destination)
+    for name in files_of(destination, sets):
+        if (own := _OWN_FILE.fullmatch(name)) and is_stale(own):
+            with suppress(FileNotFoundError):  # another part may do the same
+                fs.rm_file(join(folder, name))
 
 
 def _finished(record: dict[str, Any]) -> FinishedShard | None:

@@ -22,7 +22,7 @@ from itertools import islice
 
 from data.errors import UsageError
 from data.packing.archives import Entry
-from data.packing.catalog import Catalog, Database, pack_entry, to_bytes, to_text, unpack_entry
+from data.packing.catalog import ENTRY, Catalog, Database, to_bytes, to_entry, to_row, to_text
 from data.packing.folders import NEEDED, list_entries
 from data.packing.image_lists import list_images
 from data.packing.keys import Keys
@@ -59,8 +59,8 @@ class Source:
     def images(self) -> Iterator[tuple[Entry, tuple[int, ...]]]:
         """Each image, and the numbers of its classes."""
         numbers_of = label_numbers(self.numbers)
-        for path, entry, labels in self.catalog.select("SELECT path, entry, labels FROM images ORDER BY id"):
-            yield unpack_entry(to_text(path), entry), numbers_of(labels)
+        for labels, *entry in self.catalog.select(f"SELECT labels, {ENTRY} FROM images ORDER BY id"):
+            yield to_entry(*entry), numbers_of(labels)
 
 
 def label_numbers(numbers: Mapping[str, int]) -> Callable[[str], tuple[int, ...]]:
@@ -111,17 +111,16 @@ def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
 
 def _insert(catalog: Catalog, labelled: Labelled) -> dict[str, str]:
     """Enters the images in their order; returns each label with the first image that has it."""
-    keys, first_with = Keys(), dict[str, str]()
+    keys, first_with, written = Keys(), dict[str, str](), lru_cache(2**16)(json.dumps)
 
     def rows() -> Iterator[tuple[object, ...]]:
         for image, labels in labelled:
             for label in labels:
                 if label not in first_with:
                     first_with[label] = printable(image.path)
-            key = keys.of(image.path)
-            yield to_bytes(image.path), to_bytes(key), pack_entry(image), image.size, json.dumps(labels)
+            yield *to_row(image), to_bytes(keys.of(image.path)), written(labels)
 
-    catalog.change_each("INSERT INTO images (path, key, entry, size, labels) VALUES (?, ?, ?, ?, ?)", rows())
+    catalog.change_each(f"INSERT INTO images ({ENTRY}, key, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows())
     return first_with
 
 
@@ -154,16 +153,12 @@ def _make_source(
 def _find_sizes(storage: Storage, catalog: Catalog) -> None:
     """Enters the sizes for which a web server is asked one by one: its pages lack them."""
 
-    def sized(row: tuple[int, bytes, str]) -> tuple[str, int, int]:
-        number, path, entry = row
-        image = unpack_entry(to_text(path), entry)
-        size = storage.info(image.url)["size"]
-        return pack_entry(image._replace(size=size)), size, number
-
-    unsized = catalog.select("SELECT id, path, entry FROM images WHERE size IS NULL")
+    unsized = catalog.select("SELECT id, url FROM images WHERE size IS NULL")
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        rows = ordered_map(pool, sized, unsized, 2 * _REQUESTS_AT_ONCE)  # type: ignore[arg-type]
-        catalog.change_each("UPDATE images SET entry = ?, size = ? WHERE id = ?", rows)
+        sizes = ordered_map(
+            pool, lambda row: (storage.info(to_text(row[1]))["size"], row[0]), unsized, 2 * _REQUESTS_AT_ONCE
+        )
+        catalog.change_each("UPDATE images SET size = ? WHERE id = ?", sizes)
 
 
 def _example(catalog: Catalog) -> str:
@@ -232,7 +227,7 @@ def _inside(catalog: Catalog, outer: int) -> Iterator[Entry]:
     for entry in catalog.entries():
         parts = entry.path.split("/", outer)
         if len(parts) > outer:
-            yield entry._replace(path=parts[-1])
+            yield entry._replace(path=parts[-1]) if outer else entry
 
 
 def _has_folders_of_images(catalog: Catalog) -> bool:
@@ -246,16 +241,19 @@ def _has_folders_of_images(catalog: Catalog) -> bool:
 # A label list beside flat images.
 
 
+_FLAT = f"CREATE TABLE images ({ENTRY}); CREATE TABLE names (name BLOB PRIMARY KEY) WITHOUT ROWID;"
+
+
 def _with_listed_labels(url: str, images: Iterator[Entry], labels: str) -> Labelled:
     """The images with their labels by the label list; UsageError where it lacks one, or names what is not there."""
-    flat = Database("CREATE TABLE images (path BLOB, entry TEXT); CREATE TABLE names (name BLOB PRIMARY KEY);")
+    flat = Database(_FLAT)
     count = 0
     for count, image in enumerate(images, start=1):  # noqa: B007
-        flat.change("INSERT INTO images VALUES (?, ?)", to_bytes(image.path), pack_entry(image))
+        flat.change("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", *to_row(image))
         for name in _names(image):
             flat.change("INSERT OR IGNORE INTO names VALUES (?)", to_bytes(name))
     listed = read_labels(labels, lambda name: bool(flat.first("SELECT 1 FROM names WHERE name = ?", to_bytes(name))))
-    found = (unpack_entry(to_text(path), entry) for path, entry in flat.select("SELECT path, entry FROM images"))
+    found = (to_entry(*row) for row in flat.select(f"SELECT {ENTRY} FROM images"))
     if listed.alone:
         if listed.count != count:
             raise UsageError(f"{labels} has {listed.count} labels, one a line, for {count} images of {url}")

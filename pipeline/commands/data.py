@@ -51,6 +51,9 @@ def pack_and_report(source: str, destination: str, workers: int | None, as_json:
 def _describe_part(report: PartReport) -> str:
     if not report.shards_in_all:
         return "complete already; nothing is changed"
+    if report.part.startswith("part 0 "):
+        images, shards = pluralize(report.images, "image"), pluralize(report.shards_in_all, "shard")
+        return f"{images} are planned in {shards}, of which {report.shards_left} are to be packed"
     own = f"{report.part}: {pluralize(report.shards, 'shard')} of {pluralize(report.images, 'image')} done"
     return f"{own}, {len(report.broken)} left out; {report.shards_left} of {report.shards_in_all} shards to go"
 
