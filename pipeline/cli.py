@@ -73,6 +73,7 @@ Crop = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
+PART = "do part i of N alone, from 1 on, on any machine; 0/N plans; the last one finishes"
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
@@ -374,6 +375,7 @@ def index(
         str | None,
         typer.Option(metavar="NAME", help="labels: a field of .json, e.g. meta.label, or a part, .txt; default: .cls"),
     ] = None,
+    part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="threads, a tar each; default: 16, with --decode one a processor")
     ] = None,
@@ -382,19 +384,28 @@ def index(
     """Index existing WebDataset shards for training; what is broken is listed."""
     from pipeline.commands.data import index_and_report
 
-    raise typer.Exit(index_and_report(url, out, decode, classes, label_field, workers, as_json))
+    raise typer.Exit(index_and_report(url, out, decode, classes, label_field, part, workers, as_json))
 
 
 @data_app.command("verify", epilog="Example: coatnet data verify shards/train")
 def verify(
     url: Annotated[str, path_argument(metavar="URL", help="where manifest.json is")],
+    sample: Annotated[
+        float | None,
+        typer.Option(metavar="FRACTION", help="read this share of the samples; no headers, nothing of the others"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of what --sample draws")] = 0,
+    part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,
+    out: Annotated[
+        str | None, path_option(metavar="FOLDER", help="with --part: notes and verified.json; default: URL")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="threads, a shard each; default: one a processor")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read everything, decode every image; list what is broken, and exit with 1 if anything is."""
     from pipeline.commands.data import verify_and_report
 
-    raise typer.Exit(verify_and_report(url, workers, as_json))
+    raise typer.Exit(verify_and_report(url, part, workers, as_json, sample=sample, seed=seed, out=out))
 
 
 def main() -> None:

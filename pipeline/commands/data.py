@@ -19,6 +19,7 @@ from pipeline.formatting import pluralize
 if TYPE_CHECKING:
     from data.packing.index import Report
     from data.packing.pack import HoldoutReport, PackReport, SetReport
+    from data.packing.parts import NotLast
 
 
 MAX_LISTED = 20
@@ -56,16 +57,22 @@ def index_and_report(
     decode: bool,
     classes: str | None,
     label_field: str | None,
+    part: str | None,
     workers: int | None,
     as_json: bool,
 ) -> int:
     """Indexes with a progress bar, prints the report; returns the exit status."""
     from data.packing.index import DamagedTars, index
+    from data.packing.parts import NotLast
+    from data.packing.work import parse_part
 
     options: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
+    options |= {"part": part and parse_part(part), "workers": workers or (_cpus() if decode else 16)}
     try:
         with _bar("indexing") as progress:
-            report = index(url, out, **options, workers=workers or (_cpus() if decode else 16), progress=progress)
+            report = index(url, out, **options, progress=progress)
+    except NotLast as ended:
+        return _print_part(ended, as_json)
     except DamagedTars as damaged:
         _print(damaged.report, as_json, "cannot be used")
         raise
@@ -75,19 +82,35 @@ def index_and_report(
     return 0
 
 
-def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
-    """Verifies with a progress bar, prints the report; returns the exit status, 1 if anything is broken."""
-    from data.packing.verify import verify
+def verify_and_report(url: str, part: str | None, workers: int | None, as_json: bool, **options: Any) -> int:
+    """Verifies with a progress bar, prints the report; returns the exit status, 1 if anything is broken.
 
-    with _bar("checking") as progress:
-        report = verify(url, workers=workers or _cpus(), progress=progress)
+    `options` are those of `verify`.
+    """
+    from data.packing.parts import NotLast
+    from data.packing.verify import SampledReport, verify
+    from data.packing.work import parse_part
+
+    options |= {"part": part and parse_part(part), "workers": workers or _cpus()}
+    try:
+        with _bar("checking") as progress:
+            report = verify(url, **options, progress=progress)
+    except NotLast as ended:
+        return _print_part(ended, as_json)
     _print(report, as_json, "broken", f"{url}: {_counts(report)}; {len(report.broken) or 'nothing'} broken")
+    if isinstance(report, SampledReport) and not as_json:
+        print(report.proves)
     if report.unchecked and not as_json:
         print(
             f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
             " the tars records them, once their manifest.json is removed"
         )
     return 1 if report.broken else 0
+
+
+def _print_part(ended: NotLast, as_json: bool) -> int:
+    print(json.dumps(ended.standing) if as_json else without_secrets(str(ended)))
+    return 0
 
 
 def _counts(report: Report | SetReport) -> str:

@@ -469,7 +469,7 @@ def test_all_damaged_tars_are_named_and_the_next_index_reads_only_those(tmp_path
         lambda folder: (folder / "0.tar").write_bytes(WHOLE + bytes(10240)),
         lambda folder: (folder / "0.npy").unlink(),
         lambda folder: (folder / "0.idx").unlink(),
-        lambda folder: (folder / ".indexed.json").write_text("{"),
+        lambda folder: (folder / ".indexing" / "000000.json").write_text("{"),
     ],
     ids=["touched", "longer", "table", "index", "note"],
 )
@@ -492,7 +492,7 @@ def test_when_labels_are_refused_what_is_done_is_kept_too(tmp_path):
     (tmp_path / "1.tar").write_bytes(tar_of(PAIRS, label="dog"))
     report = indexed(tmp_path)
     assert (report.kept, report.shards, report.classes) == (2, 3, 3)
-    assert not (tmp_path / ".indexed.json").exists()
+    assert not (tmp_path / ".indexing").exists()
 
 
 def test_another_request_keeps_nothing_of_an_index_that_ended_early(tmp_path):
@@ -503,7 +503,7 @@ def test_another_request_keeps_nothing_of_an_index_that_ended_early(tmp_path):
     (tmp_path / "1.tar").write_bytes(WHOLE)
     (tmp_path / "names").write_text("cat\n")
     assert indexed(tmp_path, classes=str(tmp_path / "names")).kept == 0
-    assert not (tmp_path / ".indexed.json").exists()
+    assert not (tmp_path / ".indexing").exists()
 
 
 def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_path):
