@@ -73,7 +73,7 @@ Crop = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
-PART = "do part i of N alone, from 1 on, on any machine; 0/N plans; the last one finishes"
+PART = "do part i of N on any machine, i from 1; 0/N plans; whichever ends last finishes"
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
@@ -392,7 +392,7 @@ def verify(
     url: Annotated[str, path_argument(metavar="URL", help="where manifest.json is")],
     sample: Annotated[
         float | None,
-        typer.Option(metavar="FRACTION", help="read this share of the samples; no headers, nothing of the others"),
+        typer.Option(metavar="FRACTION", help="read this drawn share of samples; no others, nor the tars' headers"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of what --sample draws")] = 0,
     part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,

@@ -200,9 +200,8 @@ class _Tars:
 
     def is_kept(self, item: int, record: Record) -> bool:
         """Whether it has samples, is the same still, and its table and index are there."""
-        found = _Indexed(**record["found"])
         shard = Shard(**record["found"]["shard"])
-        if not self.is_of(item, record) or found.damaged or not shard.samples:
+        if not self.is_of(item, record) or not shard.samples:
             return False
         places = (join(self.request.destination, shard.stem + suffix) for suffix in (".npy", ".idx"))
         try:

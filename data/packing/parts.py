@@ -128,7 +128,9 @@ def _do_share(
         record = items.work.find(numbers[item]) if numbers[item] in there else None
         if record is not None and items.is_kept(item, record):
             return False
-        items.work.record(numbers[item], **items.do(item))
+        found = items.do(item)
+        check_current(items.work)
+        items.work.record(numbers[item], **found)
         return True
 
     return {item for item, now in zip(share, map_in_threads(attempt, share, workers, progress), strict=True) if now}

@@ -126,7 +126,7 @@ def verify(
 
 def chance_of_missing(samples: int, damaged: int, drawn: int) -> float:
     """The chance that none of the damaged ones are among those drawn, all of different samples: hypergeometric."""
-    return math.prod((samples - drawn - each) / (samples - each) for each in range(damaged))
+    return math.prod(max(0, samples - drawn - each) / (samples - each) for each in range(damaged))
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ class _Shards:
     def publish(self, records: Iterator[Record], done: set[int]) -> Report:
         """Writes the report of all shards."""
         report = self.report(records)
-        whole = {"proves": f"all {report.samples} samples were read and decoded"} if self.sample is None else {}
-        document = {**asdict(report), **self.work.request, **whole}
+        whole = {"proves": "every sample was read and decoded; what is not as it should be is in `broken`"}
+        document = {**whole, **asdict(report), **self.work.request}
         fs, folder = self.work.fs, self.work.folder.rpartition("/")[0]
         write_file(fs, join(folder, VERIFIED), json.dumps(document).encode())
         return report

@@ -566,6 +566,9 @@ def test_parts_name_damaged_tars_together_and_do_again_only_what_is_new(tmp_path
     (tmp_path / "00.tar").write_bytes(WHOLE)
     reports = run_in_parts(partial(indexed, tmp_path), [[(Part(number, 3), None)] for number in (1, 2, 3)])
     assert [(report.kept, report.shards) for report in reports] == [(5, 6)]
+    (tmp_path / ".indexing").mkdir()  # as where that one is killed when it has written the manifest
+    with pytest.raises(NotLast, match=r"part 2 of 3: .* has a manifest\.json already"):
+        indexed(tmp_path, part=Part(2, 3))
     assert not (tmp_path / ".indexing").exists()
 
 
