@@ -37,6 +37,7 @@ class Stream(IntEnum):
     PACK = 11
     MIXUP_PARTNERS = 12
     HOLDOUT = 13
+    VERIFY = 14
 
 
 def philox(counters: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -76,6 +76,7 @@ Part = Annotated[
     str | None, typer.Option(metavar="I/N", help="do part I of N, others elsewhere at any time; 0/N: the plan alone")
 ]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
+PART = "do part i of N on any machine, i from 1; 0/N plans; whichever ends last finishes"
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
@@ -341,13 +342,13 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Pack images into shuffled WebDataset shards; what is broken is listed and left out. Started again, it resumes."""
-    from data.packing.work import parse_part
     from pipeline.commands.data import pack_and_report
 
     raise typer.Exit(
         pack_and_report(
             source,
             destination,
+            part,
             workers,
             as_json,
             samples_per_shard=samples_per_shard,
@@ -359,7 +360,6 @@ def pack(
             resize=resize,
             quality=quality,
             holdout=holdout,
-            part=part and parse_part(part),
         )
     )
 
@@ -380,6 +380,7 @@ def index(
         str | None,
         typer.Option(metavar="NAME", help="labels: a field of .json, e.g. meta.label, or a part, .txt; default: .cls"),
     ] = None,
+    part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="threads, a tar each; default: 16, with --decode one a processor")
     ] = None,
@@ -388,19 +389,28 @@ def index(
     """Index existing WebDataset shards for training; what is broken is listed."""
     from pipeline.commands.data import index_and_report
 
-    raise typer.Exit(index_and_report(url, out, decode, classes, label_field, workers, as_json))
+    raise typer.Exit(index_and_report(url, out, decode, classes, label_field, part, workers, as_json))
 
 
 @data_app.command("verify", epilog="Example: coatnet data verify shards/train")
 def verify(
     url: Annotated[str, path_argument(metavar="URL", help="where manifest.json is")],
+    sample: Annotated[
+        float | None,
+        typer.Option(metavar="FRACTION", help="read this drawn share of samples; no others, nor the tars' headers"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of what --sample draws")] = 0,
+    part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,
+    out: Annotated[
+        str | None, path_option(metavar="FOLDER", help="with --part: notes and verified.json; default: URL")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="threads, a shard each; default: one a processor")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read everything, decode every image; list what is broken, and exit with 1 if anything is."""
     from pipeline.commands.data import verify_and_report
 
-    raise typer.Exit(verify_and_report(url, workers, as_json))
+    raise typer.Exit(verify_and_report(url, part, workers, as_json, sample=sample, seed=seed, out=out))
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ the manifest comes last.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from data import codec
@@ -20,8 +22,10 @@ from data.errors import DataError, UsageError
 from data.packing.candidates import split_by_size
 from data.packing.label_files import read_classes
 from data.packing.label_reading import Classes, describe_reading, reading_of
+from data.packing.parts import Record, check_current, do_part
 from data.packing.tars import Tar, find_tars, walk_headers
-from data.packing.unfinished import Done, forget_done, keep_done, read_done
+from data.packing.work import Part, Work, open_work
+from data.packing.work import Request as Asked
 from data.shards.complete import complete
 from data.shards.labels import (
     MOST_SHOWN,
@@ -44,20 +48,22 @@ from data.shards.sample_table import (
     table_rows,
 )
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
-from data.storage.prefetch import map_in_threads
 from data.storage.remote import NotFound, Storage, open_fs, write_file
 from data.urls import join, split_query
 
 MOST_CLASSES = 2**20
 """Classes that are made up from the numbers of the labels at most: one wild number would make millions."""
 _RUN_BYTES = 2**24
+_NOTES = ".indexing"
+_VERSION = 1
+"""Of what is noted of a tar; raised when a program would write other tables or notes."""
 
 
 @dataclass(frozen=True)
 class Report:
     """What was found (shards, samples, bytes of tar, classes), what of it cannot be used, and has no checksum.
 
-    `labels` says how the labels were read; `kept` of the shards are those that an index which ended early had done.
+    `labels` says how the labels were read; `kept` of the shards were done before, by other parts or an earlier start.
     """
 
     shards: int
@@ -88,18 +94,39 @@ class _Request:
     decode: bool
     label_field: str | None
     classes: Classes | None
+    work: Work
+
+    def name_of(self, tar: Tar) -> str:
+        """From the folder around all tars on."""
+        return split_query(tar.url)[0].removeprefix(self.folder.rstrip("/") + "/")
 
 
 class _Indexed(NamedTuple):
-    """What is known of a tar that was indexed: its labels as written, each with its first sample; the most of one."""
+    """What is known of a tar that was indexed: its labels as written, each with its first sample; the most of one.
+
+    `broken` are keys and reasons.
+    """
 
     shard: Shard
     labels: dict[str, str]
     label_field: str | None
     most_labels: int
-    broken: list[BadSample]
+    broken: list[tuple[str, str]]
     damaged: bool = False
-    kept: bool = False
+
+
+@dataclass
+class _Found:
+    """What all tars have, in their order; `fields` are the places of labels, each with the first shard that has it."""
+
+    shards: list[Shard] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    fields: dict[str | None, str] = field(default_factory=dict)
+    most_labels: int = 1
+    broken: list[BadSample] = field(default_factory=list)
+    tars: int = 0
+    damaged: int = 0
+    kept: int = 0
 
 
 def index(
@@ -111,6 +138,7 @@ def index(
     label_field: str | None,
     workers: int,
     progress: Callable[[int, int], None],
+    part: Part | None = None,
 ) -> Report:
     """Indexes the tars that `url` names: a folder, a glob or a pattern as in train-{000..123}.tar.
 
@@ -119,59 +147,123 @@ def index(
     `.cls` (without it or a `.json`, in `.txt`), in the field `label_field` of `.json`, or in a part (`.txt`).
     `progress(done, total)` counts tars. UsageError where that cannot be; DamagedTars, when all others are done;
     DataError where reading or writing fails. What was done by then is kept for the next try. A manifest without
-    checksums that is there already is completed, and no tar is read.
+    checksums that is there already is completed, and no tar is read. A `part` indexes its share of the tars; NotLast
+    unless it finds all of them done then, or where the manifest is there.
     """
     tars = find_tars(url)
     folder = _common_folder([split_query(tar.url)[0] for tar in tars])
     destination = out or folder
-    if _holds_manifest(destination):
+    if part is None and _holds_manifest(destination):
         return _complete(destination)
     given = None if classes is None else read_classes(classes)
-    request = _Request(Storage(), folder, destination, decode, label_field, given)
-    asked = {"decode": decode, "classes": given and list(given.names), "label_field": label_field, "headers": True}
-    done = read_done(destination, asked)
-    found: list[_Indexed] = []
-
-    def work(tar: Tar) -> _Indexed:
-        return _kept(request, done or {}, tar) or _index_tar(request, tar)
-
-    try:
-        found.extend(map_in_threads(work, tars, workers, progress))
-        report = _finish(url, request, found)
-    except BaseException:
-        records = zip(tars, found, strict=False)
-        more = {split_query(tar.url)[0]: _record(tar, each) for tar, each in records if each.shard.samples}
-        if more:
-            keep_done(destination, asked, {**(done or {}), **more})
-        raise
-    if done is not None:
-        forget_done(destination)
-    return report
+    asked: Asked = {"version": _VERSION, "tars": folder, "decode": decode, "label_field": label_field}
+    asked |= {"classes": None if given is None else _fingerprint(given)}
+    work = open_work(destination, _NOTES, asked)
+    request = _Request(Storage(), folder, destination, decode, label_field, given, work)
+    return do_part(_Tars(url, request, tars), part, workers, progress)
 
 
-def _finish(url: str, request: _Request, found: Sequence[_Indexed]) -> Report:
-    """Writes the manifest when all tars are done, whose labels together say how they are to be read."""
-    if damaged := sum(each.damaged for each in found):
+@dataclass(frozen=True)
+class _Tars:
+    """The tars as items of the work; the plan has the names of those that were ever seen, by their numbers."""
+
+    url: str
+    request: _Request
+    tars: Sequence[Tar]
+    result = MANIFEST
+
+    @property
+    def work(self) -> Work:
+        return self.request.work
+
+    def is_published(self) -> bool:
+        return _holds_manifest(self.request.destination)
+
+    def plan(self) -> Sequence[int]:
+        names = [self.request.name_of(tar) for tar in self.tars]
+        plan = self.work.plan()
+        known: list[str] = plan["names"] if plan else []
+        numbers = {name: number for number, name in enumerate(known)}
+        for name in names:
+            numbers.setdefault(name, len(numbers))
+        if len(numbers) > len(known):
+            self.work.publish_plan(len(numbers), names=list(numbers))
+        return [numbers[name] for name in names]
+
+    def do(self, item: int) -> Record:
+        found = _index_tar(self.request, self.tars[item])
+        shard = vars(replace(found.shard, query=""))  # which may be another the next time
+        return {"tar": self._version(item), "found": {**found._asdict(), "shard": shard}}
+
+    def is_of(self, item: int, record: Record) -> bool:
+        return record["tar"] == self._version(item)
+
+    def is_kept(self, item: int, record: Record) -> bool:
+        """Whether it has samples, is the same still, and its table and index are there."""
+        shard = Shard(**record["found"]["shard"])
+        if not self.is_of(item, record) or not shard.samples:
+            return False
+        places = (join(self.request.destination, shard.stem + suffix) for suffix in (".npy", ".idx"))
+        try:
+            table, _ = map(self.request.storage.size, places)
+        except NotFound:
+            return False
+        return table == HEADER_BYTES + ROW.itemsize * shard.samples
+
+    def publish(self, records: Iterator[Record], done: set[int]) -> Report:
+        """Writes the manifest when all tars are whole, whose labels together say how they are to be read."""
+        found = _Found()
+        for item, record in enumerate(records):
+            shard = Shard(**record["found"]["shard"])
+            tar = _Indexed(**record["found"])._replace(shard=replace(shard, query=split_query(self.tars[item].url)[1]))
+            _add(found, tar, item not in done)
+        return _finish(self.url, self.request, found)
+
+    def _version(self, item: int) -> list[str | int]:
+        tar = self.tars[item]
+        return [self.request.name_of(tar), tar.bytes, tar.version]
+
+
+def _fingerprint(classes: Classes) -> str:
+    """Class names and what may stand for them, in few words."""
+    text = json.dumps([classes.names, classes.counted])
+    return f"{len(classes.names)} of {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _add(found: _Found, tar: _Indexed, kept: bool) -> None:
+    found.broken += [BadSample(tar.shard.name, *each) for each in tar.broken]
+    found.tars += 1
+    found.damaged += tar.damaged
+    if tar.shard.samples:
+        found.shards.append(tar.shard)
+        for label, key in tar.labels.items():
+            found.labels.setdefault(label, f"{tar.shard.name} {key}")
+        if tar.labels:
+            found.fields.setdefault(tar.label_field, tar.shard.name)
+        found.most_labels = max(found.most_labels, tar.most_labels)
+        found.kept += kept
+
+
+def _finish(url: str, request: _Request, found: _Found) -> Report:
+    if found.damaged:
         raise DamagedTars(
-            f"{damaged} of {len(found)} tars of {url} cannot be indexed, so there is no {MANIFEST} yet; replace them"
-            " or take them away: the same command then indexes only what is new",
+            f"{found.damaged} of {found.tars} tars of {url} cannot be indexed, so there is no {MANIFEST} yet; replace"
+            " them or take them away: the same command then indexes only what is new",
             _report(request, found, request.classes.names if request.classes else ()),
         )
-    full = [each for each in found if each.shard.samples]
-    label_field = _common_field(full)
-    labels = {label: f"{tar.shard.name} {key}" for tar in reversed(full) for label, key in tar.labels.items()}
+    label_field = _common_field(found)
+    labels = found.labels
     if not labels:
-        broken = [bad for each in found for bad in each.broken]
-        example = f"; {broken[0].shard} {broken[0].key}, for one: {broken[0].reason}" if broken else ""
+        example = next((f"; {bad.shard} {bad.key}, for one: {bad.reason}" for bad in found.broken), "")
         raise UsageError(f"{url} has no sample with a label{example}; is it another --label-field?")
     reading = reading_of(url, labels, request.classes)
     names = request.classes.names if request.classes else _made_up(labels, reading)
     write_manifest(
         request.destination,
         names,
-        [each.shard for each in full],
+        found.shards,
         label_field=label_field,
-        labels_per_sample=max(1, *(each.most_labels for each in full)),
+        labels_per_sample=found.most_labels,
         shards_at=None if open_fs(request.destination) == open_fs(request.folder) else request.folder,
         labels=reading,
     )
@@ -179,28 +271,26 @@ def _finish(url: str, request: _Request, found: Sequence[_Indexed]) -> Report:
     return _report(request, found, names, described)
 
 
-def _report(request: _Request, found: Sequence[_Indexed], classes: Sequence[str], labels: str = "") -> Report:
-    full = [each for each in found if each.shard.samples]
-    samples = sum(each.shard.samples for each in full)
+def _report(request: _Request, found: _Found, classes: Sequence[str], labels: str = "") -> Report:
+    samples = sum(shard.samples for shard in found.shards)
     return Report(
-        shards=len(full),
+        shards=len(found.shards),
         samples=samples,
-        bytes=sum(each.shard.bytes for each in full),
+        bytes=sum(shard.bytes for shard in found.shards),
         classes=len(classes),
-        broken=tuple(chain.from_iterable(each.broken for each in found)),
+        broken=tuple(found.broken),
         unchecked=0 if request.decode else samples,
         labels=labels,
-        kept=sum(each.kept for each in full),
+        kept=found.kept,
     )
 
 
-def _common_field(tars: Sequence[_Indexed]) -> str | None:
+def _common_field(found: _Found) -> str | None:
     """Where all tars that have labels have them."""
-    first = {each.label_field: each.shard.name for each in tars if each.labels}
-    if len(first) > 1:
-        places = " and ".join(f"those of {name} in {field or '.cls'}" for field, name in first.items())
+    if len(found.fields) > 1:
+        places = " and ".join(f"those of {name} in {place or '.cls'}" for place, name in found.fields.items())
         raise UsageError(f"labels are in different parts, {places}; index the tars apart, or give --label-field")
-    return next(iter(first), None)
+    return next(iter(found.fields), None)
 
 
 def _made_up(labels: Collection[str], reading: Reading) -> Sequence[str]:
@@ -246,45 +336,19 @@ def _complete(destination: str) -> Report:
 # One tar.
 
 
-def _record(tar: Tar, found: _Indexed) -> dict[str, Any]:
-    """What to keep of a tar for the next try, in JSON; no query, which may be another then."""
-    shard = vars(replace(found.shard, query=""))
-    broken = [[each.key, each.reason] for each in found.broken]
-    return {"of": [tar.bytes, tar.version], "found": {**found._asdict(), "shard": shard, "broken": broken}}
-
-
-def _kept(request: _Request, done: Done, tar: Tar) -> _Indexed | None:
-    """What an earlier index found in a tar that is still the same, and whose table and index are there."""
-    record = done.get(split_query(tar.url)[0])
-    if record is None or record["of"] != [tar.bytes, tar.version]:
-        return None
-    found = record["found"]
-    shard = replace(Shard(**found["shard"]), query=split_query(tar.url)[1])
-    try:
-        table, _ = (request.storage.size(join(request.destination, shard.stem + each)) for each in (".npy", ".idx"))
-    except NotFound:
-        return None
-    if table != HEADER_BYTES + ROW.itemsize * shard.samples:
-        return None
-    kept: dict[str, Any] = {**found, "shard": shard, "kept": True}
-    return _Indexed(**kept)._replace(broken=[BadSample(shard.name, *each) for each in found["broken"]])
-
-
 def _index_tar(request: _Request, tar: Tar) -> _Indexed:
-    address, query = split_query(tar.url)
-    name = address.removeprefix(request.folder.rstrip("/") + "/")
+    name = request.name_of(tar)
     kinds = {label_part(request.label_field), *(["txt"] if request.label_field is None else [])}
     try:
         if tar.fault:
             raise DamagedTar(tar.fault)
         samples = walk_headers(request.storage, tar, kinds)
     except DamagedTar as damage:
-        return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, [BadSample(name, "", str(damage))], damaged=True)
+        return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, [("", str(damage))], damaged=True)
     if not samples:
-        broken = [BadSample(name, "", "has no samples; it is left out")]
-        return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, broken)
-    field = request.label_field or _only_text(samples)
-    labels, most, faults = _labels(request, field, samples)
+        return _Indexed(Shard(name, 0, tar.bytes), {}, None, 0, [("", "has no samples; it is left out")])
+    place = request.label_field or _only_text(samples)
+    labels, most, faults = _labels(request, place, samples)
     if not labels:
         _check_labelled(request, tar, samples[0])
     if request.decode:
@@ -292,10 +356,11 @@ def _index_tar(request: _Request, tar: Tar) -> _Indexed:
     else:
         rows = table_rows(samples, 0, [(0, 0)] * len(samples), FLAG_UNCHECKED)
     table = table_bytes(rows)
+    check_current(request.work)
     _write(request.destination, name, table, index_bytes(samples))
-    broken = [BadSample(name, printable(key), reason) for key, reason in faults.items()]
-    shard = Shard(name, len(samples), tar.bytes, query, *shard_checksums(table))
-    return _Indexed(shard, labels, field, most, broken)
+    broken = [(printable(key), reason) for key, reason in faults.items()]
+    shard = Shard(name, len(samples), tar.bytes, "", *shard_checksums(table))
+    return _Indexed(shard, labels, place, most, broken)
 
 
 def _only_text(samples: list[TarSample]) -> str | None:

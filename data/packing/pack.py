@@ -34,6 +34,7 @@ from data.packing.candidates import (
     split_by_size,
     write_plan,
 )
+from data.packing.parts import NotLast
 from data.packing.reading import read_images
 from data.packing.resize import shrink
 from data.packing.resume import (
@@ -49,7 +50,7 @@ from data.packing.resume import (
 )
 from data.packing.sources import Source, check_empty_classes, list_source
 from data.packing.work import WHOLE, Part, Request, Work, open_work
-from data.shards.manifest import BadSample, Shard
+from data.shards.manifest import MANIFEST, BadSample, Shard
 from data.shards.sample_table import FLAG_DECODED, sample_table, shard_checksums, table_bytes
 from data.shards.tar_index import index_bytes, index_tar, printable
 from data.storage.prefetch import ordered_map
@@ -98,22 +99,6 @@ class PackReport(SetReport):
     labels: str = ""
 
 
-@dataclass(frozen=True)
-class PartReport:
-    """What one part did: shards and images of its share (of part 0, which plans: images of all), and what is not done.
-
-    `broken` are those of its share that were left out.
-    """
-
-    part: str
-    shards: int
-    images: int
-    shards_left: int
-    shards_in_all: int
-    broken: tuple[BadSample, ...] = ()
-    labels: str = ""
-
-
 class Examined(NamedTuple):
     """A candidate's bytes and what they are, or why they are left out."""
 
@@ -140,7 +125,7 @@ def pack(
     quality: int | None = None,
     holdout: float | None = None,
     part: Part | None = None,
-) -> PackReport | PartReport:
+) -> PackReport:
     """Packs what `list_source` finds into shards at `destination`, or resumes an interrupted pack of the same.
 
     A shard has at most `samples_per_shard` samples and about `bytes_per_shard` bytes of tar (at least one sample),
@@ -148,7 +133,7 @@ def pack(
     With `holdout`, that share of each class goes to `destination`/val and the rest to `destination`/train, images of
     equal bytes to the same set. `progress(done, total)` counts image files, and before that the reads that compare
     them; `listed(count)` what the listing finds. A `part` takes the listing that is kept there, or makes it, and does
-    its share of the shards; whichever finds all of them done writes the manifests and returns the whole report.
+    its share of the shards; whichever finds all of them done writes the manifests, and others end with NotLast.
     UsageError where source, destination or numbers cannot be; DataError where reading or writing fails.
     """
     _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality, holdout)
@@ -161,7 +146,7 @@ def pack(
         return found
 
     if part and part.number and has_manifests(destination, sets):
-        return PartReport(str(part), 0, 0, 0, 0)
+        raise NotLast(f"{destination} has its {MANIFEST} already, so nothing is to do", part, 0)
     check_destination(source, destination, sets, overwrite)
     lists = {"labels": labels and split_query(labels)[0], "classes": classes and split_query(classes)[0]}
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
@@ -350,20 +335,19 @@ def _tar(samples: Iterable[Examined]) -> bytes:
 
 def _finish(
     work: Work, plan: dict[str, Any], part: Part, sets: tuple[str, ...], kept: dict[int, FinishedShard]
-) -> PackReport | PartReport:
+) -> PackReport:
     """Makes the set, if all shards of the plan are done, and reports it; else what this part did."""
     everything = range(plan["items"])
-    left = set(everything) - work.numbers()
-    done = finished_shards(work, part.share(plan["items"]) if left else everything, sets)
-    if left or len(done) < plan["items"]:
-        missing = 0 if has_manifests(work.url, sets) else len(left) or plan["items"] - len(done)
-        if missing and part == WHOLE:
-            raise DataError(f"{missing} shards of {work.url} were taken away while it was packed; pack again")
-        own = [done[number] for number in part.share(plan["items"]) if number in done]
+    left = len(set(everything) - work.numbers())
+    done = {} if left else finished_shards(work, everything, sets)
+    if len(done) < plan["items"]:
+        left = 0 if has_manifests(work.url, sets) else left or plan["items"] - len(done)
+        if left and part == WHOLE:
+            raise DataError(f"{left} shards of {work.url} were taken away while it was packed; pack again")
         share = part.share(plan["items"]) if part.number else everything
-        images = sum(plan["shards"][number][1] for number in share)
-        broken = tuple(chain.from_iterable(each.broken for each in own))
-        return PartReport(str(part), len(own), images, missing, plan["items"], broken, plan["reading"])
+        images = f"{sum(plan['shards'][number][1] for number in share):,} images"
+        done_now = f"{len(share)} shards of {images} done" if part.number else f"the plan is there, of {images}"
+        raise NotLast(f"{done_now}; {left} of {plan['items']} shards to go", part, left)
     sets_of = {number: name.partition("shard-")[0] for number, (name, _) in enumerate(plan["shards"])}
     written = {name: [done[n].shard for n in range(plan["items"]) if sets_of[n] == name] for name in sets}
     written = {name: [shard for shard in shards if shard] for name, shards in written.items()}

@@ -2,21 +2,32 @@
 
 Samples are read as training reads them, and every image is decoded. The headers of the tars, DALI's indexes and the
 sample tables must say the same. What cannot be read because storage fails is an error, no verdict.
+
+Where only a share of the samples is drawn, all shards, tables and indexes are looked at just the same, and a table is
+compared with its index. Of the tars only the drawn samples are read, each at its own place; their headers are walked
+where something does not agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data import codec
+from data import codec, rng
+from data.errors import UsageError
 from data.order import SampleRange
 from data.packing.index import Report
+from data.packing.parts import Record, do_part
 from data.packing.tars import Tar, walk_headers
-from data.reader import Sample, read_ranges
+from data.packing.work import Part, Work, open_work
+from data.reader import Reader, Sample
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.sample_table import (
     FLAG_DECODED,
@@ -29,16 +40,40 @@ from data.shards.sample_table import (
 )
 from data.shards.tar_index import DamagedTar, TarSample, index_bytes, printable
 from data.storage.prefetch import map_in_threads
-from data.storage.remote import NotFound, Storage
+from data.storage.remote import NotFound, Storage, write_file
+from data.urls import join
 
+VERIFIED = "verified.json"
+ONE_IN = 10_000
+"""The share of damaged samples that a report of drawn ones speaks of."""
+_NOTES = ".verifying"
+_VERSION = 1
+"""Of what is checked and noted; raised when a program would find something else."""
 _READ_BYTES = 2**24
+_PART = re.compile(r"(\S*) (\d+) (\d+) (.*?)\.\1(?: |$)")
+"""Of a line of DALI's index: extension, offset, size, key."""
+
+
+@dataclass(frozen=True)
+class SampledReport(Report):
+    """What drawn samples show, about `sample` of all: `decoded` of them were read and decoded.
+
+    `missed` is the chance that none of them were damaged if one in 10,000 of all were; `proves` says so.
+    """
+
+    sample: float = 1.0
+    seed: int = 0
+    decoded: int = 0
+    missed: float = 0.0
+    proves: str = ""
 
 
 @dataclass
 class _Findings:
     """What is broken about a shard as a whole, and which samples, by row: (key, reason); `keys` are all of its keys.
 
-    `unchecked` counts the samples that have no checksum to compare.
+    `unchecked` counts the samples that have no checksum to compare, `decoded` those that were read. `is_odd` where
+    something does not agree that only the tar's headers can decide.
     """
 
     shard: str
@@ -46,6 +81,8 @@ class _Findings:
     faults: list[str] = field(default_factory=list)
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)
     unchecked: int = 0
+    decoded: int = 0
+    is_odd: bool = False
 
     def add_fault(self, row: int, reason: str) -> None:
         """Notes the first thing that is wrong with a sample."""
@@ -53,35 +90,126 @@ class _Findings:
         self.samples.setdefault(row, (key, reason))
 
     @property
-    def broken(self) -> list[BadSample]:
-        """Of the shard, then of its samples in their order."""
-        whole = [BadSample(self.shard, "", reason) for reason in self.faults]
-        return whole + [BadSample(self.shard, *self.samples[row]) for row in sorted(self.samples)]
+    def record(self) -> Record:
+        """In JSON; `broken` has what the shard has, then its samples in their order."""
+        broken = [("", reason) for reason in self.faults] + [self.samples[row] for row in sorted(self.samples)]
+        return {"broken": broken, "unchecked": self.unchecked, "decoded": self.decoded}
 
 
-def verify(url: str, *, workers: int, progress: Callable[[int, int], None]) -> Report:
+def verify(
+    url: str,
+    *,
+    workers: int,
+    progress: Callable[[int, int], None],
+    sample: float | None = None,
+    seed: int = 0,
+    part: Part | None = None,
+    out: str | None = None,
+) -> Report:
     """Reads and checks all shards at `url`, in threads of a shard each; `progress(done, total)` counts them.
+
+    With `sample`, of the samples only that share is read, as `seed` draws it: a SampledReport. A `part` checks its
+    share of the shards and notes what it found at `out`, or beside the manifest; NotLast unless it finds all of them
+    checked then, and writes the report there as `verified.json`.
 
     UsageError where no manifest is, or one that does not add up; DataError where storage fails.
     """
-    manifest = read_manifest(url)
-    broken: list[BadSample] = []
-    unchecked = 0
-    numbers = range(len(manifest.shards))
-    for found in map_in_threads(lambda number: _verify_shard(manifest, number), numbers, workers, progress):
-        broken += found.broken
-        unchecked += found.unchecked
-    return Report(
-        shards=len(manifest.shards),
-        samples=manifest.samples,
-        bytes=sum(shard.bytes for shard in manifest.shards),
-        classes=len(manifest.classes),
-        broken=tuple(broken),
-        unchecked=unchecked,
-    )
+    if sample is not None and not 0 < sample < 1:
+        raise UsageError(f"--sample is {sample}; a share of the samples is more than 0 and less than 1")
+    if out is not None and part is None:
+        raise UsageError("--out is where parts leave what they found; without --part nothing is written")
+    shards = _Shards(read_manifest(url), out or url, sample, seed if sample is not None else 0)
+    if part is not None:
+        return do_part(shards, part, workers, progress)
+    return shards.report(map_in_threads(shards.do, shards.plan(), workers, progress))
 
 
-def _verify_shard(manifest: Manifest, number: int) -> _Findings:
+def chance_of_missing(samples: int, damaged: int, drawn: int) -> float:
+    """The chance that none of the damaged ones are among those drawn, all of different samples: hypergeometric."""
+    return math.prod(max(0, samples - drawn - each) / (samples - each) for each in range(damaged))
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The shards of a set as items of the work."""
+
+    manifest: Manifest
+    destination: str
+    sample: float | None
+    seed: int
+    result = VERIFIED
+
+    @cached_property
+    def work(self) -> Work:
+        manifest = self.manifest
+        asked = {"set": manifest.fingerprint or manifest.format_1, "sample": self.sample, "seed": self.seed}
+        return open_work(self.destination, _NOTES, {"version": _VERSION, **asked})
+
+    def is_published(self) -> bool:
+        """Whether all of this request are checked; a report of another one is replaced."""
+        contents = _contents(join(self.destination, VERIFIED))
+        try:
+            document = json.loads(contents or "{}")
+        except ValueError:  # as where no rename is atomic
+            return False
+        return {name: document.get(name) for name in self.work.request} == self.work.request
+
+    def plan(self) -> Sequence[int]:
+        return range(len(self.manifest.shards))
+
+    def is_kept(self, item: int, record: Record) -> bool:
+        return True
+
+    def is_of(self, item: int, record: Record) -> bool:
+        return True
+
+    def do(self, item: int) -> Record:
+        return _verify_shard(self.manifest, item, self._drawn(item)).record
+
+    def _drawn(self, shard: int) -> NDArray[np.bool_] | None:
+        """Which samples of a shard are read, by their numbers in the set; None for all."""
+        if self.sample is None:
+            return None
+        first, end = self._borders[shard : shard + 2].tolist()
+        return rng.uniforms(self.seed, rng.Stream.VERIFY, np.arange(first, end), 1)[:, 0] < self.sample
+
+    @cached_property
+    def _borders(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
+
+    def report(self, records: Iterable[Record]) -> Report:
+        """What the records of all shards, in their order, come to."""
+        manifest, broken, unchecked, decoded = self.manifest, list[BadSample](), 0, 0
+        for shard, record in zip(manifest.shards, records, strict=True):
+            broken += [BadSample(shard.name, *each) for each in record["broken"]]
+            unchecked += record["unchecked"]
+            decoded += record["decoded"]
+        size = sum(shard.bytes for shard in manifest.shards)
+        report = Report(len(manifest.shards), manifest.samples, size, len(manifest.classes), tuple(broken), unchecked)
+        if self.sample is None:
+            return report
+        damaged = -(-manifest.samples // ONE_IN)
+        missed = chance_of_missing(manifest.samples, damaged, decoded)
+        proves = (
+            f"{decoded} of {manifest.samples} samples were read and decoded; if 1 in {ONE_IN:,} were damaged ({damaged}"
+            f" of all), the chance that this has missed them all is {missed:.2g}"
+        )
+        return SampledReport(
+            **vars(report), sample=self.sample, seed=self.seed, decoded=decoded, missed=missed, proves=proves
+        )
+
+    def publish(self, records: Iterator[Record], done: set[int]) -> Report:
+        """Writes the report of all shards."""
+        report = self.report(records)
+        whole = {"proves": "every sample was read and decoded; what is not as it should be is in `broken`"}
+        document = {**whole, **asdict(report), **self.work.request}
+        fs, folder = self.work.fs, self.work.folder.rpartition("/")[0]
+        write_file(fs, join(folder, VERIFIED), json.dumps(document).encode())
+        return report
+
+
+def _verify_shard(manifest: Manifest, number: int, drawn: NDArray[np.bool_] | None) -> _Findings:
+    """All samples of a shard, or those drawn."""
     shard, url = manifest.shards[number], manifest.url_of(number)
     found = _Findings(shard.name)
     size = _size(url)
@@ -90,17 +218,22 @@ def _verify_shard(manifest: Manifest, number: int) -> _Findings:
         return found
     if size != shard.bytes:
         found.faults.append(f"has {size} bytes; the manifest says {shard.bytes}")
-    headers = _headers(Tar(url, size), found)
-    found.keys += [sample.key for sample in headers or []]
-    if headers is not None:
-        _compare_index(manifest, number, headers, found)
+    headers = _headers(manifest, number, size, found) if drawn is None else None
     rows = _table(manifest, number, found)
     if rows is not None:
+        if drawn is not None:
+            found.keys += _keys_by_table(manifest, number, rows, found)
         found.unchecked = int(np.count_nonzero(rows["flags"] & FLAG_UNCHECKED))
-        usable = _usable(rows, headers, size, found)
+        wanted = _usable(rows, headers, size, found) & (True if drawn is None else drawn)
+        found.decoded = int(np.count_nonzero(wanted))
         at_once = max(1, int(_READ_BYTES / manifest.mean_sample_bytes))
-        for sample_range in _ranges(number, usable, at_once):
-            _read(manifest, sample_range, rows, found)
+        reader = Reader(manifest)
+        for sample_range in _ranges(number, wanted, at_once):
+            _read(reader, sample_range, rows, found)
+    if drawn is not None and (found.is_odd or found.faults or found.samples):
+        headers = _headers(manifest, number, size, found)
+        if rows is not None:
+            _usable(rows, headers, size, found)
     return found
 
 
@@ -120,24 +253,39 @@ def _contents(url: str) -> bytes | None:
         return None
 
 
-def _headers(tar: Tar, found: _Findings) -> list[TarSample] | None:
-    """The samples by the tar's headers; None where these are damaged, which is noted."""
+def _headers(manifest: Manifest, number: int, size: int, found: _Findings) -> list[TarSample] | None:
+    """The samples by the tar's headers, which its index must be of; None where these are damaged. Notes what is."""
     try:
-        return walk_headers(Storage(), tar, set())
+        headers = walk_headers(Storage(), Tar(manifest.url_of(number), size), set())
     except DamagedTar as damage:
         found.faults.append(str(damage))
         return None
-
-
-def _compare_index(manifest: Manifest, number: int, headers: list[TarSample], found: _Findings) -> None:
-    listed = manifest.shards[number].samples
+    found.keys[:] = [sample.key for sample in headers]
+    listed, index = manifest.shards[number].samples, _contents(manifest.url_of(number, ".idx"))
     if len(headers) != listed:
         found.faults.append(f"has {len(headers)} samples by its headers; the manifest says {listed}")
-    index = _contents(manifest.url_of(number, ".idx"))
     if index is None:
         found.faults.append("has no DALI index (.idx)")
     elif index != index_bytes(headers):
         found.faults.append("its DALI index (.idx) is not that of its headers")
+    return headers
+
+
+def _keys_by_table(manifest: Manifest, number: int, rows: NDArray[np.void], found: _Findings) -> list[str]:
+    """The keys by the index, which must have all parts of a sample where its row is; else it is odd, and has none."""
+    index = _contents(manifest.url_of(number, ".idx")) or b""
+    first, *lines, last = index.decode("utf-8", "surrogateescape").split("\n") if b"\n" in index else ("", "")
+    keys = []
+    if (first, len(lines), last) == (f"v1.2 {len(rows)}", len(rows), ""):
+        for line, begin, size in zip(lines, rows["offset"].tolist(), rows["bytes"].tolist(), strict=True):
+            parts = list(_PART.finditer(line))
+            inside = all(begin < int(part[2]) <= int(part[2]) + int(part[3]) <= begin + size for part in parts)
+            if inside and len({part[4] for part in parts}) == 1 and "".join(part[0] for part in parts) == line:
+                keys.append(parts[0][4])
+    if len(keys) == len(rows):
+        return keys
+    found.is_odd = True
+    return []
 
 
 def _table(manifest: Manifest, number: int, found: _Findings) -> NDArray[np.void] | None:
@@ -181,12 +329,14 @@ def _ranges(shard: int, usable: NDArray[np.bool_], at_once: int) -> Iterator[Sam
             yield SampleRange(shard, begin, min(at_once, end - begin))
 
 
-def _read(manifest: Manifest, sample_range: SampleRange, rows: NDArray[np.void], found: _Findings) -> None:
-    for row, sample in enumerate(read_ranges(manifest, [sample_range]), start=sample_range.first_row):
+def _read(reader: Reader, sample_range: SampleRange, rows: NDArray[np.void], found: _Findings) -> None:
+    for row, sample in enumerate(reader.read([sample_range]), start=sample_range.first_row):
         if isinstance(sample, BadSample):
             found.samples.setdefault(row, (sample.key, sample.reason))
         elif rows["flags"][row] & FLAG_DECODED and (fault := _fault(sample)):
             found.add_fault(row, fault)
+        elif row < len(found.keys) and sample.key != printable(found.keys[row]):
+            found.is_odd = True
 
 
 def _fault(sample: Sample) -> str | None:

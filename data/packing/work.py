@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from data.errors import UsageError
+from data.storage.prefetch import ordered_map
 from data.storage.remote import NotFound, Storage, open_fs, write_file
 from data.urls import join
 
@@ -67,24 +68,34 @@ class Work:
     request: Request
 
     @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.rpartition("/")[2]
+
+    @property
     def digest(self) -> str:
         """Of the request; plan and records carry it."""
         return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:16]
 
-    def join(self, restart: bool) -> None:
-        """Begins the work, or goes on with it; UsageError where that of another request is there, unless `restart`."""
+    def join(
+        self, restart: bool, elsewhere: str = "write elsewhere", anew: str = "with --overwrite to begin again"
+    ) -> None:
+        """Begins the work, or goes on with it; UsageError where that of another request is there, unless `restart`.
+
+        `elsewhere` and `anew` are what its message has to offer.
+        """
         earlier = self._read(REQUEST)
         if earlier is not None and earlier.get("request") == self.request:
             return
         if earlier is not None and not restart:
             raise UsageError(
                 f"{self.url} holds unfinished work of another request: {describe_difference(earlier, self.request)};"
-                " write elsewhere, or with --overwrite to begin again"
+                f" {elsewhere}, or {anew}"
             )
         try:
             self.fs.makedirs(self.folder, exist_ok=True)
         except Exception as error:  # the back ends' exceptions share no base class
-            raise UsageError(f"{self.url} cannot be written: {error}") from error
+            raise UsageError(f"{self.url} cannot be written: {error}; {elsewhere}") from error
         self.write(REQUEST, {"request": self.request})
 
     def is_current(self) -> bool:
@@ -115,12 +126,20 @@ class Work:
         names = (info["name"].rstrip("/").rpartition("/")[2] for info in list_folder(self.fs, self.folder))
         return {int(found[1]) for name in names if (found := _RECORD.fullmatch(name))}
 
+    def find(self, number: int) -> dict[str, Any] | None:
+        """What came of an item, if it is done."""
+        record = self._read(f"{number:06d}.json")
+        return record if record is not None and record.get("of") == self.digest else None
+
+    def find_each(self, numbers: Iterable[int]) -> Iterator[dict[str, Any] | None]:
+        """What came of each of some items, in their order; a few are held at once."""
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            yield from ordered_map(pool, self.find, numbers, 4 * _READ_AT_ONCE)
+
     def records(self, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Those of these items that are done, by number, and what came of them."""
         asked = sorted(self.numbers().intersection(numbers))
-        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-            found = pool.map(lambda number: self._read(f"{number:06d}.json"), asked)
-            return {n: each for n, each in zip(asked, found, strict=True) if each and each.get("of") == self.digest}
+        return {number: each for number, each in zip(asked, self.find_each(asked), strict=True) if each}
 
     def write(self, name: str, document: dict[str, Any]) -> dict[str, Any]:
         """Writes a note."""
@@ -178,8 +197,3 @@ def remove_folder(fs: fsspec.AbstractFileSystem, folder: str) -> None:
                 raise OSError("removed by two at once") from None  # tried again: more may be left
 
     Storage().with_retries("removed", folder, attempt)
-
-
-def pending(part: Part, items: int, is_done: Callable[[int], bool]) -> list[int]:
-    """What is left of a part's share, in order."""
-    return [number for number in part.share(items) if not is_done(number)]

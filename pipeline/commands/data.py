@@ -18,44 +18,33 @@ from pipeline.formatting import pluralize
 
 if TYPE_CHECKING:
     from data.packing.index import Report
-    from data.packing.pack import HoldoutReport, PackReport, PartReport, SetReport
+    from data.packing.pack import HoldoutReport, PackReport, SetReport
+    from data.packing.parts import NotLast
 
 
 MAX_LISTED = 20
 
 
-def pack_and_report(source: str, destination: str, workers: int | None, as_json: bool, **options: Any) -> int:
+def pack_and_report(
+    source: str, destination: str, part: str | None, workers: int | None, as_json: bool, **options: Any
+) -> int:
     """Packs with a progress bar, prints the report; returns the exit status. `options` are those of `pack`."""
-    from data.packing.pack import PartReport, pack
+    from data.packing.pack import pack
+    from data.packing.parts import NotLast
+    from data.packing.work import parse_part
 
-    with _bar("packing") as progress:
-        report = pack(
-            source,
-            destination,
-            workers=workers or _cpus(),
-            progress=progress,
-            listed=lambda count: progress(count, None),
-            **options,
-        )
-    if isinstance(report, PartReport):
-        _print(report, as_json, "left out", f"{destination}: {_describe_part(report)}")
-        return 0
+    options |= {"part": part and parse_part(part), "workers": workers or _cpus()}
+    try:
+        with _bar("packing") as progress:
+            report = pack(source, destination, **options, progress=progress, listed=lambda count: progress(count, None))
+    except NotLast as ended:
+        return _print_part(ended, as_json)
     resumed = f"; resumed after {report.kept} whole shards" if report.kept else ""
     summary = f"{destination}: {_counts(report)}; {len(report.broken)} left out{resumed}"
     if report.holdout:
         summary += f"\n{_describe_holdout(destination, report.holdout)}"
     _print(report, as_json, "left out", summary)
     return 0
-
-
-def _describe_part(report: PartReport) -> str:
-    if not report.shards_in_all:
-        return "complete already; nothing is changed"
-    if report.part.startswith("part 0 "):
-        images, shards = pluralize(report.images, "image"), pluralize(report.shards_in_all, "shard")
-        return f"{images} are planned in {shards}, of which {report.shards_left} are to be packed"
-    own = f"{report.part}: {pluralize(report.shards, 'shard')} of {pluralize(report.images, 'image')} done"
-    return f"{own}, {len(report.broken)} left out; {report.shards_left} of {report.shards_in_all} shards to go"
 
 
 def _describe_holdout(destination: str, holdout: HoldoutReport) -> str:
@@ -76,16 +65,22 @@ def index_and_report(
     decode: bool,
     classes: str | None,
     label_field: str | None,
+    part: str | None,
     workers: int | None,
     as_json: bool,
 ) -> int:
     """Indexes with a progress bar, prints the report; returns the exit status."""
     from data.packing.index import DamagedTars, index
+    from data.packing.parts import NotLast
+    from data.packing.work import parse_part
 
     options: dict[str, Any] = {"decode": decode, "classes": classes, "label_field": label_field}
+    options |= {"part": part and parse_part(part), "workers": workers or (_cpus() if decode else 16)}
     try:
         with _bar("indexing") as progress:
-            report = index(url, out, **options, workers=workers or (_cpus() if decode else 16), progress=progress)
+            report = index(url, out, **options, progress=progress)
+    except NotLast as ended:
+        return _print_part(ended, as_json)
     except DamagedTars as damaged:
         _print(damaged.report, as_json, "cannot be used")
         raise
@@ -95,13 +90,24 @@ def index_and_report(
     return 0
 
 
-def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
-    """Verifies with a progress bar, prints the report; returns the exit status, 1 if anything is broken."""
-    from data.packing.verify import verify
+def verify_and_report(url: str, part: str | None, workers: int | None, as_json: bool, **options: Any) -> int:
+    """Verifies with a progress bar, prints the report; returns the exit status, 1 if anything is broken.
 
-    with _bar("checking") as progress:
-        report = verify(url, workers=workers or _cpus(), progress=progress)
+    `options` are those of `verify`.
+    """
+    from data.packing.parts import NotLast
+    from data.packing.verify import SampledReport, verify
+    from data.packing.work import parse_part
+
+    options |= {"part": part and parse_part(part), "workers": workers or _cpus()}
+    try:
+        with _bar("checking") as progress:
+            report = verify(url, **options, progress=progress)
+    except NotLast as ended:
+        return _print_part(ended, as_json)
     _print(report, as_json, "broken", f"{url}: {_counts(report)}; {len(report.broken) or 'nothing'} broken")
+    if isinstance(report, SampledReport) and not as_json:
+        print(report.proves)
     if report.unchecked and not as_json:
         print(
             f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
@@ -110,13 +116,18 @@ def verify_and_report(url: str, workers: int | None, as_json: bool) -> int:
     return 1 if report.broken else 0
 
 
+def _print_part(ended: NotLast, as_json: bool) -> int:
+    print(json.dumps(ended.standing) if as_json else without_secrets(str(ended)))
+    return 0
+
+
 def _counts(report: Report | SetReport) -> str:
     size = f"{report.bytes / 1e6:.1f} MB"
     classes, shards = pluralize(report.classes, "class", "classes"), pluralize(report.shards, "shard")
     return f"{pluralize(report.samples, 'sample')} of {classes} in {shards}, {size}"
 
 
-def _print(report: Report | PackReport | PartReport, as_json: bool, label: str, summary: str = "") -> None:
+def _print(report: Report | PackReport, as_json: bool, label: str, summary: str = "") -> None:
     """The report as JSON; or all shards that are broken as a whole, the first broken samples, and the summary."""
     if as_json:
         print(json.dumps(asdict(report)))

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -20,7 +22,7 @@ import pytest
 import torch
 import webdataset
 from fsspec.implementations.local import LocalFileSystem
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
@@ -30,12 +32,15 @@ from data.errors import DataError, UsageError
 from data.loader import LoaderSpec, training_batches
 from data.order import Order, SampleRange
 from data.packing.index import DamagedTars, Report, index
+from data.packing.parts import NotLast
 from data.packing.tars import find_tars
+from data.packing.work import Part
 from data.reader import Sample, read_ranges
 from data.shards.manifest import BadSample, Manifest, read_manifest
 from data.shards.sample_table import FLAG_DECODED, FLAG_UNCHECKED, sample_table, table_rows
 from data.shards.tar_index import index_tar
 from data.storage.remote import NotFound, ReadError, Storage
+from tests.data.in_parts import rounds, run_in_parts
 from tests.data.servers import forever, http_server
 
 SIDE, SAMPLES = 24, 30
@@ -70,8 +75,8 @@ def image(number: int, kind: str = "JPEG") -> bytes:
 
 def indexed(url: object, out: object = None, **changed: Any) -> Report:
     request: dict[str, Any] = {"decode": False, "classes": None, "label_field": None, "workers": 2}
-    place = None if out is None else str(out)
-    return index(str(url), place, **{**request, **changed}, progress=lambda done, total: None)
+    request["progress"] = lambda done, total: None
+    return index(str(url), None if out is None else str(out), **{**request, **changed})
 
 
 def everything(manifest: Manifest) -> list[Sample | BadSample]:
@@ -438,6 +443,7 @@ def test_a_tar_that_would_be_read_wrongly_is_refused_by_name(tmp_path, contents,
     assert not (tmp_path / "manifest.json").exists()
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(st.sets(st.integers(0, 5), min_size=1), st.booleans(), st.sampled_from(["{}", "é{}", "00{}"]))
 def test_all_damaged_tars_are_named_and_the_next_index_reads_only_those(tmp_path_factory, damaged, decode, label):
     folder = tmp_path_factory.mktemp("set")
@@ -469,7 +475,7 @@ def test_all_damaged_tars_are_named_and_the_next_index_reads_only_those(tmp_path
         lambda folder: (folder / "0.tar").write_bytes(WHOLE + bytes(10240)),
         lambda folder: (folder / "0.npy").unlink(),
         lambda folder: (folder / "0.idx").unlink(),
-        lambda folder: (folder / ".indexed.json").write_text("{"),
+        lambda folder: (folder / ".indexing" / "000000.json").write_text("{"),
     ],
     ids=["touched", "longer", "table", "index", "note"],
 )
@@ -492,7 +498,7 @@ def test_when_labels_are_refused_what_is_done_is_kept_too(tmp_path):
     (tmp_path / "1.tar").write_bytes(tar_of(PAIRS, label="dog"))
     report = indexed(tmp_path)
     assert (report.kept, report.shards, report.classes) == (2, 3, 3)
-    assert not (tmp_path / ".indexed.json").exists()
+    assert not (tmp_path / ".indexing").exists()
 
 
 def test_another_request_keeps_nothing_of_an_index_that_ended_early(tmp_path):
@@ -503,7 +509,105 @@ def test_another_request_keeps_nothing_of_an_index_that_ended_early(tmp_path):
     (tmp_path / "1.tar").write_bytes(WHOLE)
     (tmp_path / "names").write_text("cat\n")
     assert indexed(tmp_path, classes=str(tmp_path / "names")).kept == 0
-    assert not (tmp_path / ".indexed.json").exists()
+    assert not (tmp_path / ".indexing").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- in parts
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def various(tmp_path_factory) -> Path:
+    """Tars of several labels a sample, one of which is none, an image that does not decode, and a tar without any."""
+    folder = tmp_path_factory.mktemp("various")
+    (folder / "6.tar").write_bytes(bytes(10240))
+    for number in range(6):
+        labels = [[number % 3], [3, number % 2], "-1" if number == 2 else 0]
+        images = [image(number), b"x" * 600 if number == 4 else image(9), image(number + 10)]
+        documents = [json.dumps({"labels": label}).encode() for label in labels[number % 3 :]]
+        samples = [{"jpg": each, "json": document} for each, document in zip(images, documents, strict=False)]
+        (written(folder, samples) / "a.tar").rename(folder / f"{number}.tar")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(various, tmp_path_factory) -> dict[bool, tuple[Report, dict[str, bytes]]]:
+    """What a single index makes of them, without and with --decode."""
+    outs = [tmp_path_factory.mktemp("alone") for _ in range(2)]
+    return {
+        bool(n): (indexed(various, out, decode=bool(n), label_field="labels"), made(out)) for n, out in enumerate(outs)
+    }
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(rounds(), st.booleans())
+def test_parts_that_come_as_they_like_make_what_a_single_index_makes(various, alone, tmp_path_factory, plan, decode):
+    out = tmp_path_factory.mktemp("parts")
+    reports = run_in_parts(partial(indexed, various, out, decode=decode, label_field="labels"), plan)
+    expected, files = alone[decode]
+    assert [replace(report, kept=0) for report in reports] == [expected] * len(reports) != []
+    assert made(out) == files and len(list(out.iterdir())) == len(files)
+
+
+def test_parts_name_damaged_tars_together_and_do_again_only_what_is_new(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.tar").write_bytes(WHOLE[:1900] if number in (1, 2) else WHOLE)
+    for number in (0, 1, 2):
+        with pytest.raises(NotLast, match=f"part {number} of 3: .*; {6 - 2 * number} of 6 shards to go"):
+            indexed(tmp_path, part=Part(number, 3))
+    with pytest.raises(DamagedTars) as refused:
+        indexed(tmp_path, part=Part(3, 3))
+    assert [each.shard for each in refused.value.report.broken] == ["1.tar", "2.tar"]
+    (tmp_path / "1.tar").write_bytes(WHOLE)
+    (tmp_path / "2.tar").unlink()
+    (tmp_path / "00.tar").write_bytes(WHOLE)
+    reports = run_in_parts(partial(indexed, tmp_path), [[(Part(number, 3), None)] for number in (1, 2, 3)])
+    assert [(report.kept, report.shards) for report in reports] == [(5, 6)]
+    (tmp_path / ".indexing").mkdir()  # as where that one is killed when it has written the manifest
+    with pytest.raises(NotLast, match=r"part 2 of 3: .* has a manifest\.json already"):
+        indexed(tmp_path, part=Part(2, 3))
+    assert not (tmp_path / ".indexing").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"decode": True}, "decode was False and is True"),
+        ({"label_field": ".txt"}, r"label_field was None and is \.txt"),
+        ({"classes": "names"}, "classes was None and is 1 of [0-9a-f]{16}"),
+    ],
+)
+def test_parts_that_disagree_are_refused_by_what_they_disagree_in(tmp_path, monkeypatch, changed, message):
+    monkeypatch.chdir(tmp_path)
+    Path("names").write_text("cat\n")
+    for number in range(2):
+        (written(tmp_path / "set", [{"jpg": image(0), "cls": b"0"}]) / "a.tar").rename(f"set/{number}.tar")
+    with pytest.raises(NotLast):
+        indexed("set", part=Part(1, 2))
+    with pytest.raises(UsageError, match=f"{message}; --out takes another place, or remove its .indexing"):
+        indexed("set", part=Part(2, 2), **changed)
+    assert indexed("set", part=Part(2, 2)).kept == 1
+
+
+@pytest.mark.parametrize(("second", "message"), [(WHOLE, "has a manifest.json already"), (b"", "begun the work anew")])
+def test_a_stale_part_that_finds_the_work_ended_or_begun_anew_changes_nothing(tmp_path, second, message):
+    """Others overtake it before it has done anything: all of the same request, or some of another one."""
+    (tmp_path / "0.tar").write_bytes(WHOLE)
+    (tmp_path / "1.tar").write_bytes(second)
+    left: dict[str, bytes] = {}
+
+    def overtake(done: int, total: int) -> None:
+        with suppress(DamagedTars):
+            indexed(tmp_path, decode=not second)
+        left.update(made(tmp_path))
+
+    with pytest.raises((NotLast, UsageError), match=message):
+        indexed(tmp_path, part=Part(1, 2), progress=overtake)
+    assert made(tmp_path) == left
+    assert (tmp_path / ".indexing").exists() == (not second)
 
 
 def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_path):
@@ -552,7 +656,7 @@ def test_a_request_that_cannot_be_indexed_is_refused_with_what_to_do(tmp_path, m
 def test_a_place_that_cannot_be_written_is_an_error_that_says_out(tmp_path):
     written(tmp_path / "set", [{"jpg": image(0), "cls": b"0"}])
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be written: .*; --out takes another place"):
+    with pytest.raises(UsageError, match=r"cannot be written: .*; --out takes another place"):
         indexed(tmp_path / "set", tmp_path / "file" / "inside")
 
 

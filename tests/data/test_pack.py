@@ -101,9 +101,7 @@ def zoo(tmp_path_factory) -> Path:
 def packed(source: object, destination: object, **changed: Any) -> PackReport:
     request: dict[str, Any] = {"samples_per_shard": 5, "bytes_per_shard": None, "seed": 0, "workers": 2}
     request |= {"overwrite": False, "progress": lambda done, total: None, **changed}
-    report = pack(str(source), str(destination), **request)
-    assert isinstance(report, PackReport)
-    return report
+    return pack(str(source), str(destination), **request)
 
 
 @pytest.fixture(scope="module")

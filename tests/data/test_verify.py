@@ -3,14 +3,18 @@
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from fnmatch import fnmatch
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
@@ -18,17 +22,21 @@ from webdataset import TarWriter
 
 from data.errors import DataError, UsageError
 from data.packing.index import Report, index
-from data.packing.verify import verify
-from data.shards.manifest import BadSample
+from data.packing.parts import NotLast
+from data.packing.verify import SampledReport, chance_of_missing, verify
+from data.packing.work import Part
+from data.shards.manifest import BadSample, read_manifest
 from data.shards.sample_table import row_checksums, table_bytes
 from data.shards.tar_index import index_tar
 from pipeline.cli import app
+from tests.data.in_parts import rounds, run_in_parts
 
 TAR, TABLE, INDEX = (f"shard-000001.{suffix}" for suffix in ("tar", "npy", "idx"))
 
 
-def verified(url: object) -> Report:
-    return verify(str(url), workers=2, progress=lambda done, total: None)
+def verified(url: object, **changed: Any) -> Report:
+    request: dict[str, Any] = {"workers": 2, "progress": lambda done, total: None}
+    return verify(str(url), **{**request, **changed})
 
 
 @pytest.fixture
@@ -71,9 +79,9 @@ def test_a_changed_byte_anywhere_is_found_and_blamed_on_its_own_shard_and_sample
     assert blamed == set(owners) or blamed == {f"row {row}" for row, s in enumerate(samples) if s.key in owners}
 
 
-def tar_cut(folder: Path) -> None:
-    offset = int(np.load(folder / TABLE)["offset"][7])
-    (folder / TAR).write_bytes((folder / TAR).read_bytes()[: offset + 10])
+def tar_cut(folder: Path, stem: str = TAR[:-4]) -> None:
+    offset, tar = int(np.load(folder / f"{stem}.npy")["offset"][7]), folder / f"{stem}.tar"
+    tar.write_bytes(tar.read_bytes()[: offset + 10])
 
 
 def table_of_another(folder: Path) -> None:
@@ -116,10 +124,17 @@ def one_class_less(folder: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_found_with_the_reason(copy, damage, reasons):
+    """With a share of the samples too: where all of them are drawn, and of a whole shard where none is."""
     damage(copy)
-    found = {each.reason for each in verified(copy).broken}
+    broken = verified(copy).broken
+    found = {each.reason for each in broken}
     assert len(found) == len(reasons)
     assert all(any(fnmatch(reason, each) for each in reasons) for reason in found)
+    most, none = (verified(copy, sample=share) for share in (1 - 1e-12, 1e-12))
+    assert Counter((each.shard, each.key == "") for each in most.broken) == Counter(
+        (each.shard, each.key == "") for each in broken
+    )
+    assert bool(none.broken) == (damage is not one_class_less)
 
 
 def test_an_image_that_was_marked_and_does_not_decode_is_found(by_hand, packed, tmp_path):
@@ -149,6 +164,75 @@ def test_keys_are_unique_in_a_shard_and_may_begin_anew_in_the_next(packed, tmp_p
         write(number, keys)
     with_a_key_twice = {f"{number}.tar" for number, keys in enumerate(shards) if len(set(keys)) < len(keys)}
     assert {each.shard for each in verified(folder).broken} == with_a_key_twice
+
+
+# ------------------------------------------------------------------------------------------ in parts, and by a draw
+
+
+def harm(folder: Path, rows: Iterable[int]) -> None:
+    """Changes a byte of the image in some samples of a shard."""
+    contents = bytearray((folder / TAR).read_bytes())
+    for row, offset in enumerate(np.load(folder / TABLE)["offset"].tolist()):
+        contents[offset + 600] ^= row in rows
+    (folder / TAR).write_bytes(contents)
+
+
+@pytest.fixture(scope="module")
+def harmed(packed, tmp_path_factory) -> Path:
+    """With two damaged samples, a tar cut short, and an index that is gone."""
+    folder = Path(shutil.copytree(packed.folder, tmp_path_factory.mktemp("harmed") / "set"))
+    harm(folder, (2, 5))
+    tar_cut(folder, "shard-000003")
+    (folder / "shard-000000.idx").unlink()
+    return folder
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(rounds(), st.sampled_from([None, 0.5]))
+def test_parts_that_come_as_they_like_report_what_a_single_verify_reports(harmed, tmp_path_factory, plan, share):
+    out = tmp_path_factory.mktemp("verified")
+    expected = verified(harmed, sample=share, seed=3)
+    reports = run_in_parts(partial(verified, harmed, out=str(out), sample=share, seed=3), plan)
+    assert reports == [expected] * len(reports) != []
+    (written,) = out.iterdir()
+    document = json.loads(written.read_text())
+    assert {**document, **json.loads(json.dumps(asdict(expected)))} == document
+    more = {name: document[name] for name in ("set", "sample", "seed")}
+    assert more == {"set": read_manifest(str(harmed)).fingerprint, "sample": share, "seed": 3 if share else 0}
+    assert document["proves"].startswith("every sample" if share is None else f"{document['decoded']} of 40 samples")
+
+
+def test_parts_of_a_set_that_changed_meanwhile_are_refused_and_others_begin_again_when_all_is_done(copy):
+    with pytest.raises(NotLast, match="part 1 of 2: 3 shards done; 2 of 5 shards to go"):
+        verified(copy, part=Part(1, 2))
+    one_class_less(copy)
+    with pytest.raises(
+        UsageError, match=r"set was \w+ and is \w+; --out takes another place, or remove its .verifying"
+    ):
+        verified(copy, part=Part(2, 2))
+    shutil.rmtree(copy / ".verifying")
+    broken = verified(copy, part=Part(1, 1)).broken
+    with pytest.raises(NotLast, match=r"has a verified\.json already"):
+        verified(copy, part=Part(2, 2))
+    assert broken and not verified(copy, part=Part(1, 1), sample=1e-12).broken
+
+
+def test_the_chance_of_missing_damage_is_the_share_of_all_draws_that_miss_it():
+    for samples, damaged, drawn in ((1, 1, 0), (6, 2, 3), (7, 1, 7), (9, 3, 2), (8, 8, 1)):
+        draws = list(combinations(range(samples), drawn))
+        missing = sum(min(draw, default=samples) >= damaged for draw in draws)
+        assert chance_of_missing(samples, damaged, drawn) == pytest.approx(missing / len(draws), abs=1e-15)
+    assert chance_of_missing(3_000_000_000, 300_000, 3_000_000) == pytest.approx(0.999**300_000, rel=0.2)
+
+
+def test_a_draw_finds_damage_as_often_as_its_report_says(copy):
+    """One sample of the forty, by 60 seeds; the number of findings lies within four standard deviations."""
+    harm(copy, [4])
+    reports = [verified(copy, sample=0.3, seed=seed) for seed in range(60)]
+    missed = np.array([report.missed for report in reports if isinstance(report, SampledReport)])
+    found = sum(len(report.broken) for report in reports)
+    assert {len(report.broken) for report in reports} == {0, 1}
+    assert abs(found - (1 - missed).sum()) < 4 * np.sqrt((missed * (1 - missed)).sum())
 
 
 def test_without_a_manifest_there_is_nothing_to_check(tmp_path):
@@ -186,6 +270,10 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
     assert run("index", str(folder), "--decode") == (0, {**read, "broken": broken, "unchecked": 0})
     assert run("verify", str(folder)) == (1, {**found, "broken": broken, "unchecked": 0})
     assert verified(folder).broken == (BadSample(**broken[0]),)
+    assert run("index", str(folder), "--part", "1/2") == (0, {"part": "part 1 of 2", "to_go": 0})
+    status, document = run("verify", str(folder), "--part", "1/1", "--sample", "0.999999")
+    assert (status, document["broken"], document["decoded"], document["missed"]) == (1, broken, 2, 0.0)
+    assert json.loads((folder / "verified.json").read_text()).items() >= document.items()
     (folder / "b.tar").write_bytes(b"")
     (folder / "manifest.json").unlink()
     status, document = run("index", str(folder))

@@ -160,6 +160,7 @@ def test_golden_numbers_that_existing_runs_depend_on():
         ("PACK", 11),
         ("MIXUP_PARTNERS", 12),
         ("HOLDOUT", 13),
+        ("VERIFY", 14),
     ]
     assert uint32s(0, Stream.CROP, 0, 5).tolist() == [1453774076, 1864408564, 2861361103, 3731970511, 3207881972]
     assert uint32s(SEEDS - 1, Stream.PACK, 2**64 - 1, 2, 2**32 - 1).tolist() == [1829221087, 1153936536]
