@@ -10,8 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data.augment import Augmentation
 from data.memory import check_memory
 from data.order import Order, accumulation_steps
@@ -129,8 +127,8 @@ def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, 
     """The training set and its order; UsageError where it is missing, or not what the configuration states."""
     manifest = _manifest(config, config.data.train, "data.train", storage)
     _check_stated(config, manifest)
-    counts = np.array([shard.samples for shard in manifest.shards], np.int64)
-    return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.shuffle_window)
+    samples = manifest.shards.samples
+    return manifest, Order(config.run.seed, samples, config.train.global_batch, config.data.shuffle_window)
 
 
 def readable_manifest(url: str) -> Manifest | None:

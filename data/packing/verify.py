@@ -74,7 +74,7 @@ def verify(url: str, *, workers: int, progress: Callable[[int, int], None]) -> R
     return Report(
         shards=len(manifest.shards),
         samples=manifest.samples,
-        bytes=sum(shard.bytes for shard in manifest.shards),
+        bytes=int(manifest.shards.bytes.sum()),
         classes=len(manifest.classes),
         broken=tuple(broken),
         unchecked=unchecked,
