@@ -1,6 +1,7 @@
 """What can be known about a request before any rank starts: data, length, and the state of the run's folder.
 
-Reads only; without torch, so that a wrong request is refused at once. Every rank calls it too, with the same result.
+Reads only; without torch, so that a wrong request is refused at once. Every rank calls it too, with the same result: it
+is then in the process group already, where rank 0 reads the manifests.
 """
 
 from __future__ import annotations
