@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.machine import machine
 from data.shards.manifest import Manifest
+from data.shards.shard_list import Shards
 from pipeline.checkpoint.reader import checkpoints, step_name
 from pipeline.checkpoint.restore import restore, warn_of_damage
 from pipeline.checkpoint.writer import CheckpointWriter
@@ -52,7 +53,7 @@ def engine_and_average() -> tuple[Any, ema.Statistics]:
 def measure(folder: Path) -> tuple[dict[str, float], int, bool]:
     """The median seconds of each piece of work, the bytes, and whether all reads were from a cold page cache."""
     engine, average = engine_and_average()
-    run, plain, train_set = folder / "run", folder / "plain", Manifest("", (), ())
+    run, plain, train_set = folder / "run", folder / "plain", Manifest("", (), Shards.of([]))
     events = Events(run, 0, 0)
     writer = CheckpointWriter(run / "checkpoints", 0, 0, 1, Checkpoint(), events)
     content, rounds, cold = None, [], True

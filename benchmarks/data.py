@@ -85,7 +85,7 @@ class Case:
 def ours(case: Case) -> Iterator[int]:
     """Sizes of our micro batches, as training has them."""
     manifest = read_manifest(case.url)
-    order = Order(0, np.array([shard.samples for shard in manifest.shards]), BATCH, WINDOW)
+    order = Order(0, manifest.shards.samples, BATCH, WINDOW)
     drawn = Augmentation(crop="random_resized", flip=True, layers=case.layers, magnitude=float(MAGNITUDE))
     spec = LoaderSpec(0, 1, BATCH, case.resolution, torch.device("cpu"), PROCESSORS)
     with training_batches(manifest, order, drawn, spec, 0, 0, 10**9) as steps:

@@ -27,7 +27,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.machine import machine
@@ -51,7 +50,7 @@ def batches(url: str) -> Iterator[object]:
     from data.shards.manifest import read_manifest
 
     manifest = read_manifest(url)
-    order = Order(0, np.array([shard.samples for shard in manifest.shards]), GLOBAL_BATCH, WINDOW)
+    order = Order(0, manifest.shards.samples, GLOBAL_BATCH, WINDOW)
     drawn = Augmentation(crop="random_resized", flip=True, layers=LAYERS, magnitude=MAGNITUDE)
     spec = LoaderSpec(0, 1, MICRO_BATCH, SIDE, torch.device("cpu"), len(os.sched_getaffinity(0)))
     with training_batches(manifest, order, drawn, spec, 0, 0, 10**9) as steps:

@@ -1,4 +1,7 @@
-"""The cost of the order, and what it makes ranks read, at 3e9 samples in 300,000 shards.
+"""The cost of the manifest and the order, and what it makes ranks read, at 3e9 samples in 300,000 shards.
+
+    coatnet bench order
+    coatnet bench order --beside ../before   # opens the manifest with another checkout too, in turn
 
 Times are the median of 21 runs in one process; an epoch is opened afresh each time. The simulation asks the order for
 every window of some of 4,096 ranks, over an epoch and the steps after it; a window counts as read, whole, in the
@@ -7,10 +10,14 @@ step that needs its first sample, and as held until its last one is used.
 
 import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -18,6 +25,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from benchmarks.machine import machine
 from data.memory import READ_AHEAD_BYTES
 from data.order import Epoch, Order, positions_of_step, rank_micro_batches
+from data.shards.manifest import write_manifest
+from data.shards.sample_table import table_checksum
+from data.shards.shard_list import Shard
+from tests.forked import ROOT
 
 SHARDS, SAMPLES_PER_SHARD, WINDOW, RUNS = 300_000, 10_000, 32, 21
 RANKS, MICRO_BATCH, SAMPLE_BYTES = 4_096, 16, 110_000
@@ -25,6 +36,41 @@ SIMULATED = range(0, RANKS, 65)
 """Ranks that are simulated: 64, evenly over the batch, even and odd, whose slots' windows are staggered differently."""
 STEPS_AFTER = 1_000
 """Steps of the second epoch that are simulated."""
+
+
+OPENING = """
+import re, sys, time
+from data.shards.manifest import read_manifest
+def taken(): return time.process_time(), int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+places = [taken()]
+manifest = read_manifest(sys.argv[1])
+places.append(taken())
+manifest.fingerprint, manifest.header_fingerprint
+places.append(taken())
+print(*(after - before for old, new in zip(places, places[1:]) for before, after in zip(old, new)))
+"""
+OPENED = 9
+"""How often a manifest is opened, each time by a new process."""
+
+
+def print_openings(checkouts: list[Path]) -> None:
+    """Prints CPU seconds, and megabytes by which the peak of the memory grows, of opening a manifest of SHARDS."""
+    sums = [table_checksum(str(number).encode()) for number in range(2 * SHARDS)]
+    columns = zip(sums[:SHARDS], sums[SHARDS:], strict=True)
+    shards = [Shard(f"shard-{i:06d}.tar", SAMPLES_PER_SHARD, 10**9 + i, "", *each) for i, each in enumerate(columns)]
+    found: dict[Path, list[list[float]]] = {checkout: [] for checkout in checkouts}
+    with tempfile.TemporaryDirectory() as folder:
+        write_manifest(folder, [f"class {number}" for number in range(1000)], shards)
+        for _ in range(OPENED):
+            for checkout in checkouts:
+                command = [sys.executable, "-c", OPENING, folder]
+                opened = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+                found[checkout].append([*map(float, opened.stdout.split())])
+    for checkout, rows in found.items():
+        seconds, megabytes, more_seconds, more_megabytes = map(statistics.median, zip(*rows, strict=True))
+        name = "now" if checkout == ROOT else "before"
+        print(f"  {name:8} open the manifest      {seconds:6.2f} CPU s {megabytes:8.1f} MB")
+        print(f"  {name:8} and both fingerprints  {more_seconds:6.2f} CPU s {more_megabytes:8.1f} MB")
 
 
 def median_milliseconds(work: Callable[[], object]) -> float:
@@ -124,9 +170,13 @@ def print_reads(order: Order) -> None:
 
 def main() -> None:
     """Prints the machine, the times, the memory and the simulation."""
-    argparse.ArgumentParser("coatnet bench order", description=__doc__).parse_args()
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("coatnet bench order", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another checkout of this project")
+    beside = parser.parse_args().beside
     print(machine())
     print(f"{SHARDS * SAMPLES_PER_SHARD:,} samples, {SHARDS:,} shards, windows of {WINDOW}; median of {RUNS}")
+    print_openings([each for each in (beside, ROOT) if each is not None])
     for global_batch in (4_096, RANKS * MICRO_BATCH):
         order = Order(0, np.full(SHARDS, SAMPLES_PER_SHARD), global_batch, WINDOW)
         print(f"\nglobal batch {global_batch:,}")

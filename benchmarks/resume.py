@@ -79,7 +79,7 @@ def measure() -> dict[str, dict[str, float]]:
     """Of each place the median milliseconds to the first batch, and the samples begun by then."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = packed(Path(folder))
-        order = Order(0, np.array([shard.samples for shard in manifest.shards]), GLOBAL_BATCH, WINDOW)
+        order = Order(0, manifest.shards.samples, GLOBAL_BATCH, WINDOW)
         rounds = [
             {place: seconds_to_first_batch(manifest, order, step) for place, step in STEPS.items()}
             for _ in range(ROUNDS + 1)

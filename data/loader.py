@@ -127,7 +127,7 @@ def evaluation_batches(manifest: Manifest, crop_fraction: float | None, spec: Lo
     """
     micro_batches, most = -(-manifest.samples // spec.micro_batch), manifest.labels_per_sample
     reader = Reader(manifest)
-    starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    starts = np.cumsum([0, *manifest.shards.samples.tolist()])
 
     def read(number: int) -> _Chunk:
         first = number * spec.micro_batch

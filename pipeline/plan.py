@@ -1,16 +1,16 @@
 """What can be known about a request before any rank starts: data, length, and the state of the run's folder.
 
-Reads only; without torch, so that a wrong request is refused at once. Every rank calls it too, with the same result.
+Reads only; without torch, so that a wrong request is refused at once. Every rank calls it too, with the same result: it
+is then in the process group already, where rank 0 reads the manifests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data.augment import Augmentation
 from data.memory import check_memory
@@ -66,19 +66,25 @@ class Plan:
         return newest > self.steps or (newest == self.steps and (self.val is None or self.evaluated))
 
 
-def make_plan(config: Config, command: str, world_size: int, local_world_size: int) -> Plan:
-    """The plan of a request, or UsageError with what is wrong and what would do."""
+ReadManifest = Callable[[str, Storage], Manifest]
+"""As read_manifest; on ranks one that is collective."""
+
+
+def make_plan(
+    config: Config, command: str, world_size: int, local_world_size: int, read: ReadManifest = read_manifest
+) -> Plan:
+    """The plan of a request, or UsageError with what is wrong and what would do; collective if `read` is."""
     check_ranks(config, world_size)
     run = Path(config.run.dir)
     changed = config_changes(run, config, command)
     read_errors: list[ReadError] = []
     storage = Storage(on_error=read_errors.append)
-    train, order = training_set(config, storage)
+    train, order = training_set(config, storage, read)
     if train.header_fingerprint is None and is_rank_zero():
         train = complete_if_writable(train) if is_first_process() else with_checksums(train)
     length = planned_steps(config.train, train.samples)
     newest = _newest(run, train, length)
-    val = _manifest(config, config.data.val, "data.val", storage) if config.data.val else None
+    val = _manifest(config, config.data.val, "data.val", storage, read) if config.data.val else None
     if val is not None and val.classes != train.classes:
         raise UsageError(f"data.val={config.data.val} {_class_difference(val, train)}; pack both from the same classes")
     slots = accumulation_steps(micro_batches_of(config.train), world_size) * config.train.micro_batch
@@ -125,12 +131,14 @@ def _check_none_lost(run: Path) -> None:
         )
 
 
-def training_set(config: Config, storage: Storage = DEFAULT) -> tuple[Manifest, Order]:
+def training_set(
+    config: Config, storage: Storage = DEFAULT, read: ReadManifest = read_manifest
+) -> tuple[Manifest, Order]:
     """The training set and its order; UsageError where it is missing, or not what the configuration states."""
-    manifest = _manifest(config, config.data.train, "data.train", storage)
+    manifest = _manifest(config, config.data.train, "data.train", storage, read)
     _check_stated(config, manifest)
-    counts = np.array([shard.samples for shard in manifest.shards], np.int64)
-    return manifest, Order(config.run.seed, counts, config.train.global_batch, config.data.shuffle_window)
+    samples = manifest.shards.samples
+    return manifest, Order(config.run.seed, samples, config.train.global_batch, config.data.shuffle_window)
 
 
 def readable_manifest(url: str) -> Manifest | None:
@@ -158,9 +166,9 @@ def check_ranks(config: Config, world_size: int) -> None:
         raise UsageError(str(error)) from None
 
 
-def _manifest(config: Config, url: str, key: str, storage: Storage) -> Manifest:
+def _manifest(config: Config, url: str, key: str, storage: Storage, read: ReadManifest) -> Manifest:
     try:
-        return with_cache(read_manifest(url, storage), storage, config.data.cache.dir, config.data.cache.max_bytes)
+        return with_cache(read(url, storage), storage, config.data.cache.dir, config.data.cache.max_bytes)
     except UsageError as error:
         without = "; data.val=null trains without" if key == "data.val" else ""
         raise UsageError(f"{key}={url}: {error}{without}") from None

@@ -18,6 +18,7 @@ from pipeline.checkpoint.history import Span, Values, skipped_on, span_of
 from pipeline.checkpoint.restore import restore, warn_of_damage
 from pipeline.config.batch_size import micro_batches_of, planned_steps
 from pipeline.config.schema import Config
+from pipeline.distributed.collectives import manifest_from_rank_zero
 from pipeline.distributed.environment import rank_and_world_size
 from pipeline.monitoring.mfu import device_name
 from pipeline.plan import Plan, training_set
@@ -65,7 +66,7 @@ def replay_step(
     `initial_weights` and `forward` as in train.train. Collective.
     """
     config, step = _uncompiled(path[0].stretch.config), path[0].end
-    train, order = training_set(config)
+    train, order = training_set(config, read=manifest_from_rank_zero)
     plan = Plan(train, None, order, planned_steps(config.train, train.samples), {}, 0 if folders else None, False, [])
     engine, state = _restored(config, plan, folders, device, initial_weights)
     first, classes = state.step + 1, len(plan.train.classes)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from data.paths import expand
-from data.shards.manifest import Manifest, Shard, with_cache
+from data.shards.manifest import Manifest, with_cache
+from data.shards.shard_list import Shard, Shards
 from data.storage.remote import DEFAULT
 from pipeline.config.parsing import changes, read_config, read_resolved, to_yaml
 from pipeline.config.schema import Config
@@ -134,7 +135,7 @@ def test_a_base_may_lie_in_the_home_folder(environment: Path, tmp_path: Path) ->
 
 
 def test_a_caches_variable_that_is_not_set_is_an_error_where_the_cache_is_used() -> None:
-    manifest = Manifest("http://127.0.0.1:9/", ("a",), (Shard("a.tar", 1, 1),))
+    manifest = Manifest("http://127.0.0.1:9/", ("a",), Shards.of([Shard("a.tar", 1, 1)]))
     with pytest.raises(UsageError, match=r"data\.cache\.dir is \$UNSET/x, and the environment variable UNSET"):
         with_cache(manifest, DEFAULT, "$UNSET/x", None)
 

@@ -75,7 +75,7 @@ def batches(url: str, place: Place, micro_batch: int, side: int) -> Iterator[Ite
     from pipeline.distributed.environment import cpus_per_rank
 
     manifest = read_manifest(url)
-    order = Order(0, np.array([shard.samples for shard in manifest.shards]), micro_batch, 16)
+    order = Order(0, manifest.shards.samples, micro_batch, 16)
     drawn = Augmentation(crop="random_resized", flip=True, layers=2, magnitude=5.0)
     spec = LoaderSpec(0, 1, micro_batch, side, torch.device(place.device, 0), cpus_per_rank())
     with training_batches(manifest, order, drawn, spec, 0, 0, 10**9) as steps:

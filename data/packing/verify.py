@@ -175,7 +175,7 @@ class _Shards:
 
     @cached_property
     def _borders(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
+        return np.concatenate(([0], np.cumsum(self.manifest.shards.samples)))
 
     def report(self, records: Iterable[Record]) -> Report:
         """What the records of all shards, in their order, come to."""
@@ -184,7 +184,7 @@ class _Shards:
             broken += [BadSample(shard.name, *each) for each in record["broken"]]
             unchecked += record["unchecked"]
             decoded += record["decoded"]
-        size = sum(shard.bytes for shard in manifest.shards)
+        size = int(manifest.shards.bytes.sum())
         report = Report(len(manifest.shards), manifest.samples, size, len(manifest.classes), tuple(broken), unchecked)
         if self.sample is None:
             return report

@@ -10,8 +10,9 @@ import sys
 from dataclasses import replace
 
 from data.errors import DataError
-from data.shards.manifest import MANIFEST, Manifest, Shard, write_manifest
+from data.shards.manifest import MANIFEST, Manifest, write_manifest
 from data.shards.sample_table import HEADER_BYTES, ROW, shard_checksums
+from data.shards.shard_list import Shard, Shards
 from data.storage.prefetch import map_in_threads
 from data.urls import join, without_secrets
 
@@ -56,7 +57,7 @@ def with_checksums(manifest: Manifest) -> Manifest:
 
     numbers = range(len(manifest.shards))
     shards = map_in_threads(with_checksum, numbers, _TABLES_AT_ONCE, lambda done, total: None)
-    return replace(manifest, shards=tuple(shards))
+    return replace(manifest, shards=Shards.of(shards))
 
 
 def _rewrite(manifest: Manifest) -> None:

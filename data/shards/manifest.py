@@ -22,48 +22,33 @@ The manifest is written last: where it is, everything that it names is whole.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from data.errors import UsageError
 from data.paths import expand
 from data.shards.labels import InvalidSample, Reading, class_numbers, composed, parse_labels
 from data.shards.sample_table import HEADER_BYTES, ROW
+from data.shards.shard_list import BadShard, Growing, Shard, Shards, hexadecimal
 from data.storage.cache import NodeCache
 from data.storage.durable import remove_partials
 from data.storage.remote import DEFAULT, ByteSource, NotFound, Storage, open_fs, write_file
-from data.urls import has_suffix, join
+from data.urls import join, split_query
 
 FORMAT = 2
-_OPTIONAL = ("query", "table", "headers")
-"""What a shard need not have."""
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: its file name beside the manifest, its samples, its bytes; the query with which its server gives it.
-
-    `table` and `headers` are checksums (sample_table.shard_checksums), empty in format 1.
-    """
-
-    name: str
-    samples: int
-    bytes: int
-    query: str = ""
-    table: str = ""
-    headers: str = ""
-
-    @property
-    def stem(self) -> str:
-        """The name without ".tar", under which its table and index lie."""
-        return self.name[: -len(".tar")]
+_PIECE_LENGTH = 1 << 17
+_LEAST_BYTES = len('{"name":".tar","samples":1,"bytes":1}')
+_SHARDS = re.compile(r'"shards"\s*:\s*\[')
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class Manifest:
 
     url: str
     classes: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: Shards
     label_field: str | None = None
     labels_per_sample: int = 1
     shards_at: str | None = None
@@ -83,29 +68,36 @@ class Manifest:
     @cached_property
     def samples(self) -> int:
         """Samples of all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return int(self.shards.samples.sum())
 
     @cached_property
     def mean_sample_bytes(self) -> float:
         """Bytes of tar a sample takes on average."""
-        return sum(shard.bytes for shard in self.shards) / self.samples
+        return int(self.shards.bytes.sum()) / self.samples
 
     @cached_property
     def fingerprint(self) -> str | None:
         """What the set is, wherever it lies, as a SHA-256; None where the tables' checksums are not known."""
-        return self._hash([shard.table for shard in self.shards])
+        return self._hash("tables")
 
     @cached_property
     def header_fingerprint(self) -> str | None:
         """What `fingerprint` would be by the headers alone; None where that is not known."""
-        return self._hash([shard.headers for shard in self.shards])
+        return self._hash("headers")
 
-    def _hash(self, checksums: Sequence[str]) -> str | None:
-        if not all(checksums):
+    def _hash(self, column: Literal["tables", "headers"]) -> str | None:
+        """The SHA-256 of a JSON document that is never in memory as a whole: what comes first, and a row a shard."""
+        if not getattr(self.shards, column).any(axis=1).all():
             return None
-        content = [self.classes, self.label_field, self.labels_per_sample, self.labels]
-        rows = [[shard.samples, shard.bytes, each] for shard, each in zip(self.shards, checksums, strict=True)]
-        return hashlib.sha256(json.dumps([*content, rows]).encode()).hexdigest()
+        content = json.dumps([self.classes, self.label_field, self.labels_per_sample, self.labels])
+        digest, before = hashlib.sha256(f"{content[:-1]}, [".encode()), ""
+        for run in self.shards.runs():
+            columns = run.samples.tolist(), run.bytes.tolist(), hexadecimal(getattr(run, column))
+            rows = ", ".join([f'[{samples}, {size}, "{each}"]' for samples, size, each in zip(*columns, strict=True)])
+            digest.update(f"{before}{rows}".encode())
+            before = ", "
+        digest.update(b"]]")
+        return digest.hexdigest()
 
     def is_set_of(self, fingerprint: str, header_fingerprint: str | None) -> bool:
         """Whether a checkpoint with these fingerprints was trained on it; older ones have that of a manifest's bytes.
@@ -189,61 +181,107 @@ def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
     """What lies at `url`; UsageError where no manifest is, or one that does not add up; DataError if unreadable."""
     place = join(url, MANIFEST)
     try:
-        contents = storage.read(place)
+        file = storage.open(place)
     except NotFound:
         raise NoManifest(
             f"{place} does not exist; `coatnet data pack` makes shards with a manifest, `coatnet data index` one for"
             " shards that are there already"
         ) from None
-    return replace(_parse_manifest(url, place, contents), storage=storage)
+    with file:
+        return replace(_parse_manifest(url, place, file), storage=storage)
 
 
-def _parse_manifest(url: str, place: str, contents: bytes) -> Manifest:
+def _parse_manifest(url: str, place: str, file: io.BufferedReader) -> Manifest:
     try:
-        document: Any = json.loads(contents)
-    except ValueError as error:
-        raise UsageError(f"{place} is not JSON ({error}); pack again") from None
-    if not isinstance(document, dict) or "format" not in document:
-        raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is the path another?")
-    if document["format"] not in (1, FORMAT):
-        raise UsageError(f"{place} has format {document['format']}; this version reads formats 1 and {FORMAT}")
-    try:
-        shards = tuple(
-            Shard(each["name"], each["samples"], each["bytes"], *(each.get(name, "") for name in _OPTIONAL))
-            for each in document["shards"]
-        )
+        document, shards = _parse(place, file)
         classes, samples = tuple(map(composed, document["classes"])), document["samples"]
         labels = Reading(document.get("labels", Reading.FROM_0))
+    except (json.JSONDecodeError, UnicodeError) as error:
+        raise UsageError(f"{place} is not JSON ({getattr(error, 'msg', error)}); pack again") from None
+    except BadShard as error:
+        raise UsageError(f"{place} {error}; pack again") from None
+    except UsageError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
     names = ("label_field", "labels_per_sample", "shards_at", "format_1")
     optional = {name: document[name] for name in names if name in document}
     if document["format"] == 1:
-        optional["format_1"] = hashlib.sha256(contents).hexdigest()
+        file.seek(0)
+        optional["format_1"] = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = Manifest(url, classes, shards, labels=labels, **optional)
     if fault := _fault(manifest, samples, document["format"]):
         raise UsageError(f"{place} {fault}; pack again")
     return manifest
 
 
+def _parse(place: str, file: io.BufferedReader) -> tuple[dict[str, Any], Shards]:
+    """A manifest's JSON but for its `shards`, and these, whose text and objects are in memory a piece at a time."""
+    encoding, most = json.detect_encoding(file.read(4)), file.seek(0, io.SEEK_END) // _LEAST_BYTES
+    file.seek(0)
+    text = io.TextIOWrapper(file, encoding, "surrogatepass")
+    pieces, head, found = iter(partial(_piece, text), ""), "", None
+    while found is None and (piece := next(pieces, "")):
+        head += piece
+        found = _SHARDS.search(head)
+    if found is None:
+        _check_format(place, json.loads(head))
+        raise KeyError("shards")
+    before, rest = head[: found.end() - 1], head[found.end() :]
+    _check_format(place, {"format": FORMAT, **json.loads(head[: found.start()].rstrip().removesuffix(",") + "}")})
+    shards, ended = Growing(most), False
+    while not ended:
+        piece = "[" + rest
+        if goes_on := _ends_an_object(piece):
+            piece = piece.rstrip()[:-1] + "]"
+        rows, end = json.JSONDecoder().raw_decode(piece)
+        shards.add(Shards.of_rows(rows))
+        ended = end < len(piece) or not goes_on
+        rest = rest[end - 1 :] if ended else next(pieces, "")
+    document = json.loads(before + "null" + rest + "".join(pieces))
+    _check_format(place, document)
+    text.detach()
+    return document, shards.shards()
+
+
+def _piece(text: io.TextIOWrapper) -> str:
+    """The next lines, up to one that ends an object before another; "" at the end.
+
+    Where somebody has written all in one line, that is the piece.
+    """
+    lines = [text.read(_PIECE_LENGTH), text.readline()]
+    while lines[-1] and not _ends_an_object(lines[-1]):
+        lines.append(text.readline())
+    return "".join(lines)
+
+
+def _ends_an_object(lines: str) -> bool:
+    """Whether an object ends where these lines do, with another to follow: no text in JSON has a line break."""
+    return lines.endswith("\n") and lines.rstrip().endswith("},")
+
+
+def _check_format(place: str, document: Any) -> None:
+    if not isinstance(document, dict) or "format" not in document:
+        raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is the path another?")
+    if document["format"] not in (1, FORMAT):
+        raise UsageError(f"{place} has format {document['format']}; this version reads formats 1 and {FORMAT}")
+
+
 def _fault(manifest: Manifest, samples: object, number: int) -> str | None:
-    """What does not hold of a manifest, in a few words."""
+    """What does not hold of a manifest, beside its shards each for itself, in a few words."""
+    shards = manifest.shards
     if not manifest.classes or not all(isinstance(each, str) for each in manifest.classes):
         return "names no classes"
     if len(set(manifest.classes)) < len(manifest.classes):
         return "names a class twice"
-    if not manifest.shards:
+    if not shards:
         return "names no shards"
-    for shard in manifest.shards:
-        if not isinstance(shard.name, str) or not has_suffix(shard.name, ".tar"):
-            return f"names a shard {shard.name!r}, which is no .tar"
-        if not isinstance(shard.query, str) or not isinstance(shard.headers, str):
-            return f"gives {shard.name} a query or headers that are no text"
-        if not isinstance(shard.table, str) or bool(shard.table) != (number > 1):
-            return f"has format {number} and gives {shard.name} the table {shard.table!r}"
-        if any(type(number) is not int or number < 1 for number in (shard.samples, shard.bytes)):
-            return f"gives {shard.name} {shard.samples!r} samples in {shard.bytes!r} bytes"
-    if len({shard.stem for shard in manifest.shards}) < len(manifest.shards):
+    wrong = np.flatnonzero(shards.tables.any(axis=1) != (number > 1))
+    if len(wrong):
+        shard = shards[int(wrong[0])]
+        return f"has format {number} and gives {shard.name} the table {shard.table!r}"
+    stems = np.sort(shards.stems, kind="stable")
+    if (stems[1:] == stems[:-1]).any():
         return "names a shard twice"
     if manifest.samples != samples:
         return f"says {samples!r} samples, and its shards have {manifest.samples}"
@@ -267,7 +305,18 @@ def with_cache(manifest: Manifest, storage: Storage, folder: str | None, max_byt
 
 def _sizes_of(manifest: Manifest) -> Callable[[str], int | None]:
     """The bytes of a set's tars and tables by their URL."""
-    sizes = {manifest.url_of(number): shard.bytes for number, shard in enumerate(manifest.shards)}
-    for number, shard in enumerate(manifest.shards):
-        sizes[manifest.url_of(number, ".npy")] = HEADER_BYTES + ROW.itemsize * shard.samples
-    return sizes.get
+    shards = manifest.shards
+    order = np.argsort(shards.stems)
+    at = {".tar": manifest.shards_at or manifest.url, ".npy": manifest.url}
+    folders = {suffix: split_query(join(folder, ""))[0] for suffix, folder in at.items()}
+
+    def size_of(url: str) -> int | None:
+        for suffix, folder in folders.items():
+            stem = split_query(url)[0].removeprefix(folder)[: -len(suffix)].encode("utf-8", "surrogatepass")
+            number = int(order[np.searchsorted(shards.stems, stem, sorter=order) % len(shards)])
+            if manifest.url_of(number, suffix) == url:
+                shard = shards[number]
+                return shard.bytes if suffix == ".tar" else HEADER_BYTES + ROW.itemsize * shard.samples
+        return None
+
+    return size_of

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -109,6 +110,10 @@ class Storage:
             return self.with_retries("read", url, lambda: self._whole(url))
         return self.with_retries("read", url, lambda: self._range(url, begin, end), begin, end)
 
+    def open(self, url: str) -> BufferedReader:
+        """A file to be read through: itself on a disk, else a copy without a name. NotFound where there is none."""
+        return self.with_retries("read", url, lambda: self._open(url))
+
     def size(self, url: str) -> int:
         """The bytes of a file; NotFound where there is none, DataError where its server does not say."""
         return known_size(url, self.info(url))
@@ -163,6 +168,14 @@ class Storage:
     def _whole(self, url: str) -> bytes:
         fs, path = open_fs(url)
         return _call(fs, "cat_file", self.attempt_timeout, path)
+
+    def _open(self, url: str) -> BufferedReader:
+        fs, path = open_fs(url)
+        if type(fs) is LocalFileSystem:
+            return open(path, "rb")
+        with tempfile.NamedTemporaryFile() as copy:
+            _call(fs, "get_file", self.attempt_timeout, path, copy.name)
+            return open(copy.name, "rb")
 
     def _range(self, url: str, begin: int, end: int) -> bytes:
         fs, path = open_fs(url)

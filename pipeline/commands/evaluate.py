@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.shards.manifest import Manifest, read_manifest, with_cache
+from data.shards.manifest import Manifest, with_cache
 from data.storage.remote import DEFAULT
 from pipeline.checkpoint.pretrained import load_weights
 from pipeline.checkpoint.weights import Weights, WeightsFile
-from pipeline.commands.pretrain import import_training
+from pipeline.commands.pretrain import import_training, manifest_reader
 from pipeline.config.schema import Config
 from pipeline.distributed.environment import is_rank, rank_and_world_size
 from pipeline.distributed.launcher import launch
@@ -32,7 +32,7 @@ def evaluate_command(
 ) -> int:
     """Evaluates and prints; returns the exit status."""
     reader, kind, config = load_weights(source, weights, resolution, crop)
-    manifest, state = read_manifest(data), reader.state()
+    manifest, state = manifest_reader(config.run.hang_timeout)(data, DEFAULT), reader.state()
     if list(manifest.classes) != state["classes"]:
         raise UsageError(
             f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {source} was trained"

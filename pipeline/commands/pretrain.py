@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data.shards.manifest import read_manifest
 from data.urls import without_secrets
 from pipeline.checkpoint.attempts import latest_step
 from pipeline.checkpoint.mirror import check_mirror, list_copies, restore_from_mirror
@@ -18,7 +19,7 @@ from pipeline.distributed.environment import is_first_process, is_rank, local_wo
 from pipeline.distributed.launcher import launch
 from pipeline.errors import UsageError
 from pipeline.monitoring.wandb import check_wandb
-from pipeline.plan import Plan, check_ranks, make_plan, readable_manifest
+from pipeline.plan import Plan, ReadManifest, check_ranks, make_plan, readable_manifest
 from pipeline.run.lock import check_folder, wait_for_holder
 from pipeline.run.restart import next_place, set_aside
 
@@ -83,10 +84,12 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         wait_for_holder(Path(config.run.dir))  # before seconds of imports
     restore_from_mirror(config)
     world_size = rank_and_world_size()[1] if is_rank() else procs
-    plan = make_plan(config, command, world_size, local_world_size(procs))
+    plan = make_plan(config, command, world_size, local_world_size(procs), manifest_reader(config.run.hang_timeout))
     if plan.finished:
         more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
         print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}")
+        if is_rank():
+            leave_process_group()
         return 0
     _check_installed(config)
     if is_first_process() and (wasted := padding_share(config.train, world_size)):
@@ -95,18 +98,33 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
         check_folder(Path(config.run.dir), to_write=True)
         arguments = [word for word in sys.argv[1:] if word != "--restart"]  # that is done
         return launch(arguments, procs, Path(config.run.dir) / "logs", import_training)
-    from torch.distributed import destroy_process_group
-
     from pipeline.commands.report import report_when_done
     from pipeline.ending import record_exit_reason  # they import torch
     from pipeline.memory.oom import explain_oom
 
     with record_exit_reason(Path(config.run.dir)), explain_oom(config, len(plan.train.classes)):
         work(plan)
-    destroy_process_group()  # no rank waits while rank 0 writes the page
+    leave_process_group()  # no rank waits while rank 0 writes the page
     if rank_and_world_size()[0] == 0:
         report_when_done(Path(config.run.dir))
     return 0
+
+
+def leave_process_group() -> None:
+    from torch.distributed import destroy_process_group
+
+    destroy_process_group()
+
+
+def manifest_reader(timeout_seconds: float) -> ReadManifest:
+    """How this process reads manifests; a rank joins the process group for it, in which rank 0 reads for all."""
+    if not is_rank():
+        return read_manifest
+    from pipeline.distributed.collectives import manifest_from_rank_zero
+    from pipeline.training.engine import start_process_group
+
+    start_process_group(timeout_seconds)
+    return manifest_from_rank_zero
 
 
 def import_training() -> None:

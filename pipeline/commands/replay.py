@@ -82,6 +82,7 @@ def replay(run: str, step: int, out: str | None, attempt: int | None, from_start
 
 def replay_on_ranks(found: Found, place: Path | None, device: torch.device, forward: Forward | None = None) -> int:
     """The same on every rank, of what rank 0 has found. Collective."""
+    from pipeline.distributed.collectives import manifest_from_rank_zero
     from pipeline.replay import replay_step
     from pipeline.train import micro_batch_loss
 
@@ -91,7 +92,7 @@ def replay_on_ranks(found: Found, place: Path | None, device: torch.device, forw
         print("\n".join(_introduction(found, world_size)), flush=True)
     first_weights = None
     if not found.folders and (found.run / "source.json").exists():
-        classes = training_set(found.stretch.config)[0].classes
+        classes = training_set(found.stretch.config, read=manifest_from_rank_zero)[0].classes
         first_weights = partial(load_source, found.stretch.config, classes, source_of(found.run, None, None))
     done = replay_step(found.path, found.folders, device, first_weights, forward or micro_batch_loss)
     lines, differs = _comparison(found, done, world_size)

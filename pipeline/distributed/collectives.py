@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from data.pinned import ToHost, to_device
+from data.shards.manifest import Manifest, read_manifest
+from data.shards.shard_list import Shards
+from data.storage.remote import DEFAULT, Storage
 from pipeline.errors import DataError, RunFailed, UsageError
 
 Item = TypeVar("Item")
@@ -64,6 +68,22 @@ def from_rank_zero(work: Callable[[], Item]) -> Item:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def manifest_from_rank_zero(url: str, storage: Storage) -> Manifest:
+    """As read_manifest, which rank 0 does for all: a job has one set, and its file server one reader. Collective."""
+    found: list[Manifest] = []
+
+    def read() -> Manifest:
+        found.append(read_manifest(url, storage))
+        return replace(found[0], shards=Shards.of([]), storage=DEFAULT)
+
+    def column(name: str) -> np.ndarray:
+        return from_rank_zero(lambda: getattr(found[0].shards, name))
+
+    manifest = from_rank_zero(read)
+    shards = Shards(*(column(each.name) for each in fields(Shards)))  # one by one, as each takes its room three times
+    return replace(manifest, shards=shards, storage=storage)
 
 
 def all_gather(values: list[Item]) -> list[Item]:

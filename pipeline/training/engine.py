@@ -52,14 +52,17 @@ STAY_GATHERED = 100_000
 
 
 def start_process_group(timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
-    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe; returns this rank's device.
+    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR ... describe, once; returns this rank's device.
 
     A collective fails after twice that many seconds: before, the rank that it waits for is named (watchdog.py).
     """
     on_gpu, timeout = torch.cuda.is_available(), datetime.timedelta(seconds=2 * timeout_seconds)
     deepspeed = import_deepspeed()
     zero.check_version(deepspeed.__version__)
-    device = join_over_nccl(timeout) if on_gpu else torch.device("cpu")
+    if on_gpu and dist.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = join_over_nccl(timeout) if on_gpu else torch.device("cpu")
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return device
 

@@ -26,7 +26,8 @@ from data.errors import DataError, UsageError
 from data.loader import Batch, LoaderSpec, evaluation_batches, training_batches
 from data.memory import DECODED_AT_ONCE, READ_AHEAD_BYTES, RUNS_IN_MEMORY, check_memory, granted_bytes
 from data.order import Order, Window
-from data.shards.manifest import Manifest, Shard, read_manifest
+from data.shards.manifest import Manifest, read_manifest
+from data.shards.shard_list import Shard, Shards
 from data.shards.tar_index import index_tar
 from data.storage.remote import Storage
 from tests.data.servers import http_server
@@ -400,7 +401,7 @@ def handed_over(
     pool: NothingIsRead, order: Order, per_chunk: int, world_size: int, steps: int
 ) -> Iterator[windows.Places]:
     """The chunks of places as a rank's look-ahead hands them over; samples have 1,000 bytes."""
-    shards = tuple(Shard(f"{i}.tar", n, 1000 * n) for i, n in enumerate(order.shard_samples.tolist()))
+    shards = Shards.of(Shard(f"{i}.tar", n, 1000 * n) for i, n in enumerate(order.shard_samples.tolist()))
     opened = windows.OpenWindows(Manifest("nowhere", ("class",), shards), order, pool)
     slots = np.arange(order.global_batch // world_size)
     positions = (p for step in range(steps) for p in (step * order.global_batch + slots).tolist())
@@ -438,7 +439,7 @@ def test_the_windows_of_an_epochs_first_row_are_begun_before_the_last_one_ends()
 @given(st.integers(1, 2**20), st.integers(1, 2**12), st.integers(1, 8), st.integers(1, 512))
 def test_windows_that_do_not_fit_the_memory_are_refused_with_what_would_fit(window, slots, ranks, resolution):
     memory = granted_bytes()
-    manifest = Manifest("nowhere", ("class",), (Shard("0.tar", 1000, 1000 * 10**6),))
+    manifest = Manifest("nowhere", ("class",), Shards.of([Shard("0.tar", 1000, 1000 * 10**6)]))
     decoded = RUNS_IN_MEMORY * DECODED_AT_ONCE * (3 * resolution**2 + 10**6)
     held = ranks * (slots * window * 10**6 + READ_AHEAD_BYTES + decoded)
 
@@ -464,6 +465,6 @@ def test_what_a_container_or_slurm_grants_is_the_memory_that_windows_must_fit(tm
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
     monkeypatch.setattr("data.memory._groups", lambda: iter([tmp_path]))
     assert granted_bytes() == 2**30
-    manifest = Manifest("nowhere", ("class",), (Shard("0.tar", 1000, 10**6),))
+    manifest = Manifest("nowhere", ("class",), Shards.of([Shard("0.tar", 1000, 10**6)]))
     with pytest.raises(UsageError, match=r"in the 1\.0 GiB of memory that this machine grants"):
         check_memory(manifest, slots=64, window=1000, resolution=224, local_world_size=1)

@@ -1,5 +1,6 @@
 """Laws of the files on disk: what is written is read back, by other tools too, and what is damaged is refused."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -129,7 +131,8 @@ def test_numpy_opens_the_table_and_its_rows_begin_at_byte_256(tmp_path, count):
 
 
 CLASSES = ["Hütte", 'a "b"', "c"]
-SHARDS = [Shard("shard-000000.tar", 3, 9000, table="f0"), Shard("shard-000001.tar", 2, 5000, table="f1")]
+F0, F1, F2 = (16 * each for each in ("f0", "f1", "f2"))
+SHARDS = [Shard("shard-000000.tar", 3, 9000, table=F0), Shard("shard-000001.tar", 2, 5000, table=F1)]
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
@@ -137,7 +140,7 @@ def test_a_manifest_is_read_back_as_written(tmp_path, kind):
     url = str(tmp_path) if kind == "local" else f"memory://{tmp_path.name}"
     write_manifest(url, CLASSES, SHARDS)
     manifest = read_manifest(url + "/")
-    assert (manifest.classes, manifest.shards) == (tuple(CLASSES), tuple(SHARDS))
+    assert (manifest.classes, [*manifest.shards]) == (tuple(CLASSES), SHARDS)
     assert (manifest.samples, manifest.mean_sample_bytes) == (5, 2800)
     assert manifest.url_of(1, ".npy") == f"{url}/shard-000001.npy"
 
@@ -158,7 +161,7 @@ def test_a_manifest_has_its_optional_fields_only_where_they_differ(tmp_path, opt
     assert manifest.url_of(0, ".npy") == f"{tmp_path}/shard-000000.npy"
 
 
-other_rows: list[tuple[str, Any]] = [("samples", 4), ("bytes", 9001), ("table", "f2")]
+other_rows: list[tuple[str, Any]] = [("samples", 4), ("bytes", 9001), ("table", F2)]
 NAMES = [replace(shard, name=f"part/{shard.stem}.TAR", query="?token=9") for shard in SHARDS]
 
 
@@ -185,6 +188,49 @@ def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(tmp_path, class
     assert (prints[0] == prints[1]) is is_the_same and None not in prints
 
 
+TEXTS = st.sampled_from(["a", "größe/日本", 'a},\n{"shards": [', "\ud800", "},", '"', "x" * 40])
+SHARD_ROWS = st.fixed_dictionaries(
+    {"name": TEXTS, "samples": st.integers(1, 9), "bytes": st.integers(1, 2**62), "table": st.sampled_from([F0, F1])},
+    optional={"query": TEXTS, "headers": st.sampled_from(["", F2]), "unknown": TEXTS},
+)
+FORMATS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "lines": {"indent": 2},
+    "sorted": {"indent": 0, "sort_keys": True},
+    "one": {"separators": (",", ":")},
+}
+
+
+@given(st.lists(SHARD_ROWS, min_size=1, max_size=20), st.lists(TEXTS, min_size=1, unique=True), st.data())
+def test_a_manifest_is_what_json_says_however_it_is_formatted(
+    tmp_path_factory, rows: list[dict[str, Any]], classes, draw
+):
+    """In pieces of any length; its fingerprints are SHA-256 of JSON, as checkpoints have them."""
+    number = draw.draw(st.sampled_from([1, 2]))
+    rows = [{**row, "name": f"{row['name']}{i}.{'tAR' if i % 3 else 'tar'}"} for i, row in enumerate(rows)]
+    rows = [
+        {name: value for name, value in row.items() if number == 2 or name not in ("table", "headers")} for row in rows
+    ]
+    document = {"format": number, "samples": sum(row["samples"] for row in rows), "classes": classes, "shards": rows}
+    document |= {"shards_at": "s3://there", "unknown": [{"a": "},"}, {"b": 1}]}
+    keys = draw.draw(st.permutations([*document]))
+    ascii, style = draw.draw(st.booleans()), FORMATS[draw.draw(st.sampled_from([*FORMATS]))]
+    text = json.dumps({key: document[key] for key in keys}, ensure_ascii=ascii, **style)
+    contents = text.encode(draw.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])), "surrogatepass")
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "manifest.json").write_bytes(contents)
+    with mock.patch("data.shards.manifest._PIECE_LENGTH", draw.draw(st.integers(1, 300))):
+        manifest = read_manifest(str(folder))
+    expected = [Shard(**{name: value for name, value in row.items() if name != "unknown"}) for row in rows]
+    assert [*manifest.shards] == [manifest.shards[i] for i in range(len(rows))] == expected
+    assert (manifest.classes, manifest.shards_at) == (tuple(classes), "s3://there")
+    assert manifest.format_1 == (hashlib.sha256(contents).hexdigest() if number == 1 else None)
+    for found, column in ((manifest.fingerprint, "table"), (manifest.header_fingerprint, "headers")):
+        each = [[row["samples"], row["bytes"], row.get(column)] for row in rows]
+        whole = hashlib.sha256(json.dumps([classes, None, 1, Reading.FROM_0, each]).encode()).hexdigest()
+        assert found == (whole if all(row.get(column) for row in rows) else None)
+
+
 def changed(**changes: object) -> bytes:
     whole = {"format": 1, "samples": 5, "classes": ["a"], "shards": [{"name": "s.tar", "samples": 5, "bytes": 9}]}
     return json.dumps({name: value for name, value in {**whole, **changes}.items() if value is not None}).encode()
@@ -204,7 +250,11 @@ SHARD = {"name": "s.tar", "samples": 5, "bytes": 9}
         (changed(format=None), "is not a manifest of shards"),
         (changed(format=3), "has format 3; this version reads formats 1 and 2"),
         (changed(format=2), "has format 2 and gives s.tar the table ''"),
-        (changed(shards=[{**SHARD, "table": "f0"}]), "has format 1 and gives s.tar the table 'f0'"),
+        (changed(shards=[{**SHARD, "table": F0}]), f"has format 1 and gives s.tar the table '{F0}'"),
+        (changed(shards=[{**SHARD, "table": "f0"}]), "gives s.tar the table 'f0', which is no checksum"),
+        (changed(shards=[{**SHARD, "query": 7}]), "gives s.tar the query 7, which is no text"),
+        (changed(shards=[{**SHARD, "bytes": 1 << 63}]), "gives s.tar 5 samples in 9223372036854775808 bytes"),
+        (changed(shards=[[]]), "not a whole manifest"),
         (changed(shards=None), "not a whole manifest"),
         (changed(shards=[{"name": "s.tar"}]), "not a whole manifest"),
         (changed(classes=7), "not a whole manifest"),

@@ -334,7 +334,7 @@ def test_check_needs_no_data_and_says_what_would_be_trained() -> None:
 def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_records_retries(
     undisturbed: Path, digits: Path, request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
-    """5 % of the requests are refused, 1 % dropped half-way."""
+    """5 % of the requests are refused, 1 % dropped half-way. Of all ranks one reads a manifest."""
     run, places = tmp_path / "run", ["data.train=s3://data/train", "data.val=s3://data/val"]
     with s3_server() as server:
         for part in ("train", "val"):
@@ -344,6 +344,10 @@ def test_a_run_from_an_s3_that_fails_is_the_run_from_a_disk_and_records_retries(
         done = coatnet(*request_of(run, *places))
         assert done.returncode == 0, done.stderr
         failed = sum(request.fault is not None for request in server.requests)
+        read = Counter(request.path for request in server.requests if request.method == "GET" and not request.fault)
+        launcher, rank, page = 1, 1, 1  # the report's page compares with the plan
+        assert read["/data/train/manifest.json"] == launcher + rank + page
+        assert read["/data/val/manifest.json"] == launcher + rank
     assert curve(run) == curve(undisturbed)
     assert last_state(run) == last_state(undisturbed)
     assert consumed(run) == consumed(undisturbed)
