@@ -163,4 +163,4 @@ def _layout(model: Model) -> Layout:
     assert model.stem is not None and model.stages is not None  # config.Model checks it
     stages = tuple(Stage(stage.kind, stage.blocks, stage.width, stage.stride) for stage in model.stages)
     stem = model.stem
-    return Layout(Stem(stem.blocks, stem.width, stem.stride, stem.kernel), stages)
+    return Layout(Stem(stem.blocks, stem.width, stem.stride, stem.kernel), stages, model.head_size or Layout.head_size)
