@@ -57,7 +57,7 @@ test: lint
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 docs: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= .venv/bin/python -m sphinx --fail-on-warning --keep-going -nEaq -c docs . docs/_build
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m sphinx -nWEaq -c docs . docs/_build
 	.venv/bin/python docs/links.py docs/_build
 
 torture: $(INSTALLED)

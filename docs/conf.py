@@ -27,8 +27,6 @@ exclude_patterns = [".*", "docs/_build", "build", "runs", "demo/out"]
 
 html_theme = "furo"
 html_title = f"{project} {version}"
-html_static_path = ["_static"]
-html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
 
@@ -44,6 +42,7 @@ nitpick_ignore_regex = [  # torch's, numpy's and Python's; and of ours what is n
 default_role = "literal"  # docstrings have single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 
 
 def fill_in(app: object, name: str, source: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -10,9 +11,9 @@ from typing import Any
 
 import typer
 
-from pipeline.commands.keys import key_rows
+from pipeline.commands.keys import Row, key_rows
 from pipeline.config.parsing import read_config
-from pipeline.config.schema import Config, describe_type, documented_keys
+from pipeline.config.schema import Config, describe_type, documented_keys, item_type
 from slurm.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -46,16 +47,22 @@ def _option(name: str, meaning: str) -> tuple[str, str]:
 
 
 def keys() -> str:
-    """Every configuration key, a table for each section."""
+    """Every configuration key, a table for each section; keys of the items of a list after the list."""
     parts = []
-    for section, rows in groupby(key_rows(), lambda row: row.name.rpartition(".")[0]):
-        cells = [(f"`{row.name}`", _takes(row.name), f"`{row.default}`", row.meaning, row.on_resuming) for row in rows]
-        parts += [f"## {section}\n", table(["key", "takes", "default", "meaning", "may change"], cells), ""]
+    for section, rows in groupby(key_rows(), lambda row: row.name.partition(".")[0]):
+        cells = [cell for row in rows for cell in _key(row)]
+        parts += [f"## {section}\n", table(["key", "default", "meaning", "may change"], cells), ""]
     return "\n".join(parts)
 
 
-def _takes(key: str) -> str:
-    return describe_type(documented_keys()[key]["section"], key.rpartition(".")[2])
+def _key(row: Row) -> Iterator[tuple[str, ...]]:
+    section, name = documented_keys()[row.name]["section"], row.name.rpartition(".")[2]
+    yield f"`{row.name}`", f"`{row.default}`", f"{row.meaning} ({describe_type(section, name)})", row.on_resuming
+    if item := item_type(section.model_fields[name].annotation):
+        for inner, info in item.model_fields.items():
+            default = "(required)" if info.is_required() else json.dumps(info.default)
+            meaning = f"{info.description} ({describe_type(item, inner)})"
+            yield f"`{row.name}[].{inner}`", f"`{default}`", meaning, row.on_resuming
 
 
 def presets() -> str:
