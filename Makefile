@@ -1,6 +1,6 @@
 # Everything happens in .venv, which `make install` makes: nothing is installed elsewhere.
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint check test torture gpu clean
+.PHONY: help install demo lint check test docs torture gpu clean
 .DELETE_ON_ERROR:
 
 INSTALLED := .venv/installed
@@ -17,6 +17,7 @@ help:
 	@echo 'make demo     pack, pretrain, kill, resume, fine-tune and evaluate on real images, in two to seven minutes'
 	@echo 'make check    lint, types and the tests that are quick: for while you work'
 	@echo 'make test     lint, types and the whole test suite on the CPU'
+	@echo 'make docs     the site, as docs/_build/docs/index.html; a warning or a link that leads nowhere is an error'
 	@echo 'make torture  the same tests with bigger numbers, and those marked torture'
 	@echo 'make gpu      what a CUDA device shows (coatnet bench gpu, ten minutes), and the tests that need one'
 	@echo 'make clean    remove .venv and caches; runs stay'
@@ -55,6 +56,10 @@ check: lint
 test: lint
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
+docs: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m sphinx -nWEaq -c docs . docs/_build
+	.venv/bin/python docs/links.py docs/_build
+
 torture: $(INSTALLED)
 	HYPOTHESIS_PROFILE=long $(PYTEST) -m 'torture or not gpu'
 
@@ -63,4 +68,4 @@ gpu: $(INSTALLED)
 	@status=0; .venv/bin/coatnet bench gpu || status=1; .venv/bin/pytest -m gpu && exit $$status
 
 clean:
-	rm -rf .venv build coatnet.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build docs/_build coatnet.egg-info .pytest_cache .ruff_cache .hypothesis

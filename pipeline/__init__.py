@@ -1,1 +1,3 @@
 """What the commands do: configuration, training, resuming, fine-tuning, evaluation."""
+
+__version__ = "0.1.0"

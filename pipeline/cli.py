@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperOption
 
 from data.paths import expand
+from pipeline import __version__
 from pipeline.distributed import signals
 from pipeline.distributed.environment import ignore_launcher, is_rank, join_launcher, rank_and_world_size
 from pipeline.distributed.launcher import die_with_parent
@@ -30,12 +32,25 @@ app = typer.Typer(
     name="coatnet",
     help="Pretrain CoAtNet vision models: pack images, train, resume after any crash, fine-tune, evaluate.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(help="Pack images into WebDataset shards, index shards, check them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"coatnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def _expanded(parameter: typer.CallbackParam, value: Any) -> Any:
@@ -436,7 +451,11 @@ def _run() -> int | str | None:
     try:
         try:
             _check_folder()
-            app()
+            command = typer.main.get_command(app)
+            for option in command.params[-2:]:  # --install-completion and --show-completion: help stays short
+                assert isinstance(option, TyperOption)
+                option.hidden = True
+            command()
         except SystemExit:
             sys.stdout.flush()
             raise

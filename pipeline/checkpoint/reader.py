@@ -1,4 +1,4 @@
-"""Finding, reading and verifying checkpoints (the format is in docs/checkpoints.md).
+"""Finding, reading and verifying checkpoints (the format is in docs/reference/formats.md).
 
 A checkpoint is a folder `step-00001000` with a safetensors file from each rank that wrote it, and manifest.json, which
 has the place of each slice of each parameter, and checksums by block. Any number of ranks can read it, each only the

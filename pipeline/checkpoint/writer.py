@@ -1,4 +1,4 @@
-"""Writing checkpoints in the background, durable before they have their name (the format is in docs/checkpoints.md).
+"""Writing checkpoints in the background, durable before they have their name (format: docs/reference/formats.md).
 
 Every rank writes the slices that it owns (../training/zero.py) as one safetensors file to a hidden folder named by the
 attempt; rank 0 adds buffers and state.json, and renames the folder once every rank's part is durable. The writing

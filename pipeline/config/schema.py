@@ -402,7 +402,7 @@ def parse_duration(time: str) -> int | None:
 
 @cache
 def documented_keys() -> dict[str, dict[str, Any]]:
-    """Every key by its full name, in order: `meaning`, `default`, `change`, `expanded`, `text`, `list`.
+    """Every key by its full name, in order: `section`, `meaning`, `default`, `change`, `expanded`, `text`, `list`.
 
     The last two say whether it takes text, and a list. Lists of sections count as one key.
     """
@@ -420,7 +420,8 @@ def documented_keys() -> dict[str, dict[str, Any]]:
                     "text": str in (info.annotation, *get_args(info.annotation)),
                     "list": get_origin(info.annotation) is tuple,
                 }
-                found[prefix + name] = {"meaning": info.description, "default": info.default, **kinds, **extra}
+                facts = {"section": section, "meaning": info.description, "default": info.default}
+                found[prefix + name] = {**facts, **kinds, **extra}
 
     visit(Config, "")
     return found

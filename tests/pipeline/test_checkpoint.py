@@ -157,7 +157,7 @@ def test_the_safetensors_library_finds_each_slice_under_its_name(checkpoint):
 
 
 def test_the_numpy_example_in_the_docs_reads_any_parameter(checkpoint):
-    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found: dict = {}
     exec(re.sub(r"runs/tiny/checkpoints/step-\d+", str(checkpoint), program), found)

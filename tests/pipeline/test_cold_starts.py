@@ -41,6 +41,8 @@ def places(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     ("line", "says"),
     [
         ("{script} --help", "preview"),
+        ("{python} -m pipeline.cli --version", "coatnet 0."),
+        ("{python} -m pipeline.cli --show-completion bash", "complete -o default"),
         ("{script} keys", "optim.learning_rate"),
         ("{script} models", "coatnet_7"),
         ("{script} bench fault_injection --help", "--faults"),
