@@ -154,18 +154,18 @@ def pack(
     versions = {"webdataset": importlib.metadata.version("webdataset"), "nvimgcodec": codec.nvimgcodec.__version__}
     request = {"source": split_query(source)[0], **numbers, **options, "format": _FORMAT, **versions}
     work = open_work(destination, PACKING, request)
+    if overwrite and part and part.number:
+        raise UsageError(f"--overwrite goes with --part 0/{part.of}, which lists anew; the other parts join it")
     if overwrite and not (work.is_current() and is_unfinished(destination, sets)):
-        if part and part.number:
-            raise UsageError(f"--overwrite goes with --part 0/{part.of}, which lists anew; the other parts join it")
         work.remove()
     clear(destination, sets)
     work.join(overwrite or (part is None and not work.is_planned()))
     plan = work.plan()
-    if plan is None or part is None:  # one process alone lists each time, and so finds out what has changed
-        plan = _planned(work, plan, list_images, sets)
+    if plan is None or part is None or overwrite:  # one process alone lists each time, and finds out what has changed
+        plan = _planned(work, plan, list_images, sets, overwrite)
     part = part or WHOLE
     share = part.share(plan["items"])
-    kept = finished_shards(work, share, sets)
+    kept = finished_shards(work, plan, share, sets)
     shards = [number for number in share if number not in kept]
     try:
         _pack_shards(work, plan, share, shards, split_query(source)[1], (resize, quality or QUALITY), workers, progress)
@@ -176,24 +176,24 @@ def pack(
 
 
 def _planned(
-    work: Work, plan: dict[str, Any] | None, list_images: Callable[[], Source], sets: tuple[str, ...]
+    work: Work, plan: dict[str, Any] | None, list_images: Callable[[], Source], sets: tuple[str, ...], overwrite: bool
 ) -> dict[str, Any]:
-    """The plan by a listing made now; UsageError where there is one that differs."""
+    """The plan by a listing made now; UsageError where there is one that differs, unless it may be overwritten."""
     try:
         found = list_images()
     except UsageError:
         if plan is None:
             work.remove()  # it is no pack, and would keep others out
         raise
-    if plan is None:
-        request: dict[str, Any] = work.request
-        return write_plan(work, found, sets, request["seed"], request["samples per shard"], request["bytes per shard"])
-    if plan["listing"] != fingerprint_of(found):
+    if plan is not None and plan["listing"] == fingerprint_of(found):
+        return plan
+    if plan is not None and not overwrite:
         raise UsageError(
             f"{work.url} holds an unfinished pack of another listing: the source has other files, labels or classes"
             " now; pack elsewhere, or with --overwrite to begin again"
         )
-    return plan
+    request: dict[str, Any] = work.request
+    return write_plan(work, found, sets, request["seed"], request["samples per shard"], request["bytes per shard"])
 
 
 def _check_numbers(
@@ -235,7 +235,7 @@ def _pack_shards(
     """Writes these shards of a share, each while the next is read."""
     with ThreadPoolExecutor(workers) as pool:
         examined = _examine_all(pool, partial(_examine, *size), work, plan, share, shards, query, workers, progress)
-        for _ in ordered_map(pool, lambda shard: _write_shard(work, *shard), examined, _WRITES_AT_ONCE):
+        for _ in ordered_map(pool, lambda shard: _write_shard(work, plan, *shard), examined, _WRITES_AT_ONCE):
             pass
 
 
@@ -298,7 +298,7 @@ def _examine(resize: int | None, quality: int, chunk: list[Candidate]) -> Iterat
 # Writing.
 
 
-def _write_shard(work: Work, number: int, name: str, examined: list[Examined]) -> None:
+def _write_shard(work: Work, plan: dict[str, Any], number: int, name: str, examined: list[Examined]) -> None:
     """Writes a shard of those samples that decoded, and its record."""
     good = [each for each in examined if each.picture]
     bad = [each for each in examined if not each.picture]
@@ -308,7 +308,7 @@ def _write_shard(work: Work, number: int, name: str, examined: list[Examined]) -
     if not work.is_current():
         raise DataError(f"{work.url}: another process has finished this pack or begun it anew; nothing more is written")
     if not good:
-        return write_shard(work, number, name, {}, FinishedShard(None, 0, broken, unused, copies))
+        return write_shard(work, plan, number, name, {}, FinishedShard(None, 0, broken, unused, copies))
     tar = _tar(good)
     samples = index_tar(tar)
     if len(samples) != len(good):
@@ -318,7 +318,7 @@ def _write_shard(work: Work, number: int, name: str, examined: list[Examined]) -
     index = index_bytes(samples)
     shard = Shard(f"{name}.tar", len(samples), len(tar), "", *shard_checksums(table))
     done = FinishedShard(shard, len(index), broken, unused, copies)
-    write_shard(work, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
+    write_shard(work, plan, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
 
 
 def _tar(samples: Iterable[Examined]) -> bytes:
@@ -339,7 +339,7 @@ def _finish(
     """Makes the set, if all shards of the plan are done, and reports it; else what this part did."""
     everything = range(plan["items"])
     left = len(set(everything) - work.numbers())
-    done = {} if left else finished_shards(work, everything, sets)
+    done = {} if left else finished_shards(work, plan, everything, sets)
     if len(done) < plan["items"]:
         left = 0 if has_manifests(work.url, sets) else left or plan["items"] - len(done)
         if left and part == WHOLE:

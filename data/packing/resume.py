@@ -82,20 +82,26 @@ def clear(destination: str, sets: Sequence[str]) -> None:
         raise UsageError(f"{destination} cannot be written: {error}") from error
 
 
-def write_shard(work: Work, number: int, name: str, files: dict[str, bytes], done: FinishedShard) -> None:
+def write_shard(
+    work: Work, plan: dict[str, Any], number: int, name: str, files: dict[str, bytes], done: FinishedShard
+) -> None:
     """Writes a shard's files (by suffix) beside the notes, and then that shard `number` of the plan is finished."""
     folder = work.folder.removesuffix(f"/{PACKING}")
     for suffix, contents in files.items():
         write_file(work.fs, join(folder, name + suffix), contents)
-    facts = {**done._asdict(), "shard": done.shard and vars(done.shard)}
-    work.record(number, **{**facts, "broken": [[broken.key, broken.reason] for broken in done.broken]})
+    broken = [[each.key, each.reason] for each in done.broken]
+    facts = {**done._asdict(), "shard": done.shard and vars(done.shard), "broken": broken}
+    work.record(number, listing=plan["listing"], **facts)
 
 
-def finished_shards(work: Work, numbers: Iterable[int], sets: Sequence[str]) -> dict[int, FinishedShard]:
-    """Those of these shards that have a record, and whose files have the sizes noted in it."""
+def finished_shards(
+    work: Work, plan: dict[str, Any], numbers: Iterable[int], sets: Sequence[str]
+) -> dict[int, FinishedShard]:
+    """Those of these shards that have a record by this plan, and whose files have the sizes noted in it."""
     sizes = files_of(work.url, sets)
-    found = {number: _finished(record) for number, record in work.records(numbers).items()}
-    return {number: each for number, each in found.items() if each and _has_its_files(each, sizes)}
+    records = {number: each for number, each in work.records(numbers).items() if each["listing"] == plan["listing"]}
+    found = {number: _finished(record) for number, record in records.items()}
+    return {number: each for number, each in found.items() if _has_its_files(each, sizes)}
 
 
 def commit(work: Work, classes: Sequence[str], written: Mapping[str, list[Shard]], labels_per_sample: int) -> None:
@@ -129,17 +135,14 @@ def _remove(destination: str, sets: Sequence[str], is_stale: Callable[[re.Match[
                 fs.rm_file(join(folder, name))
 
 
-def _finished(record: dict[str, Any]) -> FinishedShard | None:
-    try:
-        return FinishedShard(
-            record["shard"] and Shard(**record["shard"]),
-            record["index_bytes"],
-            tuple(BadSample(None, *each) for each in record["broken"]),
-            tuple(tuple(each) for each in record["unused"]),
-            record["copies"],
-        )
-    except (KeyError, TypeError):
-        return None
+def _finished(record: dict[str, Any]) -> FinishedShard:
+    return FinishedShard(
+        record["shard"] and Shard(**record["shard"]),
+        record["index_bytes"],
+        tuple(BadSample(None, *each) for each in record["broken"]),
+        tuple(tuple(each) for each in record["unused"]),
+        record["copies"],
+    )
 
 
 def _has_its_files(done: FinishedShard, sizes: dict[str, int]) -> bool:

@@ -185,9 +185,14 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
     (source / "a" / "3.jpg").write_bytes(encoded(3) + b"\0")
     with pytest.raises(UsageError, match="the source has other files, labels or classes now"):
         packed(source, tmp_path / "out", **TWO_EACH)
+    assert packed(source, tmp_path / "anew", **TWO_EACH).kept == 0
+    assert packed_until(source, tmp_path / "out", 30, overwrite=True) is None
+    assert 5 < packed(source, tmp_path / "out", **TWO_EACH).kept < 15
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "anew")
+    packed_until(source, tmp_path / "again", 30)
     elsewhere = lay_out(tmp_path / "other", FILES)
     with pytest.raises(UsageError, match=r"source was .*in and is .*other"):
-        packed(elsewhere, tmp_path / "out", **TWO_EACH)
+        packed(elsewhere, tmp_path / "again", **TWO_EACH)
 
 
 def test_overwriting_also_resumes_and_never_keeps_old_shards(source, whole, tmp_path):
