@@ -34,6 +34,9 @@ TRAINED = {"pretrain", "finetune", "evaluate", "predict", "replay", "status", "l
 """Commands of whose output the figures are not compared."""
 SHORT = ["train.epochs=null", "optim.warmup_steps=1"]
 SMALL = [*SHORT, "train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.precision=fp32"]
+NETWORK = [
+    "model.name=null", "model.stem={blocks: 1, width: 16}", "model.stages=[{kind: transformer, blocks: 1, width: 32}]",
+]  # fmt: skip
 
 Form = Callable[[list[str]], list[str]]
 
@@ -44,11 +47,11 @@ def long_form(words: list[str]) -> list[str]:
 
 
 def short_form(words: list[str]) -> list[str]:
-    """Everything that trains does few steps, on small images."""
+    """Everything that trains does few steps, and configs/photos.yaml with a small network."""
     if words[0] not in ("pretrain", "finetune") or "--check" in words:
         return []
     if long_form(words):
-        return [*SMALL, "model.resolution=32"]
+        return [*SMALL, *NETWORK]
     resumes = any(word.startswith("train.epochs=") for word in words)  # an example of a longer run
     return [*SHORT, f"train.steps={5 if resumes else 3}"]
 
