@@ -17,13 +17,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
 
 import pytest
+import typer
 from PIL import Image
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from slurm.cli import app
 from tests import forked
 from tests.forked import ROOT
 from tests.pipeline.runs import PATIENCE_SECONDS
@@ -107,6 +110,18 @@ def _run(folder: Path, form: Form, command: str, shown: str = "") -> None:
     assert not shown or alike, f"$ {command}\nprints\n{printed}\nand the page has\n{shown}"
 
 
+def _lacking(words: list[str]) -> list[str]:
+    """Of a command's words those that name no command or option; a benchmark has options of its own."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        if words[0] not in command.commands:
+            return words[:1]
+        command, words = command.commands[words[0]], words[1:]
+    known = {"-h", "--help"}.union(*(parameter.opts for parameter in command.params))
+    options = [] if command.name in ("bench", app.info.name) else [word for word in words if word.startswith("-")]
+    return [option for option in options if option.partition("=")[0] not in known]
+
+
 def make_folder(folder: Path) -> Path:
     """What a reader has: the repository's demo and presets, and photos/CLASS/*.jpg."""
     for shared in ("configs", "demo", "tests"):
@@ -143,6 +158,16 @@ def test_every_command_does_what_is_shown_at_full_length(tmp_path: Path, monkeyp
     monkeypatch.chdir(make_folder(tmp_path))
     for page in (README, QUICKSTART, *HOWTO):
         run_page(page, tmp_path, long_form)
+
+
+def test_every_command_that_any_page_shows_exists_with_its_options() -> None:
+    pages = [README, *(path for folder in ("configs", "docs", "models") for path in (ROOT / folder).rglob("*.md"))]
+    lacking, shown = {}, re.compile(r"`coatnet ([^`]+)`|^(?:\$ )?coatnet ((?:.*\\\n)*.*)", re.MULTILINE)
+    for page in pages:
+        for command in map("".join, shown.findall(page.read_text())):
+            words = command.replace("\\\n", "").partition("#")[0].split()
+            lacking |= {f"{page.name}: coatnet {command}": found for found in [_lacking(words)] if found}
+    assert lacking == {}
 
 
 @pytest.mark.parametrize("page", [README, QUICKSTART, *HOWTO], ids=lambda page: page.stem)
