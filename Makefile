@@ -42,7 +42,7 @@ lint: $(INSTALLED)
 PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/pytest
 
 # What trains, or submits to a Slurm; and long properties, DALI, whole families, and doctors.
-NOT_IN_CHECK := test_ablations test_forked test_benchmarks $(addprefix slurm/test_,jobs damaged_files without_submit) \
+NOT_IN_CHECK := test_ablations test_forked test_benchmarks test_documents $(addprefix slurm/test_,jobs damaged_files without_submit) \
 	$(addprefix pipeline/test_,attempts cold_starts end_to_end export faults guards memory mirror mixing out_of_memory \
 	monitoring plan_costs predict replay report restore saving stops waits watchdog zero) models/test_norm_across_ranks \
 	$(addprefix data/test_,cache codec decode loader schedules storage) pipeline/test_preview \

@@ -186,7 +186,8 @@ def plan(
     """What a training takes and costs, before it is paid for, from a machine without a GPU.
 
     Memory of a GPU, whether it fits and what would (`changes`), time of a step (`step_terms`), days, `cost`, the best
-    interval between checkpoints and `goodput`, reads; what was `measured` and what `assumed`. Keys: docs/plan.md.
+    interval between checkpoints and `goodput`, reads; what was `measured` and what `assumed`. Keys:
+    docs/reference/formats.md.
     """
     from pipeline.commands.plan_costs import plan_costs
 

@@ -34,7 +34,7 @@ from pipeline.training.step import StepReport
 
 Agreement = Literal["equal to the bit", "equal within rounding", "different"]
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.01, 0.1
-"""Relative differences that other ranks, another ZeRO stage or another device may make (docs/watching.md)."""
+"""Relative differences that other ranks, another ZeRO stage or another device may make (docs/howto/replay.md)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pipeline.errors import RunFailed, UsageError
 from slurm import history, job, scheduler
 from slurm.submit import JobSpec, check_cluster, prepare, submission_lock, submit_to_slurm
 
-MINUTES = 15
+MINUTES = "15"
 POLL_SECONDS = 2.0
 
 

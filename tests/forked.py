@@ -32,11 +32,11 @@ WITH_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVI
 class Command:
     """`MODULE ARGUMENT...` in a fork, with what tests use of subprocess.Popen. Its output can be read at any time."""
 
-    def __init__(self, module: str, *arguments: str, env: Mapping[str, str]) -> None:
+    def __init__(self, module: str, *arguments: str, env: Mapping[str, str], cwd: Path = ROOT) -> None:
         self.args = [module, *arguments]
         self.stdout, self.stderr = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
         outputs = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (self.stdout, self.stderr)]
-        self._process = forkserver.Process(target=_become, args=(self.args, dict(env), outputs))
+        self._process = forkserver.Process(target=_become, args=(self.args, dict(env), outputs, cwd))
         with _lock:
             self._process.start()
         assert self._process.pid is not None
@@ -73,22 +73,22 @@ class Command:
 Process = subprocess.Popen[str] | Command
 
 
-def start(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> Process:
-    """`python -m MODULE ARGUMENT...` in the project's root."""
+def start(module: str, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process:
+    """`python -m MODULE ARGUMENT...`, with the project's packages."""
     words, environment = list(map(str, arguments)), os.environ if env is None else env
     if not WITH_GPU:
-        return Command(module, *words, env=environment)
+        return Command(module, *words, env=environment, cwd=cwd)
     return subprocess.Popen(
-        [sys.executable, "-m", module, *words], cwd=ROOT, env=environment,
+        [sys.executable, "-P", str(ROOT / "coatnet_main.py"), module, *words], cwd=cwd, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def run(
-    module: str, *arguments: object, timeout: float, env: Mapping[str, str] | None = None
+    module: str, *arguments: object, timeout: float, env: Mapping[str, str] | None = None, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """The same, to its end."""
-    process = start(module, *arguments, env=env)
+    process = start(module, *arguments, env=env, cwd=cwd)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:
@@ -113,7 +113,7 @@ def _tell_parent(sender: Connection) -> None:
     sender.send(os.getppid())
 
 
-def _become(command: Sequence[str], environment: Mapping[str, str], outputs: Sequence[str]) -> None:
+def _become(command: Sequence[str], environment: Mapping[str, str], outputs: Sequence[str], cwd: Path) -> None:
     """Runs the command in this process."""
     from tests import preloaded
 
@@ -121,7 +121,7 @@ def _become(command: Sequence[str], environment: Mapping[str, str], outputs: Seq
         opened = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update({**preloaded.set_by_imports, **environment})
     sys.argv = list(command)

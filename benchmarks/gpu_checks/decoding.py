@@ -105,7 +105,7 @@ def _used(place: Place) -> int:
 
 
 def odd_samples(place: Place) -> Iterator[Row]:
-    """The table of docs/data.md, from a tar that holds all kinds: used and how near to Pillow's pixels, or replaced."""
+    """The table of docs/howto/data.md, from a tar of all kinds: used and how near to Pillow's pixels, or replaced."""
     from data.shards.manifest import BadSample
     from tests.data import test_odd_samples as table
 

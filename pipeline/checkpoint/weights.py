@@ -1,7 +1,7 @@
 """The weights of a network, from a checkpoint or from an exported safetensors file, without torch.
 
 An exported file has weights and batch-norm statistics by name. One entry of its metadata, JSON, has what made them, as
-in a checkpoint's state.json (docs/export.md).
+in a checkpoint's state.json (docs/reference/formats.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of broken and odd samples (docs/data.md): each is used rightly, or replaced and named with a reason.
+"""The table of broken and odd samples (docs/howto/data.md): each is used rightly, or replaced and named with a reason.
 
 Each sample has a class of its own, so that another's label would be seen. The loader runs in a child process: bytes
 that end DALI end the child.

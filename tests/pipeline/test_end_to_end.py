@@ -206,15 +206,6 @@ def test_a_run_that_never_saved_begins_again_and_tells_how_many_steps_are_lost(
     assert events(run, "training_started")[0]["steps_lost"] == STEPS and last_step(run) == 1
 
 
-def test_one_folder_of_ones_own_takes_a_pack_and_a_pretraining(digits: Path, tmp_path: Path) -> None:
-    assert coatnet("data", "pack", digits / "digits" / "val", tmp_path / "out", "--holdout", "0.1").returncode == 0
-    data = [f"data.train={tmp_path}/out/train", f"data.val={tmp_path}/out/val", f"run.dir={tmp_path}/run"]
-    done = coatnet("pretrain", "configs/tiny.yaml", *data, "train.steps=1", "evaluate.every=1")
-    assert done.returncode == 0, done.stderr
-    assert rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 1
-    assert "eval_loss" in rows(tmp_path / "run" / "metrics.jsonl")[-1]
-
-
 def test_a_run_that_is_alive_is_refused_and_one_that_was_asked_to_stop_resumes(
     undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:

@@ -18,7 +18,6 @@ from pipeline.config.parsing import read_config
 from pipeline.errors import UsageError
 from pipeline.plan import augmentation, training_set
 from pipeline.training.mixup import mixup
-from tests.pipeline.runs import coatnet
 
 SIDE, TIMES, SAMPLES = 24, 6, 45
 CONFIG = """
@@ -154,12 +153,3 @@ def test_a_wrong_request_is_refused_in_one_line_without_a_file(preset, tmp_path,
         preview(preset, str(tmp_path / out), [override], 8, 0)
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "sheet.png").exists()
-
-
-def test_the_command_writes_the_sheet_and_refuses_with_status_2(preset, tmp_path):
-    done = coatnet("preview", preset, tmp_path / "sheet.png", "run.seed=6", "--samples", 7, "--epoch", 3)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{tmp_path}/sheet.png: 7 samples of epoch 3 as the model sees them\n"
-    Image.open(tmp_path / "sheet.png").verify()
-    refused = coatnet("preview", preset, tmp_path / "no" / "sheet.png")
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The guide docs/slurm.md, from a login node to an evaluated model, run on the throw-away Slurm."""
+"""The guide docs/howto/slurm.md, from a login node to an evaluated model, run on the throw-away Slurm."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FENCED = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 def test_every_command_of_the_guide_succeeds(cluster: Cluster, tmp_path: Path) -> None:
     for shared in ("configs", "demo"):
         (tmp_path / shared).symlink_to(ROOT / shared)
-    text = (ROOT / "docs" / "slurm.md").read_text()
+    text = (ROOT / "docs" / "howto" / "slurm.md").read_text()
     path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.environment['PATH']}"
     outputs: list[str] = []
     for language, block in FENCED.findall(text):
         if language == "yaml":
             (tmp_path / block.split()[1]).write_text(block)
-        elif language == "bash":
+        elif language == "sh":
             done = subprocess.run(
                 ["bash", "-euxo", "pipefail", "-c", block], env=cluster.environment | {"PATH": path}, cwd=tmp_path,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
