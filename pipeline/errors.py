@@ -3,8 +3,9 @@
 import os
 
 from data.errors import DataError, UsageError
+from data.urls import without_secrets
 
-__all__ = ["DataError", "Interrupted", "RunFailed", "UsageError", "explain", "first_line"]
+__all__ = ["DataError", "Interrupted", "RunFailed", "UsageError", "explain", "first_line", "without_secrets"]
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""`coatnet cancel`: ends a run's jobs, which do not requeue themselves until the run is submitted again."""
+"""`coatnet cancel`: ends jobs of a run, which do not requeue themselves until it is submitted again; or of parts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ from pathlib import Path
 
 from pipeline.errors import RunFailed, UsageError
 from pipeline.run.lock import lock_holder
-from slurm import history, scheduler
+from slurm import history, parts, scheduler
+from slurm.parts_status import Place, find_place
 
 
-def cancel(run: Path) -> int:
-    """Cancels the run's jobs and prints them; returns the exit status. UsageError where there is none."""
+def cancel(name: str | Path) -> int:
+    """Cancels the jobs of a run, or of work in parts; returns the exit status. UsageError where there is none."""
+    place = find_place(str(name))
+    return cancel_run(Path(name)) if place is None else cancel_parts(place)
+
+
+def cancel_parts(place: Place) -> int:
+    """Cancels the jobs of work in parts, as their folder lists them."""
+    shown, folder = place.shown, place.folder
+    active = [each for each in (parts.submitted(folder, place.destination) if folder else []) if each.active]
+    if not active:
+        raise UsageError(f"{shown}: there is no job to cancel" + ("" if folder else "; name what --logs named"))
+    for each in active:
+        scheduler.cancel_job(each.number)
+        print(f"{shown}: cancelled job {each.number}")
+    print(f"{shown}: submit it again to do what is missing")
+    return 0
+
+
+def cancel_run(run: Path) -> int:
+    """Cancels the run's jobs and prints them."""
     history.check_run(run)
     for row in history.submissions(run)[-1:]:
         if not scheduler.can_ask(row["job"], row.get("host")):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli import AsJson, ConfigFile, Overrides, Restart, Source, Weights, app, main, path_argument
+from pipeline import cli
+from pipeline.cli import AsJson, ConfigFile, Overrides, Restart, Source, Weights, app, main, path_argument, path_option
 
 submit_app = typer.Typer(
-    help="Submit a run to Slurm; its job requeues itself until the run ends.", no_args_is_help=True
+    help="Submit a run to Slurm, whose job requeues itself until it ends, or work on data in parts.",
+    no_args_is_help=True,
 )
 app.add_typer(submit_app, name="submit")
 
@@ -62,16 +66,65 @@ def submit_doctor(config: ConfigFile, overrides: Overrides = None, dry_run: DryR
     raise typer.Exit(submit_doctor(config, overrides or [], dry_run))
 
 
+def _submits(command: Callable[..., None]) -> Callable[..., None]:
+    """The submission of a command of `coatnet data`, whose arguments and options it has beside its own."""
+    theirs = {name: it for name, it in inspect.signature(command, eval_str=True).parameters.items() if name != "part"}
+
+    def submit(
+        context: typer.Context,
+        overrides: Annotated[
+            list[str] | None, typer.Argument(metavar="[slurm.KEY=VALUE]...", help="of each part")
+        ] = None,
+        *,
+        parts: Annotated[int, typer.Option("--parts", min=1, help="how many; the elements of a job array")],
+        logs: Annotated[
+            str | None, path_option("--logs", metavar="FOLDER", help="the jobs' files; default: DST/.slurm")
+        ] = None,
+        dry_run: DryRun = False,
+        **options: Any,
+    ) -> None:
+        from slurm.parts import submit_parts
+
+        words = _as_typed(context, theirs)
+        raise typer.Exit(submit_parts(command.__name__, words, options, overrides or [], parts, logs, dry_run))
+
+    own = list(inspect.signature(submit, eval_str=True).parameters.values())[:-1]
+    both = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*theirs.values(), *own)]
+    submit.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+    submit.__annotations__ = {each.name: each.annotation for each in both}
+    submit.__doc__ = f"`coatnet data {command.__name__}` in parts: a job that plans, and an array of jobs of one task."
+    return submit
+
+
+def _as_typed(context: typer.Context, names: Collection[str]) -> list[str]:
+    """Those of a command's options and arguments that were given, as words of a command line."""
+    options, arguments = [], []
+    for parameter in context.command.params:
+        value = context.params[parameter.name]
+        if parameter.name in names and value != parameter.default:
+            if parameter.param_type_name == "argument":
+                arguments.append(str(value))
+            else:
+                options.append(parameter.opts[0] + ("" if value is True else f"={value}"))
+    return [*options, "--", *arguments]
+
+
+for each in cli.data_app.registered_commands:
+    if each.callback is not None:
+        example = str(each.epilog).replace("coatnet data", "coatnet submit") + " --parts 32"
+        submit_app.command(each.name, epilog=example)(_submits(each.callback))
+
+
 @app.command(epilog="Example: coatnet status runs/")
 def status(
-    runs: Annotated[list[Path], path_argument(metavar="RUN...", help="runs, or a folder of runs")],
+    places: Annotated[list[str], path_argument(metavar="RUN...", help="runs, a folder of runs, or one DST of parts")],
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat every few seconds, until Ctrl-C")] = False,
 ) -> None:
-    """The state of runs: job, step, loss, speed, time left, restarts."""
+    """The state of runs: job, step, loss, speed, time left, restarts; or of data that is prepared in parts."""
     from slurm.status_view import status
 
-    raise typer.Exit(status(runs, as_json, watch))
+    raise typer.Exit(status(places, as_json, watch))
 
 
 @app.command(epilog="Example: coatnet logs runs/a --rank 3 --follow")
@@ -88,11 +141,11 @@ def logs(
 
 
 @app.command(epilog="Example: coatnet cancel runs/a")
-def cancel(run: Run) -> None:
-    """End a run's jobs; it resumes when it is submitted again."""
+def cancel(place: Annotated[str, path_argument(metavar="RUN", help="the run's folder, or DST of parts")]) -> None:
+    """End the jobs of a run, or of parts; submitted again, it goes on where it was."""
     from slurm.cancel import cancel
 
-    raise typer.Exit(cancel(run))
+    raise typer.Exit(cancel(place))
 
 
 if __name__ == "__main__":

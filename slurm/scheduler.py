@@ -32,6 +32,8 @@ TIMEOUT_SECONDS = 60
 RETRY_SECONDS = 10.0
 RETRY_TIMEOUT_SECONDS = 1800.0
 """How long Slurm's controller may be away before a job that needs its answer gives up."""
+_WHOLE = {"SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"}
+"""How Slurm prints: no numbers of an array's elements are left out."""
 _SILENT = ("unable to contact", "socket timed out", "connection refused", "zero bytes were transmitted")
 
 
@@ -61,15 +63,31 @@ def show_job(job_id: str) -> dict[str, str] | None:
     """
     if job_id.startswith(_LOCAL):
         return {"JobId": job_id, "JobState": "RUNNING"} if _is_batch_process(int(job_id.removeprefix(_LOCAL))) else None
-    if not is_installed():
-        return None
-    output = _unless_forgotten("scontrol", "-o", "show", "job", job_id)
-    elements = [parse_record(line) for line in output.splitlines() if line.strip()]
 
     def life(job: dict[str, str]) -> tuple[bool, ...]:
         return job["JobState"] in BUSY, job["JobState"] in WAITING, job.get("NodeList", "(null)") not in ("", "(null)")
 
-    return max(elements, key=life, default=None)  # scontrol lists the newest first
+    return max(_records(job_id), key=life, default=None)  # scontrol lists the newest first
+
+
+def show_elements(job_id: str) -> dict[int, dict[str, str]]:
+    """The record of each element of a job array, by its number; of another job its own as 0; empty if forgotten.
+
+    Those that wait share one record.
+    """
+    records = _records(job_id)
+    return {number: each for each in reversed(records) for number in parse_elements(each.get("ArrayTaskId", "0"))}
+
+
+def parse_elements(text: str) -> list[int]:
+    """The numbers that Slurm writes as 1,5-7,10-20:2%4."""
+    found = re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", text.partition("%")[0])
+    return [n for first, last, step in found for n in range(int(first), int(last or first) + 1, int(step or 1))]
+
+
+def _records(job_id: str) -> list[dict[str, str]]:
+    output = _unless_forgotten("scontrol", "-o", "show", "job", job_id) if is_installed() else ""
+    return [parse_record(line) for line in output.splitlines() if line.strip()]
 
 
 def parse_record(line: str) -> dict[str, str]:
@@ -122,7 +140,7 @@ def run_slurm(*command: str, environment: Mapping[str, str] | None = None) -> st
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, check=False,
-            env={**(environment or outside_jobs(os.environ)), "SLURM_TIME_FORMAT": "standard"},
+            env={**(environment or outside_jobs(os.environ)), **_WHOLE},
         )  # fmt: skip
     except FileNotFoundError:
         raise SlurmUnavailable(f"{command[0]} is not on this machine's PATH: ask from a login node") from None

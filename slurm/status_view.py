@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,27 +20,45 @@ from pipeline.errors import UsageError
 from pipeline.formatting import format_duration, format_number, format_percent, pluralize
 from pipeline.lineage import format_lineage
 from slurm import history
+from slurm.parts_status import Place, find_place, parts_as_lines, read_parts
 from slurm.status import Status, read_runs, runs_of
 
 POLL_SECONDS = 5.0
+View = tuple[list[dict[str, Any]], Group | Table, str | None]
+"""Documents, the same for people, and why Slurm could not be asked."""
 
 
-def status(paths: list[Path], as_json: bool, watch: bool) -> int:
-    """Prints the state of runs, or of a folder's runs; returns the exit status, 1 where Slurm did not answer."""
+def status(names: Sequence[str | Path], as_json: bool, watch: bool) -> int:
+    """Prints the state of runs, of a folder's, or of work in parts; returns the exit status, 1 without Slurm's answer.
+
+    Of one run, and of work in parts, which are shown in detail, the JSON is one object.
+    """
     if as_json and watch:
         raise UsageError("--json prints one document and --watch many lines: leave out one of them")
-    runs, single = runs_of(paths), len(paths) == 1 and history.is_run(paths[0])
+    place = find_place(str(names[0])) if len(names) == 1 else None
+    paths = [Path(each) for each in names]
+    single = place is not None or (len(paths) == 1 and history.is_run(paths[0]))
+    read = partial(_view_of_parts, place) if place else partial(_view_of_runs, runs_of(paths), single)
     if watch:
-        return _watch(runs, single)
-    statuses, problem = read_runs(runs)
+        return _watch(read)
+    documents, shown, problem = read()
     if as_json:
-        documents = [asdict(each) for each in statuses]
         print(json.dumps(documents[0] if single else documents))
     else:
-        _console().print(_render(statuses, single))
+        _console().print(shown)
     if problem:
         print(f"coatnet: {problem}; showing what the runs' folders have", file=sys.stderr)
     return 1 if problem else 0
+
+
+def _view_of_parts(place: Place) -> View:
+    status, problem = read_parts(place)
+    return [asdict(status)], Group(*map(Text, parts_as_lines(status))), problem
+
+
+def _view_of_runs(runs: Sequence[Path], single: bool) -> View:
+    statuses, problem = read_runs(runs)
+    return list(map(asdict, statuses)), _render(statuses, single), problem
 
 
 def as_lines(status: Status) -> list[str]:
@@ -91,13 +111,13 @@ def _render(statuses: Sequence[Status], single: bool) -> Group | Table:
     return table
 
 
-def _watch(runs: Sequence[Path], single: bool) -> int:
+def _watch(read: Callable[[], View]) -> int:
     console = _console()
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                statuses, problem = read_runs(runs)
-                view = Group(_render(statuses, single), Text(problem or ""))
+                _, shown, problem = read()
+                view = Group(shown, Text(problem or ""))
                 if console.is_terminal:
                     live.update(view, refresh=True)
                 else:

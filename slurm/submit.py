@@ -115,7 +115,7 @@ def submission_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".submitting").open("w")
     except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror}; choose a run.dir that can be written") from None
+        raise UsageError(f"{folder}: {error.strerror}; choose a folder that can be written") from None
     with file:
         if not try_lock(file):
             raise UsageError(f"{folder}: another `coatnet submit` is at work there; coatnet status shows its job")

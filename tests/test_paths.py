@@ -142,7 +142,9 @@ def test_a_caches_variable_that_is_not_set_is_an_error_where_the_cache_is_used()
 
 # ------------------------------------------------------------------------------------------------ on the command line
 
-NO_PATHS = {"overrides", "then", "weights", "layout", "crop", "label_field", "cluster", "name", "arguments", "gpu"}
+NO_PATHS = {
+    "overrides", "part", "then", "weights", "layout", "crop", "label_field", "cluster", "name", "arguments", "gpu",
+}  # fmt: skip
 """Parameters of text that are no paths; overrides and `then` are read as configurations."""
 
 

@@ -307,6 +307,11 @@ def _made_up(labels: Collection[str], reading: Reading) -> Sequence[str]:
 # Where to.
 
 
+def folder_of_tars(url: str) -> str:
+    """The innermost folder around the tars that `url` names."""
+    return _common_folder([split_query(tar.url)[0] for tar in find_tars(url)])
+
+
 def _common_folder(urls: Sequence[str]) -> str:
     """The innermost folder around all tars."""
     levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)

@@ -121,7 +121,7 @@ def verify(
     shards = _Shards(read_manifest(url), out or url, sample, seed if sample is not None else 0)
     if part is not None:
         return do_part(shards, part, workers, progress)
-    return shards.report(map_in_threads(shards.do, shards.plan(), workers, progress))
+    return shards.report(map_in_threads(shards.do, range(len(shards.manifest.shards)), workers, progress))
 
 
 def chance_of_missing(samples: int, damaged: int, drawn: int) -> float:
@@ -155,7 +155,10 @@ class _Shards:
         return {name: document.get(name) for name in self.work.request} == self.work.request
 
     def plan(self) -> Sequence[int]:
-        return range(len(self.manifest.shards))
+        count = len(self.manifest.shards)
+        if self.work.plan() is None:
+            self.work.publish_plan(count, images=self.manifest.samples)
+        return range(count)
 
     def is_kept(self, item: int, record: Record) -> bool:
         return True

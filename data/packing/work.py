@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import fsspec
@@ -164,6 +164,13 @@ def open_work(destination: str, name: str, request: Request) -> Work:
     """The work of this request in the folder `name` of a destination."""
     fs, folder = open_fs(destination)
     return Work(fs, join(folder, name), destination, request)
+
+
+def find_work(destination: str, name: str) -> Work | None:
+    """The work in the folder `name` of a destination, of whatever request; None where there is none."""
+    work = open_work(destination, name, {})
+    earlier = work._read(REQUEST)
+    return replace(work, request=earlier["request"]) if earlier and isinstance(earlier.get("request"), dict) else None
 
 
 def describe_difference(earlier: dict[str, Any], request: Request) -> str:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from data.paths import expand
 from pipeline.config.core_yaml import YamlError, read_typed, read_yaml, write_yaml
-from pipeline.config.schema import Config, Section, describe_type, documented_keys, item_type, section_type
+from pipeline.config.schema import Config, Section, Slurm, describe_type, documented_keys, item_type, section_type
 from pipeline.errors import UsageError
 
 CLEARS = {
@@ -57,10 +57,26 @@ def validate(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        # A value that may be of several types has one error for each.
-        messages = dict.fromkeys(_message(each, tree) for each in error.errors())
-        lines = [f"{_override_with(message, overrides) or origin}: {message}" for message in messages]
-        raise UsageError("\n".join(lines)) from None
+        raise UsageError(_explained(error.errors(), tree, origin, overrides)) from None
+
+
+def read_slurm(overrides: Sequence[str]) -> Slurm:
+    """The slurm section by overrides alone, where no run is configured."""
+    tree: dict[str, Any] = {"slurm": {}}
+    for layer, origin in map(_parse_override, overrides):
+        _check_keys(layer, Config, "", origin)
+        _merge(tree, layer)
+    try:
+        return Slurm.model_validate(tree["slurm"])
+    except ValidationError as error:
+        errors = [{**each, "loc": ("slurm", *each["loc"])} for each in error.errors()]
+        raise UsageError(_explained(errors, tree, "slurm", overrides)) from None
+
+
+def _explained(errors: Sequence[Any], tree: dict[str, Any], origin: str, overrides: Sequence[str]) -> str:
+    """A line for each of pydantic's errors: a value that may be of several types has one for each."""
+    messages = dict.fromkeys(_message(each, tree) for each in errors)
+    return "\n".join(f"{_override_with(message, overrides) or origin}: {message}" for message in messages)
 
 
 def _with_paths_expanded(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
