@@ -145,15 +145,16 @@ def pack(
             hold_out(found, holdout, seed, progress)
         return found
 
-    if part and part.number and has_manifests(destination, sets):
-        raise NotLast(f"{destination} has its {MANIFEST} already, so nothing is to do", part, 0)
-    check_destination(source, destination, sets, overwrite)
     lists = {"labels": labels and split_query(labels)[0], "classes": classes and split_query(classes)[0]}
     numbers: Request = {"samples per shard": samples_per_shard, "bytes per shard": bytes_per_shard, "seed": seed}
     options: Request = {"resize": resize, "quality": quality, "holdout": holdout, **lists}
     versions = {"webdataset": importlib.metadata.version("webdataset"), "nvimgcodec": codec.nvimgcodec.__version__}
     request = {"source": split_query(source)[0], **numbers, **options, "format": _FORMAT, **versions}
     work = open_work(destination, PACKING, request)
+    if part and part.number and has_manifests(destination, sets):
+        work.remove()  # whoever finished may have been killed while it did that
+        raise NotLast(f"{destination} has its {MANIFEST} already, so nothing is to do", part, 0)
+    check_destination(source, destination, sets, overwrite)
     if overwrite and part and part.number:
         raise UsageError(f"--overwrite goes with --part 0/{part.of}, which lists anew; the other parts join it")
     if overwrite and not (work.is_current() and is_unfinished(destination, sets)):
