@@ -52,9 +52,9 @@ check: lint
 	$(PYTEST) -n 2 $(NOT_IN_CHECK:%=--ignore tests/%.py)
 	@echo 'make check left out, of make test: $(NOT_IN_CHECK)'
 
-# Three workers for two cores, since much is waiting; a file stays with one, for what it trains once; the longest first.
+# Four workers for two cores, since much is waiting; a file stays with one, for what it trains once; the longest first.
 test: lint
-	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 4 --dist loadfile --no-loadscope-reorder
 
 docs: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= .venv/bin/python -m sphinx -nWEaq -c docs . docs/_build

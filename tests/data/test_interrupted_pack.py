@@ -203,6 +203,7 @@ def test_overwriting_also_resumes_and_never_keeps_old_shards(source, whole, tmp_
     assert files_in(tmp_path / "out") == whole[1]
 
 
+@pytest.mark.torture
 def test_in_s3_an_interrupted_pack_resumes_too(source, tmp_path):
     packed(source, tmp_path, samples_per_shard=10)
     with s3_server() as server:

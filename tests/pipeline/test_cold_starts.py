@@ -17,6 +17,7 @@ from pipeline.checkpoint.reader import checkpoints
 from tests.pipeline.runs import PATIENCE_SECONDS, ROOT, last_step
 
 SCRIPT = Path(sys.executable).parent / "coatnet"
+TORTURE = pytest.mark.torture
 RUN = """{script} pretrain configs/tiny.yaml --procs 2 run.dir={run} train.steps=1 checkpoint.mirror={top}/mirror"""
 
 
@@ -44,15 +45,16 @@ def places(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ("{python} -m pipeline.cli --version", "coatnet 0."),
         ("{python} -m pipeline.cli --show-completion bash", "complete -o default"),
         ("{script} keys", "optim.learning_rate"),
-        ("{script} models", "coatnet_7"),
+        pytest.param("{script} models", "coatnet_7", marks=TORTURE),
         ("{script} bench fault_injection --help", "--faults"),
         ("{script} pretrain configs/tiny.yaml --check", "valid:"),
         ("{python} -m pipeline.cli evaluate {run} --data {digits}/val --json", '"top1"'),
-        ("{script} predict {run} {image}", "%"),
-        ("{script} preview configs/tiny.yaml {top}/sheet.png data.train={digits}/train", "sheet.png"),
+        pytest.param("{script} predict {run} {image}", "%", marks=TORTURE),
+        pytest.param("{script} preview configs/tiny.yaml {top}/sheet.png data.train={digits}/train", "sheet.png",
+                     marks=TORTURE),
         ("{script} export {run} {top}/exported.safetensors", "exported.safetensors"),
-        ("{script} finetune configs/tiny_finetune.yaml --from {run} run.dir={top}/tuned data.train={digits}/train"
-         " data.val=null train.steps=1", "done: 1 steps"),
+        pytest.param("{script} finetune configs/tiny_finetune.yaml --from {run} run.dir={top}/tuned"
+                     " data.train={digits}/train data.val=null train.steps=1", "done: 1 steps", marks=TORTURE),
         ("{script} data pack {digits}/digits/val {top}/packed", "360 samples"),
         ("{script} data index {digits}/val --out {top}/indexed", "360 samples"),
         ("{script} data verify {digits}/val", "360 samples"),

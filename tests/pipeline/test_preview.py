@@ -61,8 +61,7 @@ def trained_on(preset: str, overrides: list[str], positions: range) -> np.ndarra
     return torch.cat(images).numpy()[positions.start : positions.stop]
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("mixup", [0.0, 0.7])
+@pytest.mark.parametrize(("epoch", "mixup"), [(0, 0.7), (1, 0.0)])
 def test_the_pictures_are_those_of_training_to_the_pixel(preset, epoch, mixup):
     overrides, first = [f"augment.mixup={mixup}"], -(-epoch * SAMPLES // 4) * 4
     shown = sheet_items(read_config(preset, overrides), 10, epoch)

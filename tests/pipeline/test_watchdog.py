@@ -333,7 +333,8 @@ def test_a_rank_that_sleeps_forever_is_named_and_the_run_resumes_unchanged(
         assert curve(run) == curve(undisturbed) and last_state(run) == last_state(undisturbed)
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=TORTURE), pytest.param(2, marks=TORTURE)])
+@pytest.mark.torture
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rank_that_waits_for_data_forever_is_named(
     request_of: Callable[..., list[object]], stage: int, tmp_path: Path
 ) -> None:
