@@ -26,7 +26,7 @@ from pipeline.config.schema import Config, documented_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "benchmarks" / "studies"
-RATES = (7e-4, 2e-3, 6e-3)
+RATES = (2e-3, 6e-3, 1.8e-2)
 SWEEP_SEED = 100
 """None of those that are reported."""
 _DECIDE = ("train.precision", "evaluate.crop_fraction", "evaluate.weights")
