@@ -114,12 +114,6 @@ class Catalog(Database):
         """Files that are no images, and why, in the order of their paths."""
         return self.select("SELECT path, reason FROM broken ORDER BY rowid")  # type: ignore[return-value]
 
-    @property
-    def images(self) -> int:
-        """How many images there are."""
-        found = self.first("SELECT COUNT(*) FROM images")
-        return found[0] if found else 0
-
 
 class OuterFolders:
     """Which folders lie around everything that was seen, by their names as compared."""

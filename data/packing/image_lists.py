@@ -33,6 +33,7 @@ CREATE TABLE listed (place BLOB PRIMARY KEY, size INT) WITHOUT ROWID;
 """
 """Rows of the list, with the form of their path that was tried last; files of the folders that were listed."""
 Labelled = Iterator[tuple[Entry, tuple[str, ...]]]
+"""Images with their labels as they are written."""
 
 
 def list_images(storage: Storage, url: str, listed: Callable[[int], None]) -> Labelled:

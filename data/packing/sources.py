@@ -24,7 +24,7 @@ from data.errors import UsageError
 from data.packing.archives import Entry
 from data.packing.catalog import ENTRY, Catalog, Database, to_bytes, to_entry, to_row, to_text
 from data.packing.folders import NEEDED, list_entries
-from data.packing.image_lists import list_images
+from data.packing.image_lists import Labelled, list_images
 from data.packing.keys import Keys
 from data.packing.label_files import LISTS, comparable_path, read_classes, read_labels
 from data.packing.label_reading import Classes, abbreviate, class_names_of, describe_reading
@@ -36,8 +36,6 @@ from data.urls import has_suffix, split_query
 
 _REQUESTS_AT_ONCE = 16
 SUFFIXES = tuple(f".{name}" for name in IMAGES)
-Labelled = Iterator[tuple[Entry, tuple[str, ...]]]
-"""Images with their labels as they are written."""
 
 
 @dataclass(frozen=True)
