@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from webdataset import TarWriter
@@ -58,8 +58,8 @@ from data.storage.remote import Storage
 from data.urls import split_query
 
 QUALITY = 92
-LOOK_AHEAD_BYTES = 2**28
-"""Of images in archives, in so many of the next shards, that are read in the order in which they lie."""
+LOOK_AHEAD_BYTES = 2**27
+"""Of images in archives that are read in the order in which they lie."""
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
 _WRITES_AT_ONCE = 2
 _FORMAT = 1
@@ -234,55 +234,59 @@ def _pack_shards(
     progress: Callable[[int, int], None],
 ) -> None:
     """Writes these shards of a share, each while the next is read."""
+    images = {number: plan["shards"][number][1] for number in share}
+    total = sum(images.values())
+    done = total - sum(images[number] for number in shards)
+    candidates = chain.from_iterable(read_piece(work, plan, number, query) for number in shards)
     with ThreadPoolExecutor(workers) as pool:
-        examined = _examine_all(pool, partial(_examine, *size), work, plan, share, shards, query, workers, progress)
-        for _ in ordered_map(pool, lambda shard: _write_shard(work, plan, *shard), examined, _WRITES_AT_ONCE):
+        examined = _examine_all(
+            pool, partial(_examine, *size), candidates, workers, lambda read: progress(read, total), done
+        )
+        built = (_build_shard(number, plan["shards"][number][0], islice(examined, images[number])) for number in shards)
+        for _ in ordered_map(pool, lambda shard: _write_shard(work, plan, *shard), built, _WRITES_AT_ONCE):
             pass
 
 
 def _examine_all(
     pool: ThreadPoolExecutor,
     examine: Callable[[list[Candidate]], Iterable[Examined]],
-    work: Work,
-    plan: dict[str, Any],
-    share: Sequence[int],
-    shards: Sequence[int],
-    query: str,
+    candidates: Iterable[Candidate],
     workers: int,
-    progress: Callable[[int, int], None],
-) -> Iterator[tuple[int, str, list[Examined]]]:
-    """Number, name and candidates of these shards of a share, read and decoded."""
-    images = {number: plan["shards"][number][1] for number in share}
-    total = sum(images.values())
-    done = total - sum(images[number] for number in shards)
-    progress(done, total)
+    progress: Callable[[int], None],
+    done: int,
+) -> Iterator[Examined]:
+    """The candidates in their order, read and decoded in that of `_as_they_lie`; `done` were before them."""
 
-    def chunks() -> Iterator[list[tuple[int, int, Candidate]]]:
-        pieces = ((number, read_piece(work, plan, number, query)) for number in shards)
-        for window in split_by_size(pieces, _bytes_ahead, None, LOOK_AHEAD_BYTES):
-            lying = [(number, i, each) for number, piece in window for i, each in enumerate(piece)]
-            if len(window) > 1 or window[0][1][0].image.offset is not None:
-                lying.sort(key=lambda each: (each[2].image.url, each[2].image.offset or 0))
-            yield from split_by_size(lying, lambda each: each[2].image.size or 0, _CHUNK_IMAGES, _CHUNK_BYTES)
+    def work_on(chunk: list[tuple[int, Candidate]]) -> list[tuple[int, Examined]]:
+        results = examine([each for _, each in chunk])
+        return [(place, each) for (place, _), each in zip(chunk, results, strict=True)]
 
-    def work_on(chunk: list[tuple[int, int, Candidate]]) -> list[tuple[int, int, Examined]]:
-        results = examine([each for _, _, each in chunk])
-        return [(number, i, each) for (number, i, _), each in zip(chunk, results, strict=True)]
-
-    ready: dict[int, dict[int, Examined]] = {}
-    for number, i, each in chain.from_iterable(ordered_map(pool, work_on, chunks(), 2 * workers)):
-        ready.setdefault(number, {})[i] = each
+    progress(done)
+    chunks = split_by_size(_as_they_lie(candidates), lambda each: _bytes_of(each[1]), _CHUNK_IMAGES, _CHUNK_BYTES)
+    ready: dict[int, Examined] = {}
+    following = 0
+    for read, each in chain.from_iterable(ordered_map(pool, work_on, chunks, 2 * workers)):
+        ready[read] = each
         done += 1
-        progress(done, total)
-        if len(ready[number]) == images[number]:
-            of_shard = ready.pop(number)
-            yield number, plan["shards"][number][0], [of_shard[i] for i in range(images[number])]
+        progress(done)
+        while following in ready:
+            yield ready.pop(following)
+            following += 1
 
 
-def _bytes_ahead(piece: tuple[int, list[Candidate]]) -> int:
-    """What a shard takes of the look-ahead: all where its images are files of their own, which lie nowhere near."""
-    images = [each.image for each in piece[1]]
-    return sum(image.size or 0 for image in images) if images[0].offset is not None else LOOK_AHEAD_BYTES
+def _as_they_lie(candidates: Iterable[Candidate]) -> Iterator[tuple[int, Candidate]]:
+    """The candidates with their places, within a look-ahead in the order in which they lie in their archives."""
+    first = 0
+    for window in split_by_size(candidates, _bytes_of, None, LOOK_AHEAD_BYTES):
+        lying = list(enumerate(window, first))
+        if any(each.image.offset is not None for each in window):
+            lying.sort(key=lambda each: (each[1].image.url, each[1].image.offset or 0))
+        yield from lying
+        first += len(window)
+
+
+def _bytes_of(candidate: Candidate) -> int:
+    return candidate.image.size or 0
 
 
 def _examine(resize: int | None, quality: int, chunk: list[Candidate]) -> Iterator[Examined]:
@@ -299,36 +303,39 @@ def _examine(resize: int | None, quality: int, chunk: list[Candidate]) -> Iterat
 # Writing.
 
 
-def _write_shard(work: Work, plan: dict[str, Any], number: int, name: str, examined: list[Examined]) -> None:
-    """Writes a shard of those samples that decoded, and its record."""
-    good = [each for each in examined if each.picture]
-    bad = [each for each in examined if not each.picture]
-    broken = tuple(BadSample(None, printable(each.candidate.image.path), each.reason) for each in bad)
-    unused = tuple(each.candidate.labels for each in bad)
-    copies = sum(each.candidate.is_copy for each in good)
+def _build_shard(
+    number: int, name: str, examined: Iterable[Examined]
+) -> tuple[int, str, dict[str, bytes], FinishedShard]:
+    """Number, name and files of a shard of those samples that decoded, and what it is."""
+    stream, shapes, bad, copies = io.BytesIO(), [], [], 0
+    with TarWriter(stream, encoder=False, mtime=0) as tar:  # any other mtime makes other bytes each time
+        for candidate, encoded, picture, reason in examined:
+            if picture is None:
+                bad.append((candidate.labels, BadSample(None, printable(candidate.image.path), reason)))
+                continue
+            tar.write({"__key__": candidate.key, picture.kind: encoded, candidate.label[0]: candidate.label[1]})
+            shapes.append((picture.height, picture.width))
+            copies += candidate.is_copy
+    left_out = tuple(each for _, each in bad), tuple(labels for labels, _ in bad)
+    if not shapes:
+        return number, name, {}, FinishedShard(None, 0, *left_out, copies)
+    contents = stream.getvalue()
+    samples = index_tar(contents)
+    if len(samples) != len(shapes):
+        raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(shapes)}")
+    table = table_bytes(sample_table(contents, samples, shapes, FLAG_DECODED))
+    index = index_bytes(samples)
+    shard = Shard(f"{name}.tar", len(samples), len(contents), "", *shard_checksums(table))
+    files = {".npy": table, ".idx": index, ".tar": contents}
+    return number, name, files, FinishedShard(shard, len(index), *left_out, copies)
+
+
+def _write_shard(
+    work: Work, plan: dict[str, Any], number: int, name: str, files: dict[str, bytes], done: FinishedShard
+) -> None:
     if not work.is_current():
         raise DataError(f"{work.url}: another process has finished this pack or begun it anew; nothing more is written")
-    if not good:
-        return write_shard(work, plan, number, name, {}, FinishedShard(None, 0, broken, unused, copies))
-    tar = _tar(good)
-    samples = index_tar(tar)
-    if len(samples) != len(good):
-        raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(good)}")
-    shapes = [(each.picture.height, each.picture.width) for each in good if each.picture]
-    table = table_bytes(sample_table(tar, samples, shapes, FLAG_DECODED))
-    index = index_bytes(samples)
-    shard = Shard(f"{name}.tar", len(samples), len(tar), "", *shard_checksums(table))
-    done = FinishedShard(shard, len(index), broken, unused, copies)
-    write_shard(work, plan, number, name, {".npy": table, ".idx": index, ".tar": tar}, done)
-
-
-def _tar(samples: Iterable[Examined]) -> bytes:
-    stream = io.BytesIO()
-    with TarWriter(stream, encoder=False, mtime=0) as tar:  # any other mtime makes other bytes each time
-        for candidate, encoded, picture, _ in samples:
-            if picture:
-                tar.write({"__key__": candidate.key, picture.kind: encoded, candidate.label[0]: candidate.label[1]})
-    return stream.getvalue()
+    write_shard(work, plan, number, name, files, done)
 
 
 # What came of it.
