@@ -136,7 +136,7 @@ def training_set(
 ) -> tuple[Manifest, Order]:
     """The training set and its order; UsageError where it is missing, or not what the configuration states."""
     manifest = _manifest(config, config.data.train, "data.train", storage, read)
-    _check_stated(config, manifest)
+    check_stated(config, manifest)
     samples = manifest.shards.samples
     return manifest, Order(config.run.seed, samples, config.train.global_batch, config.data.shuffle_window)
 
@@ -174,7 +174,8 @@ def _manifest(config: Config, url: str, key: str, storage: Storage, read: ReadMa
         raise UsageError(f"{key}={url}: {error}{without}") from None
 
 
-def _check_stated(config: Config, train: Manifest) -> None:
+def check_stated(config: Config, train: Manifest) -> None:
+    """UsageError where the configuration states other classes or samples than the training set has."""
     wrong = {
         key: f"{found} {what} ({key} is {stated})"
         for key, stated, found, what in (

@@ -322,9 +322,7 @@ def _common_folder(urls: Sequence[str]) -> str:
 
 
 def _holds_manifest(destination: str) -> bool:
-    fs, folder = open_fs(destination)
-    place = join(folder, MANIFEST)
-    return Storage().with_retries("read", destination, lambda: fs.exists(place))
+    return Storage().exists(join(destination, MANIFEST))
 
 
 def _complete(destination: str) -> Report:

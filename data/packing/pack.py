@@ -353,8 +353,8 @@ def _finish(
         if left and part == WHOLE:
             raise DataError(f"{left} shards of {work.url} were taken away while it was packed; pack again")
         share = part.share(plan["items"]) if part.number else everything
-        images = f"{sum(plan['shards'][number][1] for number in share):,} images"
-        done_now = f"{len(share)} shards of {images} done" if part.number else f"the plan is there, of {images}"
+        images = f"images: {sum(plan['shards'][number][1] for number in share):,}"
+        done_now = f"shards done: {len(share)}, {images}" if part.number else f"the plan is there, {images}"
         raise NotLast(f"{done_now}; {left} of {plan['items']} shards to go", part, left)
     sets_of = {number: name.partition("shard-")[0] for number, (name, _) in enumerate(plan["shards"])}
     written = {name: [done[n].shard for n in range(plan["items"]) if sets_of[n] == name] for name in sets}

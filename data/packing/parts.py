@@ -114,7 +114,7 @@ def _go_on(items: Items[Result], part: Part | None, workers: int, progress: Call
             to_go = found.items
     if part is None:
         raise DataError(f"{work.url}: {to_go} of {len(numbers)} were changed meanwhile; run the same command again")
-    done_now = f"{len(share)} shards done" if part.number else "the plan is there"
+    done_now = f"shards done: {len(share)}" if part.number else "the plan is there"
     raise NotLast(f"{done_now}; {to_go} of {len(numbers)} shards to go", part, to_go)
 
 

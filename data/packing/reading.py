@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from data.errors import DataError
 from data.packing.archives import DamagedMember, Entry, unzip
-from data.shards.tar_index import printable
 from data.storage.ranged_file import NEAR_BYTES
-from data.storage.remote import ByteSource
+from data.storage.remote import ByteSource, NotFound
 
 
 def read_image(storage: ByteSource, image: Entry) -> bytes:
@@ -57,8 +56,8 @@ def _read(storage: ByteSource, run: list[Entry]) -> list[bytes]:
     begin, end = (None, None) if whole else (_begin(first), _end(last))
     try:
         contents = storage.read(first.url, begin, end)
-    except DataError as error:
-        raise DataError(f"{printable(first.path)} cannot be read: {error}") from error
+    except NotFound as error:
+        raise DataError(f"{error}; it was there when listed: pack again, with --overwrite") from error
     start = _begin(first)
     return [contents] if whole else [contents[_begin(each) - start : _end(each) - start] for each in run]
 

@@ -183,6 +183,9 @@ def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
     try:
         file = storage.open(place)
     except NotFound:
+        inside = join(url, "train")
+        if storage.exists(join(inside, MANIFEST)):
+            raise NoManifest(f"{place} does not exist; there are two sets: {inside} and {join(url, 'val')}") from None
         raise NoManifest(
             f"{place} does not exist; `coatnet data pack` makes shards with a manifest, `coatnet data index` one for"
             " shards that are there already"

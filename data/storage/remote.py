@@ -118,6 +118,11 @@ class Storage:
         """The bytes of a file; NotFound where there is none, DataError where its server does not say."""
         return known_size(url, self.info(url))
 
+    def exists(self, url: str) -> bool:
+        """Whether a file or folder is there."""
+        fs, path = open_fs(url)
+        return self.with_retries("found", url, lambda: fs.exists(path))
+
     def info(self, url: str) -> dict[str, Any]:
         """What the file system says of a file or folder; NotFound where there is none."""
         fs, path = open_fs(url)

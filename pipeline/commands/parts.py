@@ -7,7 +7,7 @@ from typing import Any
 
 from data.packing.work import Part, find_work
 from data.shards.manifest import MANIFEST, read_manifest
-from data.storage.remote import Storage, open_fs
+from data.storage.remote import DEFAULT
 from data.urls import join
 from pipeline.errors import UsageError
 
@@ -36,7 +36,9 @@ class Progress:
 
 def read_progress(destination: str, command: str | None = None) -> Progress:
     """How far a command's work is, by its notes; None: of any command. No record is read, only their names."""
-    is_packed = command != "verify" and any(_is_there(place, MANIFEST) for place in _sets(destination, "", "val"))
+    is_packed = command != "verify" and any(
+        DEFAULT.exists(join(place, MANIFEST)) for place in _sets(destination, "", "val")
+    )
     for name in [command] if command else DOING:
         if is_packed and name != "verify":  # what there is of its notes is left over
             continue
@@ -47,10 +49,14 @@ def read_progress(destination: str, command: str | None = None) -> Progress:
         left = frozenset(range(plan["items"])) - work.numbers()
         return Progress(DOING[name], plan["items"], left, plan.get("images"))
     if command == "verify":
-        return Progress("done" if _is_there(destination, "verified.json") else "nothing")
+        return Progress("done" if DEFAULT.exists(join(destination, "verified.json")) else "nothing")
     if not is_packed:
         return Progress("nothing")
-    sets = [read_manifest(place) for place in _sets(destination, "", "train", "val") if _is_there(place, MANIFEST)]
+    sets = [
+        read_manifest(place)
+        for place in _sets(destination, "", "train", "val")
+        if DEFAULT.exists(join(place, MANIFEST))
+    ]
     return Progress("done", sum(len(each.shards) for each in sets), images=sum(each.samples for each in sets))
 
 
@@ -77,8 +83,3 @@ def check_request(command: str, options: dict[str, Any]) -> str:
 def _sets(destination: str, *names: str) -> list[str]:
     """Where sets may be: in a destination itself, or, with images held out, in two folders, of which val is last."""
     return [join(destination, name) if name else destination for name in names]
-
-
-def _is_there(folder: str, name: str) -> bool:
-    fs, path = open_fs(join(folder, name))
-    return Storage().with_retries("found", folder, lambda: fs.exists(path))

@@ -19,7 +19,7 @@ from pipeline.distributed.environment import is_first_process, is_rank, local_wo
 from pipeline.distributed.launcher import launch
 from pipeline.errors import UsageError
 from pipeline.monitoring.wandb import check_wandb
-from pipeline.plan import Plan, ReadManifest, check_ranks, make_plan, readable_manifest
+from pipeline.plan import Plan, ReadManifest, check_ranks, check_stated, make_plan, readable_manifest
 from pipeline.run.lock import check_folder, wait_for_holder
 from pipeline.run.restart import next_place, set_aside
 
@@ -153,6 +153,8 @@ def check_config(config: Config, procs: int, quiet: bool = False, likely_classes
     check_mirror(Path(config.run.dir), config.checkpoint.mirror)
     check_wandb(config.log.wandb)
     train = None if quiet else readable_manifest(config.data.train)
+    if train:
+        check_stated(config, train)
     known_classes = config.model.classes or (len(train.classes) if train else None)
     classes = known_classes or likely_classes or 1000
     counts = count_model(config.model, config.train, classes)

@@ -41,7 +41,10 @@ def against_plan(record: RunRecord) -> AgainstPlan:
     if device is None:
         raise UsageError(f"nothing is known of a device {name}")
     per_node = record.config.slurm.gpus_per_node or min(8, ranks)
-    rates, measured = calibrated([record.run], device, per_node) if device is CPU else (Rates(), set[str]())
+    try:
+        rates, measured = calibrated([record.run], device, per_node) if device is CPU else (Rates(), set[str]())
+    except UsageError:
+        raise UsageError("a CPU's speed is that of the run's own steps; its last attempt has less than ten") from None
     request = Request(name, device, ranks, per_node, classes, record.samples, None, None, None)
     plan = run_costs(record.config, request, rates, measured)
     return AgainstPlan(_basis(device is CPU, plan["assumed"]), _rows(record, steps, plan, device is CPU))
