@@ -170,9 +170,9 @@ def pack(
     shards = [number for number in share if number not in kept]
     try:
         _pack_shards(work, plan, share, shards, split_query(source)[1], (resize, quality or QUALITY), workers, progress)
-    except DataError:
+    except DataError as error:
         if not has_manifests(destination, sets):  # else a twin of this part was faster
-            raise
+            raise error if work.is_current() else _overtaken(work) from error
     return _finish(work, plan, part, sets, kept)
 
 
@@ -334,8 +334,12 @@ def _write_shard(
     work: Work, plan: dict[str, Any], number: int, name: str, files: dict[str, bytes], done: FinishedShard
 ) -> None:
     if not work.is_current():
-        raise DataError(f"{work.url}: another process has finished this pack or begun it anew; nothing more is written")
+        raise _overtaken(work)
     write_shard(work, plan, number, name, files, done)
+
+
+def _overtaken(work: Work) -> DataError:
+    return DataError(f"{work.url}: another process has finished this pack or begun it anew; nothing more is written")
 
 
 # What came of it.

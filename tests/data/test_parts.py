@@ -69,8 +69,7 @@ def check_parts(kind: tuple[Path, dict[str, Any], PackReport, Path], destination
     assert files_in_all(destination) == files_in_all(folder)
 
 
-@pytest.mark.parametrize("of", [1, 3, 8])
-@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(("kind", "of"), [(0, 1), (0, 8), *((kind, 3) for kind in range(5))])
 def test_any_number_of_parts_makes_the_bytes_of_one_pack(kinds, kind, of, tmp_path):
     parts = [f"{number}/{of}" for number in range(1, of + 1)]
     random.Random(10 * of + kind).shuffle(parts)

@@ -203,7 +203,7 @@ def test_parts_that_come_as_they_like_report_what_a_single_verify_reports(harmed
 
 
 def test_parts_of_a_set_that_changed_meanwhile_are_refused_and_others_begin_again_when_all_is_done(copy):
-    with pytest.raises(NotLast, match="part 1 of 2: 3 shards done; 2 of 5 shards to go"):
+    with pytest.raises(NotLast, match="part 1 of 2: shards done: 3; 2 of 5 shards to go"):
         verified(copy, part=Part(1, 2))
     one_class_less(copy)
     with pytest.raises(

@@ -43,7 +43,6 @@ def places(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     [
         ("{script} --help", "preview"),
         ("{python} -m pipeline.cli --version", "coatnet 0."),
-        ("{python} -m pipeline.cli --show-completion bash", "complete -o default"),
         ("{script} keys", "optim.learning_rate"),
         pytest.param("{script} models", "coatnet_7", marks=TORTURE),
         ("{script} bench fault_injection --help", "--faults"),

@@ -136,6 +136,7 @@ def without_rights_of_root(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*prefix, *command(*arguments)], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
+@pytest.mark.torture
 def test_what_can_neither_be_removed_nor_written_ends_no_run(digits: Path, tmp_path: Path) -> None:
     """A protected checkpoint, a leftover that stays, files of others, no logs, and a folder that takes no curves."""
     run = tmp_path / "run"
@@ -200,7 +201,8 @@ def test_records_that_a_full_disk_refused_are_written_whole_later(
 # ----------------------------------------------------------------------------------------------------------- the mirror
 
 
-@pytest.mark.parametrize("end", ["finished", pytest.param("interrupted", marks=pytest.mark.torture)])
+@pytest.mark.torture
+@pytest.mark.parametrize("end", ["finished", "interrupted"])
 def test_a_mirror_that_hangs_does_not_fail_a_run_that_ends(end: str, digits: Path, tmp_path: Path) -> None:
     """For longer than a collective may take; a pipe that nobody writes to, for a file system that does not answer."""
     run, timeout = tmp_path / "run", 5

@@ -168,6 +168,7 @@ def is_open(port: int) -> bool:
     return False
 
 
+@pytest.mark.torture
 def test_neither_a_lost_terminal_nor_a_reader_that_ends_touches_a_run_under_nohup(
     undisturbed: Path, request_of: Callable[..., list[object]], tmp_path: Path
 ) -> None:
