@@ -8,15 +8,12 @@ import pytest
 
 from benchmarks.fault_injection import FAULTS, campaign, draw_faults, table
 
-SHORT = ["killed while saving"]
-"""It meets a run that stays on two ranks; in torture others meet one that changes them."""
+SHORT = ["killed while saving", "a rank frozen"]
+"""The first meets a run that stays on two ranks, the second one that changes from two to one."""
 
 
-@pytest.mark.parametrize(
-    "faults",
-    [SHORT, pytest.param(draw_faults(100, 0), marks=pytest.mark.torture)],
-    ids=["short", "long"],
-)
+@pytest.mark.torture
+@pytest.mark.parametrize("faults", [SHORT, draw_faults(100, 0)], ids=["short", "long"])
 def test_every_fault_is_survived(faults: list[str], tmp_path: Path) -> None:
     outcomes = campaign(tmp_path, faults, seed=0)
     told = "\n".join(table(outcomes))
