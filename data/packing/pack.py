@@ -46,6 +46,7 @@ from data.packing.resume import (
     finished_shards,
     has_manifests,
     is_unfinished,
+    take_back,
     write_shard,
 )
 from data.packing.sources import Source, check_empty_classes, list_source
@@ -185,6 +186,7 @@ def _planned(
     except UsageError:
         if plan is None:
             work.remove()  # it is no pack, and would keep others out
+            take_back(work.url, sets)
         raise
     if plan is not None and plan["listing"] == fingerprint_of(found):
         return plan

@@ -82,6 +82,14 @@ def clear(destination: str, sets: Sequence[str]) -> None:
         raise UsageError(f"{destination} cannot be written: {error}") from error
 
 
+def take_back(destination: str, sets: Sequence[str]) -> None:
+    """Removes the folders that `clear` made, if nothing is in them."""
+    fs, folder = open_fs(destination)
+    for name in (*sets, "") if isinstance(fs, LocalFileSystem) else ():
+        with suppress(OSError):
+            os.rmdir(inside(folder, name))
+
+
 def write_shard(
     work: Work, plan: dict[str, Any], number: int, name: str, files: dict[str, bytes], done: FinishedShard
 ) -> None:
