@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 LONGEST = [
     "test_end_to_end", "test_saving", "test_jobs", "test_zero", "test_damaged_files", "test_watchdog",
     "test_documents", "test_replay", "test_cold_starts", "test_guards", "test_storage", "test_attempts",
-    "test_mirror", "test_stops", "test_schedules", "test_restore", "test_without_submit", "test_launch",
+    "test_mirror", "test_stops", "test_schedules", "test_restore", "test_launch",
     "test_rank_doctor", "test_checkpoint", "test_ablations", "test_benchmarks", "test_interrupted_pack", "test_index",
     "test_compiled", "test_forked", "test_report",
 ]  # fmt: skip

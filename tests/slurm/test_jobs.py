@@ -284,6 +284,7 @@ def test_what_the_cluster_can_never_provide_is_refused_at_submission(
     assert cluster.run("squeue", "-h", "-n", "coatnet-run") == ""
 
 
+@pytest.mark.torture
 def test_a_job_gets_the_same_environment_inside_another_as_outside(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:

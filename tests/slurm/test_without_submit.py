@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import pytest
+
 from pipeline.distributed.launcher import module_command
 from tests.cluster.slurm import Cluster
 from tests.pipeline.runs import ROOT, events
 
 
+@pytest.mark.torture
 def test_only_the_tasks_of_srun_are_ranks(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     """A batch script of four tasks, the shell of two, and a step; `script` gives srun the terminal that --pty takes."""
     data = [f"data.train={digits}/train", "data.val=null", "train.steps=1", "train.micro_batch=16"]
