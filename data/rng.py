@@ -80,9 +80,11 @@ def uint32s(
     return philox(counters.reshape(-1, 4), key).reshape(*counters.shape[:-2], 4 * blocks)[..., :count]
 
 
-def uint64s(seed: int, purpose: Stream, index: ArrayLike, count: int, epoch: ArrayLike = 0) -> NDArray[np.uint64]:
+def uint64s(
+    seed: int, purpose: Stream, index: ArrayLike, count: int, epoch: ArrayLike = 0, first_block: int = 0
+) -> NDArray[np.uint64]:
     """64 random bits each: [count] or [n, count], two words a number, the low half first."""
-    pairs = uint32s(seed, purpose, index, 2 * count, epoch).astype(np.uint64)
+    pairs = uint32s(seed, purpose, index, 2 * count, epoch, first_block).astype(np.uint64)
     return pairs[..., 0::2] | pairs[..., 1::2] << _HALF
 
 

@@ -88,10 +88,12 @@ Crop = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
 Part = Annotated[
-    str | None, typer.Option(metavar="I/N", help="do part I of N, others elsewhere at any time; 0/N: the plan alone")
+    str | None,
+    typer.Option(
+        metavar="i/N", help="do part i of N on any machine, i from 1; 0/N plans; whichever ends last finishes"
+    ),
 ]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
-PART = "do part i of N on any machine, i from 1; 0/N plans; whichever ends last finishes"
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
@@ -396,7 +398,7 @@ def index(
         str | None,
         typer.Option(metavar="NAME", help="labels: a field of .json, e.g. meta.label, or a part, .txt; default: .cls"),
     ] = None,
-    part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,
+    part: Part = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="threads, a tar each; default: 16, with --decode one a processor")
     ] = None,
@@ -416,7 +418,7 @@ def verify(
         typer.Option(metavar="FRACTION", help="read this drawn share of samples; no others, nor the tars' headers"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of what --sample draws")] = 0,
-    part: Annotated[str | None, typer.Option(metavar="i/N", help=PART)] = None,
+    part: Part = None,
     out: Annotated[
         str | None, path_option(metavar="FOLDER", help="with --part: notes and verified.json; default: URL")
     ] = None,

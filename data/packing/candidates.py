@@ -185,8 +185,7 @@ def _draws(seed: int) -> Callable[[int], int]:
         if block not in held:
             held.clear()
             first = block * _DRAWS_AT_ONCE // 2  # a group of four words is two numbers
-            words = rng.uint32s(seed, rng.Stream.PACK, 0, 2 * _DRAWS_AT_ONCE, first_block=first).astype("u8")
-            held[block] = ordered_as_signed(words[0::2] | words[1::2] << 32)
+            held[block] = ordered_as_signed(rng.uint64s(seed, rng.Stream.PACK, 0, _DRAWS_AT_ONCE, first_block=first))
         return held[block][place]
 
     return draw

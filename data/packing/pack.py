@@ -134,7 +134,7 @@ def pack(
     With `holdout`, that share of each class goes to `destination`/val and the rest to `destination`/train, images of
     equal bytes to the same set. `progress(done, total)` counts image files, and before that the reads that compare
     them; `listed(count)` what the listing finds. A `part` takes the listing that is kept there, or makes it, and does
-    its share of the shards; whichever finds all of them done writes the manifests, and others end with NotLast.
+    its share of the shards; the one that finds all of them done writes the manifests, and others end with NotLast.
     UsageError where source, destination or numbers cannot be; DataError where reading or writing fails.
     """
     _check_numbers(samples_per_shard, bytes_per_shard, seed, workers, resize, quality, holdout)
@@ -153,7 +153,7 @@ def pack(
     request = {"source": split_query(source)[0], **numbers, **options, "format": _FORMAT, **versions}
     work = open_work(destination, PACKING, request)
     if part and part.number and has_manifests(destination, sets):
-        work.remove()  # whoever finished may have been killed while it did that
+        work.remove()  # the part that finished may have been killed while it did that
         raise NotLast(f"{destination} has its {MANIFEST} already, so nothing is to do", part, 0)
     check_destination(source, destination, sets, overwrite)
     if overwrite and part and part.number:

@@ -1,6 +1,6 @@
-"""One part's share of a piece of work, and the end of it by whoever finds all items done.
+"""One part's share of a piece of work, and the end of it by the part that finds all items done.
 
-A part that was killed goes on where it was. One that is run beside others of the same request, a stale twin among them,
+A part that was killed resumes where it was. One that is run beside others of the same request, a stale twin among them,
 writes what they write, and two that finish at once publish the same. One that finds the result published changes
 nothing, and takes away what it may have left.
 """

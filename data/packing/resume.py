@@ -21,7 +21,7 @@ from data.errors import DataError, UsageError
 from data.packing.work import Work, list_folder
 from data.shards.manifest import MANIFEST, BadSample, Shard, write_manifest
 from data.shards.sample_table import HEADER_BYTES, ROW
-from data.storage.remote import open_fs, write_file
+from data.storage.remote import DEFAULT, open_fs, write_file
 from data.urls import join
 
 PACKING = ".packing"
@@ -54,9 +54,9 @@ def check_destination(source: str, destination: str, sets: Sequence[str], overwr
             )
         if fs.isfile(place):
             raise UsageError(f"{inside(destination, name)} is a file; the destination must be a folder")
-    if overwrite or is_unfinished(destination, sets):
-        return
-    for name in files_of(destination, sets):
+    names = files_of(destination, sets)
+    is_unfinished = PACKING in names and sets[-1] + MANIFEST not in names
+    for name in () if overwrite or is_unfinished else names:
         if _is_shard(name) or name.rpartition("/")[2] == MANIFEST:
             place = inside(folder, name.rpartition("/")[0])
             raise UsageError(f"{place} holds shards already; pack elsewhere, or with --overwrite to replace them")
@@ -64,18 +64,16 @@ def check_destination(source: str, destination: str, sets: Sequence[str], overwr
 
 def is_unfinished(destination: str, sets: Sequence[str]) -> bool:
     """Whether a pack is under way there, or ended early."""
-    names = files_of(destination, sets)
-    return PACKING in names and sets[-1] + MANIFEST not in names
+    return DEFAULT.exists(join(destination, PACKING)) and not DEFAULT.exists(_manifest_of(destination, sets[-1]))
 
 
 def clear(destination: str, sets: Sequence[str]) -> None:
     """Takes away what makes an earlier pack a whole set, and makes the folders; UsageError where that is impossible."""
     fs, folder = open_fs(destination)
-    sizes = files_of(destination, sets)
     try:
-        for name in (place + MANIFEST for place in _places(sets)):
-            if name in sizes:
-                fs.rm_file(join(folder, name))
+        for name in _places(sets):
+            if DEFAULT.exists(_manifest_of(destination, name)):
+                fs.rm_file(_manifest_of(folder, name))
         for name in sets:
             fs.makedirs(inside(folder, name), exist_ok=True)
     except Exception as error:  # the back ends' exceptions share no base class
@@ -131,8 +129,11 @@ def commit(work: Work, classes: Sequence[str], written: Mapping[str, list[Shard]
 
 def has_manifests(destination: str, sets: Sequence[str]) -> bool:
     """Whether all sets are whole."""
-    names = files_of(destination, sets)
-    return all(name + MANIFEST in names for name in sets)
+    return all(DEFAULT.exists(_manifest_of(destination, name)) for name in sets)
+
+
+def _manifest_of(destination: str, name: str) -> str:
+    return join(inside(destination, name), MANIFEST)
 
 
 def _remove(destination: str, sets: Sequence[str], is_stale: Callable[[re.Match[str]], bool]) -> None:

@@ -1,12 +1,12 @@
 """Work that processes on many machines share: numbered items, of which part i of n does those from i - 1 on by n.
 
-    DST/.packing/request.json   what was asked for: whoever asks for anything else is refused
+    DST/.packing/request.json   the request: parts with another one are refused
     DST/.packing/plan.json      {"items": N, ...}, what there is to do; written when the whole plan is there
     DST/.packing/000012.json    item 12 is done, and what came of it; written when its files are on the disk
 
 Nobody waits for another or takes a lock, which object stores do not have: a file is there whole or not at all, and the
 same request gives the same bytes. So a part may be killed, run twice, or beside a stale twin of itself. What has its
-record is kept, what has none is made again, and whoever finds the last item done finishes the work. Plan and records
+record is kept, what has none is made again, and the part that finds no item left finishes the work. Plan and records
 carry the digest of the request that they are of; others are passed over.
 """
 
@@ -80,7 +80,7 @@ class Work:
     def join(
         self, restart: bool, elsewhere: str = "write elsewhere", anew: str = "with --overwrite to begin again"
     ) -> None:
-        """Begins the work, or goes on with it; UsageError where that of another request is there, unless `restart`.
+        """Begins the work, or joins it; UsageError where that of another request is there, unless `restart`.
 
         `elsewhere` and `anew` are what its message has to offer.
         """
@@ -183,14 +183,10 @@ def describe_difference(earlier: dict[str, Any], request: Request) -> str:
 
 def list_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
     """What lies in a folder; nothing where there is none, since object stores have no empty folders."""
-
-    def ask() -> list[dict[str, Any]]:
-        try:
-            return fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            return []
-
-    return Storage().with_retries("listed", folder, ask)
+    try:
+        return Storage().list_folder(fs, folder)
+    except NotFound:
+        return []
 
 
 def remove_folder(fs: fsspec.AbstractFileSystem, folder: str) -> None:
