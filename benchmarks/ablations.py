@@ -39,6 +39,7 @@ from benchmarks.study_speed import images_per_second
 from benchmarks.study_table import table
 from data.packing.pack import pack
 from pipeline.distributed.launcher import COATNET
+from pipeline.errors import UsageError
 from pipeline.run.jsonl import append_row, read_lines, read_metrics
 from pipeline.training.model import count_model
 
@@ -160,8 +161,11 @@ def _rounded(value: float | None) -> float | None:
 
 def train_again(bench: Bench, plans: Sequence[Plan], ids: Sequence[str]) -> bool:
     """Trains what is on record again, and prints whether each has the same losses to the bit; whether all have."""
-    known = {each.id: each for plan in plans for rates in plan.sweep().values() for each in rates.values()}
-    known |= {each.id: each for plan in plans for each in plan.trainings(bench.records).values()}
+    known = {each.id: each for plan in plans for each in plan.on_record(bench.records)}
+    if unknown := set(ids) - known.keys():
+        raise UsageError(
+            f"--again {' '.join(sorted(unknown))}: no training of these studies, images and seeds is on record so"
+        )
     same = {each: losses_hash(bench.train(known[each], "again")) == bench.records[each]["losses"] for each in ids}
     for each, is_same in same.items():
         print(f"{known[each].name}: {'the same losses to the bit' if is_same else 'OTHER losses'} as on record")
@@ -172,7 +176,9 @@ def train_again(bench: Bench, plans: Sequence[Plan], ids: Sequence[str]) -> bool
 
 
 def cifar10(train: Path, val: Path, folder: Path) -> Images:
-    """CIFAR-10 in its shares, packed below a folder."""
+    """CIFAR-10 in its shares, packed below a folder, other tars apart."""
+    digests = [hashlib.sha256(archive.read_bytes()).hexdigest()[:6] for archive in (train, val)]
+    folder = folder / "-".join(digests)
     for share, each in SHARES.items():
         pack_share(train, folder / f"train-{share}", each)
     pack_share(val, folder / "val", None)
@@ -184,11 +190,15 @@ def pack_share(archive: Path, folder: Path, each: int | None) -> None:
     if (folder / "manifest.json").exists():
         return
     images = folder.with_name(f"{folder.name}-images")
+    if not tarfile.is_tarfile(archive):
+        raise UsageError(f"{archive}: no tar; benchmarks/README.md says how it is made")
     with tarfile.open(archive) as tar:
         of_class = defaultdict(list)
         for member in tar:
             if member.isfile():
-                of_class[Path(member.name).parts[-2]].append(member)
+                of_class[Path(member.name).parent.name].append(member)
+        if not of_class or "" in of_class:
+            raise UsageError(f"{archive}: not class folders of images; benchmarks/README.md says how it is made")
         for name, members in of_class.items():
             for member in sorted(members, key=lambda member: member.name)[:each]:
                 content = tar.extractfile(member)
@@ -215,8 +225,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds from 0 on")
     parser.add_argument("--steps", type=int, help="a short form: so many steps each")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="trainings side by side")
-    parser.add_argument("--again", nargs="+", metavar="ID", help="train these again, and compare")
+    parser.add_argument("--again", nargs="+", metavar="ID", help="train these lines of the record again, and compare")
     options = parser.parse_args()
+    for name in ("seeds", "steps", "workers"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: at least 1")
     out = options.out.resolve()
     images, bench = cifar10(options.train, options.val, out / "images"), Bench(out, new_process, options.workers)
     more = {"train.steps": options.steps, "optim.warmup_steps": 1} if options.steps else {}

@@ -177,6 +177,12 @@ class Plan:
             for seed, stage, variant in product(self.seeds, self.study.stages, self.study.variants)
         }
 
+    def on_record(self, records: Mapping[str, Record]) -> list[Training]:
+        """All trainings of the study that have a record; of those that are reported none before all sweeps are."""
+        swept = [each for rates in self.sweep().values() for each in rates.values()]
+        reported = self.trainings(records).values() if all(each.id in records for each in swept) else ()
+        return [each for each in (*swept, *reported) if each.id in records]
+
     def _training(self, variant: str, stage: str, seed: int, rate: float) -> Training:
         facts = self.study.stages[stage]
         keys = {"optim.learning_rate": rate, **self.study.variants[variant], **facts.keys, **self.more}
