@@ -39,7 +39,7 @@ EXTENSIONS = {
 }
 """Of a shard's member, by nvImageCodec's name of the format."""
 MOST_PIXELS = 2**28
-_DAMAGED = "does not decode: truncated or damaged"
+_DAMAGED = "cannot be decoded: truncated or damaged"
 _PILLOWS = {"pnm": "PPM", "jpeg2k": "JPEG2000"}
 _CODESTREAM = b"\xff\x4f\xff\x51"
 _SIGNATURES = {
@@ -114,7 +114,7 @@ def examine(encoded: bytes) -> Picture:
     """Kind and size of an image that training decodes as it is; Undecodable with the reason for any other bytes."""
     decoded = _decode(encoded)
     if decoded.variant:
-        raise Undecodable(f"training does not decode {decoded.variant}; `coatnet data pack` makes a PNG of it")
+        raise Undecodable(f"training cannot decode {decoded.variant}; `coatnet data pack` converts it to PNG")
     return decoded.picture
 
 
@@ -167,14 +167,14 @@ def _decode(encoded: bytes) -> _Decoded:
     stream = _stream(codec, encoded, image)
     if stream is None:
         pixels = _pillows_pixels(image, None) if pixels is None else pixels
-        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec does not read")
+        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec cannot read")
     if codec == "png":
         _check_sums(image)
     decoded = codec_of_thread("Decoder").decode(stream, params=_UPRIGHT)
     if pixels is None and decoded is None:
         raise Undecodable(_DAMAGED)
     if pixels is not None and (decoded is None or _differ(decoded, pixels)):
-        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec decodes otherwise than Pillow")
+        return _Decoded(kind, pixels, f"a {kind} that nvImageCodec and Pillow decode differently")
     return _Decoded(kind, decoded, None)
 
 
@@ -195,7 +195,7 @@ def _codec(encoded: bytes) -> str:
     named += [name for signature, name in _UNSUPPORTED.items() if encoded.startswith(signature)]
     if named:
         raise Undecodable(f"{named[0]} is not supported; convert it to JPEG or PNG")
-    raise Undecodable(f"its header is not that of an image ({' '.join(EXTENSIONS.values())})")
+    raise Undecodable(f"its header is not that of a supported image ({' '.join(EXTENSIONS.values())})")
 
 
 def _variant(codec: str, encoded: bytes) -> str | None:
@@ -222,7 +222,7 @@ def _variant_of_jpeg(encoded: bytes) -> str | None:
             if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):
                 return "a lossless or hierarchical JPEG"
             if (bits := encoded[at + 4]) != 8:
-                return f"a JPEG of {bits} bits"
+                return f"a {bits}-bit JPEG"
             return None if adobe or encoded[at + 9] < 4 else "a CMYK JPEG without Adobe's marker"
         adobe = adobe or (marker == 0xEE and encoded[at + 4 : at + 9] == b"Adobe")
         at += 1 if marker == 0xFF else 2 + (encoded[at + 2] << 8 | encoded[at + 3])
@@ -237,7 +237,7 @@ def _variant_of_pnm(encoded: bytes) -> str | None:
     if tokens is None:
         raise Undecodable(_DAMAGED)
     greatest = int(tokens[1])
-    return None if greatest in (255, 65535) else f"a PNM whose greatest value is {greatest}"
+    return None if greatest in (255, 65535) else f"a PNM whose maximum value is {greatest}"
 
 
 def _variant_of_tiff(encoded: bytes) -> str | None:
@@ -247,9 +247,9 @@ def _variant_of_tiff(encoded: bytes) -> str | None:
         tags.load(file)
     bits, formats = (np.atleast_1d(tags.get(tag, 1)).tolist() for tag in (_BITS, _SAMPLE_FORMAT))
     if wrong := next((_SAMPLE_FORMATS.get(each, "unknown") for each in formats if each != 1), None):
-        raise Undecodable(f"a TIFF of {wrong} samples; only unsigned integers are taken")
+        raise Undecodable(f"a TIFF with {wrong} samples; only unsigned integers are supported")
     if max(bits) > 16:
-        raise Undecodable(f"a TIFF of {max(bits)}-bit samples; 16 bits at most are taken")
+        raise Undecodable(f"a TIFF with {max(bits)}-bit samples; at most 16 bits are supported")
     if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > MOST_PIXELS:
         raise Undecodable(f"tiles of more than {MOST_PIXELS} pixels")
     samples, photometric, planar = (tags.get(tag, 1) for tag in (_SAMPLES, _PHOTOMETRIC, _PLANAR))
@@ -272,12 +272,12 @@ def _opened(codec: str, encoded: bytes, variant: str | None) -> Image.Image:
         raise Undecodable(_damaged_or(variant, codec)) from None
     pixels = max(width * height for width, height in sizes)
     if pixels > MOST_PIXELS:
-        raise Undecodable(f"{pixels} pixels; {MOST_PIXELS} at most are taken")
+        raise Undecodable(f"{pixels} pixels; at most {MOST_PIXELS} are supported")
     return image
 
 
 def _damaged_or(variant: str | None, codec: str | None = None) -> str:
-    unread = f"a {EXTENSIONS[codec]} that Pillow does not read" if codec in ("bmp", "tiff", "pnm", "jpeg2k") else None
+    unread = f"a {EXTENSIONS[codec]} that Pillow cannot read" if codec in ("bmp", "tiff", "pnm", "jpeg2k") else None
     other = variant or unread
     return f"{_DAMAGED}, or not supported: {other}" if other else _DAMAGED
 

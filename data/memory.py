@@ -49,11 +49,12 @@ def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, l
     suggestion = (
         f"data.shuffle_window={fitting} would fit"
         if fitting > 0
-        else "no window fits: take a smaller train.global_batch"
+        else "no window fits: use a smaller train.global_batch"
     )
     raise UsageError(
-        f"data.shuffle_window={window} with {slots} samples a step on a rank keeps {held / 2**30:.1f} GiB of images"
-        f" in the {memory / 2**30:.1f} GiB of memory that this machine grants; {suggestion}, or take more machines"
+        f"data.shuffle_window={window} with {slots} samples per rank and step needs {held / 2**30:.1f} GiB for images,"
+        f" too much for the {memory / 2**30:.1f} GiB of memory that this machine allows; {suggestion}, or use more"
+        " machines"
     )
 
 

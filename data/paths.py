@@ -20,12 +20,12 @@ def expand(path: str, name: str) -> str:
     def value(found: re.Match[str]) -> str:
         variable = found[1] or found[2]
         if variable not in os.environ:
-            raise UsageError(f"{name} is {path}, and the environment variable {variable} is not set")
+            raise UsageError(f"{name} is {path}, but the environment variable {variable} is not set")
         return os.environ[variable]
 
     replaced = path if os.path.lexists(os.path.expanduser(path)) else _VARIABLE.sub(value, path)
     expanded = os.path.expanduser(replaced)
     if expanded.startswith("~") and not os.path.lexists(expanded):
         user = expanded.partition("/")[0]
-        raise UsageError(f"{name} is {path}, and there is no user {user[1:]}; ./{user} is a name in this folder")
+        raise UsageError(f"{name} is {path}, but there is no user {user[1:]}; ./{user} is a name in this folder")
     return expanded

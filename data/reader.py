@@ -84,13 +84,13 @@ class Reader:
         begin, end = int(rows["offset"][0]), int(rows["offset"][-1]) + int(rows["bytes"][-1])
         found = _parse(storage.read(url, begin, end), rows)
         if None in found:
-            found = _parse(storage.reread(url, begin, end, "samples are not those that were packed"), rows)
+            found = _parse(storage.reread(url, begin, end, "samples differ from those that were packed"), rows)
         keys = _keys(manifest, sample_range) if None in found else [""] * len(rows)
         facts = zip(found, keys, *(rows[name].tolist() for name in ("height", "width", "flags")), strict=True)
         return [
             self._sample(shard, parsed, height, width, flags)
             if parsed
-            else BadSample(shard, printable(key), "its bytes are not those that were packed or indexed")
+            else BadSample(shard, printable(key), "its bytes differ from those that were packed or indexed")
             for parsed, key, height, width, flags in facts
         ]
 

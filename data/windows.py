@@ -195,7 +195,7 @@ def _chunks(positions: Iterable[int], per_chunk: int) -> Iterator[NDArray[np.int
 
 def undecodable(sample: Sample, reason: str) -> BadSample:
     """A sample that passed every check, and on which DALI fails."""
-    return BadSample(sample.shard, sample.key, f"DALI does not decode it: {reason}")
+    return BadSample(sample.shard, sample.key, f"DALI cannot decode it: {reason}")
 
 
 def _following(samples: Found, index: int) -> Found:

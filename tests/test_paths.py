@@ -64,7 +64,7 @@ def test_a_url_stays_as_it_is(scheme: str, rest: str) -> None:
 
 @pytest.mark.parametrize("path", ["$UNSET", "a/${UNSET}/b", "~/$UNSET.x", "$SCRATCH/${UNSET}", "${UNSET:-/tmp}"])
 def test_a_variable_that_is_not_set_is_an_error_that_names_it_and_the_key(path: str) -> None:
-    with pytest.raises(UsageError, match=r"KEY is .*UNSET.*, and the environment variable UNSET.* is not set"):
+    with pytest.raises(UsageError, match=r"KEY is .*UNSET.*, but the environment variable UNSET.* is not set"):
         expand(path, "KEY")
 
 
@@ -136,7 +136,7 @@ def test_a_base_may_lie_in_the_home_folder(environment: Path, tmp_path: Path) ->
 
 def test_a_caches_variable_that_is_not_set_is_an_error_where_the_cache_is_used() -> None:
     manifest = Manifest("http://127.0.0.1:9/", ("a",), Shards.of([Shard("a.tar", 1, 1)]))
-    with pytest.raises(UsageError, match=r"data\.cache\.dir is \$UNSET/x, and the environment variable UNSET"):
+    with pytest.raises(UsageError, match=r"data\.cache\.dir is \$UNSET/x, but the environment variable UNSET"):
         with_cache(manifest, DEFAULT, "$UNSET/x", None)
 
 
@@ -172,4 +172,4 @@ def typed_paths() -> Iterator[tuple[str, list[str], str]]:
 def test_every_path_of_every_command_is_expanded(line: list[str], shown: str) -> None:
     error = CliRunner().invoke(app, line).exception
     assert isinstance(error, UsageError)
-    assert str(error) == f"{shown} is $UNSET/x, and the environment variable UNSET is not set"
+    assert str(error) == f"{shown} is $UNSET/x, but the environment variable UNSET is not set"

@@ -91,7 +91,7 @@ def _nested_entries(stream: BinaryIO, url: str, folder: str, begin: int, member:
     try:
         yield from tar_entries(RangedFile(read, member.size), url, f"{folder}/", begin + member.offset_data)
     except (tarfile.TarError, DataError) as error:
-        raise tarfile.ReadError(f"{folder}.tar in it is not whole: {error}") from None
+        raise tarfile.ReadError(f"{folder}.tar in it is not valid: {error}") from None
 
 
 def _tar_entry(path: str, member: tarfile.TarInfo, url: str, inside: str, begin: int) -> Entry:
@@ -128,9 +128,9 @@ def _zip_name(member: zipfile.ZipInfo, url: str) -> str:
         return name.decode()
     except UnicodeDecodeError:
         raise UsageError(
-            f"{url} does not say in what its names are written: one is {name.decode('cp437')!r} as DOS has it (cp437)"
-            f" and {name.decode('gbk', 'replace')!r} in GBK; zip the folder again with UTF-8 names, or unpack it and"
-            " pack the folder"
+            f"{url} does not say how its file names are encoded: one reads {name.decode('cp437')!r} in cp437 (DOS) and"
+            f" {name.decode('gbk', 'replace')!r} in GBK; zip the folder again with UTF-8 names, or unpack it and pack"
+            " the folder"
         ) from None
 
 
@@ -153,7 +153,7 @@ def _zip_member_fault(member: zipfile.ZipInfo) -> str | None:
     if member.flag_bits & 1:
         return "encrypted in the zip; zip it without a password"
     if member.compress_type not in _READABLE:
-        return f"compressed in the zip by method {member.compress_type}; stored and deflated files are read"
+        return f"compressed in the zip by method {member.compress_type}; only stored and deflated files can be read"
     if member.external_attr >> 28 == 0o12:  # the upper half is the mode of a POSIX file, if there is any
         return "a link inside the zip"
     return None
@@ -162,7 +162,7 @@ def _zip_member_fault(member: zipfile.ZipInfo) -> str | None:
 def unzip(member: bytes, zipped: ZipMember, size: int) -> bytes:
     """The `size` bytes of a member's contents, from those between its header and the next one's; or DamagedMember."""
     if len(member) < _ZIP_HEADER_BYTES or not member.startswith(b"PK\x03\x04"):
-        raise DamagedMember("damaged in the zip: no header where its directory says")
+        raise DamagedMember("damaged in the zip: no header where the zip's directory points")
     name_bytes, extra_bytes = struct.unpack_from("<HH", member, 26)  # the directory's own may be longer or shorter
     begin = _ZIP_HEADER_BYTES + name_bytes + extra_bytes
     contents = member[begin : begin + zipped.stored]
@@ -170,7 +170,7 @@ def unzip(member: bytes, zipped: ZipMember, size: int) -> bytes:
         try:
             contents = zlib.decompressobj(-zlib.MAX_WBITS).decompress(contents, size + 1)
         except zlib.error:
-            raise DamagedMember("damaged in the zip: does not inflate") from None
+            raise DamagedMember("damaged in the zip: cannot be inflated") from None
     if len(contents) != size or zlib.crc32(contents) != zipped.crc:
-        raise DamagedMember("damaged in the zip: does not have its checksum")
+        raise DamagedMember("damaged in the zip: wrong checksum or size")
     return contents

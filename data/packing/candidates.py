@@ -64,8 +64,8 @@ def hold_out(found: Source, holdout: float, seed: int, progress: Callable[[int, 
     catalog.change("UPDATE images SET copy = 1 WHERE id NOT IN (SELECT MIN(id) FROM images GROUP BY contents)")
     if not catalog.first("SELECT 1 FROM images WHERE held"):
         raise UsageError(
-            f"--holdout={holdout} takes no image: it is less than half an image of each class of {found.url}, or every"
-            " class has only one; take a larger share, or pack other images as an evaluation set"
+            f"--holdout={holdout} holds out no image: in each class of {found.url} it comes to less than half an image,"
+            " or the class has only one; choose a larger share, or pack other images as the evaluation set"
         )
 
 
@@ -136,7 +136,7 @@ def read_piece(work: Work, plan: dict[str, Any], number: int, query: str) -> lis
     piece = json.loads(gzip.decompress(packed))
     if piece["of"] != plan["listing"]:
         raise DataError(
-            f"{work.url} was listed twice at once, with other files in between: pack again with --overwrite"
+            f"{work.url}: two processes listed the images at once and found different ones; pack again with --overwrite"
         )
     widest = plan["labels_per_sample"]
     return [

@@ -57,13 +57,13 @@ def _archive_entries(stream: BinaryIO, url: str) -> Iterator[Entry]:
     except tarfile.TarError as error:
         raise UsageError(f"{url} {_describe_no_tar(beginning, error)}") from None
     except zipfile.BadZipFile as error:
-        raise UsageError(f"{url} is not a whole zip ({error}); {NEEDED}") from None
+        raise UsageError(f"{url} is not a valid zip ({error}); {NEEDED}") from None
 
 
 def _describe_no_tar(beginning: bytes, error: tarfile.TarError) -> str:
     if tool := decompressor_for(beginning):
         return f"is compressed; {tool} it first: a folder, a zip or a plain tar is needed"
-    return f"is neither a folder nor a whole tar ({error}); {NEEDED}"
+    return f"is neither a folder nor a valid tar ({error}); {NEEDED}"
 
 
 def _open(storage: Storage, fs: fsspec.AbstractFileSystem, path: str, url: str) -> BinaryIO:
@@ -117,7 +117,7 @@ def _list_folders(storage: Storage, fs: fsspec.AbstractFileSystem, root: str, ur
     finally:
         pool.shutdown(cancel_futures=True)
     if damaged:
-        raise UsageError(f"{'; '.join(sorted(damaged))}; fetch what is not whole again, or take it away")
+        raise UsageError(f"{'; '.join(sorted(damaged))}; fetch each of these again, or remove it")
 
 
 def _look_into(storage: Storage, fs: fsspec.AbstractFileSystem, folder: _Folder) -> _Found:
@@ -155,7 +155,7 @@ def _class_tar(
         try:
             catalog.add(tar_entries(stream, entry.url, f"{folder}/"))
         except tarfile.TarError as error:
-            damaged.append(f"{entry.url} is not a whole tar ({error})")
+            damaged.append(f"{entry.url} is not a valid tar ({error})")
 
 
 def resolve_kind(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[str, str | None]:
@@ -164,8 +164,8 @@ def resolve_kind(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> tuple[s
     if isinstance(fs, LocalFileSystem) and info["islink"]:
         place = PurePath(info["name"])
         if not os.path.exists(place):
-            return "other", "a link to nothing"
+            return "other", "a broken link"
         if os.path.realpath(place) in {os.path.realpath(parent) for parent in place.parents}:
-            return "other", "a link to a folder around it"
+            return "other", "a link to a folder that contains it"
         kind = fs.info(str(place))["type"]
     return kind, None if kind in ("file", "directory") else "not a regular file"

@@ -63,8 +63,8 @@ def _check_all_there(url: str, rows: Database) -> None:
     """UsageError where a row names what is no file, or what another row names too."""
     if missing := rows.first("SELECT line, written, COUNT(*) OVER () FROM rows WHERE NOT found ORDER BY rowid LIMIT 1"):
         line, path, count = missing
-        more = f", nor do {count - 1} more" if count > 1 else ""
-        raise UsageError(f"{url} line {line} names {to_text(path)}, which does not exist as a file{more}")
+        more = f"; {count - 1} more are missing too" if count > 1 else ""
+        raise UsageError(f"{url} line {line} names {to_text(path)}, but there is no such file{more}")
     twice = rows.first(
         "SELECT place FROM (SELECT rowid AS row, place, ROW_NUMBER() OVER (PARTITION BY place ORDER BY rowid) AS n"
         " FROM rows) WHERE n = 2 ORDER BY row LIMIT 1"
@@ -72,7 +72,7 @@ def _check_all_there(url: str, rows: Database) -> None:
     if twice:
         query = "SELECT line, written FROM rows WHERE place = ? ORDER BY rowid LIMIT 2"
         (first, _), (second, path) = rows.select(query, twice[0])
-        raise UsageError(f"{url} names {to_text(path)} twice, in lines {first} and {second}")
+        raise UsageError(f"{url} names {to_text(path)} twice, on lines {first} and {second}")
 
 
 class _Finder:

@@ -248,14 +248,14 @@ def _finish(url: str, request: _Request, found: _Found) -> Report:
     if found.damaged:
         raise DamagedTars(
             f"{found.damaged} of {found.tars} tars of {url} cannot be indexed, so there is no {MANIFEST} yet; replace"
-            " them or take them away: the same command then indexes only what is new",
+            " or remove them, then run the same command again: it indexes only what is new",
             _report(request, found, request.classes.names if request.classes else ()),
         )
     label_field = _common_field(found)
     labels = found.labels
     if not labels:
-        example = next((f"; {bad.shard} {bad.key}, for one: {bad.reason}" for bad in found.broken), "")
-        raise UsageError(f"{url} has no sample with a label{example}; is it another --label-field?")
+        example = next((f"; for example, {bad.shard} {bad.key}: {bad.reason}" for bad in found.broken), "")
+        raise UsageError(f"{url} has no sample with a label{example}; does it need another --label-field?")
     reading = reading_of(url, labels, request.classes)
     names = request.classes.names if request.classes else _made_up(labels, reading)
     write_manifest(
@@ -289,7 +289,7 @@ def _common_field(found: _Found) -> str | None:
     """Where all tars that have labels have them."""
     if len(found.fields) > 1:
         places = " and ".join(f"those of {name} in {place or '.cls'}" for place, name in found.fields.items())
-        raise UsageError(f"labels are in different parts, {places}; index the tars apart, or give --label-field")
+        raise UsageError(f"labels are in different parts, {places}; index the tars separately, or pass --label-field")
     return next(iter(found.fields), None)
 
 
@@ -297,7 +297,8 @@ def _made_up(labels: Collection[str], reading: Reading) -> Sequence[str]:
     """The classes where none are given: names as they occur, or all numbers up to the highest."""
     if len(labels) > MOST_CLASSES:
         raise UsageError(
-            f"there are {len(labels)} different labels, and {MOST_CLASSES} classes at most; are they labels?"
+            f"there are {len(labels)} different labels, but at most {MOST_CLASSES} classes are supported; are these"
+            " really labels?"
         )
     if reading is Reading.NAMES:
         return sorted(labels)
@@ -329,9 +330,9 @@ def _complete(destination: str) -> Report:
     """Completes an older manifest; UsageError where one is there that lacks nothing."""
     manifest = read_manifest(destination)
     if manifest.header_fingerprint is not None:
-        raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
+        raise UsageError(f"{destination} already has a {MANIFEST}; remove it to index again, or choose another --out")
     shards = complete(manifest).shards
-    what = f"as {MANIFEST} has them, which was completed with the checksums of its sample tables"
+    what = f"as before; the checksums of the sample tables were added to {MANIFEST}"
     size = sum(shard.bytes for shard in shards)
     return Report(len(shards), manifest.samples, size, len(manifest.classes), (), 0, what, len(shards))
 
@@ -415,8 +416,8 @@ def _check_labelled(request: _Request, tar: Tar, first: TarSample) -> None:
     if request.label_field not in has:
         looked_for = f"field {request.label_field}" if where == "json" else f".{where}"
         has += [".txt"] if "txt" in kinds else []
-        offered = f"--label-field takes one of {', '.join(has)}" if has else "it has no .json either"
-        raise UsageError(f"{tar.url}: sample {printable(first.key)} has no {looked_for} for its label; {offered}")
+        offered = f"--label-field can be one of {', '.join(has)}" if has else "it has no .json either"
+        raise UsageError(f"{tar.url}: sample {printable(first.key)} has no {looked_for} with its label; {offered}")
 
 
 def _read_and_decode(storage: Storage, tar: Tar, samples: list[TarSample], faults: dict[str, str]) -> Any:
@@ -447,4 +448,4 @@ def _write(destination: str, name: str, table: bytes, lines: bytes) -> None:
         write_file(fs, f"{path}.npy", table)
         write_file(fs, f"{path}.idx", lines)
     except Exception as error:  # the back ends' exceptions share no base class
-        raise DataError(f"{destination} cannot be written: {error}; --out takes another place") from error
+        raise DataError(f"{destination} cannot be written: {error}; choose another place with --out") from error

@@ -28,7 +28,7 @@ from data.urls import has_suffix, split_query
 
 LISTS = (".csv", ".jsonl")
 _BLOCK_BYTES = 2**20
-_NO_TEXT = "{url} is not UTF-8 text (nor UTF-16 with its mark); a list is needed"
+_NO_TEXT = "the list {url} is not text in UTF-8, or in UTF-16 with a byte order mark"
 
 
 class Row(NamedTuple):
@@ -48,7 +48,7 @@ def read_classes(url: str) -> Classes:
     lines_of: dict[str, int] = {}
     for line, name in _lines(url):
         if lines_of.setdefault(composed(name), line) != line:
-            raise UsageError(f"{url} has class {name} twice, in lines {lines_of[composed(name)]} and {line}")
+            raise UsageError(f"{url} has class {name} twice, on lines {lines_of[composed(name)]} and {line}")
     return Classes(tuple(lines_of), counted=True)
 
 
@@ -106,9 +106,9 @@ def read_labels(url: str, is_image: Callable[[str], bool]) -> ListedLabels:
     for line, text in _lines(url):
         name, label = _split_pair(text, chosen)
         if not label:
-            raise UsageError(f"{url} line {line} is {name!r} alone; all lines are `name label`, or all labels alone")
+            raise UsageError(f"{url} line {line} has only {name!r}; all lines must be `name label`, or all labels")
         if not listed.add(name, label):
-            raise UsageError(f"{url} line {line} names {name} once more")
+            raise UsageError(f"{url} line {line} names {name} a second time")
     return listed
 
 
@@ -130,7 +130,7 @@ def read_rows(url: str) -> Iterator[Row]:
     try:
         for row in parse(url, _text(url)):
             if not row.path or not row.labels or not all(row.labels):
-                raise UsageError(f"{url} line {row.line} lacks its {'label' if row.path else 'path'}")
+                raise UsageError(f"{url} line {row.line} has no {'label' if row.path else 'path'}")
             yield row
     except csv.Error as error:
         raise UsageError(f"{url} is not CSV: {error}") from None
@@ -147,7 +147,7 @@ def _csv_rows(url: str, lines: Iterator[str]) -> Iterator[Row]:
         raise UsageError(f"{url} must begin with a line `path,label` or `path,labels`; its first line is {first!r:.80}")
     for fields in reader:
         if None in fields:
-            raise UsageError(f"{url} line {reader.line_num} has more fields than the first; quote what has a comma")
+            raise UsageError(f"{url} line {reader.line_num} has more fields than the first; quote any with a comma")
         labels = (fields["labels"] or "").split(";") if "labels" in columns else [fields["label"] or ""]
         yield Row(reader.line_num, fields["path"], _unique(labels))
 
@@ -190,7 +190,7 @@ def _text(url: str) -> Iterator[str]:
     try:
         size = storage.size(url)
     except NotFound:
-        raise UsageError(f"{url} does not exist; a list is needed") from None
+        raise UsageError(f"the list {url} does not exist") from None
     stream = io.BufferedReader(cast(io.RawIOBase, RangedFile(partial(storage.read, url), size)), _BLOCK_BYTES)
     marked = stream.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

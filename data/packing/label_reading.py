@@ -48,9 +48,9 @@ def reading_of(where: str, labels: Mapping[str, str], classes: Classes | None) -
         if label not in names and 0 <= number <= len(classes.names):
             name = min(names)
             raise UsageError(
-                f"{where} has labels of two kinds: {name!r} ({labels[name]}) is the name of a class, and {label!r}"
-                f" ({labels[label]}) is none and may be a number; write all as names, or all as numbers of --classes"
-                " whose names are none"
+                f"{where} has labels of two kinds: {name!r} ({labels[name]}) is the name of a class, but {label!r}"
+                f" ({labels[label]}) is not, and may be a number; write all labels as class names, or all as numbers"
+                " that are not class names themselves"
             )
     _check_same_as_numbers(where, labels, numbers, classes)
     return Reading.NAMES
@@ -87,8 +87,8 @@ def _short(name: str) -> str:
 
 
 _NO_ORDER = (
-    "{where} has numbers as labels; --classes FILE must name the classes in the order of these numbers"
-    " (of ImageNet's development kit that is not the order of sorted names)"
+    "{where} has numbers as labels; pass --classes FILE, which names the classes in the order of these numbers"
+    " (for ImageNet's development kit that is not the order of sorted names)"
 )
 
 
@@ -100,7 +100,7 @@ def _without_classes(where: str, labels: Mapping[str, str], numbers: dict[str, i
         if (other := written.setdefault(number, label)) != label:
             raise UsageError(
                 f"{where} has labels that can be read in two ways: {other!r} ({labels[other]}) and {label!r}"
-                f" ({labels[label]}) are two names, or one number; --classes FILE must list the classes"
+                f" ({labels[label]}) are two names, or one number; list the classes in --classes FILE"
             )
     return Reading.NAMES
 
@@ -117,10 +117,10 @@ def _numbers_of(where: str, labels: Mapping[str, str], numbers: dict[str, int], 
     if least < 0 or most > count - (least == 0):
         raise UsageError(
             f"{where} has labels {low} ({labels[low]}) to {high} ({labels[high]}), which do not fit {count} classes:"
-            f" from 0 they are 0 to {count - 1}, from 1 they are 1 to {count}"
+            f" counted from 0 they would be 0 to {count - 1}, counted from 1, 1 to {count}"
         )
     raise UsageError(
-        f"{where} has neither label 0 nor {count}, so what they count from is not known: {low} ({labels[low]}) is"
+        f"{where} has neither label 0 nor {count}, so labels may count from 0 or from 1: {low} ({labels[low]}) would be"
         f" {classes.names[least]!r} from 0 and {classes.names[least - 1]!r} from 1; write class names, or list the"
         " numbers themselves in --classes"
     )
@@ -134,8 +134,8 @@ def _check_same_as_numbers(where: str, labels: Mapping[str, str], numbers: dict[
         if (by_number := classes.names[number - (first or 0)]) != label:
             raise UsageError(
                 f"{where} has labels that can be read in two ways: {label!r} ({labels[label]}) is the name of a class,"
-                f" and as a number from {first} it is class {by_number!r}; list --classes in the order of the numbers,"
-                " or give them as packed shards, whose names alone count"
+                f" but as a number from {first} it is class {by_number!r}; list --classes in the order of the numbers,"
+                " or pass packed shards as --classes, where only names count"
             )
 
 

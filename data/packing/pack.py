@@ -154,10 +154,10 @@ def pack(
     work = open_work(destination, PACKING, request)
     if part and part.number and has_manifests(destination, sets):
         work.remove()  # the part that finished may have been killed while it did that
-        raise NotLast(f"{destination} has its {MANIFEST} already, so nothing is to do", part, 0)
+        raise NotLast(f"{destination} already has its {MANIFEST}, so there is nothing to do", part, 0)
     check_destination(source, destination, sets, overwrite)
     if overwrite and part and part.number:
-        raise UsageError(f"--overwrite goes with --part 0/{part.of}, which lists anew; the other parts join it")
+        raise UsageError(f"pass --overwrite only with --part 0/{part.of}, which lists the images again")
     if overwrite and not (work.is_current() and is_unfinished(destination, sets)):
         work.remove()
     clear(destination, sets)
@@ -192,8 +192,8 @@ def _planned(
         return plan
     if plan is not None and not overwrite:
         raise UsageError(
-            f"{work.url} holds an unfinished pack of another listing: the source has other files, labels or classes"
-            " now; pack elsewhere, or with --overwrite to begin again"
+            f"{work.url} holds an unfinished pack of another listing: the source's files, labels or classes have"
+            " changed since; pack elsewhere, or pass --overwrite to start over"
         )
     request: dict[str, Any] = work.request
     return write_plan(work, found, sets, request["seed"], request["samples per shard"], request["bytes per shard"])
@@ -217,9 +217,9 @@ def _check_numbers(
     if not 0 <= seed < rng.SEEDS:
         raise UsageError(f"seed is {seed}; it must be from 0 to {rng.SEEDS - 1}")
     if quality is not None and (resize is None or not 1 <= quality <= 100):
-        raise UsageError(f"quality is {quality}; it is that of resized images (--resize), from 1 to 100")
+        raise UsageError(f"quality is {quality}; it is for resized images (--resize) and must be from 1 to 100")
     if holdout is not None and not 0 < holdout < 1:
-        raise UsageError(f"--holdout={holdout} is no share of the images; it must be above 0 and below 1, such as 0.1")
+        raise UsageError(f"--holdout={holdout} must be a share of the images above 0 and below 1, such as 0.1")
 
 
 # Reading and decoding, in threads; the results come in order.
@@ -324,7 +324,7 @@ def _build_shard(
     contents = stream.getvalue()
     samples = index_tar(contents)
     if len(samples) != len(shapes):
-        raise DataError(f"{name}.tar has {len(samples)} samples by its headers and was given {len(shapes)}")
+        raise DataError(f"{name}.tar has {len(samples)} samples by its headers, but {len(shapes)} were written")
     table = table_bytes(sample_table(contents, samples, shapes, FLAG_DECODED))
     index = index_bytes(samples)
     shard = Shard(f"{name}.tar", len(samples), len(contents), "", *shard_checksums(table))
@@ -341,7 +341,7 @@ def _write_shard(
 
 
 def _overtaken(work: Work) -> DataError:
-    return DataError(f"{work.url}: another process has finished this pack or begun it anew; nothing more is written")
+    return DataError(f"{work.url}: another process has finished or restarted this pack; nothing more is written")
 
 
 # What came of it.
@@ -357,10 +357,10 @@ def _finish(
     if len(done) < plan["items"]:
         left = 0 if has_manifests(work.url, sets) else left or plan["items"] - len(done)
         if left and part == WHOLE:
-            raise DataError(f"{left} shards of {work.url} were taken away while it was packed; pack again")
+            raise DataError(f"{left} shards of {work.url} were removed while packing; pack again")
         share = part.share(plan["items"]) if part.number else everything
         images = f"images: {sum(plan['shards'][number][1] for number in share):,}"
-        done_now = f"shards done: {len(share)}, {images}" if part.number else f"the plan is there, {images}"
+        done_now = f"shards done: {len(share)}, {images}" if part.number else f"the plan is written, {images}"
         raise NotLast(f"{done_now}; {left} of {plan['items']} shards to go", part, left)
     sets_of = {number: name.partition("shard-")[0] for number, (name, _) in enumerate(plan["shards"])}
     written = {name: [done[n].shard for n in range(plan["items"]) if sets_of[n] == name] for name in sets}
@@ -404,10 +404,10 @@ def _check_packed(
     for name, full in classes_of.items():
         if not full:
             one = next(bad for number, each in done.items() if sets_of[number] == name for bad in each.broken)
-            raise UsageError(f"{source} has no {kinds[name]} that decodes; {one.key}, for one: {one.reason}")
+            raise UsageError(f"{source} has no {kinds[name]} that can be decoded; for example, {one.key}: {one.reason}")
         if name != VAL and not plan["fixed"]:
             empty = [each for label, each in enumerate(plan["classes"]) if label not in full]
-            check_empty_classes(str(source), empty, f"of which no {kinds[name]} decodes")
+            check_empty_classes(str(source), empty, f"with no {kinds[name]} that can be decoded")
 
 
 def _compare(

@@ -80,13 +80,13 @@ def do_part(items: Items[Result], part: Part | None, workers: int, progress: Cal
         if not items.is_published():  # else the notes are gone because all is done
             raise
     items.work.remove()
-    raise NotLast(f"{items.work.url} has a {items.result} already, so nothing is to do", part or WHOLE, 0)
+    raise NotLast(f"{items.work.url} already has a {items.result}, so there is nothing to do", part or WHOLE, 0)
 
 
 def check_current(work: Work) -> None:
     """UsageError where the work was begun anew with another request meanwhile."""
     if not work.is_current():
-        raise UsageError(f"{work.url}: another request has begun the work anew meanwhile")
+        raise UsageError(f"{work.url}: another command has restarted this work in the meantime")
 
 
 class _ToGo(Exception):
@@ -99,7 +99,7 @@ class _ToGo(Exception):
 
 def _go_on(items: Items[Result], part: Part | None, workers: int, progress: Callable[[int, int], None]) -> Result:
     work = items.work
-    work.join(part is None, "--out takes another place", f"remove its {work.name} to begin again")
+    work.join(part is None, "choose another place with --out", f"remove its {work.name} to start over")
     numbers = items.plan()
     share = (part or WHOLE).share(len(numbers))
     done = _do_share(items, numbers, share, workers, progress)
@@ -113,8 +113,8 @@ def _go_on(items: Items[Result], part: Part | None, workers: int, progress: Call
         except _ToGo as found:
             to_go = found.items
     if part is None:
-        raise DataError(f"{work.url}: {to_go} of {len(numbers)} were changed meanwhile; run the same command again")
-    done_now = f"shards done: {len(share)}" if part.number else "the plan is there"
+        raise DataError(f"{work.url}: {to_go} of {len(numbers)} shards changed meanwhile; run the same command again")
+    done_now = f"shards done: {len(share)}" if part.number else "the plan is written"
     raise NotLast(f"{done_now}; {to_go} of {len(numbers)} shards to go", part, to_go)
 
 

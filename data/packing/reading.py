@@ -23,8 +23,8 @@ def read_images(storage: ByteSource, images: Sequence[Entry]) -> Iterator[bytes 
     for run in _neighbours(images):
         for image, contents in zip(run, _read(storage, run), strict=True):
             if image.size is not None and image.offset is None and len(contents) != image.size:
-                had = f"has {len(contents)} bytes and had {image.size} when listed"
-                raise DataError(f"{image.url} {had}; pack again, with --overwrite")
+                had = f"has {len(contents)} bytes, but had {image.size} when listed"
+                raise DataError(f"{image.url} {had}; pack again with --overwrite")
             yield _unzipped(contents, image) if image.zipped else contents
 
 
@@ -57,7 +57,7 @@ def _read(storage: ByteSource, run: list[Entry]) -> list[bytes]:
     try:
         contents = storage.read(first.url, begin, end)
     except NotFound as error:
-        raise DataError(f"{error}; it was there when listed: pack again, with --overwrite") from error
+        raise DataError(f"{error}; it was there when listed: pack again with --overwrite") from error
     start = _begin(first)
     return [contents] if whole else [contents[_begin(each) - start : _end(each) - start] for each in run]
 

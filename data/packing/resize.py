@@ -26,7 +26,7 @@ def shrink(encoded: bytes, shorter_side: int, quality: int) -> tuple[bytes, Pict
     smaller = _resampled(pixels, height, width)
     stream = codec_of_thread("Encoder").encode(smaller, "jpeg", params=_params(quality))
     if stream is None:  # a side of more than 65,535 pixels
-        raise Undecodable(f"{height} x {width} pixels do not go into a JPEG")
+        raise Undecodable(f"a JPEG cannot hold {height} x {width} pixels")
     return bytes(stream), Picture(EXTENSIONS["jpeg"], height, width)
 
 

@@ -50,7 +50,7 @@ def check_destination(source: str, destination: str, sets: Sequence[str], overwr
         place = inside(folder, name)
         if type(fs) is type(source_fs) and _within(fs, place, root):
             raise UsageError(
-                f"{inside(destination, name)} lies in the source {source}; choose a destination outside it"
+                f"{inside(destination, name)} is inside the source {source}; choose a destination outside it"
             )
         if fs.isfile(place):
             raise UsageError(f"{inside(destination, name)} is a file; the destination must be a folder")
@@ -59,7 +59,7 @@ def check_destination(source: str, destination: str, sets: Sequence[str], overwr
     for name in () if overwrite or is_unfinished else names:
         if _is_shard(name) or name.rpartition("/")[2] == MANIFEST:
             place = inside(folder, name.rpartition("/")[0])
-            raise UsageError(f"{place} holds shards already; pack elsewhere, or with --overwrite to replace them")
+            raise UsageError(f"{place} already holds shards; pack elsewhere, or pass --overwrite to replace them")
 
 
 def is_unfinished(destination: str, sets: Sequence[str]) -> bool:

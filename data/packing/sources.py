@@ -84,7 +84,7 @@ def list_source(
     storage, catalog = Storage(), Catalog(listed)
     if has_suffix(url, *LISTS):
         if labels is not None:
-            raise UsageError(f"{url} is a list, which has its labels; leave out --labels={labels}")
+            raise UsageError(f"{url} is a list, which has labels of its own; leave out --labels={labels}")
         first_with = _insert(catalog, list_images(storage, url, listed))
         return _make_source(storage, url, catalog, first_with, given, url)
     list_entries(storage, url, catalog)
@@ -95,7 +95,7 @@ def list_source(
     outer = min(1, catalog.around.count) if _has_folders_of_images(catalog) else 0
     seen = _Seen()
     entries = map(seen.note, _inside(catalog, outer))
-    images = _images_and_broken(catalog, entries, lambda entry: None if "/" in entry.path else "in no class folder")
+    images = _images_and_broken(catalog, entries, lambda entry: None if "/" in entry.path else "not in a class folder")
     first_with = _insert(catalog, ((image, (_class_name(image),)) for image in images))
     _check_usable(url, seen, first_with, given is not None)
     return _make_source(storage, url, catalog, first_with, given, None)
@@ -104,7 +104,7 @@ def list_source(
 def check_empty_classes(url: str, empty: Iterable[str], why: str) -> None:
     """UsageError that names the classes, if there are any."""
     if names := list(empty):
-        raise UsageError(f"{url} has class folders {why}: {abbreviate(names)}; add images to them or take them away")
+        raise UsageError(f"{url} has class folders {why}: {abbreviate(names)}; add images to them or remove them")
 
 
 def _insert(catalog: Catalog, labelled: Labelled) -> dict[str, str]:
@@ -141,7 +141,7 @@ def _make_source(
     for label, image in first_with.items():
         if names[label] not in numbers:
             name = printable(names[label])
-            raise UsageError(f"{image} of {url} is of class {name}, which --classes does not have")
+            raise UsageError(f"{image} of {url} is of class {name}, which is not in --classes")
     described = "" if where is None else describe_reading(reading, where, classes, given is not None)
     _find_sizes(storage, catalog)
     numbered = {label: numbers[name] for label, name in names.items()}
@@ -160,7 +160,7 @@ def _find_sizes(storage: Storage, catalog: Catalog) -> None:
 
 
 def _example(catalog: Catalog) -> str:
-    return "".join(f"; {path}, for one: {reason}" for path, reason in islice(catalog.broken(), 1))
+    return "".join(f"; for example, {path}: {reason}" for path, reason in islice(catalog.broken(), 1))
 
 
 # Class folders.
@@ -216,7 +216,7 @@ def _images_and_broken(
 def fault_of_name(path: str) -> str | None:
     """Why a file of this name is no image; None where it is one."""
     if not path.lower().endswith(SUFFIXES):
-        return f"not an image by its name ({' '.join(SUFFIXES)})"
+        return f"its suffix is not that of an image ({' '.join(SUFFIXES)})"
     return None
 
 
@@ -254,7 +254,7 @@ def _with_listed_labels(url: str, images: Iterator[Entry], labels: str) -> Label
     found = (to_entry(*row) for row in flat.select(f"SELECT {ENTRY} FROM images"))
     if listed.alone:
         if listed.count != count:
-            raise UsageError(f"{labels} has {listed.count} labels, one a line, for {count} images of {url}")
+            raise UsageError(f"{labels} has {listed.count} labels, one per line, but {url} has {count} images")
         yield from ((image, (label,)) for image, label in zip(found, listed.in_order(), strict=True))
         return
     unlabelled = []
@@ -267,7 +267,7 @@ def _with_listed_labels(url: str, images: Iterator[Entry], labels: str) -> Label
     if unlabelled:
         raise UsageError(f"{labels} has no label for {printable(abbreviate(unlabelled))} of {url}")
     if missing := list(listed.left()):
-        raise UsageError(f"{labels} names {abbreviate(missing)}, which {url} does not have")
+        raise UsageError(f"{labels} names {abbreviate(missing)}, not found in {url}")
 
 
 def _names(image: Entry) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def find_tars(url: str) -> list[Tar]:
     try:
         patterns = list(braceexpand(pattern + query))
     except ValueError as error:
-        raise UsageError(f"{url} is no pattern: {error}") from None
+        raise UsageError(f"{url} is not a valid pattern: {error}") from None
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         found = list(pool.map(lambda each: _matching(there + each), patterns))
         if missing := [there + each for each, tars in zip(patterns, found, strict=True) if tars is None]:
@@ -128,7 +128,7 @@ def _tar(found: tuple[str, dict[str, Any]]) -> Tar:
     try:
         info = Storage().info(url) if info["size"] is None else info
     except NotFound:
-        return Tar(url, 0, fault="a link to nothing")
+        return Tar(url, 0, fault="a broken link")
     return Tar(url, known_size(url, info), " ".join(str(info[key]) for key in _VERSIONS if key in info), fault)
 
 

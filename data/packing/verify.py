@@ -115,9 +115,9 @@ def verify(
     UsageError where no manifest is, or one that does not add up; DataError where storage fails.
     """
     if sample is not None and not 0 < sample < 1:
-        raise UsageError(f"--sample is {sample}; a share of the samples is more than 0 and less than 1")
+        raise UsageError(f"--sample is {sample}; it must be a share of the samples, above 0 and below 1")
     if out is not None and part is None:
-        raise UsageError("--out is where parts leave what they found; without --part nothing is written")
+        raise UsageError("--out is where parts write what they found; without --part nothing is written")
     shards = _Shards(read_manifest(url), out or url, sample, seed if sample is not None else 0)
     if part is not None:
         return do_part(shards, part, workers, progress)
@@ -195,7 +195,7 @@ class _Shards:
         missed = chance_of_missing(manifest.samples, damaged, decoded)
         proves = (
             f"{decoded} of {manifest.samples} samples were read and decoded; if 1 in {ONE_IN:,} were damaged ({damaged}"
-            f" of all), the chance that this has missed them all is {missed:.2g}"
+            f" in all), the chance that this check missed them all is {missed:.2g}"
         )
         return SampledReport(
             **vars(report), sample=self.sample, seed=self.seed, decoded=decoded, missed=missed, proves=proves
@@ -204,7 +204,7 @@ class _Shards:
     def publish(self, records: Iterator[Record], done: set[int]) -> Report:
         """Writes the report of all shards."""
         report = self.report(records)
-        whole = {"proves": "every sample was read and decoded; what is not as it should be is in `broken`"}
+        whole = {"proves": "every sample was read and decoded; what is wrong is in `broken`"}
         document = {**whole, **asdict(report), **self.work.request}
         fs, folder = self.work.fs, self.work.folder.rpartition("/")[0]
         write_file(fs, join(folder, VERIFIED), json.dumps(document).encode())
@@ -270,7 +270,7 @@ def _headers(manifest: Manifest, number: int, size: int, found: _Findings) -> li
     if index is None:
         found.faults.append("has no DALI index (.idx)")
     elif index != index_bytes(headers):
-        found.faults.append("its DALI index (.idx) is not that of its headers")
+        found.faults.append("its DALI index (.idx) does not match its headers")
     return headers
 
 
@@ -298,12 +298,12 @@ def _table(manifest: Manifest, number: int, found: _Findings) -> NDArray[np.void
         found.faults.append("has no sample table (.npy)")
         return None
     if len(contents) != len(empty) or contents[:HEADER_BYTES] != empty[:HEADER_BYTES]:
-        found.faults.append(f"its sample table (.npy) is not one of {count} samples")
+        found.faults.append(f"its sample table (.npy) does not have {count} samples")
         return None
     rows, noted = np.frombuffer(contents[HEADER_BYTES:], ROW), manifest.shards[number].table
     is_whole = np.array_equal(rows["row_crc"], row_checksums(rows))  # else its damaged rows are listed
     if noted and is_whole and table_checksum(contents) != noted:
-        found.faults.append("its sample table (.npy) is another than the manifest's")
+        found.faults.append("its sample table (.npy) does not match the manifest's checksum")
     return rows
 
 
@@ -317,7 +317,7 @@ def _usable(rows: NDArray[np.void], headers: list[TarSample] | None, size: int, 
     for fine, reason in (
         (whole, "its row of the sample table is damaged"),
         (inside, "lies past the end of the tar"),
-        (agrees, "its row of the sample table is not that of its headers"),
+        (agrees, "its row of the sample table does not match its headers"),
     ):
         for row in np.flatnonzero(~fine):
             found.add_fault(int(row), reason)

@@ -54,7 +54,7 @@ def parse_part(text: str) -> Part:
     """`3/8` as a Part; UsageError for what is none."""
     found = re.fullmatch(r"(\d+)/([1-9]\d*)", text)
     if not found or int(found[1]) > int(found[2]):
-        raise UsageError(f"--part={text} is no part; 3/8 is the third of eight, and 0/8 makes the plan alone")
+        raise UsageError(f"--part={text} is not a part; 3/8 is the third of eight, and 0/8 only makes the plan")
     return Part(int(found[1]), int(found[2]))
 
 
@@ -78,7 +78,7 @@ class Work:
         return hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:16]
 
     def join(
-        self, restart: bool, elsewhere: str = "write elsewhere", anew: str = "with --overwrite to begin again"
+        self, restart: bool, elsewhere: str = "write elsewhere", anew: str = "pass --overwrite to start over"
     ) -> None:
         """Begins the work, or joins it; UsageError where that of another request is there, unless `restart`.
 
@@ -89,7 +89,7 @@ class Work:
             return
         if earlier is not None and not restart:
             raise UsageError(
-                f"{self.url} holds unfinished work of another request: {describe_difference(earlier, self.request)};"
+                f"{self.url} holds unfinished work of another command: {describe_difference(earlier, self.request)};"
                 f" {elsewhere}, or {anew}"
             )
         try:

@@ -35,8 +35,8 @@ def complete_if_writable(manifest: Manifest) -> Manifest:
         url, tars = without_secrets(manifest.url), without_secrets(manifest.shards_at or manifest.url)
         command = f"coatnet data index {tars}" + (f" --out {url}" if manifest.shards_at else "")
         print(
-            f"warning: {join(url, MANIFEST)} is an older one and lacks checksums of the sample tables, so these are"
-            f" read at each start; `{command}` adds them once ({error})",
+            f"warning: {join(url, MANIFEST)} is from an older version and lacks the sample tables' checksums, so the"
+            f" tables are read at every start; `{command}` adds the checksums for good ({error})",
             file=sys.stderr,
         )
     return completed
@@ -49,10 +49,10 @@ def with_checksums(manifest: Manifest) -> Manifest:
         shard, url = manifest.shards[number], manifest.url_of(number, ".npy")
         contents = manifest.storage.read(url)
         if len(contents) != HEADER_BYTES + ROW.itemsize * shard.samples:
-            raise DataError(f"{without_secrets(url)} is not a table of {shard.samples} samples; pack or index it again")
+            raise DataError(f"{without_secrets(url)} does not have {shard.samples} samples; pack or index it again")
         table, headers = shard_checksums(contents)
         if shard.table not in ("", table):
-            raise DataError(f"{without_secrets(url)} is another table than the manifest's; pack or index it again")
+            raise DataError(f"{without_secrets(url)} does not match the manifest's checksum; pack or index it again")
         return replace(shard, table=table, headers=headers)
 
     numbers = range(len(manifest.shards))

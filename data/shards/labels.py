@@ -40,11 +40,11 @@ def image_part(parts: Collection[str]) -> str:
     """The extension under which a sample has its image; InvalidSample where there is none, or more than one."""
     images = [name for name in parts if name in IMAGES] or [n for n in parts if _kind(n) in IMAGES]
     if not images:
-        raise InvalidSample(f"has {sorted(parts)} and no image ({', '.join(IMAGES)})")
+        raise InvalidSample(f"has {sorted(parts)}, but no image ({', '.join(IMAGES)})")
     if len(images) > 1:
         dots = "; a key ends at the first dot of its name" if all("." in name for name in images) else ""
         few = ", ".join(sorted(images)[:MOST_SHOWN])
-        raise InvalidSample(f"has {len(images)} images ({few}); one is needed{dots}")
+        raise InvalidSample(f"has {len(images)} images ({few}), but must have one{dots}")
     return images[0]
 
 
@@ -60,9 +60,9 @@ def parse_labels(parts: Mapping[str, bytes], field: str | None) -> list[str]:
     kind = label_part(field)
     places = [kind] if kind in parts else [name for name in parts if _kind(name) == kind]
     if not places:
-        raise InvalidSample(f"has {sorted(parts)} and no label: .{kind} is needed")
+        raise InvalidSample(f"has {sorted(parts)}, but no label: .{kind} is needed")
     if len(places) > 1:
-        raise InvalidSample(f"has {len(places)} labels ({', '.join(sorted(places)[:MOST_SHOWN])}); one is needed")
+        raise InvalidSample(f"has {len(places)} labels ({', '.join(sorted(places)[:MOST_SHOWN])}), but must have one")
     content = parts[places[0]]
     if field is None or kind != "json":
         return [_word(_text(content, kind))]
@@ -122,7 +122,7 @@ def _in_document(document: bytes, field: str) -> Any:
     try:
         found: Any = json.loads(document)
     except (ValueError, RecursionError):
-        raise InvalidSample("its .json is not JSON") from None
+        raise InvalidSample("its .json is not valid JSON") from None
     for name in field.split("."):
         if not isinstance(found, dict) or name not in found:
             raise InvalidSample(f"its .json has no field {field}")
@@ -141,7 +141,7 @@ def _word(value: object) -> str:
     word = label_word(value)
     if word is None:
         raise InvalidSample(
-            f"its label is {json.dumps(value)[:MOST_SHOWN]}; a number, a name or a list of them is needed"
+            f"its label is {json.dumps(value)[:MOST_SHOWN]}; it must be a number, a name or a list of these"
         )
     if not word:
         raise InvalidSample("its label is empty")

@@ -118,7 +118,7 @@ class Manifest:
         """The numbers of a sample's classes, by its parts; InvalidSample where it has none, or one that is no class."""
         labels = class_numbers(parse_labels(parts, self.label_field), self._numbers, self.labels)
         if len(labels) > self.labels_per_sample:
-            raise InvalidSample(f"has {len(labels)} labels; {MANIFEST} says {self.labels_per_sample} at most")
+            raise InvalidSample(f"has {len(labels)} labels; {MANIFEST} allows at most {self.labels_per_sample}")
         return labels
 
     @cached_property
@@ -185,10 +185,10 @@ def read_manifest(url: str, storage: Storage = DEFAULT) -> Manifest:
     except NotFound:
         inside = join(url, "train")
         if storage.exists(join(inside, MANIFEST)):
-            raise NoManifest(f"{place} does not exist; there are two sets: {inside} and {join(url, 'val')}") from None
+            raise NoManifest(f"{place} does not exist; name one of the sets: {inside} or {join(url, 'val')}") from None
         raise NoManifest(
-            f"{place} does not exist; `coatnet data pack` makes shards with a manifest, `coatnet data index` one for"
-            " shards that are there already"
+            f"{place} does not exist; `coatnet data pack` makes shards with a manifest, `coatnet data index` makes one"
+            " for existing shards"
         ) from None
     with file:
         return replace(_parse_manifest(url, place, file), storage=storage)
@@ -200,13 +200,13 @@ def _parse_manifest(url: str, place: str, file: io.BufferedReader) -> Manifest:
         classes, samples = tuple(map(composed, document["classes"])), document["samples"]
         labels = Reading(document.get("labels", Reading.FROM_0))
     except (json.JSONDecodeError, UnicodeError) as error:
-        raise UsageError(f"{place} is not JSON ({getattr(error, 'msg', error)}); pack again") from None
+        raise UsageError(f"{place} is not valid JSON ({getattr(error, 'msg', error)}); pack again") from None
     except BadShard as error:
         raise UsageError(f"{place} {error}; pack again") from None
     except UsageError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{place} is not a whole manifest ({error!r}); pack again") from None
+        raise UsageError(f"{place} is not a complete manifest ({error!r}); pack again") from None
     names = ("label_field", "labels_per_sample", "shards_at", "format_1")
     optional = {name: document[name] for name in names if name in document}
     if document["format"] == 1:
@@ -265,9 +265,9 @@ def _ends_an_object(lines: str) -> bool:
 
 def _check_format(place: str, document: Any) -> None:
     if not isinstance(document, dict) or "format" not in document:
-        raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is the path another?")
+        raise UsageError(f"{place} is not a manifest of shards: it has no `format`; is this the right path?")
     if document["format"] not in (1, FORMAT):
-        raise UsageError(f"{place} has format {document['format']}; this version reads formats 1 and {FORMAT}")
+        raise UsageError(f"{place} has format {document['format']}; this version can read formats 1 and {FORMAT}")
 
 
 def _fault(manifest: Manifest, samples: object, number: int) -> str | None:
@@ -282,17 +282,17 @@ def _fault(manifest: Manifest, samples: object, number: int) -> str | None:
     wrong = np.flatnonzero(shards.tables.any(axis=1) != (number > 1))
     if len(wrong):
         shard = shards[int(wrong[0])]
-        return f"has format {number} and gives {shard.name} the table {shard.table!r}"
+        return f"has format {number}, but gives {shard.name} the table checksum {shard.table!r}"
     stems = np.sort(shards.stems, kind="stable")
     if (stems[1:] == stems[:-1]).any():
         return "names a shard twice"
     if manifest.samples != samples:
-        return f"says {samples!r} samples, and its shards have {manifest.samples}"
+        return f"says {samples!r} samples, but its shards have {manifest.samples}"
     if type(manifest.labels_per_sample) is not int or manifest.labels_per_sample < 1:
-        return f"gives a sample {manifest.labels_per_sample!r} labels"
+        return f"has labels_per_sample {manifest.labels_per_sample!r}; it must be at least 1"
     texts = (manifest.label_field, manifest.shards_at, manifest.format_1)
     if not all(isinstance(each, str | None) for each in texts):
-        return "has a label_field, shards_at or format_1 that is no text"
+        return "has a label_field, shards_at or format_1 that is not text"
     return None
 
 

@@ -92,7 +92,7 @@ def read_rows(storage: ByteSource, url: str, first: int, count: int) -> NDArray[
     begin, end = (HEADER_BYTES + ROW.itemsize * row for row in (first, first + count))
     rows = np.frombuffer(storage.read(url, begin, end), ROW)
     if len(_damaged(rows)):
-        rows = np.frombuffer(storage.reread(url, begin, end, "rows of a table have another checksum"), ROW)
+        rows = np.frombuffer(storage.reread(url, begin, end, "rows of a table have the wrong checksum"), ROW)
     if len(damaged := _damaged(rows)):
         raise DataError(f"{url}: row {first + damaged[0]} is damaged; pack or index the shard again")
     return rows

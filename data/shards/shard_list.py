@@ -165,11 +165,11 @@ def _is_hexadecimal(digits: str) -> bool:
 _CHECKS: tuple[tuple[Callable[[_Columns], bool], str], ...] = (
     (
         lambda of: _are(str, of["name"]) and {name[-4:].lower() for name in of["name"]} <= {".tar"},
-        "names a shard {name!r}, which is no .tar",
+        "names a shard {name!r}, which is not a .tar",
     ),
-    (lambda of: _are(str, of["query"]), "gives {name} the query {query!r}, which is no text"),
-    (lambda of: _are_checksums(of["table"]), "gives {name} the table {table!r}, which is no checksum"),
-    (lambda of: _are_checksums(of["headers"]), "gives {name} the headers {headers!r}, which is no checksum"),
+    (lambda of: _are(str, of["query"]), "gives {name} the query {query!r}, which is not text"),
+    (lambda of: _are_checksums(of["table"]), "gives {name} the table {table!r}, which is not a checksum"),
+    (lambda of: _are_checksums(of["headers"]), "gives {name} the headers {headers!r}, which is not a checksum"),
     (
         lambda of: _are_numbers(of["samples"], of["bytes"]),
         "gives {name} {samples!r} samples in {bytes!r} bytes",

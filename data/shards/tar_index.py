@@ -43,9 +43,9 @@ def tar_members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         while (member := archive.next()) is not None:
             vars(archive)["members"].clear()  # else a million members stay in memory
             if archive.pax_headers.keys() & _OF_ONE_MEMBER:
-                raise tarfile.ReadError(f"a global header before {member.name} gives all members one name or size")
+                raise tarfile.ReadError(f"a global header before {member.name} gives all members the same name or size")
             if member.issparse():
-                raise tarfile.ReadError(f"{member.name} is stored with holes; write the tar without --sparse")
+                raise tarfile.ReadError(f"{member.name} is stored as a sparse file; write the tar without --sparse")
             yield member
         # tarfile takes a damaged header for the end of the archive, and does not look past its end.
         stream.seek(archive.offset)
@@ -54,7 +54,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"damaged or cut header at byte {archive.offset}")
         while more := stream.read(tarfile.RECORDSIZE):
             if more.strip(b"\0"):
-                raise tarfile.ReadError(f"it ends at byte {archive.offset}, and more follows; is it two tars in one?")
+                raise tarfile.ReadError(f"it ends at byte {archive.offset}, but more follows; is it two tars in one?")
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def index_tar(tar: bytes | BinaryIO, keep: Collection[str] = ()) -> list[TarSamp
         stream.seek(0)
         if tool := decompressor_for(stream.read(6)):
             raise DamagedTar(f"is compressed; unpack it first ({tool} < THIS > PLAIN.tar)") from None
-        raise DamagedTar(f"not a whole tar: {error}") from error
+        raise DamagedTar(f"not a valid tar: {error}") from error
     samples = list(begun.values())
     ends = [*(sample.offset for sample in samples), end][1:]
     return [sample._replace(bytes=stop - sample.offset) for sample, stop in zip(samples, ends, strict=True)]
@@ -103,7 +103,7 @@ def _begin_part(begun: dict[str, TarSample], newest: str, member: tarfile.TarInf
     extension = extension.lower()
     if key != newest and key in begun:
         raise DamagedTar(
-            f"the parts of sample {printable(key)} do not lie together; write the tar in the order of its names"
+            f"the parts of sample {printable(key)} are not next to each other; write the tar sorted by name"
             " (tar --sort=name)"
         )
     parts = begun.setdefault(key, TarSample(key, member.offset, 0, {}, {})).parts
@@ -136,5 +136,5 @@ def key_of_line(line: str) -> str:
     """The key of the sample that a line of the index has."""
     found = re.match(r"(\S*) \d+ \d+ (.*?)\.\1(?: |$)", line)
     if not found:
-        raise DataError(f"{line!r} is no line of an index")
+        raise DataError(f"{line!r} is not a line of an index")
     return found[2]

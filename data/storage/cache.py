@@ -141,7 +141,7 @@ class NodeCache:
     def _disable(self, error: OSError) -> None:
         if self._writes:
             self._writes = False
-            print(f"data.cache.dir={self._folder} is not written any more: {error}", file=sys.stderr)
+            print(f"data.cache.dir={self._folder} is no longer written to: {error}", file=sys.stderr)
 
 
 def _blocks(begin: int, end: int) -> range:

@@ -62,5 +62,5 @@ class _Walked(io.RawIOBase):
         end = min(self._at + self._ahead, self._size)
         held = self._fetch(self._at, end)
         if len(held) != end - self._at:
-            raise DataError(f"bytes {self._at} to {end} were asked for and {len(held)} came")
+            raise DataError(f"bytes {self._at} to {end} were requested, but {len(held)} came")
         self._begin, self._held = self._at, held

@@ -197,7 +197,7 @@ class Storage:
                 contents = _part_of_whole(fs, path, begin, end, 20 * self.attempt_timeout)
         if len(contents) != end - begin:
             raise OSError(
-                f"{end - begin} bytes were asked for and {len(contents)} came; is the file the one that was packed?"
+                f"{end - begin} bytes were requested, but {len(contents)} came; is this the file that was packed?"
             )
         return contents
 
@@ -243,7 +243,7 @@ def _is_on_disk(url: str) -> bool:
 def known_size(url: str, info: dict[str, Any]) -> int:
     """The bytes of a file by what its file system says of it; DataError where that has no size."""
     if info["size"] is None:
-        raise DataError(f"{url}: its server does not say how large it is")
+        raise DataError(f"{url}: the server does not say how large it is")
     return info["size"]
 
 
@@ -355,7 +355,7 @@ def _reason(error: Exception) -> str:
     if status := _status(error):
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
     text = without_secrets(str(error).partition("\n")[0])[:200] or (
-        "past its deadline" if isinstance(error, TimeoutError) else ""
+        "timed out" if isinstance(error, TimeoutError) else ""
     )
     return f"{type(error).__name__}: {text}".removeprefix("OSError: ").removesuffix(": ")
 
@@ -375,8 +375,8 @@ def _warn_without_ranges(server: str) -> None:
     if server not in _without_ranges:
         _without_ranges.add(server)
         print(
-            f"{without_secrets(server)} does not support ranged reads: whole files are kept in {tempfile.gettempdir()},"
-            f" up to {WHOLE_FILES_BYTES >> 30} GiB a process; a server that knows Range requests would be much faster",
+            f"{without_secrets(server)} does not support Range requests: whole files go to {tempfile.gettempdir()},"
+            f" up to {WHOLE_FILES_BYTES >> 30} GiB per process; a server that supports them would be much faster",
             file=sys.stderr,
         )
 

@@ -76,7 +76,7 @@ def check_request(command: str, options: dict[str, Any]) -> str:
 
     destination = options["out"] or folder_of_tars(options["url"])
     if read_progress(destination, command).state == "done":
-        raise UsageError(f"{destination} has a {MANIFEST}; remove it to index again, or write to another --out")
+        raise UsageError(f"{destination} already has a {MANIFEST}; remove it to index again, or choose another --out")
     return destination
 
 

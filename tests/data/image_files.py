@@ -309,18 +309,18 @@ def converted(everything: bool) -> Named:
 def left_out() -> Named:
     """Those that nobody decodes rightly, by their reasons."""
     coloured, tif = file_of(picture("RGB", True), "JPEG"), file_of(picture("RGB"), "TIFF")
-    maybe = "does not decode: truncated or damaged, or not supported: "
+    maybe = "cannot be decoded: truncated or damaged, or not supported: "
     files: dict[str, tuple[bytes, str]] = {
-        "jpeg 12 bits": (with_frame(coloured, 0xC0, 12), maybe + "a JPEG of 12 bits"),
+        "jpeg 12 bits": (with_frame(coloured, 0xC0, 12), maybe + "a 12-bit JPEG"),
         "jpeg lossless": (with_frame(coloured, 0xC3, 8), maybe + "a lossless or hierarchical JPEG"),
-        "jpeg cut": (coloured[: len(coloured) // 2], "does not decode: truncated or damaged"),
-        "tiff cut": (tif[: len(tif) // 2], "does not decode: truncated or damaged"),
+        "jpeg cut": (coloured[: len(coloured) // 2], "cannot be decoded: truncated or damaged"),
+        "tiff cut": (tif[: len(tif) // 2], "cannot be decoded: truncated or damaged"),
         "bmp other masks": (
             _bmp(32, masks=struct.pack("<III", 0xFF, 0xFF00, 0xFF0000)),
-            maybe + "a bmp that Pillow does not",
+            maybe + "a bmp that Pillow cannot",
         ),
-        "html": (b"<!DOCTYPE html><title>404 Not Found</title>", "its header is not that of an image"),
-        "zeros": (bytes(5000), "its header is not that of an image"),
+        "html": (b"<!DOCTYPE html><title>404 Not Found</title>", "its header is not that of a supported image"),
+        "zeros": (bytes(5000), "its header is not that of a supported image"),
         "empty": (b"", "empty file"),
         "avif": (file_of(picture("RGB", True), "AVIF"), "AVIF is not supported"),
         "heic": (struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC is not supported"),
@@ -338,7 +338,7 @@ def left_out() -> Named:
     }
     for part in (3, 2, 20):
         cut = file_of(picture("RGB"), "PNG")
-        files[f"png cut at 1/{part}"] = cut[: len(cut) // part], "does not decode: truncated or damaged"
+        files[f"png cut at 1/{part}"] = cut[: len(cut) // part], "cannot be decoded: truncated or damaged"
     for kind, encoded in _said_to_be_huge().items():
         files[f"{kind} said to be huge"] = encoded, f"{HUGE**2} pixels; 268435456 at most"
     wrong = {

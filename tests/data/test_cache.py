@@ -198,7 +198,7 @@ def test_a_full_disk_ends_the_cache_with_one_line_and_not_the_reading(server, fo
     printed = capsys.readouterr().err
     assert (
         printed.count("\n") == 1
-        and f"data.cache.dir={folder} is not written any more" in printed
+        and f"data.cache.dir={folder} is no longer written to" in printed
         and "too large" in printed
     )
     server.forget()

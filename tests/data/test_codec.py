@@ -144,7 +144,7 @@ def test_indexing_refuses_what_training_does_not_decode_rightly(child, tmp_path,
     assert {names[key] for key in broken} == {*refused}
     for key, reason in broken.items():
         variant = refused[names[key]]
-        assert re.match(variant.reason or "training does not decode a .*; `coatnet data pack` makes", reason)
+        assert re.match(variant.reason or "training cannot decode a .*; `coatnet data pack` converts", reason)
 
 
 def test_what_packing_leaves_out_is_named_for_what_it_is(child, tmp_path):
@@ -168,7 +168,7 @@ def test_an_image_made_smaller_may_be_of_any_variant_that_packs(child):
 
 FILES = {name: file.encoded for name, file in table(kept(False), converted(False), left_out()).items() if file.encoded}
 REASONS = (
-    "does not decode: truncated or damaged|its header is not that of an image|empty file|a TIFF of .* samples|"
+    "cannot be decoded: truncated or damaged|its header is not that of|empty file|a TIFF of .* samples|"
     r"\d+ pixels|tiles of more|.* is not supported; convert it"
 )
 

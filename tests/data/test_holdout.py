@@ -226,7 +226,7 @@ def test_images_of_equal_size_are_told_apart_by_their_ends_alone(kind, most, tmp
 
 @pytest.mark.parametrize("holdout", [0.0, 1.0, 1.5, -0.1, float("nan"), float("inf")])
 def test_a_share_that_is_none_is_refused(holdout, tmp_path):
-    with pytest.raises(UsageError, match=f"--holdout={holdout} is no share"):
+    with pytest.raises(UsageError, match=f"--holdout={holdout} must be a share"):
         packed(lay_out(tmp_path / "in", FILES), tmp_path / "out", holdout=holdout)
     assert not (tmp_path / "out").exists()
 
@@ -234,13 +234,13 @@ def test_a_share_that_is_none_is_refused(holdout, tmp_path):
 @pytest.mark.parametrize(
     ("files", "holdout", "message"),
     [
-        ({f"{name}/{number}.jpg": encoded(number) for name in "ab" for number in range(4)}, 0.1, "takes no image"),
-        ({f"{name}/1.jpg": encoded(1) for name in "ab"}, 0.5, "takes no image"),
-        ({f"a/{number}.jpg": b"x%d" % number for number in range(4)}, 0.5, "no training image that decodes"),
+        ({f"{name}/{number}.jpg": encoded(number) for name in "ab" for number in range(4)}, 0.1, "holds out no image"),
+        ({f"{name}/1.jpg": encoded(1) for name in "ab"}, 0.5, "holds out no image"),
+        ({f"a/{number}.jpg": b"x%d" % number for number in range(4)}, 0.5, "no training image that can be decoded"),
         (
             {f"a/{number}.jpg": encoded(number) for number in range(9)} | {"b/1.jpg": b"x"},
             0.1,
-            "class folders of which no training image decodes: b",
+            "class folders with no training image that can be decoded: b",
         ),
     ],
     ids=["small classes", "equal images", "broken images", "a broken class"],
@@ -258,7 +258,7 @@ def test_sets_that_were_packed_otherwise_are_replaced_only_when_asked_for(inside
     packed(source, tmp_path / "fresh", holdout=0.25)
     packed(source, tmp_path / "out" / inside, samples_per_shard=1)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
-    with pytest.raises(UsageError, match=f"{(tmp_path / 'out' / inside)} holds shards already"):
+    with pytest.raises(UsageError, match=f"{(tmp_path / 'out' / inside)} already holds shards"):
         packed(source, tmp_path / "out", holdout=0.25)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
     packed(source, tmp_path / "out", holdout=0.25, overwrite=True)
@@ -269,7 +269,7 @@ def test_sets_that_were_packed_otherwise_are_replaced_only_when_asked_for(inside
 
 def test_a_set_is_never_written_into_the_images_that_it_is_of(tmp_path):
     source = lay_out(tmp_path / "photos" / "train", FILES)
-    with pytest.raises(UsageError, match="photos/train lies in the source"):
+    with pytest.raises(UsageError, match="photos/train is inside the source"):
         packed(source, tmp_path / "photos", holdout=0.25)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "val").write_bytes(b"x")
@@ -284,7 +284,7 @@ def test_the_command_says_what_was_held_out_what_was_equal_and_what_was_too_few(
     lines = done.stdout.splitlines()
     assert lines[1].startswith(f"{tmp_path}/out/train: ") and lines[2].startswith(f"{tmp_path}/out/val: ")
     assert lines[3:] == [
-        "copies of other images, byte for byte, each in the same set as its original: 4",
+        "byte-for-byte copies of other images, each in the same set as its original: 4",
         "classes with too few images to have one in val: few",
     ]
     again = coatnet("data", "pack", source, tmp_path / "again", "--holdout", "0.25", "--json")

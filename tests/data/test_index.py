@@ -379,15 +379,15 @@ def test_several_labels_of_a_sample_come_in_a_row_filled_up_with_minus_one(tmp_p
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        (b"{", "its .json is not JSON"),
+        (b"{", "its .json is not valid JSON"),
         (b"{}", "its .json has no field label"),
         (b"[1]", "its .json has no field label"),
         (b'{"label": []}', "its label is an empty list"),
-        (b'{"label": null}', "its label is null; a number"),
-        (b'{"label": true}', "its label is true; a number"),
-        (b'{"label": 1.5}', "its label is 1.5; a number"),
+        (b'{"label": null}', "its label is null; it must be a number"),
+        (b'{"label": true}', "its label is true; it must be a number"),
+        (b'{"label": 1.5}', "its label is 1.5; it must be a number"),
         (b'{"label": " "}', "its label is empty"),
-        (b'{"label": [1, [2]]}', r"its label is \[2\]; a number"),
+        (b'{"label": [1, [2]]}', r"its label is \[2\]; it must be a number"),
         (b'{"label": -1}', "its label is '-1'; without --classes"),
         (b'{"label": 2000000}', "its label is '2000000'; without --classes"),
     ],
@@ -421,13 +421,13 @@ WHOLE = tar_of(PAIRS)
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (tar_of(["1.jpg", "2.jpg", "1.cls", "2.cls"]), "parts of sample 1 do not lie together; .*--sort=name"),
+        (tar_of(["1.jpg", "2.jpg", "1.cls", "2.cls"]), "parts of sample 1 are not next to each other; .*--sort=name"),
         (tar_of(["1.jpg", "1.cls", "1.JPG"]), "sample 1 has two parts called jpg"),
-        (WHOLE[:1900], "not a whole tar"),
+        (WHOLE[:1900], "not a valid tar"),
         (WHOLE[:1536] + b"x" + WHOLE[1537:], "damaged or cut header at byte 1536"),
-        (WHOLE + WHOLE, "it ends at byte 5120, and more follows"),
-        (WHOLE[:2560] + bytes(1024) + WHOLE[2560:], "it ends at byte 2560, and more follows"),
-        (tar_of(PAIRS, {"path": "z.jpg"}), "a global header before .* gives all members one name or size"),
+        (WHOLE + WHOLE, "it ends at byte 5120, but more follows"),
+        (WHOLE[:2560] + bytes(1024) + WHOLE[2560:], "it ends at byte 2560, but more follows"),
+        (tar_of(PAIRS, {"path": "z.jpg"}), "a global header before .* gives all members the same name or size"),
         (b"", "empty file"),
         (gzip.compress(WHOLE), "is compressed; unpack it first \\(gunzip"),
     ],
@@ -567,7 +567,7 @@ def test_parts_name_damaged_tars_together_and_do_again_only_what_is_new(tmp_path
     reports = run_in_parts(partial(indexed, tmp_path), [[(Part(number, 3), None)] for number in (1, 2, 3)])
     assert [(report.kept, report.shards) for report in reports] == [(5, 6)]
     (tmp_path / ".indexing").mkdir()  # as where that one is killed when it has written the manifest
-    with pytest.raises(NotLast, match=r"part 2 of 3: .* has a manifest\.json already"):
+    with pytest.raises(NotLast, match=r"part 2 of 3: .* already has a manifest\.json"):
         indexed(tmp_path, part=Part(2, 3))
     assert not (tmp_path / ".indexing").exists()
 
@@ -587,12 +587,12 @@ def test_parts_that_disagree_are_refused_by_what_they_disagree_in(tmp_path, monk
         (written(tmp_path / "set", [{"jpg": image(0), "cls": b"0"}]) / "a.tar").rename(f"set/{number}.tar")
     with pytest.raises(NotLast):
         indexed("set", part=Part(1, 2))
-    with pytest.raises(UsageError, match=f"{message}; --out takes another place, or remove its .indexing"):
+    with pytest.raises(UsageError, match=f"{message}; choose another place with --out, or remove its .indexing"):
         indexed("set", part=Part(2, 2), **changed)
     assert indexed("set", part=Part(2, 2)).kept == 1
 
 
-@pytest.mark.parametrize(("second", "message"), [(WHOLE, "has a manifest.json already"), (b"", "begun the work anew")])
+@pytest.mark.parametrize(("second", "message"), [(WHOLE, "already has a manifest.json"), (b"", "restarted this work")])
 def test_a_stale_part_that_finds_the_work_ended_or_begun_anew_changes_nothing(tmp_path, second, message):
     """Others overtake it before it has done anything: all of the same request, or some of another one."""
     (tmp_path / "0.tar").write_bytes(WHOLE)
@@ -629,14 +629,14 @@ def test_a_comment_in_a_global_header_is_fine_and_an_empty_tar_is_left_out(tmp_p
         ("set/{c,a,b}.tar", {}, r"set/b\.tar, set/c\.tar do not exist"),
         ("set/{a,a}.tar", {}, "names a tar twice"),
         ("set/*.tgz", {}, "has no .tar files"),
-        ("set/{0..2.tar", {}, "does not exist|is no pattern"),
-        ("set", {"label_field": "label"}, "sample 0000 has no field label for its label; it has no .json either"),
-        ("captioned", {}, r"sample 0000 has no \.cls for its label; --label-field takes one of a, b\.c"),
-        ("captioned", {"label_field": "b"}, "has no field b for its label; --label-field takes one of a, b.c"),
-        ("dotted", {}, "no sample with a label; a.tar img, for one: has 2 images .*; a key ends at the first dot"),
+        ("set/{0..2.tar", {}, "does not exist|is not a valid pattern"),
+        ("set", {"label_field": "label"}, "sample 0000 has no field label with its label; it has no .json either"),
+        ("captioned", {}, r"sample 0000 has no \.cls with its label; --label-field can be one of a, b\.c"),
+        ("captioned", {"label_field": "b"}, "has no field b with its label; --label-field can be one of a, b.c"),
+        ("dotted", {}, "no sample with a label; for example, a.tar img: has 2 images .*; a key ends at the first dot"),
         ("mixed", {}, r"labels are in different parts, those of .\.tar in .* and those of .\.tar in .*; index"),
         ("set", {"classes": "nofile"}, "nofile"),
-        ("done", {}, "done has a manifest.json; remove it to index again, or write to another --out"),
+        ("done", {}, "done already has a manifest.json; remove it to index again, or choose another --out"),
     ],
 )
 def test_a_request_that_cannot_be_indexed_is_refused_with_what_to_do(tmp_path, monkeypatch, url, request_, message):
@@ -656,7 +656,7 @@ def test_a_request_that_cannot_be_indexed_is_refused_with_what_to_do(tmp_path, m
 def test_a_place_that_cannot_be_written_is_an_error_that_says_out(tmp_path):
     written(tmp_path / "set", [{"jpg": image(0), "cls": b"0"}])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"cannot be written: .*; --out takes another place"):
+    with pytest.raises(UsageError, match=r"cannot be written: .*; choose another place with --out"):
         indexed(tmp_path / "set", tmp_path / "file" / "inside")
 
 

@@ -175,7 +175,7 @@ def test_copies_that_came_or_went_since_are_not_mixed_with_what_was_held_out(tmp
     assert packed_until(source, tmp_path / "out", 41, holdout=0.5) is None
     for number in range(1, 40, 2):
         (source / f"a/{number}.bmp").write_bytes(files[f"a/{number - 1}.bmp"])  # of the same size
-    with pytest.raises(UsageError, match="the source has other files, labels or classes now"):
+    with pytest.raises(UsageError, match="the source's files, labels or classes have changed since"):
         packed(source, tmp_path / "out", **TWO_EACH, holdout=0.5)
 
 
@@ -183,7 +183,7 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
     source = lay_out(tmp_path / "in", FILES)
     packed_until(source, tmp_path / "out", 30)
     (source / "a" / "3.jpg").write_bytes(encoded(3) + b"\0")
-    with pytest.raises(UsageError, match="the source has other files, labels or classes now"):
+    with pytest.raises(UsageError, match="the source's files, labels or classes have changed since"):
         packed(source, tmp_path / "out", **TWO_EACH)
     assert packed(source, tmp_path / "anew", **TWO_EACH).kept == 0
     assert packed_until(source, tmp_path / "out", 30, overwrite=True) is None

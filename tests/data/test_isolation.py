@@ -86,7 +86,7 @@ def test_a_failing_image_is_replaced_and_all_else_is_as_it_was(tmp_path_factory,
         assert batch.keys == sound.keys and (batch.positions == sound.positions).all()
         assert [int(bad.key) for bad in batch.broken] == [int(key) for key in batch.keys if int(key) in failing]
         for bad in batch.broken:
-            assert bad.shard == f"shard-{int(bad.key) // PER_SHARD:06d}.tar" and "DALI does not decode it" in bad.reason
+            assert bad.shard == f"shard-{int(bad.key) // PER_SHARD:06d}.tar" and "DALI cannot decode it" in bad.reason
         for key, pixels, label, other in zip(batch.keys, batch.images, batch.labels, sound.images, strict=True):
             seen = int(pixels[0, 0, 0])
             assert seen not in failing and label.tolist() == [seen % 4] and pixels.unique().numel() <= 3
@@ -112,9 +112,7 @@ def test_evaluation_leaves_out_failing_images_and_names_them(tmp_path, micro_bat
 
 def test_a_window_of_nothing_but_failing_images_ends_the_run_by_name(tmp_path):
     manifest = dataset(tmp_path / "set", range(SAMPLES))
-    with pytest.raises(
-        DataError, match=r"shard-00000\d\.tar: \d{4}: DALI does not decode it: .+ no sample of 9 windows"
-    ):
+    with pytest.raises(DataError, match=r"shard-00000\d\.tar: \d{4}: DALI cannot decode it: .+ no sample of 9 windows"):
         loaded(manifest, order_of(manifest, 4, 5), 2, range(3))
 
 

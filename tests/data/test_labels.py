@@ -186,7 +186,7 @@ def test_numbers_count_from_where_they_are_seen_to_or_are_refused(data, count, b
         try:
             found = read(source, **options, **given_classes(Path(folder), names, "file"))
         except UsageError as error:
-            assert not {0, count} & {number + base for number in numbers} and "count from is not known" in str(error)
+            assert not {0, count} & {number + base for number in numbers} and "may count from 0 or from 1" in str(error)
         else:
             assert found == {i: names[number] for i, number in enumerate(numbers)}
         with pytest.raises(UsageError, match="numbers as labels"):
@@ -199,12 +199,12 @@ def test_numbers_count_from_where_they_are_seen_to_or_are_refused(data, count, b
 @pytest.mark.parametrize(
     ("labels", "classes", "message"),
     [
-        ("cat 1", "cat dog", "'cat' .* is the name of a class, and '1' .* is none and may be a number"),
-        ("0 1 2 3", "1 2 3 4", "'1' .* is the name of a class, and '0' .* is none and may be a number"),
-        ("001 2", "001 002", "'001' .* is the name of a class, and '2' .* is none and may be a number"),
-        ("0 1 2", "2 1 0", "'0' .* is the name of a class, and as a number from 0 it is class '2'"),
-        ("0 1 2", "a b", "labels 0 .* to 2 .*: from 0 they are 0 to 1, from 1 they are 1 to 2"),
-        ("1 2", "a b c", "neither label 0 nor 3, .*: 1 .* is 'b' from 0 and 'a' from 1"),
+        ("cat 1", "cat dog", "'cat' .* is the name of a class, but '1' .* is not, and may be a number"),
+        ("0 1 2 3", "1 2 3 4", "'1' .* is the name of a class, but '0' .* is not, and may be a number"),
+        ("001 2", "001 002", "'001' .* is the name of a class, but '2' .* is not, and may be a number"),
+        ("0 1 2", "2 1 0", "'0' .* is the name of a class, but as a number from 0 it is class '2'"),
+        ("0 1 2", "a b", "labels 0 .* to 2 .*: counted from 0 they would be 0 to 1, counted from 1, 1 to 2"),
+        ("1 2", "a b c", "neither label 0 nor 3, .*: 1 .* would be 'b' from 0 and 'a' from 1"),
         ("1 01", "", "'0?1' .* and '0?1' .* are two names, or one number"),
     ],
 )

@@ -466,5 +466,5 @@ def test_what_a_container_or_slurm_grants_is_the_memory_that_windows_must_fit(tm
     monkeypatch.setattr("data.memory._groups", lambda: iter([tmp_path]))
     assert granted_bytes() == 2**30
     manifest = Manifest("nowhere", ("class",), Shards.of([Shard("0.tar", 1000, 10**6)]))
-    with pytest.raises(UsageError, match=r"in the 1\.0 GiB of memory that this machine grants"):
+    with pytest.raises(UsageError, match=r"the 1\.0 GiB of memory that this machine allows"):
         check_memory(manifest, slots=64, window=1000, resolution=224, local_world_size=1)

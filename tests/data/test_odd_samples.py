@@ -61,11 +61,11 @@ GOOD = {
 }
 WHOLE = file_of(Image.fromarray(pixels(90, 120)))
 UNDECODABLE = {
-    "html.jpg": (b"<!DOCTYPE html><title>404 Not Found</title>", "its header is not that of an image"),
-    "truncated.jpg": (WHOLE[: len(WHOLE) // 2], "does not decode: truncated or damaged"),
+    "html.jpg": (b"<!DOCTYPE html><title>404 Not Found</title>", "its header is not that of a supported image"),
+    "truncated.jpg": (WHOLE[: len(WHOLE) // 2], "cannot be decoded: truncated or damaged"),
     "empty.jpg": (b"", "empty file"),
-    "zeros.jpg": (bytes(5000), "its header is not that of an image"),
-    "header.jpg": (WHOLE[:2] + b"\0" * 60 + WHOLE[62:], "its header|does not decode"),
+    "zeros.jpg": (bytes(5000), "its header is not that of a supported image"),
+    "header.jpg": (WHOLE[:2] + b"\0" * 60 + WHOLE[62:], "its header|cannot be decoded"),
     "huge.png": (file_of(Image.new("1", (2**15, 2**14)), "PNG"), r"\d+ pixels; 268435456 at most"),
 }
 DAMAGED = "damaged"
@@ -141,9 +141,9 @@ def test_indexing_lists_what_it_can_see_and_training_replaces_it_all(child, tmp_
     listed, url = indexed(tmp_path, decode)
     by_headers = {
         "beyond": "its label is '900'; it must be 0 to 18",
-        "unlabelled": r"has \['jpg'\] and no label",
-        "two": r"has 2 images \(jpg, png\); one is needed",
-        "imageless": r"has \['cls', 'txt'\] and no image",
+        "unlabelled": r"has \['jpg'\], but no label",
+        "two": r"has 2 images \(jpg, png\), but must have one",
+        "imageless": r"has \['cls', 'txt'\], but no image",
     }
     by_decoding = {Path(name).stem: reason for name, (_, reason) in UNDECODABLE.items()}
     assert_reasons(listed, {**by_headers, **by_decoding} if decode else by_headers)

@@ -68,12 +68,12 @@ GOOD = {
 }
 LABELS = {"a.b": 0, "cats": 1, "日本": 2}
 BAD = {
-    "cats/text.jpg": (b"no image at all", "not that of an image"),
+    "cats/text.jpg": (b"no image at all", "not that of a supported image"),
     "cats/truncated.jpg": (encoded(20, size=(64, 64))[:-50], "truncated or damaged"),
     "cats/nothing.jpg": (b"", "empty file"),
-    "cats/notes.txt": (b"notes", "not an image by its name"),
-    "a.b/moving.gif": (encoded(21, "GIF"), "not an image by its name"),
-    "README.md": (b"read me", "in no class folder"),
+    "cats/notes.txt": (b"notes", "its suffix is not that of an image"),
+    "a.b/moving.gif": (encoded(21, "GIF"), "its suffix is not that of an image"),
+    "README.md": (b"read me", "not in a class folder"),
 }
 HIDDEN = {".DS_Store": b"x", "cats/._plain.jpg": b"x", "cats/.git/x.jpg": b"x", "__MACOSX/cats/plain.jpg": b"x"}
 
@@ -311,7 +311,7 @@ NO_IMAGES = f"class folders without images ({' '.join(SUFFIXES)}): b, c;"
             {"a/1.jpg": JPEG, "b/x.txt": b"", "c/.jpg": b""},
             NO_IMAGES,
         ),
-        ({"a/1.jpg": JPEG, "b/1.jpg": b"x", "c/1.jpg": JPEG[:99]}, "class folders of which no image decodes: b, c;"),
+        ({"a/1.jpg": JPEG, "b/1.jpg": b"x", "c/1.jpg": JPEG[:99]}, "folders with no image that can be decoded: b, c;"),
     ],
     ids=["missing", "empty", "only hidden", "no classes", "empty classes", "classes without images", "broken classes"],
 )
@@ -335,14 +335,14 @@ def test_a_file_that_is_no_whole_plain_tar_is_refused_with_what_to_do(zoo, tmp_p
     (tmp_path / "cut.tar").write_bytes(whole[:5000])
     assert "is compressed; gunzip it first" in refused(tmp_path / "in.tgz", tmp_path / "out")
     for name in ("text.tar", "nothing.tar", "cut.tar"):
-        assert f"{name} is neither a folder nor a whole tar" in refused(tmp_path / name, tmp_path / "out")
+        assert f"{name} is neither a folder nor a valid tar" in refused(tmp_path / name, tmp_path / "out")
 
 
 def test_a_destination_in_the_source_is_refused(zoo, tmp_path):
     (tmp_path / "link").symlink_to(zoo)
     for inside in (zoo, zoo / "cats" / "out", tmp_path / "link" / "out"):
-        assert "lies in the source" in refused(zoo, inside)
-    assert "lies in the source" in refused(tar_of(zoo), tar_of(zoo))
+        assert "is inside the source" in refused(zoo, inside)
+    assert "is inside the source" in refused(tar_of(zoo), tar_of(zoo))
 
 
 def test_a_destination_that_cannot_be_a_folder_is_refused(zoo, tmp_path):
@@ -369,7 +369,7 @@ def test_a_number_that_cannot_be_is_refused(zoo, tmp_path, numbers, message):
 def test_shards_that_are_there_are_replaced_only_when_asked_for(zoo, tmp_path):
     packed(zoo, tmp_path / "out", samples_per_shard=1)
     before = files_in(tmp_path / "out")
-    with pytest.raises(UsageError, match="holds shards already"):
+    with pytest.raises(UsageError, match="already holds shards"):
         packed(zoo, tmp_path / "out")
     assert files_in(tmp_path / "out") == before
     packed(zoo, tmp_path / "out", overwrite=True)
@@ -382,7 +382,7 @@ def test_somebody_elses_shards_are_replaced_only_when_asked_for(zoo, tmp_path):
     half = ".shard-000009.tar.00c0ffee.partial"
     there = lay_out(tmp_path, {"shard-000007.tar": b"not ours", half: b"x", "mine.txt": b"mine"})
     before = files_in(there)
-    assert "holds shards already" in refused(zoo, there)
+    assert "already holds shards" in refused(zoo, there)
     assert files_in(there) == before
     packed(zoo, there, overwrite=True)
     assert files_in(there).keys() & before.keys() == {"mine.txt"}
@@ -421,8 +421,8 @@ def test_links_are_followed_and_those_that_lead_nowhere_are_listed(tmp_path):
     assert [image.path for image in images_of(found)] == ["a/1.jpg", "a/one.jpg", "b/2.jpg"]
     assert contents_of(found) == [JPEG] * 3
     assert {path: reason.partition(" (")[0] for path, reason in found.catalog.broken()} == {
-        "a/around": "a link to a folder around it",
-        "a/nowhere.jpg": "a link to nothing",
+        "a/around": "a link to a folder that contains it",
+        "a/nowhere.jpg": "a broken link",
         "a/pipe.jpg": "not a regular file",
     }
 

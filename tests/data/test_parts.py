@@ -218,7 +218,7 @@ def test_a_pack_that_is_begun_anew_stops_its_stale_twin(kinds, tmp_path):
         if done == 5:
             part(source, tmp_path / "out", "0/1", seed=1, overwrite=True)
 
-    with pytest.raises(DataError, match="another process has finished this pack or begun it anew"):
+    with pytest.raises(DataError, match="another process has finished or restarted this pack"):
         part(source, tmp_path / "out", "1/1", progress=overtaken)
     assert isinstance(part(source, tmp_path / "out", "1/1", seed=1), PackReport)
     packed(source, tmp_path / "fresh", **{**REQUEST, "seed": 1})

@@ -200,7 +200,7 @@ def test_a_truncated_tar_is_an_error_past_its_end_only(packed, tmp_path):
     tar = tmp_path / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[: offset + 10])
     assert read_ranges(manifest, [SampleRange(0, 0, 4)]) == read_ranges(packed.manifest, [SampleRange(0, 0, 4)])
-    with pytest.raises(DataError, match=rf"{tar}: bytes {offset} to \d+ cannot be read: .* asked for and 10 came"):
+    with pytest.raises(DataError, match=rf"{tar}: bytes {offset} to \d+ cannot be read: .* requested, but 10 came"):
         read_ranges(manifest, [SampleRange(0, 4, 2)])
 
 
@@ -218,7 +218,7 @@ def test_a_truncated_table_is_an_error_that_names_it(packed, tmp_path):
     table = tmp_path / "shard-000001.npy"
     table.write_bytes(table.read_bytes()[:-1])
     with pytest.raises(
-        DataError, match=r"shard-000001\.npy: bytes 512 to 544 cannot be read: .* 32 .* asked for and 31 came"
+        DataError, match=r"shard-000001\.npy: bytes 512 to 544 cannot be read: .* 32 .* requested, but 31 came"
     ):
         read_ranges(manifest, [SampleRange(1, 8, 1)])
 

@@ -95,7 +95,7 @@ def test_members_that_webdataset_passes_over_are_no_samples():
 
 @given(st.integers(1, INDEX[-1].offset + INDEX[-1].bytes - 1))
 def test_a_tar_that_is_cut_is_refused_even_where_a_member_ends(bytes_kept):
-    with pytest.raises(DataError, match="not a whole tar"):
+    with pytest.raises(DataError, match="not a valid tar"):
         index_tar(TAR[:bytes_kept])
 
 
@@ -248,25 +248,25 @@ SHARD = {"name": "s.tar", "samples": 5, "bytes": 9}
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[1]", "is not a manifest of shards"),
         (changed(format=None), "is not a manifest of shards"),
-        (changed(format=3), "has format 3; this version reads formats 1 and 2"),
+        (changed(format=3), "has format 3; this version can read formats 1 and 2"),
         (changed(format=2), "has format 2 and gives s.tar the table ''"),
         (changed(shards=[{**SHARD, "table": F0}]), f"has format 1 and gives s.tar the table '{F0}'"),
-        (changed(shards=[{**SHARD, "table": "f0"}]), "gives s.tar the table 'f0', which is no checksum"),
-        (changed(shards=[{**SHARD, "query": 7}]), "gives s.tar the query 7, which is no text"),
+        (changed(shards=[{**SHARD, "table": "f0"}]), "gives s.tar the table 'f0', which is not a checksum"),
+        (changed(shards=[{**SHARD, "query": 7}]), "gives s.tar the query 7, which is not text"),
         (changed(shards=[{**SHARD, "bytes": 1 << 63}]), "gives s.tar 5 samples in 9223372036854775808 bytes"),
-        (changed(shards=[[]]), "not a whole manifest"),
-        (changed(shards=None), "not a whole manifest"),
-        (changed(shards=[{"name": "s.tar"}]), "not a whole manifest"),
-        (changed(classes=7), "not a whole manifest"),
+        (changed(shards=[[]]), "not a complete manifest"),
+        (changed(shards=None), "not a complete manifest"),
+        (changed(shards=[{"name": "s.tar"}]), "not a complete manifest"),
+        (changed(classes=7), "not a complete manifest"),
         (changed(classes=[]), "names no classes"),
         (changed(classes=["a", "a"]), "names a class twice"),
         (changed(shards=[]), "names no shards"),
         (changed(shards=[SHARD, SHARD], samples=10), "names a shard twice"),
-        (changed(shards=[{**SHARD, "name": "s"}]), "'s', which is no .tar"),
+        (changed(shards=[{**SHARD, "name": "s"}]), "'s', which is not a .tar"),
         (changed(shards=[{**SHARD, "samples": 0}], samples=0), "gives s.tar 0 samples"),
-        (changed(samples=6), "says 6 samples, and its shards have 5"),
-        (changed(labels_per_sample=0), "gives a sample 0 labels"),
-        (changed(label_field=3), "that is no text"),
+        (changed(samples=6), "says 6 samples, but its shards have 5"),
+        (changed(labels_per_sample=0), "has labels_per_sample 0"),
+        (changed(label_field=3), "that is not text"),
     ],
 )
 def test_a_missing_or_wrong_manifest_is_refused_in_one_line(tmp_path, contents, message):

@@ -214,20 +214,20 @@ LINES = "1.jpg cat\n2.jpg dog\n"
     ("labels", "classes", "message"),
     [
         ("1.jpg cat\n", None, "labels.txt has no label for 2.jpg of"),
-        (LINES + "3.jpg cat\n", None, "labels.txt names 3.jpg, which"),
-        (LINES + "1.jpg cat\n", None, "labels.txt line 3 names 1.jpg once more"),
-        ("cat\n1.jpg cat\n", None, "labels.txt line 1 is 'cat' alone"),
-        ("cat\n", None, "labels.txt has 1 labels, one a line, for 2 images"),
+        (LINES + "3.jpg cat\n", None, "labels.txt names 3.jpg, not found in"),
+        (LINES + "1.jpg cat\n", None, "labels.txt line 3 names 1.jpg a second time"),
+        ("cat\n1.jpg cat\n", None, "labels.txt line 1 has only 'cat'"),
+        ("cat\n", None, "labels.txt has 1 labels, one per line, but"),
         ("\n", None, "labels.txt is empty"),
-        ("\udcff", None, "labels.txt is not UTF-8"),
-        ("1\n2\n", None, "has numbers as labels; --classes FILE must name the classes in the order"),
-        ("2\n3\n", "a\nb\nc\nd", "has neither label 0 nor 4, so what they count from is not known"),
+        ("\udcff", None, "labels.txt is not text in UTF-8"),
+        ("1\n2\n", None, "has numbers as labels; pass --classes FILE, which names the classes in"),
+        ("2\n3\n", "a\nb\nc\nd", "has neither label 0 nor 4, so labels may count from 0 or from 1"),
         ("0\n4\n", "a\nb\nc\nd", "labels 0 (1.jpg) to 4 (2.jpg), which do not fit 4 classes"),
         ("1\n5\n", "a\nb\nc\nd", "labels 1 (1.jpg) to 5 (2.jpg), which do not fit 4 classes"),
         (LINES, "cat\n", "2.jpg of"),
-        (LINES, "cat\ndog\ncat\n", "has class cat twice, in lines 1 and 3"),
+        (LINES, "cat\ndog\ncat\n", "has class cat twice, on lines 1 and 3"),
         (LINES, "", "classes.txt is empty"),
-        (None, None, "labels.txt does not exist; a list is needed"),
+        (None, None, "labels.txt does not exist"),
     ],
 )
 def test_a_label_list_that_does_not_fit_is_refused_with_what_is_wrong(labels, classes, message, tmp_path):
@@ -251,21 +251,21 @@ def test_numbers_are_never_read_in_the_order_of_a_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("list.csv", "path,label\n1.jpg,cat\n3.jpg,cat\n4.jpg,cat\n", "line 3 names 3.jpg, which does not exist as a"),
-        ("list.csv", "path,label\nfolder,cat\n", "line 2 names folder, which does not exist as a file"),
-        ("list.csv", "path,label\n1.jpg,cat\n./1.jpg,dog\n", "names ./1.jpg twice, in lines 2 and 3"),
-        ("list.csv", "path,label\n1.jpg,\n", "line 2 lacks its label"),
-        ("list.csv", "path,label\n,cat\n", "line 2 lacks its path"),
-        ("list.csv", "path,labels\n1.jpg,cat;;dog\n", "line 2 lacks its label"),
+        ("list.csv", "path,label\n1.jpg,cat\n3.jpg,cat\n4.jpg,cat\n", "names 3.jpg, but there is no such file; 1 more"),
+        ("list.csv", "path,label\nfolder,cat\n", "line 2 names folder, but there is no such file"),
+        ("list.csv", "path,label\n1.jpg,cat\n./1.jpg,dog\n", "names ./1.jpg twice, on lines 2 and 3"),
+        ("list.csv", "path,label\n1.jpg,\n", "line 2 has no label"),
+        ("list.csv", "path,label\n,cat\n", "line 2 has no path"),
+        ("list.csv", "path,labels\n1.jpg,cat;;dog\n", "line 2 has no label"),
         (
             "list.csv",
             "1.jpg,cat\n",
             "must begin with a line `path,label` or `path,labels`; its first line is '1.jpg,cat'",
         ),
         ("list.csv", "path,label\n", "has no images"),
-        ("list.csv", "path,label\n1.jpg,0\n2.jpg,1\n", "has numbers as labels; --classes FILE"),
+        ("list.csv", "path,label\n1.jpg,0\n2.jpg,1\n", "has numbers as labels; pass --classes FILE"),
         ("list.jsonl", '{"path": "1.jpg"}\n', "line 1 must be"),
-        ("list.jsonl", '{"path": "1.jpg", "labels": []}\n', "line 1 lacks its label"),
+        ("list.jsonl", '{"path": "1.jpg", "labels": []}\n', "line 1 has no label"),
         ("list.jsonl", '\n{"path": 1, "label": "cat"}\n', "line 2 must be"),
         ("list.jsonl", '{"path": "1.jpg", "label": "cat"', "line 1 is not JSON"),
         ("list.jsonl", "[1]", "line 1 must be"),
@@ -279,7 +279,7 @@ def test_a_list_that_is_wrong_is_refused_with_the_line(name, text, message, tmp_
 
 def test_a_list_has_its_own_labels(tmp_path):
     lay_out(tmp_path, {"1.jpg": JPEG, "list.csv": b"path,label\n1.jpg,2\n"})
-    assert "which has its labels" in refused(tmp_path / "list.csv", tmp_path / "out", labels="x")
+    assert "which has labels of its own" in refused(tmp_path / "list.csv", tmp_path / "out", labels="x")
 
 
 def test_an_image_of_a_class_that_is_not_listed_is_named(tmp_path):
@@ -311,20 +311,20 @@ def test_what_cannot_be_read_of_a_zip_is_listed_with_the_reason(tmp_path):
 def test_an_archive_that_is_not_whole_is_refused(tmp_path):
     whole = zip_of(tmp_path, FILES).read_bytes()
     lay_out(tmp_path, {"cut.zip": whole[:-30], "empty.zip": b"PK\x05\x06" + bytes(18)})
-    assert "cut.zip is not a whole zip" in refused(tmp_path / "cut.zip", tmp_path / "out")
+    assert "cut.zip is not a valid zip" in refused(tmp_path / "cut.zip", tmp_path / "out")
     assert "empty.zip is empty" in refused(tmp_path / "empty.zip", tmp_path / "out")
     tars = class_tars(FILES)
     cut = lay_out(tmp_path / "tars", {"a.b.tar": tars["a.b"], "cats.tar": tars["cats"][:-10_240], "日本.tar": b""})
     message = refused(cut, tmp_path / "out")
-    assert "cats.tar is not a whole tar" in message and "日本.tar is not a whole tar" in message
+    assert "cats.tar is not a valid tar" in message and "日本.tar is not a valid tar" in message
     assert "a.b.tar" not in message
     (cut / "日本.tar").write_bytes(tars["日本"])
-    assert "cats.tar in it is not whole" in refused(tar_of(cut), tmp_path / "out")
+    assert "cats.tar in it is not valid" in refused(tar_of(cut), tmp_path / "out")
 
 
 def test_a_zip_of_which_nothing_can_be_read_is_refused_with_the_reason(tmp_path):
     place = zip_of(tmp_path, FILES, zipfile.ZIP_BZIP2)
-    assert "for one: compressed in the zip by method 12" in refused(place, tmp_path / "out")
+    assert ": compressed in the zip by method 12" in refused(place, tmp_path / "out")
 
 
 # Smaller images.

@@ -101,7 +101,7 @@ def size_of_another(folder: Path) -> None:
     (folder / TABLE).write_bytes(table_bytes(rows))
 
 
-OTHER_TABLE = "its sample table (.npy) is another than the manifest's"
+OTHER_TABLE = "its sample table (.npy) does not match the manifest's checksum"
 
 
 def one_class_less(folder: Path) -> None:
@@ -115,10 +115,10 @@ def one_class_less(folder: Path) -> None:
         (lambda folder: (folder / TAR).unlink(), {"does not exist"}),
         (lambda folder: (folder / TABLE).unlink(), {"has no sample table (.npy)"}),
         (lambda folder: (folder / INDEX).unlink(), {"has no DALI index (.idx)"}),
-        (lambda folder: (folder / TABLE).write_bytes(b""), {"its sample table (.npy) is not one of 9 samples"}),
-        (tar_cut, {"lies past the end of the tar", "not a whole tar: *", "has 20490 bytes; the manifest says *"}),
-        (table_of_another, {OTHER_TABLE, "its row of the sample table is not that of its headers"}),
-        (row_of_another, {OTHER_TABLE, "its row of the sample table is not that of its headers"}),
+        (lambda folder: (folder / TABLE).write_bytes(b""), {"its sample table (.npy) does not have 9 samples"}),
+        (tar_cut, {"lies past the end of the tar", "not a valid tar: *", "has 20490 bytes; the manifest says *"}),
+        (table_of_another, {OTHER_TABLE, "its row of the sample table does not match its headers"}),
+        (row_of_another, {OTHER_TABLE, "its row of the sample table does not match its headers"}),
         (size_of_another, {OTHER_TABLE, "decodes to *; its row says *"}),
         (one_class_less, {"its label is '3'; it must be 0 to 2 or the name of a class"}),
     ],
@@ -207,12 +207,12 @@ def test_parts_of_a_set_that_changed_meanwhile_are_refused_and_others_begin_agai
         verified(copy, part=Part(1, 2))
     one_class_less(copy)
     with pytest.raises(
-        UsageError, match=r"set was \w+ and is \w+; --out takes another place, or remove its .verifying"
+        UsageError, match=r"set was \w+ and is \w+; choose another place with --out, or remove its .verifying"
     ):
         verified(copy, part=Part(2, 2))
     shutil.rmtree(copy / ".verifying")
     broken = verified(copy, part=Part(1, 1)).broken
-    with pytest.raises(NotLast, match=r"has a verified\.json already"):
+    with pytest.raises(NotLast, match=r"already has a verified\.json"):
         verified(copy, part=Part(2, 2))
     assert broken and not verified(copy, part=Part(1, 1), sample=1e-12).broken
 
@@ -258,7 +258,7 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
         result = CliRunner().invoke(app, ["data", *command, "--json"])
         return result.exit_code, json.loads(result.stdout)
 
-    broken = [{"shard": "a.tar", "key": "1", "reason": "does not decode: truncated or damaged"}]
+    broken = [{"shard": "a.tar", "key": "1", "reason": "cannot be decoded: truncated or damaged"}]
     size = (folder / "a.tar").stat().st_size
     found = {"shards": 1, "samples": 2, "bytes": size, "classes": 2, "labels": "", "kept": 0}
     read = {**found, "labels": "numbers from 0 in .cls"}
@@ -277,7 +277,7 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
     (folder / "b.tar").write_bytes(b"")
     (folder / "manifest.json").unlink()
     status, document = run("index", str(folder))
-    assert (status, document["broken"]) == (1, [{"shard": "b.tar", "key": "", "reason": "not a whole tar: empty file"}])
+    assert (status, document["broken"]) == (1, [{"shard": "b.tar", "key": "", "reason": "not a valid tar: empty file"}])
 
 
 def test_every_broken_shard_is_printed_and_the_first_of_the_samples(tmp_path):
@@ -286,5 +286,5 @@ def test_every_broken_shard_is_printed_and_the_first_of_the_samples(tmp_path):
     for number in range(30):
         (folder / f"cut-{number:02d}.tar").write_bytes(b"")
     result = CliRunner().invoke(app, ["data", "index", str(folder)])
-    assert [f"cut-{number:02d}.tar: not a whole tar" in result.stderr for number in range(30)] == [True] * 30
+    assert [f"cut-{number:02d}.tar: not a valid tar" in result.stderr for number in range(30)] == [True] * 30
     assert isinstance(result.exception, DataError) and "30 of 31 tars" in str(result.exception)

@@ -211,7 +211,7 @@ def test_without_source_json_a_run_resumes_from_what_it_began_and_nothing_else(b
     DAMAGES[what](begun.restored() / "source.json")
     others = [str(begun.run) if word == str(begun.source) else word for word in begun.request]
     status, said = ended(*others)
-    assert status == 2 and f"was started from {begun.source}, and --from is {begun.run}" in said, said
+    assert status == 2 and f"was started from {begun.source}, but --from is {begun.run}" in said, said
     moved = begun.source.rename(begun.source.with_name("elsewhere"))
     status, said = ended(*begun.request)
     moved.rename(begun.source)
