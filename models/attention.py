@@ -191,4 +191,4 @@ def check_backend(name: str, device: str = "cuda") -> None:
     if name not in ("auto", *get_args(Backend)):
         raise ValueError(f"attention is {name!r}; it must be auto, {', '.join(get_args(Backend))}")
     if name == "flex" and device != "cuda":
-        raise ValueError(f"attention is 'flex', which has no backward on {device}; take auto, reference or sdpa")
+        raise ValueError(f"attention is 'flex', which has no backward pass on {device}; use auto, reference or sdpa")

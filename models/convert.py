@@ -86,11 +86,11 @@ def to_timm(model: CoAtNet, name: str) -> tuple[State, dict[str, Any]]:
     has no such network. Tensors share the model's memory where they can.
     """
     if name not in LAYOUTS.values():
-        raise ValueError(f"name is {name}; of these networks timm has {', '.join(LAYOUTS.values())}")
+        raise ValueError(f"name is {name}; timm only has {', '.join(LAYOUTS.values())}")
     found = settings(model)
     for ours, (_, values) in CHOICES.items():
         if found[ours] not in values:
-            raise ValueError(f"{ours} is {found[ours]!r}; timm has {' or '.join(map(repr, values))}")
+            raise ValueError(f"{ours} is {found[ours]!r}; timm only has {' or '.join(map(repr, values))}")
     classifier, (height, width) = model.head.classifier, model.resolution
     arguments = {theirs: values[found[ours]] for ours, (theirs, values) in CHOICES.items()} | {
         "num_classes": classifier.out_features if isinstance(classifier, nn.Linear) else 0,
@@ -120,7 +120,7 @@ def from_timm(name: str, state: Mapping[str, Tensor], arguments: Mapping[str, An
     for key in sorted(state.keys() | expected.keys()):
         shapes = [list(each[key].shape) if key in each else "absent" for each in (state, expected)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{key} is {shapes[0]} in the weights; {name} with these arguments has it {shapes[1]}")
+            raise ValueError(f"{key} is {shapes[0]} in the weights; in {name} with these arguments it is {shapes[1]}")
     return made, {key: _ours(key, own, state, made["head_size"]) for key, own in model.state_dict().items()}
 
 
@@ -193,7 +193,7 @@ def _timm_name(name: str) -> str:
 
 def _our_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(given.keys() - TIMM_DEFAULTS.keys()):
-        raise ValueError(f"{unknown[0]} is {given[unknown[0]]!r}; what that does to a network is not known here")
+        raise ValueError(f"{unknown[0]} is {given[unknown[0]]!r}; this argument is not supported")
     layers = given["conv_norm_layer"] == "layernorm2d"
     one_setting = {"conv_pool_type": "transformer_pool_type"}
     one_setting |= {"conv_norm_eps": "transformer_norm_eps"} if layers else {}
@@ -202,7 +202,7 @@ def _our_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     accepted |= {other: [given[name]] for name, other in one_setting.items()}
     for name, values in accepted.items():
         if given[name] not in values:
-            raise ValueError(f"{name} is {given[name]!r}; only {' or '.join(map(repr, values))} can be had here")
+            raise ValueError(f"{name} is {given[name]!r}; only {' or '.join(map(repr, values))} is supported")
     made = {
         ours: next(value for value, name in values.items() if name == given[theirs])
         for ours, (theirs, values) in CHOICES.items()
@@ -220,4 +220,4 @@ def _our_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 def check_known(name: str) -> None:
     """ValueError where timm's network `name` is none of those that can be converted."""
     if name not in LAYOUTS:
-        raise ValueError(f"{name} is another network than the paper's; what can be had here is {', '.join(LAYOUTS)}")
+        raise ValueError(f"{name} is not one of the paper's networks; supported are {', '.join(LAYOUTS)}")

@@ -74,7 +74,7 @@ class BatchNorm2d(nn.Module):
             return self._normalize_across_ranks(x, self.ranks)
         group = self.group or len(x)
         if len(x) % group:
-            raise ValueError(f"{len(x)} samples are no whole groups of {group}; make the micro batch a multiple of it")
+            raise ValueError(f"{len(x)} samples do not split into groups of {group}; make the micro batch a multiple")
         if group == len(x):  # without a split, whose backward would copy
             return self._normalize(x)
         return torch.cat([self._normalize(part) for part in x.split(group)])
@@ -89,7 +89,7 @@ class BatchNorm2d(nn.Module):
 
     def _normalize_across_ranks(self, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
         if self.group is None or len(x) * ranks.size() != self.group:
-            raise ValueError(f"{len(x)} samples on each of {ranks.size()} ranks are no group of {self.group}")
+            raise ValueError(f"{len(x)} samples on each of {ranks.size()} ranks do not make a group of {self.group}")
         with torch.autocast(x.device.type, enabled=False):
             y, mean, variance = _AcrossRanks.apply(x, self.weight, self.bias, self.eps, ranks)
         if ranks.rank() == 0:  # the group counts once

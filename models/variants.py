@@ -29,8 +29,8 @@ class Stem:
         _check_counts("stem", self.blocks, self.width)
         if self.kernel != self.stride and (self.kernel != 3 or self.stride not in (1, 2)):
             raise ValueError(
-                f"a stem has kernel {self.kernel} and stride {self.stride};"
-                " it must be kernel 3 with stride 1 or 2, or patches, whose kernel is their stride"
+                f"the stem has kernel {self.kernel} and stride {self.stride};"
+                " use kernel 3 with stride 1 or 2, or the same number for both, which makes patches"
             )
 
 

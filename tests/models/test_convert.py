@@ -153,7 +153,7 @@ def assert_bits_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("coatnet_6", lambda: our_model("coatnet_0", resolution=32), "name is coatnet_6; of these"),
+        ("coatnet_6", lambda: our_model("coatnet_0", resolution=32), "name is coatnet_6; timm only has"),
         ("c_c_t_t", lambda: our_model("c_c_t_t", resolution=32), "name is c_c_t_t"),
         (
             "coatnet_0",
@@ -180,7 +180,7 @@ def test_another_network_of_timms_is_refused_by_its_name(name: str) -> None:
         ({"conv_pool_type": "max2"}, "transformer_pool_type is 'avg2'; only 'max2'"),
         ({"conv_norm_layer": "layernorm2d"}, "transformer_norm_eps is 1e-06; only 1e-05"),
         ({"in_chans": 1}, "in_chans is 1"),
-        ({"conv_act_layer": "silu"}, "conv_act_layer is 'silu'; what that does"),
+        ({"conv_act_layer": "silu"}, "conv_act_layer is 'silu'; this argument is"),
         ({"num_classes": 3}, r"head.fc.bias is \[7\] in the weights; .* has it \[3\]"),
         ({"stem_bias": True}, "stem.conv1.bias is absent in the weights"),
     ],

@@ -117,7 +117,7 @@ def test_statistics_of_several_layers_go_back_to_their_own() -> None:
 
 
 def test_a_broken_group_is_refused() -> None:
-    with pytest.raises(ValueError, match="6 samples are no whole groups of 4"):
+    with pytest.raises(ValueError, match="6 samples do not split into groups of 4"):
         norm()(maps(6))
 
 

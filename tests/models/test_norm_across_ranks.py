@@ -71,7 +71,7 @@ def as_rank(rank: int, folder: str) -> None:
             found[size, "bf16"] = single(x.float()).float().detach()
         lone = BatchNorm2d(3, group=size * PART)
         across_ranks(lone, mine)
-        with pytest.raises(ValueError, match=f"2 samples on each of {size} ranks are no group of {size * PART}"):
+        with pytest.raises(ValueError, match=f"2 samples on each of {size} ranks do not make a group of {size * PART}"):
             lone(x[:2].float())
     torch.save(found, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
