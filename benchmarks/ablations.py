@@ -164,11 +164,11 @@ def train_again(bench: Bench, plans: Sequence[Plan], ids: Sequence[str]) -> bool
     known = {each.id: each for plan in plans for each in plan.on_record(bench.records)}
     if unknown := set(ids) - known.keys():
         raise UsageError(
-            f"--again {' '.join(sorted(unknown))}: no training of these studies, images and seeds is on record so"
+            f"--again {' '.join(sorted(unknown))}: the record has no such training of these studies, images and seeds"
         )
     same = {each: losses_hash(bench.train(known[each], "again")) == bench.records[each]["losses"] for each in ids}
     for each, is_same in same.items():
-        print(f"{known[each].name}: {'the same losses to the bit' if is_same else 'OTHER losses'} as on record")
+        print(f"{known[each].name}: {'the same losses to the bit as' if is_same else 'OTHER losses than'} on record")
     return all(same.values())
 
 
@@ -191,14 +191,14 @@ def pack_share(archive: Path, folder: Path, each: int | None) -> None:
         return
     images = folder.with_name(f"{folder.name}-images")
     if not tarfile.is_tarfile(archive):
-        raise UsageError(f"{archive}: no tar; benchmarks/README.md says how it is made")
+        raise UsageError(f"{archive} is not a tar; benchmarks/README.md says how to make it")
     with tarfile.open(archive) as tar:
         of_class = defaultdict(list)
         for member in tar:
             if member.isfile():
                 of_class[Path(member.name).parent.name].append(member)
         if not of_class or "" in of_class:
-            raise UsageError(f"{archive}: not class folders of images; benchmarks/README.md says how it is made")
+            raise UsageError(f"{archive} has no class folders of images; benchmarks/README.md says how to make it")
         for name, members in of_class.items():
             for member in sorted(members, key=lambda member: member.name)[:each]:
                 content = tar.extractfile(member)
@@ -218,18 +218,20 @@ def new_process(*command: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True, help="tar of CIFAR-10's training images, a folder a class")
+    parser.add_argument(
+        "--train", type=Path, required=True, help="tar of CIFAR-10's training set, a folder per class"
+    )
     parser.add_argument("--val", type=Path, required=True, help="tar of its test images")
     parser.add_argument("--out", type=Path, required=True, help="folder for images, runs and records")
-    parser.add_argument("--study", nargs="+", choices=ORDER, default=ORDER, help="which; all by default")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds from 0 on")
-    parser.add_argument("--steps", type=int, help="a short form: so many steps each")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="trainings side by side")
+    parser.add_argument("--study", nargs="+", choices=ORDER, default=ORDER, help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, which count from 0")
+    parser.add_argument("--steps", type=int, help="a short form: only this many steps each")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="trainings to run at once")
     parser.add_argument("--again", nargs="+", metavar="ID", help="train these lines of the record again, and compare")
     options = parser.parse_args()
     for name in ("seeds", "steps", "workers"):
         if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name} {value}: at least 1")
+            parser.error(f"--{name} {value}: must be at least 1")
     out = options.out.resolve()
     images, bench = cifar10(options.train, options.val, out / "images"), Bench(out, new_process, options.workers)
     more = {"train.steps": options.steps, "optim.warmup_steps": 1} if options.steps else {}

@@ -56,7 +56,7 @@ LEGEND = f"""\
 {OURS:20} data.loader.training_batches, micro batches of {BATCH}, windows of {WINDOW}, shuffled, checksums compared
 {READER:20} fn.readers.webdataset, in batches of {DECODED_AT_ONCE}, not shuffled: what DALI can do
 {WEBDATASET:20} in a torch DataLoader with a worker a processor; torchvision's crop and flip; S3 by fsspec
-{FOLDER:20} torchvision's ImageFolder, else the same
+{FOLDER:20} torchvision's ImageFolder, otherwise the same
 {NORMALISED:20} with ToTensor and Normalize, as in most recipes, which the others leave to the device
 work                 random resized crop, bilinear, and flip
 RandAugment          {LAYERS} layers at magnitude {MAGNITUDE} of 10; the reader has DALI's own, Pillow timm's

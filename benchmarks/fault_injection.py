@@ -466,7 +466,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="an empty folder in which the runs are kept; default: none")
+    parser.add_argument("--out", type=Path, help="an empty folder to keep the runs in; default: they are deleted")
     options = parser.parse_args()
     folder = options.out or Path(tempfile.mkdtemp(prefix="coatnet-faults-"))
     folder.mkdir(parents=True, exist_ok=True)

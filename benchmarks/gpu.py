@@ -44,7 +44,7 @@ class Entry:
     """Why it is left out there."""
 
 
-SLOW = "a CPU takes too long for it; coatnet_0 shows that the check works"
+SLOW = "too slow on a CPU; coatnet_0 shows that the check works"
 CHECKS = (
     Entry("versions and ceilings", 20, "benchmarks.gpu_checks.hardware.versions_and_ceilings"),
     Entry("values beside the CPU's", 50, "benchmarks.gpu_checks.networks.values_beside_the_cpu"),
@@ -122,7 +122,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 def _end(status: int | None, rows: list[dict[str, Any]], limit: float, log: str) -> tuple[str, str]:
     """The state of a check that ended with this status (None: it was out of time), and the reason."""
     if status is None:
-        return "out of time", f"more than {limit:.0f} s; --minutes gives it more"
+        return "out of time", f"took more than {limit:.0f} s; raise --minutes to give it more"
     if status != 0:
         said = " | ".join(line.strip() for line in log.strip().splitlines()[-LAST_LINES:])
         return "failed", f"{f'ended by signal {-status}' if status < 0 else f'status {status}'}: {said}"
@@ -185,11 +185,15 @@ def _text(value: Any) -> str:
 def main() -> None:
     """Runs the checks; exit status 1 where one of them failed or was out of time."""
     parser = argparse.ArgumentParser("coatnet bench gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10, help="of all checks together; default: 10")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; cpu: all is small")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results, a line a check; default: by the time")
+    parser.add_argument("--minutes", type=float, default=10, help="limit for all checks together; default: 10")
     parser.add_argument(
-        "--only", action="append", metavar="CHECK", choices=[each.name for each in CHECKS], help="repeat"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; on cpu all is small"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results, a line per check; default: named by time"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="CHECK", choices=[each.name for each in CHECKS], help="may be repeated"
     )
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():

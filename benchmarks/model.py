@@ -126,7 +126,7 @@ def process_of(contestant: str, case: Case) -> Iterator[Callable[[], Any]]:
         try:
             return link.recv()
         except EOFError:
-            sys.exit(f"coatnet bench model: {contestant} has died; if for lack of memory, take a smaller --batch")
+            sys.exit(f"coatnet bench model: {contestant} has died; if it ran out of memory, use a smaller --batch")
 
     def do_round() -> Any:
         link.send("go")

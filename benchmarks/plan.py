@@ -159,9 +159,9 @@ def time_rows(folder: Path, rounds: int, clock: str) -> list[str]:
 def main() -> None:
     """Measures, and prints both tables."""
     parser = argparse.ArgumentParser("coatnet bench plan", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="of the times; default: 3")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing; default: 3")
     parser.add_argument("--only", choices=("memory", "time"), help="default: both")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of the times; default: wall")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock for timing; default: wall")
     parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:

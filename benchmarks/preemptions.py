@@ -204,11 +204,11 @@ def main() -> int:
     parser.add_argument("--disturbances", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, help="an empty folder with a short path, in which the run is kept; default: none"
+        "--out", type=Path, help="an empty folder with a short path to keep the run in; default: it is deleted"
     )
     options = parser.parse_args()
     if reason := missing():
-        sys.exit(f"no Slurm can run here: {reason}")
+        sys.exit(f"Slurm cannot run here: {reason}")
     folder = options.out or Path(tempfile.mkdtemp(prefix="coatnet-night-"))
     folder.mkdir(parents=True, exist_ok=True)
     result = campaign(folder, draw_faults(options.disturbances, options.seed, KINDS), options.seed)

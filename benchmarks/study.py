@@ -81,7 +81,9 @@ def read_study(path: Path) -> Study:
     known = {f"{variant}, {stage}" for variant, stage in product(study.variants, study.stages)}
     named = {each for comparison in study.comparisons for each in (*comparison.plus, *comparison.minus)}
     if named - known:
-        raise ValueError(f"{path}: {', '.join(sorted(named - known))}: no variant and stage; there are {sorted(known)}")
+        raise ValueError(
+            f"{path}: {', '.join(sorted(named - known))}: not a variant and stage; choose from {sorted(known)}"
+        )
     return study
 
 

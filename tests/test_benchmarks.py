@@ -39,7 +39,7 @@ def test_bench_lists_the_benchmarks_and_refuses_unknown_names():
     assert {"attention", "model", "order"} <= set(listed)
     refused = coatnet("bench", "machine")
     assert refused.returncode == 2
-    assert refused.stderr == f"coatnet: benchmark 'machine' does not exist; there are {', '.join(listed)}\n"
+    assert refused.stderr == f"coatnet: benchmark 'machine' does not exist; choose from {', '.join(listed)}\n"
 
 
 def test_a_benchmark_gets_its_own_options():

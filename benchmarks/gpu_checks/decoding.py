@@ -44,7 +44,7 @@ def rates(place: Place) -> Iterator[Row]:
             "of training alone": both / alone, "MiB of the device": None if place.small else memory / 2**20,
         }  # fmt: skip
     if place.small:
-        yield {"not here": f"{LARGE[0]} x {LARGE[1]}: a CPU takes minutes for a run of DALI"}
+        yield {"not here": f"{LARGE[0]} x {LARGE[1]}: a run of DALI takes minutes on a CPU"}
     yield {"said": "; ".join(said)}
 
 
@@ -128,6 +128,6 @@ def odd_samples(place: Place) -> Iterator[Row]:
             wrong.append(name)
         yield {"sample": name, "is": f"replaced: {reason}" if reason else "used, although it is broken"}
     if wrong:
-        yield {"error": f"not as they should be: {', '.join(wrong)}"}
+        yield {"error": f"these are wrong: {', '.join(wrong)}"}
     count = len(table.GOOD) + len(table.UNDECODABLE)
-    yield {"said": f"{count - len(wrong)} of {count} kinds as they should be"}
+    yield {"said": f"{count - len(wrong)} of {count} kinds are right"}

@@ -172,7 +172,7 @@ def depthwise_convolutions(place: Place) -> Iterator[Row]:
             times[channels_last, chosen] = sum(found.get(name, float("inf")) for name in PASSES)
             yield found
         faster.append(times[True, False] / min(times.values()))
-    yield {"said": f"as in training (channels-last, no benchmark) {max(faster):.2f} times the fastest way at the worst"}
+    yield {"said": f"as in training (channels-last, no benchmark) at worst {max(faster):.2f} times the fastest way"}
 
 
 def _depthwise(width: int, side: int, batch: int, layout: torch.memory_format, place: Place) -> Row:
@@ -215,7 +215,7 @@ def speed(place: Place, size: str) -> Iterator[Row]:
             row = attempt(row, lambda c=case: {"model's MiB": _predicted_mib(c)})
         yield row
     if place.small:
-        yield {"not here": "compiled networks: a CPU takes minutes to compile one"}
+        yield {"not here": "compiled networks: compiling one takes minutes on a CPU"}
     yield {"said": "; ".join(f"{name}: {rate:,.0f}" for name, rate in rates.items()) + " images/s"}
 
 

@@ -58,7 +58,7 @@ def waits_of_a_step(place: Place) -> Iterator[Row]:
     if place.small:
         if problem:
             yield problem
-        yield {"said": f"{watch.seconds:.3f} s a step; what waits for a device, only a device shows"}
+        yield {"said": f"{watch.seconds:.3f} s a step; only a GPU can show what waits for it"}
         return
     torch.cuda.set_sync_debug_mode("default")
     yield from ({"call of the runtime": name, "times in a step": count} for name, count in watch.calls.items())
@@ -162,7 +162,7 @@ def kill_and_resume(place: Place, deterministic: str = "false") -> Iterator[Row]
         done = in_a_rank(job)
         row = {"run": name, "seconds": time.perf_counter() - began, "status": done.returncode}
         if done.returncode not in ((-9,) if kill else (0,)):
-            row["error"] = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            row["error"] = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         yield row
         if "error" in row:
             return
@@ -171,7 +171,7 @@ def kill_and_resume(place: Place, deterministic: str = "false") -> Iterator[Row]
     step = events(killed, "training_resumed")[-1]["step"]
     if off > (0.0 if deterministic == "true" else 0.05):  # else cuDNN's backward adds up in no fixed order
         yield {"error": f"losses differ by {off:.2f} of their size"}
-    said = f"resumed from step {step}; losses of all {len(losses[0])} steps within {off:.1e} of the undisturbed"
+    said = f"resumed from step {step}; losses of all {len(losses[0])} steps within {off:.1e} of the undisturbed run's"
     yield {"said": f"{said}; images by {decoded_by}"}
 
 
@@ -238,8 +238,8 @@ def guards(place: Place) -> Iterator[Row]:
             "last steps": "[21, 25, 26, 27, 28]",
         }
         right += row == {"stage": stage, **wanted}
-        yield row if row == {"stage": stage, **wanted} else {"error": "not as on the CPU", **row}
-    yield {"said": f"{right} of 3 stages as on the CPU; images by {decoded_by}"}
+        yield row if row == {"stage": stage, **wanted} else {"error": "differs from the CPU", **row}
+    yield {"said": f"{right} of 3 stages the same as on the CPU; images by {decoded_by}"}
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -258,11 +258,11 @@ def advice_when_memory_runs_out(place: Place) -> Iterator[Row]:
         key: value for event in events(run, "out_of_memory") for way in event["fits"] for key, value in way.items()
     }
     if "train.micro_batch" not in found:
-        raise RuntimeError("the run that filled the memory was advised no micro batch that would fit")
+        raise RuntimeError("the run that filled the memory was not told a micro batch that would fit")
     fitting = f"train.micro_batch={found['train.micro_batch']}"
     done = in_a_rank({"arguments": tiny(place, url, place.folder / "fits", *settings, fitting)}, share)
     row = {"train.micro_batch": found["train.micro_batch"], "status": done.returncode}
-    yield row | ({"error": f"{fitting} does not run"} if done.returncode else {})
+    yield row | ({"error": f"{fitting} did not run"} if done.returncode else {})
     yield {"said": f"advised {fitting}; images by {decoded_by}"}
 
 
@@ -293,7 +293,9 @@ def large_network(place: Place, size: str) -> Iterator[Row]:
         if fits(predicted, usable):
             break
     else:
-        raise NotHere(f"{name} needs {predicted / 2**30:.1f} GiB by the model, {usable / 2**30:.1f} are free")
+        raise NotHere(
+            f"{name} needs {predicted / 2**30:.1f} GiB by the memory model; {usable / 2**30:.1f} are free"
+        )
     device = start_process_group()
     on_device: Any = lambda _, shape: torch.randn(shape, device=device)  # noqa: E731
     model = build_model(config.model, config.train, 1000, device, lambda n, shape: initial_value(n, shape, on_device))

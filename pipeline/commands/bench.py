@@ -26,7 +26,7 @@ def bench(name: str | None, arguments: list[str]) -> None:
             print(f"{each:10} {line}")
         return
     if name not in benchmarks():
-        raise UsageError(f"benchmark {name!r} does not exist; there are {', '.join(benchmarks())}")
+        raise UsageError(f"benchmark {name!r} does not exist; choose from {', '.join(benchmarks())}")
     sys.argv[1:] = arguments
     sys.path.insert(0, str(FOLDER.parent))  # some use tests/, which is not installed
     # As __main__, since the processes that a benchmark starts look there for its functions.
