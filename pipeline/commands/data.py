@@ -39,7 +39,7 @@ def pack_and_report(
             report = pack(source, destination, **options, progress=progress, listed=lambda count: progress(count, None))
     except NotLast as ended:
         return _print_part(ended, as_json)
-    resumed = f"; resumed after {report.kept} whole shards" if report.kept else ""
+    resumed = f"; resumed after {report.kept} finished shards" if report.kept else ""
     summary = f"{destination}: {_counts(report)}; {len(report.broken)} left out{resumed}"
     if report.holdout:
         summary += f"\n{_describe_holdout(destination, report.holdout)}"
@@ -53,7 +53,7 @@ def _describe_holdout(destination: str, holdout: HoldoutReport) -> str:
 
     lines = [f"{join(destination, name)}: {_counts(getattr(holdout, name))}" for name in ("train", "val")]
     if holdout.copies:
-        lines.append(f"copies of other images, byte for byte, each in the same set as its original: {holdout.copies}")
+        lines.append(f"byte-for-byte copies of other images, each in the same set as its original: {holdout.copies}")
     if holdout.missing_in_val:
         lines.append(f"classes with too few images to have one in val: {abbreviate(holdout.missing_in_val)}")
     return "\n".join(lines)
@@ -84,7 +84,7 @@ def index_and_report(
     except DamagedTars as damaged:
         _print(damaged.report, as_json, "cannot be used")
         raise
-    kept = f"; {report.kept} shards were indexed before" if report.kept else ""
+    kept = f"; {report.kept} shards were already indexed" if report.kept else ""
     summary = f"{out or url}: {_counts(report)}; {len(report.broken)} that cannot be used{kept}"
     _print(report, as_json, "cannot be used", summary)
     return 0
@@ -110,8 +110,8 @@ def verify_and_report(url: str, part: str | None, workers: int | None, as_json: 
         print(report.proves)
     if report.unchecked and not as_json:
         print(
-            f"hint: {report.unchecked} samples have no checksum to compare; `coatnet data index URL --decode` of"
-            " the tars records them, once their manifest.json is removed"
+            f"hint: {report.unchecked} samples have no recorded checksum; to record them, remove manifest.json and run"
+            " `coatnet data index URL --decode` on the tars"
         )
     return 1 if report.broken else 0
 

@@ -35,7 +35,7 @@ def evaluate_command(
     manifest, state = manifest_reader(config.run.hang_timeout)(data, DEFAULT), reader.state()
     if list(manifest.classes) != state["classes"]:
         raise UsageError(
-            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {source} was trained"
+            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...), but {source} was trained"
             f" on {len(state['classes'])} ({state['classes'][0]}, ...); evaluate on a set with the same classes"
         )
     if not is_rank():

@@ -36,7 +36,7 @@ SAVE_FOLDER = "timm.models.save_for_hf(network, FOLDER)"
 def export(source: str, out: str, layout: str | None, weights: str | None, overwrite: bool) -> int:
     """Writes a run's or checkpoint's weights as one file, or as timm's folder; returns the exit status."""
     if layout not in (None, "timm"):
-        raise UsageError(f"--layout is {layout}; it must be timm, or be left out")
+        raise UsageError(f"--layout is {layout}; it must be timm or left out")
     reader, target = open_weights(Path(source)), Path(out)
     kind = select_weights(reader, weights)
     _check_place(target, overwrite, as_folder=layout == "timm")
@@ -153,7 +153,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{file} cannot be read ({str(error).splitlines()[0]}); fetch or save it again") from None
+        raise UsageError(f"{file} cannot be read ({str(error).splitlines()[0]}); download or save it again") from None
     if not isinstance(state, dict) or not all(isinstance(values, torch.Tensor) for values in state.values()):
         raise UsageError(f"{file} is not a state_dict of tensors; save network.state_dict()")
     return state
@@ -169,7 +169,7 @@ def _our_config(
     layout, resolution = model.pop("layout"), model["resolution"]
     height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
     if height != width:
-        raise UsageError(f"{folder}: img_size is {[height, width]}; a configuration has only square images")
+        raise UsageError(f"{folder}: img_size is {[height, width]}; only square images are supported")
     model = {**tree.get("model", {}), **model, "name": layout, "resolution": height}
     return validate({**tree, "model": model}, str(folder)).model_dump(mode="json")
 
@@ -189,7 +189,7 @@ def _warn_of_other_scaling(folder: Path, inputs: dict[str, Any]) -> None:
         theirs = inputs.get(name)
         if theirs and any(abs(255 * value - own) > 1e-3 for value, own in zip(theirs, ours, strict=True)):
             print(
-                f"warning: {folder}: its pixels were scaled with {name} {list(theirs)}, here it is"
+                f"warning: {folder}: it was trained on pixels normalized with {name} {list(theirs)}, but here it is"
                 f" {[round(own / 255, 3) for own in ours]}: fine-tune before you evaluate",
                 file=sys.stderr,
             )
@@ -199,13 +199,13 @@ def _warn_of_other_scaling(folder: Path, inputs: dict[str, Any]) -> None:
 def _check_place(target: Path, overwrite: bool, as_folder: bool) -> None:
     """UsageError where the target has a wrong name, or exists and must not be replaced."""
     if not as_folder and target.suffix != ".safetensors":
-        raise UsageError(f"{target} will be a file; choose a name that ends in .safetensors")
+        raise UsageError(f"{target} is not a file name that ends in .safetensors; choose one that is")
     if not os.path.exists(target):  # False also without permission
         return
     if not overwrite:
         raise UsageError(f"{target} exists; choose another name, or pass --overwrite")
     if target.is_dir() != as_folder or not _is_export(target):
-        raise UsageError(f"{target} is not from this command, so it is not replaced; choose another name")
+        raise UsageError(f"{target} was not written by this command, so it is not replaced; choose another name")
 
 
 def _is_export(target: Path) -> bool:

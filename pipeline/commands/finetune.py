@@ -58,7 +58,7 @@ class Source:
     def reader(self) -> Weights:
         if not Path(self.checkpoint).exists():
             raise UsageError(
-                f"{self.checkpoint} is gone, from which this run is to begin (source.json): copy it back, or begin from"
+                f"{self.checkpoint}, which this run starts from (source.json), is gone: copy it back, or start from"
                 " another with --restart"
             )
         return open_weights(Path(self.checkpoint))
@@ -82,7 +82,7 @@ def finetune(
         classes = None if source is None else check_source(anew, source, weights)
         return check_config(config, procs, likely_classes=classes)
     if source is not None and _is_preset(source):
-        raise UsageError(f"finetune needs a run: pretrain with {source} first; only --check works with a preset")
+        raise UsageError(f"--from needs a run: pretrain with {source} first; only --check accepts a preset")
     run_folder, path = Path(config.run.dir), None if source is None else Path(source)
     check_folder(run_folder)
     if restart:
@@ -150,8 +150,8 @@ def check_source(config: Config, source: str, weights: str | None) -> int | None
         classes = len(reader.state()["classes"])
         if config.model.classifier == "keep" and config.model.classes not in (None, classes):
             raise UsageError(
-                f"model.classifier=keep, and model.classes is {config.model.classes} where {found.run} has {classes};"
-                " model.classifier=map keeps those with the same name, new none"
+                f"model.classifier=keep, but model.classes is {config.model.classes} and {found.run} has {classes};"
+                " model.classifier=map keeps the classes with the same names, model.classifier=new keeps none"
             )
     check_ancestry(config, found.ancestry)
     return classes
@@ -202,16 +202,16 @@ def source_of(run_folder: Path, source: Path | None, weights: str | None) -> Sou
         places = str(source.resolve()), str(reader.folder.resolve())
         return Source(*places, ancestors, kind, reader.digest, identity.id if identity else None)
     begun = f"run.dir={run_folder} was started from {found.run}"
-    suggestion = "resume with the first, or without --from, or fine-tune into another folder with run.dir=..."
+    suggestion = "resume with that, or without --from, or fine-tune into another folder with run.dir=..."
     if source is not None:
         there = _find_weights(source, Path(found.checkpoint).name)
         if not _is_source(found, source, there, has_begun=latest_step(run_folder) is not None):
             others = " has other weights" if found.run == str(source.resolve()) else f" is {source.resolve()}"
-            raise UsageError(f"{begun}, and --from{others}; {suggestion}")
+            raise UsageError(f"{begun}, but --from{others}; {suggestion}")
         if there is not None:
             found = replace(found, run=str(source.resolve()), checkpoint=str(there.folder.resolve()))
     if weights and found.weights and weights != found.weights:
-        raise UsageError(f"{begun} with --weights {found.weights}, and now it is {weights}; {suggestion}")
+        raise UsageError(f"{begun} with --weights {found.weights}, but now it is {weights}; {suggestion}")
     return found
 
 
@@ -244,7 +244,7 @@ def _pinned_source(run_folder: Path) -> Source | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        warn_damaged(file, error, "the run's checkpoint says what it began from, or, before the first one, --from")
+        warn_damaged(file, error, "its checkpoint says what the run started from, or --from if there is none yet")
         return None
     optional = (row.get(name) for name in ("weights", "digest", "run_id"))
     return Source(row["run"], row["checkpoint"], row["ancestry"], *optional)
@@ -254,14 +254,14 @@ def _source_of_begun(
     run_folder: Path, source: Path | None, ancestors: list[dict[str, Any]], weights: str | None
 ) -> Source:
     """The source of a run whose source.json is lost, by its newest checkpoint; UsageError where --from is another."""
-    warn_damaged(run_folder / "source.json", "it is missing", "the run's newest checkpoint says what it began from")
+    warn_damaged(run_folder / "source.json", "it is missing", "its newest checkpoint says what the run started from")
     theirs = ancestors  # a run that has begun needs its source no more
     if source is not None:
         with suppress(UsageError, RunFailed):
             theirs = open_weights(source).state()["ancestry"] or [unknown_lineage(str(source))]
     if not ancestors or [each["run"] for each in theirs] != [each["run"] for each in ancestors]:
-        began = f"was started from {ancestors[-1]['run']}" if ancestors else "is no fine-tuning"
-        raise UsageError(f"run.dir={run_folder} {began}, and --from is {source}; fine-tune into another run.dir=...")
+        began = f"was started from {ancestors[-1]['run']}" if ancestors else "is not a fine-tuning run"
+        raise UsageError(f"run.dir={run_folder} {began}, but --from is {source}; fine-tune into another run.dir=...")
     place = str(source.resolve()) if source is not None else ancestors[-1]["run"]
     return Source(place, place, ancestors, weights)
 

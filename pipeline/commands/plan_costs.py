@@ -36,8 +36,8 @@ def plan_costs(
     check_ranks(config, gpus)
     if gpu == "cpu" and not calibrations:
         raise UsageError(
-            "--gpu cpu needs --calibrate, since no data sheet says what this CPU does: give the metrics.jsonl of a run"
-            " of 10 steps or more on it"
+            "--gpu cpu needs --calibrate, since no data sheet gives this CPU's speed: pass the metrics.jsonl of a run"
+            " of at least 10 steps on it"
         )
     device = CPU if gpu == "cpu" else find_device(gpu)
     peak(device, config.train.precision)  # that there is one
@@ -58,7 +58,7 @@ def plan_costs(
         for number, (_, text) in enumerate(lines):
             print(f"{heading if number == 0 else '':12}{text}")
     if document["steps"] is None:
-        print("the training set's samples are not known: data.train_samples=... gives steps, days and GPU-days")
+        print("the size of the training set is not known: set data.train_samples=... to see steps, days and GPU-days")
     return 0
 
 
@@ -73,7 +73,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         takes = f"{format_bytes(change['memory_bytes'])}, {format_seconds(change['step_seconds'])} a step"
         yield "would fit", f"{change['set']}: {takes}"
     if not plan["fits"] and not plan["changes"]:
-        yield "would fit", "nothing; take a device with more memory"
+        yield "would fit", "nothing; use a device with more memory"
     speed = f"{format_number(plan['images_per_second'])} images/s, MFU {format_percent(plan['mfu'])}"
     yield "step", f"{format_seconds(plan['step_seconds'])}, {speed}"
     yield "", ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in plan["step_terms"].items() if seconds)
@@ -81,7 +81,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         days, longer = plan["days"], plan["days_with_failures"]
         with_failures = "it never ends" if longer is None else format_duration(DAY * longer)
         steps, gpu_days = pluralize(plan["steps"], "step"), format_number(plan["gpu_days"])
-        cost = "" if plan["cost"] is None else f"; {plan['cost']:,.0f} by the price of a GPU-hour"
+        cost = "" if plan["cost"] is None else f"; {plan['cost']:,.0f} at this price per GPU-hour"
         undisturbed = f"{format_duration(DAY * days)}, {gpu_days} GPU-days"
         yield "length", f"{steps}: {undisturbed}; with failures {with_failures}{cost}"
     stall, write = (format_seconds(plan[f"checkpoint_{name}_seconds"]) for name in ("stall", "write"))
@@ -91,7 +91,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     between = format_duration(3600 * plan["hours_between_failures"])
     yield "failures", f"one in {between}: best is {every}, goodput {best}; as configured {present}"
     read = f"{format_si(plan['read_bytes_per_second'], 'B')}/s in {format_number(plan['reads_per_second'])} reads/s"
-    yield "input", f"{read}; where the CPU decodes, {format_number(plan['decoding_cores'])} cores a rank"
+    yield "input", f"{read}; if the CPU decodes, {format_number(plan['decoding_cores'])} cores a rank"
     if plan["measured"]:
         yield "measured", ", ".join(plan["measured"])
     for line in plan["assumed"]:

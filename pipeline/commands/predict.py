@@ -47,9 +47,9 @@ def predict(
     """Prints the `top` most likely classes of each image; returns the exit status, 1 where one was left out."""
     files, passed_over = image_files([Path(each.removeprefix("file://")) for each in images])
     for file, reason in passed_over[:MAX_LISTED]:
-        print(f"passed over: {printable(str(file))}: {reason}", file=sys.stderr)
+        print(f"skipped: {printable(str(file))}: {reason}", file=sys.stderr)
     if len(passed_over) > MAX_LISTED:
-        print(f"and {len(passed_over) - MAX_LISTED} more files are passed over", file=sys.stderr)
+        print(f"and {len(passed_over) - MAX_LISTED} more files are skipped", file=sys.stderr)
     reader, kind, config = load_weights(source, weights, resolution, crop)
     import torch
 
@@ -84,7 +84,7 @@ def image_files(paths: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str
             found = [(path, None)] if path.is_file() else list(_walk(path))
             inside = [file for file, reason in found if reason is None]
             if not inside:
-                raise UsageError(f"{path} has no files with the suffix of an image: {' '.join(SUFFIXES)}")
+                raise UsageError(f"{path} has no image files ({' '.join(SUFFIXES)})")
             files += inside
             passed_over += [(file, reason) for file, reason in found if reason]
     except OSError as error:
@@ -102,7 +102,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
             yield each, "hidden"
         elif each.is_dir():
             if each.is_symlink() and each.resolve() in {around.resolve() for around in each.absolute().parents}:
-                yield each, "a link to a folder around it"
+                yield each, "a link to a folder that contains it"
             else:
                 yield from _walk(each)
         elif each.exists() and not each.is_file():
@@ -146,7 +146,7 @@ def predictions(
 
     def without(images: list[Image], failures: dict[int, str]) -> list[Image]:
         good = [i for i, image in enumerate(images) if image.error is None]
-        failed = {good[place]: f"does not decode: {reason}" for place, reason in failures.items()}
+        failed = {good[place]: f"cannot be decoded: {reason}" for place, reason in failures.items()}
         return [replace(image, error=failed.get(i, image.error)) for i, image in enumerate(images)]
 
     sigmoid = config.train.loss == "sigmoid"

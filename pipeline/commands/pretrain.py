@@ -68,13 +68,13 @@ def set_files_aside(config: Config) -> Path | None:
     check_mirror(run, mirror)
     if mirror is not None and list_copies(mirror):
         raise UsageError(
-            f"checkpoint.mirror={without_secrets(mirror)} has checkpoints, from which the run would resume: with"
-            " --restart set another place, or null"
+            f"checkpoint.mirror={without_secrets(mirror)} has checkpoints that the run would resume from: with"
+            " --restart, set another place or null"
         )
     newest = latest_step(run)
     if (place := set_aside(run)) is not None:
         had = "no checkpoint" if newest is None else f"checkpoints up to step {newest}"
-        print(f"{run} begins anew: what was there, with {had}, is in {place}")
+        print(f"{run} starts over: its old files, with {had}, are in {place}")
     return place
 
 
@@ -87,7 +87,7 @@ def run(config: Config, command: str, procs: int, work: Callable[[Plan], None]) 
     plan = make_plan(config, command, world_size, local_world_size(procs), manifest_reader(config.run.hang_timeout))
     if plan.finished:
         more = f", at step {plan.newest}" if plan.newest != plan.steps else ""
-        print(f"{config.run.dir}: done already, {plan.steps} of {plan.steps} steps{more}")
+        print(f"{config.run.dir}: already done, {plan.steps} of {plan.steps} steps{more}")
         if is_rank():
             leave_process_group()
         return 0
@@ -199,5 +199,5 @@ def _compiler_problem(config: Config, on_gpu: bool) -> str | None:
     try:
         find_compiler(on_gpu)
     except ValueError as error:
-        return f"{' and '.join(filter(wanted.get, wanted))} compiles, and {error}, or change the setting"
+        return f"{' and '.join(filter(wanted.get, wanted))} must compile, but {error}, or change the setting"
     return None

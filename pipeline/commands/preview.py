@@ -49,7 +49,7 @@ def preview(preset: str, out: str, overrides: list[str], samples: int, epoch: in
         raise UsageError(f"{out} cannot be written; it must be a .png in a writable folder")
     items = sheet_items(config, samples, epoch)
     title = (
-        f"{preset}: the first {len(items)} samples of epoch {epoch}; left their center, right as the model sees them"
+        f"{preset}: the first {len(items)} samples of epoch {epoch}; left: center crop, right: as the model sees them"
     )
     png = sheet(items, title)
     try:

@@ -109,7 +109,7 @@ def replay_on_ranks(found: Found, place: Path | None, device: torch.device, forw
 def find(run: Path, step: int, attempt: int | None, from_start: bool) -> Found:
     """What is known of a step; UsageError where it was not done, or there is no checkpoint to begin from."""
     if not (run / "events.jsonl").exists():
-        raise UsageError(f"{run} is no run: it has no events.jsonl")
+        raise UsageError(f"{run} is not a run: it has no events.jsonl")
     history = read_history(run)
     done_by = attempts_of(history, step)
     numbers = [each.attempt for each in done_by]
@@ -121,7 +121,7 @@ def find(run: Path, step: int, attempt: int | None, from_start: bool) -> Found:
     folders = [] if from_start else checkpoints_on(run, path)
     if not folders and not from_start:
         raise UsageError(
-            f"{run} has no checkpoint before step {step} any more; --from-start trains all of its"
+            f"{run} no longer has a checkpoint before step {step}; --from-start trains all"
             f" {pluralize(step, 'step')}{_pace(run, step, 1)}"
         )
     return Found(run, path, folders, numbers, recorded_values(run, history, path))
@@ -133,15 +133,15 @@ def _check_data(found: Found) -> None:
     except UsageError as error:
         place = found.run / "config.yaml"
         raise UsageError(
-            f"{error}. A replay reads the run's data: set data.train in {place} to where they lie"
+            f"{error}. A replay reads the run's data: set data.train in {place} to where it is now"
         ) from None
 
 
 def _checked_place(place: Path, run: Path) -> Path:
     if place.resolve().is_relative_to(run.resolve()):
-        raise UsageError(f"--out={place} is in the run's folder, in which nothing is to change; choose another")
+        raise UsageError(f"--out={place} is in the run's folder, which a replay must not change; choose another")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UsageError(f"--out={place} exists already; choose a new folder")
+        raise UsageError(f"--out={place} already exists; choose a new folder")
     return place
 
 
@@ -149,7 +149,7 @@ def _make(place: Path) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out={place} cannot be made: {error.strerror}; choose another folder") from None
+        raise UsageError(f"--out={place} cannot be created: {error.strerror}; choose another folder") from None
 
 
 def _introduction(found: Found, world_size: int) -> list[str]:
@@ -190,15 +190,15 @@ def _comparison(found: Found, done: Replay, world_size: int) -> tuple[list[str],
         ], False
     if differing := [step for step in both if how[step] == "different"]:
         there, here = both[differing[0]]
-        first = "" if done.exact else f" First compare with what the run had: {_machines(then)}."
-        wrong = f"WARNING: step {differing[0]} had {_values(there)} in the run and has {_values(here)} now, which is no"
+        first = "" if done.exact else f" First replay on what the run had: {_machines(then)}."
+        wrong = f"WARNING: step {differing[0]} had {_values(there)} in the run and has {_values(here)} now, more than"
         cause = "unless code, packages or data have changed, one of the devices computes wrongly"
-        return [was, f"{wrong} rounding: {cause}.{first}"], True
+        return [was, f"{wrong} rounding explains: {cause}.{first}"], True
     steps = f"step{'s' * (len(both) > 1)} {', '.join(format_ranges(both))}"
-    same = f"{steps}: loss and gradient norm are those that the run recorded"
+    same = f"{steps}: loss and gradient norm match what the run recorded"
     if set(how.values()) == {"equal to the bit"}:
         return [was, f"{same}, to the bit{', as they must be' * done.exact}"], False
-    why = f"{_machines(then)} and torch {then.torch}, as the run had, give the same bits, and only on CPUs of a kind"
+    why = f"only {_machines(then)} and torch {then.torch}, as in the run, on the same kind of CPU give the same bits"
     near = f"within {format_percent(LOSS_TOLERANCE)} and {format_percent(NORM_TOLERANCE)}"
     return [was, f"{same}, {near} (here {pluralize(world_size, 'rank')}; {why})"], False
 
@@ -212,7 +212,7 @@ def _first_not_finite(done: Replay) -> list[str]:
     for each in done.examination.first[:SHOWN]:
         others = f", and {pluralize(len(each['keys']) - 1, 'more sample', 'more samples')} at once"
         lines.append(
-            f"not finite first in the {each['direction']}, at {each['place']}: {each['keys'][0]}"
+            f"first non-finite in the {each['direction']}, at {each['place']}: {each['keys'][0]}"
             + others * (len(each["keys"]) > 1)
         )
     return lines or ["every activation and gradient is finite"]
@@ -264,5 +264,5 @@ def write_folder(place: Path, found: Found, done: Replay) -> None:
     items = items_at(done.config, done.plan.train, done.plan.order, numbers)
     of_position = dict(zip((n * size + i for n in numbers for i in range(size)), items, strict=True))
     shown = [(of_position[row["position"]], [row["key"], f"loss {format_number(row['loss'])}"]) for row in worst]
-    title = f"{found.run}: the worst samples of step {found.step}; left their center, right as the model saw them"
+    title = f"{found.run}: the worst samples of step {found.step}; left: center crop, right: as the model saw them"
     (place / "sheet.png").write_bytes(sheet([replace(item, lines=lines + item.lines) for item, lines in shown], title))

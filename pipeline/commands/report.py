@@ -58,7 +58,7 @@ def judge_run(record: RunRecord, data: str) -> Verdicts:
     classes = reader.state()["classes"]
     if list(manifest.classes) != classes:
         raise UsageError(
-            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...) and {record.run} was"
+            f"--data={data} has {len(manifest.classes)} classes ({manifest.classes[0]}, ...), but {record.run} was"
             f" trained on {len(classes)} ({classes[0]}, ...); give a set with the same classes"
         )
     import torch

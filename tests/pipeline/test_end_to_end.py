@@ -119,7 +119,7 @@ def test_a_run_without_any_good_checkpoint_stops_rather_than_begin_again(
 def test_a_finished_run_says_so_and_changes_nothing(copy: Path, request_of: Callable[..., list[object]]) -> None:
     before = contents(copy)
     again = coatnet(*request_of(copy))
-    assert again.returncode == 0 and f"done already, {STEPS} of {STEPS} steps" in again.stdout
+    assert again.returncode == 0 and f"already done, {STEPS} of {STEPS} steps" in again.stdout
     assert contents(copy) == before
 
 
@@ -190,7 +190,7 @@ def test_a_run_whose_checkpoints_are_gone_begins_again_only_by_restart(
     assert contents(copy / "restarted-1") == before
     assert [row["step"] for row in events(copy, "training_started")] == [0] and last_step(copy) == 2
     again = coatnet(*request_of(copy, "train.steps=2", "model.head_size=32", procs=1))
-    assert "done already" in again.stdout and not (copy / "restarted-2").exists()
+    assert "already done" in again.stdout and not (copy / "restarted-2").exists()
 
 
 def test_a_run_that_never_saved_begins_again_and_tells_how_many_steps_are_lost(

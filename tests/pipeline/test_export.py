@@ -161,7 +161,7 @@ def test_an_existing_target_is_replaced_only_on_request_and_only_an_export(
     other, before = tmp_path / "other.safetensors", contents(run)
     save_file({"weight": np.zeros(3, np.float32)}, other)
     for layout, place in ((None, out.with_suffix("")), ("timm", run), (None, other)):
-        with pytest.raises(UsageError, match=r"ends in .safetensors|is not from this command"):
+        with pytest.raises(UsageError, match=r"ends in .safetensors|was not written by this command"):
             export(str(run), str(place), layout, None, overwrite=True)
     assert contents(run) == before and [*load_file(other)] == ["weight"]
 
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_a_wrong_request(exported: Path, tmp_
 
 def test_a_network_that_timm_lacks_is_refused_with_the_reason(run: Path, tmp_path: Path) -> None:
     refused = coatnet("export", run, tmp_path / "out", "--layout", "timm")
-    assert refused.returncode == 2 and "model.name is null; of these networks timm has coatnet_0" in refused.stderr
+    assert refused.returncode == 2 and "model.name is null; timm only has coatnet_0" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
@@ -267,7 +267,7 @@ def test_a_folder_that_timm_saved_is_imported_as_of_unknown_ancestry(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "coatnet_0_rw_224"}, "coatnet_0_rw_224 is another network than the paper's"),
+        ({"architecture": "coatnet_0_rw_224"}, "coatnet_0_rw_224 is not one of the paper's networks"),
         ({"num_classes": 3}, "config.json: 'architecture'"),
         ({"architecture": "coatnet_0_224"}, "is absent in the weights; .* save the folder again with timm"),
         ({"architecture": "coatnet_0_224", "model_args": {"img_size": [32, 64]}}, "is absent in the weights"),

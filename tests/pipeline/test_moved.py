@@ -193,7 +193,7 @@ def test_a_manifest_that_cannot_be_completed_is_read_again_with_a_warning(
     assert f"`coatnet data index {place}`" in capsys.readouterr().err
     assert (place / "manifest.json").read_bytes() == before
     (place / "shard-000000.npy").write_bytes(table_bytes(torch.zeros(0).numpy()))
-    with pytest.raises(DataError, match=r"shard-000000\.npy is not a table of 1 samples"):
+    with pytest.raises(DataError, match=r"shard-000000\.npy does not have 1 samples"):
         make_plan(config_of(tmp_path / "run", place), "pretrain", 1, 1)
 
 
@@ -233,17 +233,17 @@ def test_a_source_is_its_weights_wherever_they_lie(
     first.rename(moved)
     found = source_of(run, moved / inside, None)
     assert Path(found.checkpoint).exists() and Path(found.checkpoint).is_relative_to(moved)
-    with pytest.raises(UsageError, match=rf"started from {first}\S*, and --from is {other}"):
+    with pytest.raises(UsageError, match=rf"started from {first}\S*, but --from is {other}"):
         source_of(run, other / inside, None)
     other.rename(first)
-    with pytest.raises(UsageError, match=rf"started from {first}\S*, and --from has other weights"):
+    with pytest.raises(UsageError, match=rf"started from {first}\S*, but --from has other weights"):
         source_of(run, first / inside, None)
     shutil.rmtree(first) if first.is_dir() else first.unlink()
     assert source_of(run, None, None) == source_of(run, first / inside, None)
     if has_begun:
         assert source_of(run, tmp_path / "nowhere", None).run == found.run.replace("moved", "first")
     else:
-        with pytest.raises(UsageError, match="is gone, from which this run is to begin"):
+        with pytest.raises(UsageError, match="which this run starts from"):
             source_of(run, first / inside, None).reader()
 
 
@@ -433,7 +433,7 @@ def test_setting_files_aside_loses_nothing_and_spares_a_run_that_is_alive(
         set_aside(first)
     shutil.rmtree(first / "attempts")
     mirrored_config = config_of(first, "data", f"checkpoint.mirror={first.parent}/mirror")
-    with pytest.raises(UsageError, match=r"checkpoint\.mirror=.* has checkpoints, from which the run would resume"):
+    with pytest.raises(UsageError, match=r"checkpoint\.mirror=.* has checkpoints that the run would resume from"):
         set_files_aside(mirrored_config)
     assert contents(first) == before
     set_files_aside(config_of(first, "data"))

@@ -75,9 +75,9 @@ def test_what_does_not_decode_is_in_its_place_with_an_error(
     for number in range(30):
         (tmp_path / "deep" / f"{number:02d}.txt").touch()
     done = coatnet("predict", exported, tmp_path / "deep")
-    passed_over = [line for line in done.stderr.splitlines() if line.startswith("passed over")]
-    assert done.returncode == 0 and len(passed_over) == 20 and "and 10 more files are passed over" in done.stderr
-    assert f"{tmp_path}/deep/00.txt: not an image by its name" in passed_over[0]
+    passed_over = [line for line in done.stderr.splitlines() if line.startswith("skipped")]
+    assert done.returncode == 0 and len(passed_over) == 20 and "and 10 more files are skipped" in done.stderr
+    assert f"{tmp_path}/deep/00.txt: its suffix is not that of an image" in passed_over[0]
     done = coatnet("predict", exported, tmp_path / "a.png", tmp_path / "c.jpg")
     assert done.returncode == 1 and done.stdout.count("\n") == 1 and done.stdout.count(" %") == 5
     (warning,) = [line for line in done.stderr.splitlines() if line.startswith("left out")]
@@ -93,7 +93,7 @@ def test_a_file_that_only_dali_cannot_decode_is_named_too(
     monkeypatch.setattr(commands, "read", lambda file: commands.Image(file, file.read_bytes(), size, size))
     first, second = predicted(capsys, exported, tmp_path, status=1)
     assert len(first["predictions"]) == 5 and "error" not in first
-    assert second["predictions"] == [] and second["error"].startswith("does not decode")
+    assert second["predictions"] == [] and second["error"].startswith("cannot be decoded")
 
 
 def test_with_the_sigmoid_loss_each_class_has_an_independent_probability(
@@ -125,20 +125,20 @@ def test_a_folder_has_the_images_that_packing_finds_in_it(tmp_path: Path) -> Non
     files, passed_over = image_files([photos])
     assert [str(file.relative_to(photos)) for file in files] == [*packed, "dog/lost.jpg"]
     reasons = {str(file.relative_to(photos)): reason for file, reason in passed_over}
-    assert reasons.pop("dog/notes.txt").startswith("not an image by its name (.bmp")
+    assert reasons.pop("dog/notes.txt").startswith("its suffix is not that of an image (.bmp")
     assert reasons == {
         ".hidden": "hidden",
         "__MACOSX": "hidden",
         "dog/.y.png": "hidden",
         "dog/pipe.png": "not a regular file",
-        "dog/up": "a link to a folder around it",
+        "dog/up": "a link to a folder that contains it",
     }
     assert read(photos / "dog" / "lost.jpg").error == "No such file or directory"
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("nowhere.jpg", "does not exist"), (".", "has no files with"), ("n" * 300, "read: File name too long")],
+    [("nowhere.jpg", "does not exist"), (".", "has no image files"), ("n" * 300, "read: File name too long")],
 )
 def test_paths_without_images_are_wrong_requests(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -81,7 +81,7 @@ def check(run: Path) -> None:
     assert len(events(run, "rollback")) == 1
     overflow, extreme, after = (run.with_name(f"{run.name}-{step}") for step in (OVERFLOWS[-1], EXTREME, AFTER))
     culprit = recorded_keys(run, OVERFLOWS[-1])[SLOT]
-    assert f"not finite first in the forward, at {LAYER}: {culprit}\n" in told(overflow)["printed"]
+    assert f"first non-finite in the forward, at {LAYER}: {culprit}\n" in told(overflow)["printed"]
     at = {row["key"]: row["place"] for row in samples(overflow)}
     assert [key for key, place in at.items() if place == LAYER] == [culprit] and len({*at.values()}) == 3
     worst, *others = sorted(samples(extreme), key=lambda row: -row["loss"])
@@ -132,9 +132,9 @@ def test_values_that_the_run_cannot_have_computed_are_a_finding(replays: Path) -
 @pytest.mark.parametrize(
     ("step", "out", "attempt", "message"),
     [
-        (2, None, None, "has no checkpoint before step 2 any more; --from-start trains all of its 2 steps"),
+        (2, None, None, "no longer has a checkpoint before step 2; --from-start trains all 2 steps"),
         (99, None, None, "step 99 is none of the run's, which has done 8 steps"),
-        (8, "run-1/again", None, "is in the run's folder, in which nothing is to change"),
+        (8, "run-1/again", None, "is in the run's folder, which a replay must not change"),
         (8, "run-1-8", None, "exists already"),
         (6, None, 1, "step 6 was done by attempt 0"),
     ],
@@ -142,7 +142,7 @@ def test_values_that_the_run_cannot_have_computed_are_a_finding(replays: Path) -
 def test_what_cannot_be_replayed_is_refused_at_once(replays: Path, step, out, attempt, message) -> None:
     with pytest.raises(UsageError, match=message):
         replay(str(replays / "run-1"), step, out and str(replays / out), attempt, False, 2)
-    with pytest.raises(UsageError, match="is no run"):
+    with pytest.raises(UsageError, match="is not a run"):
         replay(str(replays), step, None, attempt, False, 2)
 
 

@@ -126,7 +126,7 @@ def test_a_run_keeps_its_source_and_which_of_its_weights(source: Path, tmp_path:
     found = source_of(tmp_path, source, None)
     pin_source(tmp_path, found)
     assert source_of(tmp_path, source, "ema") == source_of(tmp_path, source, None) == found and found.weights == "ema"
-    with pytest.raises(UsageError, match="with --weights ema, and now it is model"):
+    with pytest.raises(UsageError, match="with --weights ema, but now it is model"):
         source_of(tmp_path, source, "model")
     with pytest.raises(UsageError, match=r"has no weights but their moving average"):
         source_of(tmp_path / "other", source, "model")
