@@ -218,9 +218,7 @@ def new_process(*command: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--train", type=Path, required=True, help="tar of CIFAR-10's training set, a folder per class"
-    )
+    parser.add_argument("--train", type=Path, required=True, help="tar of CIFAR-10's training set, a folder per class")
     parser.add_argument("--val", type=Path, required=True, help="tar of its test images")
     parser.add_argument("--out", type=Path, required=True, help="folder for images, runs and records")
     parser.add_argument("--study", nargs="+", choices=ORDER, default=ORDER, help="default: all")

@@ -186,12 +186,8 @@ def main() -> None:
     """Runs the checks; exit status 1 where one of them failed or was out of time."""
     parser = argparse.ArgumentParser("coatnet bench gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="limit for all checks together; default: 10")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; on cpu all is small"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results, a line per check; default: named by time"
-    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; on cpu all is small")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results, a line per check; default: named by time")
     parser.add_argument(
         "--only", action="append", metavar="CHECK", choices=[each.name for each in CHECKS], help="may be repeated"
     )

@@ -69,7 +69,7 @@ def test_a_variable_that_is_not_set_is_an_error_that_names_it_and_the_key(path: 
 
 
 def test_the_home_of_an_unknown_user_is_an_error() -> None:
-    with pytest.raises(UsageError, match="KEY is ~nobody-of-that-name/x, and there is no user nobody-of-that-name"):
+    with pytest.raises(UsageError, match="KEY is ~nobody-of-that-name/x, but there is no user nobody-of-that-name"):
         expand("~nobody-of-that-name/x", "KEY")
     assert expand("./~nobody-of-that-name/x", "KEY") == "./~nobody-of-that-name/x"
 

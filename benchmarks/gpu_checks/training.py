@@ -293,9 +293,7 @@ def large_network(place: Place, size: str) -> Iterator[Row]:
         if fits(predicted, usable):
             break
     else:
-        raise NotHere(
-            f"{name} needs {predicted / 2**30:.1f} GiB by the memory model; {usable / 2**30:.1f} are free"
-        )
+        raise NotHere(f"{name} needs {predicted / 2**30:.1f} GiB by the memory model; {usable / 2**30:.1f} are free")
     device = start_process_group()
     on_device: Any = lambda _, shape: torch.randn(shape, device=device)  # noqa: E731
     model = build_model(config.model, config.train, 1000, device, lambda n, shape: initial_value(n, shape, on_device))

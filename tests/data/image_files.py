@@ -340,7 +340,7 @@ def left_out() -> Named:
         cut = file_of(picture("RGB"), "PNG")
         files[f"png cut at 1/{part}"] = cut[: len(cut) // part], "cannot be decoded: truncated or damaged"
     for kind, encoded in _said_to_be_huge().items():
-        files[f"{kind} said to be huge"] = encoded, f"{HUGE**2} pixels; 268435456 at most"
+        files[f"{kind} said to be huge"] = encoded, f"{HUGE**2} pixels; at most 268435456"
     wrong = {
         (2, 8): "signed",
         (2, 16): "signed",

@@ -359,7 +359,7 @@ def test_an_error_of_the_consumer_passes_and_ends_the_threads(packed):
 
 def test_an_error_of_a_reading_thread_reaches_the_consumer_and_ends_the_threads(packed, tmp_path):
     manifest = truncated(packed, tmp_path)
-    asked = rf"{re.escape(str(tmp_path))}/shard-00000\d\.tar: bytes \d+ to \d+ cannot be read: .* and \d+ came"
+    asked = rf"{re.escape(str(tmp_path))}/shard-00000\d\.tar: bytes \d+ to \d+ cannot be read: .* but \d+ came"
     with pytest.raises(DataError, match=asked):
         loaded(manifest, order_of(manifest, 4, 3), 2, range(10))
     with pytest.raises(DataError, match=asked):

@@ -189,7 +189,7 @@ def test_a_short_read_is_retried_and_then_an_error_with_file_and_bytes(packed):
     Unsteady.bad_reads = 2
     rows = np.load(packed.folder / "shard-000001.npy")[2:5]
     begin, end = rows["offset"][0], rows["offset"][-1] + rows["bytes"][-1]
-    asked = rf"shard-000001\.tar: bytes {begin} to {end} cannot be read: 2 attempts .* and {end - begin - 1} came"
+    asked = rf"shard-000001\.tar: bytes {begin} to {end} cannot be read: 2 attempts .* but {end - begin - 1} came"
     with pytest.raises(DataError, match=asked):
         read_ranges(manifest, [SampleRange(1, 2, 3)])
 

@@ -265,7 +265,8 @@ def test_the_commands_print_one_document_and_exit_with_1_for_broken_samples(tmp_
     assert run("index", str(folder), "--out", str(tmp_path / "out")) == (0, {**read, "broken": [], "unchecked": 2})
     assert run("verify", str(tmp_path / "out")) == (1, {**found, "broken": broken, "unchecked": 2})
     assert (
-        "hint: 2 samples have no checksum" in CliRunner().invoke(app, ["data", "verify", str(tmp_path / "out")]).stdout
+        "2 samples have no recorded checksum"
+        in CliRunner().invoke(app, ["data", "verify", str(tmp_path / "out")]).stdout
     )
     assert run("index", str(folder), "--decode") == (0, {**read, "broken": broken, "unchecked": 0})
     assert run("verify", str(folder)) == (1, {**found, "broken": broken, "unchecked": 0})
