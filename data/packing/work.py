@@ -178,7 +178,7 @@ def describe_difference(earlier: dict[str, Any], request: Request) -> str:
     old = earlier.get("request")
     old = old if isinstance(old, dict) else {}
     changed = [name for name in {**request, **old} if old.get(name) != request.get(name)]
-    return ", ".join(f"{name} was {old.get(name)} and is {request.get(name)}" for name in changed)
+    return ", ".join(f"{name} was {old.get(name)} and is now {request.get(name)}" for name in changed)
 
 
 def list_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:

@@ -351,7 +351,7 @@ def left_out() -> Named:
     }
     for ((kind, bits), word), bands, order in product(wrong.items(), (1, 3), "<>"):
         encoded = tiff(noise(bands, 100), bits, 1 if bands == 1 else 2, kind=kind, order=order)
-        files[f"tiff {word} {bits} x {bands} {order}"] = encoded, f"a TIFF of {word}.* samples"
+        files[f"tiff {word} {bits} x {bands} {order}"] = encoded, f"a TIFF with {word}.* samples"
     for bits, bands in ((1, 3), (4, 3), (16, 2)):
         encoded = tiff(noise(bands, 2**bits - 1), bits, bands - 1)
         files[f"tiff {bands} x {bits}"] = encoded, f"{maybe}a TIFF of {bands} x {bits} bits"

@@ -168,7 +168,7 @@ def test_an_image_made_smaller_may_be_of_any_variant_that_packs(child):
 
 FILES = {name: file.encoded for name, file in table(kept(False), converted(False), left_out()).items() if file.encoded}
 REASONS = (
-    "cannot be decoded: truncated or damaged|its header is not that of|empty file|a TIFF of .* samples|"
+    "cannot be decoded: truncated or damaged|its header is not that of|empty file|a TIFF with .* samples|"
     r"\d+ pixels|tiles of more|.* is not supported; convert it"
 )
 

@@ -575,9 +575,9 @@ def test_parts_name_damaged_tars_together_and_do_again_only_what_is_new(tmp_path
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"decode": True}, "decode was False and is True"),
-        ({"label_field": ".txt"}, r"label_field was None and is \.txt"),
-        ({"classes": "names"}, "classes was None and is 1 of [0-9a-f]{16}"),
+        ({"decode": True}, "decode was False and is now True"),
+        ({"label_field": ".txt"}, r"label_field was None and is now \.txt"),
+        ({"classes": "names"}, "classes was None and is now 1 of [0-9a-f]{16}"),
     ],
 )
 def test_parts_that_disagree_are_refused_by_what_they_disagree_in(tmp_path, monkeypatch, changed, message):

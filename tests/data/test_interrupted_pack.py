@@ -106,10 +106,10 @@ def test_half_a_note_of_what_is_done_counts_as_none(source, whole, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 1}, "seed was 0 and is 1"),
-        ({"samples_per_shard": 3}, "samples per shard was 2 and is 3"),
-        ({"resize": 8}, "resize was None and is 8"),
-        ({"holdout": 0.25}, "holdout was None and is 0.25"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"samples_per_shard": 3}, "samples per shard was 2 and is now 3"),
+        ({"resize": 8}, "resize was None and is now 8"),
+        ({"holdout": 0.25}, "holdout was None and is now 0.25"),
     ],
 )
 def test_a_pack_with_other_options_is_not_mixed_with_one_that_is_unfinished(source, changed, message, tmp_path):
@@ -191,7 +191,7 @@ def test_a_source_that_has_changed_is_not_mixed_with_what_it_was(tmp_path):
     assert files_in(tmp_path / "out") == files_in(tmp_path / "anew")
     packed_until(source, tmp_path / "again", 30)
     elsewhere = lay_out(tmp_path / "other", FILES)
-    with pytest.raises(UsageError, match=r"source was .*in and is .*other"):
+    with pytest.raises(UsageError, match=r"source was .*in and is now .*other"):
         packed(elsewhere, tmp_path / "again", **TWO_EACH)
 
 
@@ -209,7 +209,7 @@ def test_in_s3_an_interrupted_pack_resumes_too(source, tmp_path):
     with s3_server() as server:
         fs = fsspec.filesystem("s3", endpoint_url=server.url)
         assert packed_until(source, "s3://data/out", 55, samples_per_shard=10) is None
-        with pytest.raises(UsageError, match="seed was 0 and is 1"):
+        with pytest.raises(UsageError, match="seed was 0 and is now 1"):
             packed(source, "s3://data/out", samples_per_shard=10, seed=1)
         assert packed(source, "s3://data/out", samples_per_shard=10).kept > 0
         written = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("data/out")}

@@ -165,7 +165,7 @@ def assert_used_and_replaced(
     (damaged,) = [each for each in index_tar(bytes(contents)) if each.key.endswith(DAMAGED)]
     contents[damaged.offset + 1] ^= 1
     tar.write_bytes(contents)
-    damage = {damaged.key: "its bytes are not those that were packed or indexed"}
+    damage = {damaged.key: "its bytes differ from those that were packed or indexed"}
     assert_outcomes(child, device, url, {**broken, **damage}, name_of)
 
 

@@ -157,9 +157,9 @@ def test_in_s3_parts_make_the_bytes_of_one_pack(kinds, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 1}, "seed was 0 and is 1"),
-        ({"resize": 8}, "resize was None and is 8"),
-        ({"source": "elsewhere"}, "source was .*in and is .*elsewhere"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"resize": 8}, "resize was None and is now 8"),
+        ({"source": "elsewhere"}, "source was .*in and is now .*elsewhere"),
     ],
 )
 def test_parts_that_disagree_are_refused_by_name(kinds, changed, message, tmp_path):
@@ -175,7 +175,7 @@ def test_a_part_of_another_version_is_refused_by_name(kinds, monkeypatch, tmp_pa
     source, *_ = kinds["smaller images"]
     part(source, tmp_path / "out", "1/3")
     monkeypatch.setattr("data.packing.pack.importlib.metadata.version", lambda name: "9.9")
-    with pytest.raises(UsageError, match=r"webdataset was .* and is 9\.9"):
+    with pytest.raises(UsageError, match=r"webdataset was .* and is now 9\.9"):
         part(source, tmp_path / "out", "2/3")
 
 

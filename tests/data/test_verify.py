@@ -207,7 +207,7 @@ def test_parts_of_a_set_that_changed_meanwhile_are_refused_and_others_begin_agai
         verified(copy, part=Part(1, 2))
     one_class_less(copy)
     with pytest.raises(
-        UsageError, match=r"set was \w+ and is \w+; choose another place with --out, or remove its .verifying"
+        UsageError, match=r"set was \w+ and is now \w+; choose another place with --out, or remove its .verifying"
     ):
         verified(copy, part=Part(2, 2))
     shutil.rmtree(copy / ".verifying")
