@@ -53,8 +53,8 @@ def check_memory(manifest: Manifest, slots: int, window: int, resolution: int, l
     )
     raise UsageError(
         f"data.shuffle_window={window} with {slots} samples per rank and step needs {held / 2**30:.1f} GiB for images,"
-        f" too much for the {memory / 2**30:.1f} GiB of memory that this machine allows; {suggestion}, or use more"
-        " machines"
+        f" more than {MEMORY_SHARE:.0%} of the {memory / 2**30:.1f} GiB of memory that this machine allows;"
+        f" {suggestion}, or use more machines"
     )
 
 

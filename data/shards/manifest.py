@@ -200,13 +200,13 @@ def _parse_manifest(url: str, place: str, file: io.BufferedReader) -> Manifest:
         classes, samples = tuple(map(composed, document["classes"])), document["samples"]
         labels = Reading(document.get("labels", Reading.FROM_0))
     except (json.JSONDecodeError, UnicodeError) as error:
-        raise UsageError(f"{place} is not valid JSON ({getattr(error, 'msg', error)}); pack again") from None
+        raise UsageError(f"{place} is not valid JSON ({getattr(error, 'msg', error)}); pack or index again") from None
     except BadShard as error:
-        raise UsageError(f"{place} {error}; pack again") from None
+        raise UsageError(f"{place} {error}; pack or index again") from None
     except UsageError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{place} is not a complete manifest ({error!r}); pack again") from None
+        raise UsageError(f"{place} is not a complete manifest ({error!r}); pack or index again") from None
     names = ("label_field", "labels_per_sample", "shards_at", "format_1")
     optional = {name: document[name] for name in names if name in document}
     if document["format"] == 1:
@@ -214,7 +214,7 @@ def _parse_manifest(url: str, place: str, file: io.BufferedReader) -> Manifest:
         optional["format_1"] = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = Manifest(url, classes, shards, labels=labels, **optional)
     if fault := _fault(manifest, samples, document["format"]):
-        raise UsageError(f"{place} {fault}; pack again")
+        raise UsageError(f"{place} {fault}; pack or index again")
     return manifest
 
 
