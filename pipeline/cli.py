@@ -67,33 +67,33 @@ path_option = partial(typer.Option, callback=_expanded)
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML preset, e.g. configs/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.learning_rate=5e-4")]
 Ranks = Annotated[int | None, typer.Option("--procs", min=1, help="ranks to run on this machine; default: 1")]
-Check = Annotated[bool, typer.Option("--check", help="check the configuration, without images, and stop")]
+Check = Annotated[bool, typer.Option("--check", help="check the configuration and stop; needs no images")]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="begin anew; what is in run.dir is set aside in its folder restarted-N")
+    bool, typer.Option("--restart", help="start over from step 1; what run.dir holds moves to run.dir/restarted-N")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document to standard output")]
 Source = Annotated[
     str | None,
-    path_option("--from", metavar="RUN", help="run, one checkpoint of it, or an exported file; for --check a preset"),
+    path_option("--from", metavar="RUN", help="a run, a checkpoint or an exported file; with --check also a preset"),
 ]
 Trained = Annotated[
-    str, path_argument(metavar="RUN", help="run (its newest checkpoint), one checkpoint, or an exported file")
+    str, path_argument(metavar="RUN", help="a run (its newest checkpoint), one checkpoint, or an exported file")
 ]
 EvaluationSet = Annotated[str, path_option("--data", metavar="URL", help="packed evaluation set")]
-Weights = Annotated[str | None, typer.Option(metavar="ema|model", help="default: ema where there is one")]
-Resolution = Annotated[int | None, typer.Option(min=1, help="pixels a side; default: what it was trained at")]
+Weights = Annotated[str | None, typer.Option(metavar="ema|model", help="default: ema if there is one")]
+Resolution = Annotated[int | None, typer.Option(min=1, help="pixels per side; default: as trained")]
 Crop = Annotated[
     str | None,
-    typer.Option(metavar="FRACTION|none", help="share of the short side in the middle; none: all of the image"),
+    typer.Option(metavar="FRACTION|none", help="centre crop, as a share of the short side; none: the whole image"),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier export wrote at OUT")]
 Part = Annotated[
     str | None,
     typer.Option(
-        metavar="i/N", help="do part i of N on any machine, i from 1; 0/N plans; whichever ends last finishes"
+        metavar="i/N", help="do part i of N (from 1) on any machine; 0/N plans; the last to end completes the set"
     ),
 ]
-SamplesPerShard = Annotated[int, typer.Option(min=1, help="most samples of a shard")]
+SamplesPerShard = Annotated[int, typer.Option(min=1, help="maximum samples per shard")]
 MegabytesPerShard = Annotated[int, typer.Option(min=1, help="approximate maximum size of a shard in MiB")]
 
 
@@ -106,8 +106,8 @@ RESUME = "run the same command to resume"
 AFTER_A_STOP = {
     "pretrain": f"with no step to save; {RESUME}",
     "finetune": f"with no step to save; {RESUME}",
-    "data pack": f"shards that are whole are kept; {RESUME}",
-    "data index": f"what is known of tars that were read is kept; {RESUME}",
+    "data pack": f"finished shards are kept; {RESUME}",
+    "data index": f"what was found in tars already read is kept; {RESUME}",
 }
 """What remains, and how to continue, where a signal ended a command."""
 INTERRUPTED = 130
@@ -157,12 +157,12 @@ def finetune(
 @app.command(epilog="Example: coatnet preview configs/tiny.yaml digits.png data.train=digits/train")
 def preview(
     config: ConfigFile,
-    out: Annotated[str, path_argument(metavar="OUT.png", help="the sheet; an earlier one is replaced")],
+    out: Annotated[str, path_argument(metavar="OUT.png", help="the image to write, or to replace")],
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, max=1000, help="most samples that are shown")] = 32,
-    epoch: Annotated[int, typer.Option(min=0, help="whose first samples are shown")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="maximum number of samples shown")] = 32,
+    epoch: Annotated[int, typer.Option(min=0, help="epoch whose first samples are shown")] = 0,
 ) -> None:
-    """Show training samples exactly as the model will see them, with what was drawn for each."""
+    """Show training samples exactly as the model will see them, with the augmentations drawn for each."""
     from pipeline.commands.preview import preview
 
     raise typer.Exit(preview(config, out, overrides or [], samples, epoch))
@@ -171,24 +171,24 @@ def preview(
 @app.command(epilog="Example: coatnet plan configs/imagenet1k/coatnet0.yaml --gpus 8 --gpu h100 --price 2.5")
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="of all nodes")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs on all nodes together")],
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="h100, a100, ..., or cpu with --calibrate")],
     overrides: Overrides = None,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="joined by their links")] = 8,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs per node")] = 8,
     calibrate: Annotated[
         list[str] | None,
-        path_option("--calibrate", metavar="FILE", help="metrics.jsonl of a run on such GPUs, or bench gpu's; repeat"),
+        path_option("--calibrate", metavar="FILE", help="metrics.jsonl of a run on such GPUs, or results of bench gpu"),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, max=1e9, help="of a GPU-hour")] = None,
+    price: Annotated[float | None, typer.Option(min=0, max=1e9, help="price of a GPU-hour")] = None,
     failure_days: Annotated[
         float | None, typer.Option(min=1e-3, max=1e9, help="GPU-days between failures; default: 2000")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a training takes and costs, before it is paid for, from a machine without a GPU.
+    """Estimate what a training takes and costs before it is paid for; needs no GPU.
 
-    Memory of a GPU, whether it fits and what would (`changes`), time of a step (`step_terms`), days, `cost`, the best
-    interval between checkpoints and `goodput`, reads; what was `measured` and what `assumed`. Keys:
+    GPU memory, whether it suffices and what would fit (`changes`), time per step (`step_terms`), days, `cost`, the best
+    checkpoint interval and `goodput`, reads; what was `measured` and what is `assumed`. Keys:
     docs/reference/formats.md.
     """
     from pipeline.commands.plan_costs import plan_costs
@@ -200,18 +200,18 @@ def plan(
 
 @app.command(epilog="Example: coatnet replay runs/tiny --step 1234 --procs 2 --out step-1234")
 def replay(
-    run: Annotated[str, path_argument(metavar="RUN", help="run; nothing in its folder changes")],
-    step: Annotated[int, typer.Option(min=1, help="the step to look into")],
+    run: Annotated[str, path_argument(metavar="RUN", help="the run; nothing in its folder changes")],
+    step: Annotated[int, typer.Option(min=1, help="step to repeat")],
     out: Annotated[
-        str | None, path_option(metavar="FOLDER", help="new; for all samples and layers, and a sheet of images")
+        str | None, path_option(metavar="FOLDER", help="new folder for all samples and layers, and a sheet of images")
     ] = None,
-    attempt: Annotated[int | None, typer.Option(min=0, help="of a step done several times; default: the last")] = None,
+    attempt: Annotated[int | None, typer.Option(min=0, help="if several did the step; default: the last")] = None,
     from_start: Annotated[
-        bool, typer.Option("--from-start", help="train from step 1 where no checkpoint is left")
+        bool, typer.Option("--from-start", help="train from step 1 if no checkpoint is left")
     ] = False,
     procs: Ranks = None,
 ) -> None:
-    """Do a step again in memory, and say which samples and which layer made it what it was."""
+    """Repeat a step in memory, and say which samples and which layer explain its result."""
     ranks = _as_rank(procs)
     from pipeline.commands.replay import replay
 
@@ -228,7 +228,7 @@ def evaluate(
     procs: Ranks = None,
     as_json: AsJson = False,
 ) -> None:
-    """Top-1, top-5 and loss over exactly every sample once, the same on any number of ranks."""
+    """Compute top-1, top-5 and loss over every sample exactly once, the same on any number of ranks."""
     ranks = _as_rank(procs)
     from pipeline.commands.evaluate import evaluate_command
 
@@ -242,10 +242,10 @@ def predict(
     weights: Weights = None,
     resolution: Resolution = None,
     crop: Crop = None,
-    top: Annotated[int, typer.Option(min=1, help="how many classes of each image")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="number of classes per image")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """The likeliest classes of image files."""
+    """Predict the likeliest classes of image files."""
     from pipeline.commands.predict import predict
 
     raise typer.Exit(predict(run, images, weights, resolution, crop, top, as_json))
@@ -254,12 +254,12 @@ def predict(
 @app.command(epilog="Example: coatnet export runs/tiny tiny.safetensors")
 def export(
     run: Trained,
-    out: Annotated[str, path_argument(metavar="OUT", help="a .safetensors file; with --layout timm a folder")],
-    layout: Annotated[str | None, typer.Option(metavar="timm", help="as a folder that timm opens")] = None,
+    out: Annotated[str, path_argument(metavar="OUT", help="a .safetensors file; with --layout timm, a folder")],
+    layout: Annotated[str | None, typer.Option(metavar="timm", help="write a folder that timm opens")] = None,
     weights: Weights = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a run's weights, and what made them, as one file, or as a folder for timm."""
+    """Write a run's weights, and how they were trained, as one file, or as a folder for timm."""
     from pipeline.commands.export import export
 
     raise typer.Exit(export(run, out, layout, weights, overwrite))
@@ -271,7 +271,7 @@ def import_(
     out: Annotated[str, path_argument(metavar="OUT", help="a .safetensors file")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a file to evaluate and fine-tune from out of timm's coatnet_0_224 to coatnet_5_224."""
+    """Convert one of timm's coatnet_0_224 to coatnet_5_224 into a file to evaluate or fine-tune from."""
     from pipeline.commands.export import import_from_timm
 
     raise typer.Exit(import_from_timm(source, out, overwrite))
@@ -281,13 +281,13 @@ def import_(
 def report(
     runs: Annotated[list[Path], path_argument(metavar="RUN...", help="a run's folder; several are compared")],
     data: Annotated[
-        str | None, path_option(metavar="URL", help="packed evaluation set: confusions, calibration, mistakes")
+        str | None, path_option(metavar="URL", help="packed evaluation set, for confusions, calibration and mistakes")
     ] = None,
     out: Annotated[
-        Path | None, path_option(metavar="FILE", help="default: RUN/report.html; of several runs report.html here")
+        Path | None, path_option(metavar="FILE", help="default: RUN/report.html; for several runs, ./report.html")
     ] = None,
 ) -> None:
-    """Write one page of what happened: curves, where the time went, attempts, mistakes; or of several runs."""
+    """Write one page about a run: curves, where the time went, attempts, mistakes; or compare several."""
     from pipeline.commands.report import report
 
     raise typer.Exit(report(runs, data, out))
@@ -295,7 +295,7 @@ def report(
 
 @app.command(epilog="Example: coatnet models --json")
 def models(as_json: AsJson = False) -> None:
-    """The family and its variants: parameters and multiply-adds, counted, beside the published ones."""
+    """List the family and its variants: counted parameters and multiply-adds beside the published ones."""
     from pipeline.commands.models import models
 
     raise typer.Exit(models(as_json))
@@ -312,12 +312,12 @@ def keys() -> None:
 @app.command(epilog="Example: srun -N 2 --ntasks-per-node 8 coatnet doctor configs/tiny.yaml run.dir=/scratch/tiny")
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="also check its storage; required for ranks")
+        str | None, typer.Argument(metavar="[CONFIG]", help="also check its storage; required when run as ranks")
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine, or as ranks their whole allocation: what works, what is missing, and what to do."""
+    """Check this machine or, run as ranks, the whole allocation: what works, what is missing, what to do."""
     _as_rank()
     from pipeline.doctor.report import doctor_report
 
@@ -329,8 +329,8 @@ def doctor(
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
 )
 def bench(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="default: list what there is")] = None,
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT]...", help="of the benchmark")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="default: list them all")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGUMENT]...", help="its arguments")] = None,
 ) -> None:
     """Run one of the benchmarks of benchmarks/ on this machine."""
     from pipeline.commands.bench import bench
@@ -340,26 +340,26 @@ def bench(
 
 @data_app.command("pack", epilog="Example: coatnet data pack photos shards --holdout 0.1")
 def pack(
-    source: Annotated[str, path_argument(metavar="SRC", help="folder, tar or zip of classes, or list: .csv, .jsonl")],
+    source: Annotated[str, path_argument(metavar="SRC", help="folder, tar or zip of classes, or .csv or .jsonl list")],
     destination: Annotated[str, path_argument(metavar="DST", help="folder, or any fsspec URL")],
-    labels: Annotated[str | None, path_option(metavar="FILE", help="labels of a flat SRC: lines `name label`")] = None,
+    labels: Annotated[str | None, path_option(metavar="FILE", help="labels of a flat SRC: `name label` lines")] = None,
     classes: Annotated[
-        str | None, path_option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
+        str | None, path_option(metavar="FILE|URL", help="classes in order: one per line, or as packed at URL")
     ] = None,
-    resize: Annotated[int | None, typer.Option(min=1, help="downscale to this shorter side, as JPEG")] = None,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="of resized images; default 92")] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="downscale the shorter side to this, as JPEG")] = None,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="JPEG quality of --resize; default: 92")] = None,
     holdout: Annotated[
         float | None, typer.Option(metavar="FRACTION", help="share of each class for DST/val; the rest: DST/train")
     ] = None,
     samples_per_shard: SamplesPerShard = 10_000,
     mib_per_shard: MegabytesPerShard = 256,
-    seed: Annotated[int, typer.Option(min=0, help="of the shuffle, and of what is held out")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one a processor")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the shuffle and the holdout")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one per processor")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is packed at DST")] = False,
     part: Part = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack images into shuffled WebDataset shards; what is broken is listed and left out. Started again, it resumes."""
+    """Pack images into shuffled WebDataset shards; broken images are listed and left out. Started again, it resumes."""
     from pipeline.commands.data import pack_and_report
 
     raise typer.Exit(
@@ -388,23 +388,23 @@ def index(
         str, path_argument(metavar="URL", help="folder of tars, glob or {000..123} pattern, at any fsspec URL")
     ],
     out: Annotated[
-        str | None, path_option(metavar="DST", help="manifest and indexes; default: beside the tars")
+        str | None, path_option(metavar="DST", help="where manifest and indexes go; default: beside the tars")
     ] = None,
-    decode: Annotated[bool, typer.Option("--decode", help="read all and decode every image once")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="read everything and decode every image once")] = False,
     classes: Annotated[
-        str | None, path_option(metavar="FILE|URL", help="classes in order: one a line, or as packed at URL")
+        str | None, path_option(metavar="FILE|URL", help="classes in order: one per line, or as packed at URL")
     ] = None,
     label_field: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="labels: a field of .json, e.g. meta.label, or a part, .txt; default: .cls"),
+        typer.Option(metavar="NAME", help="labels: a .json field, e.g. meta.label, or a member, .txt; default: .cls"),
     ] = None,
     part: Part = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="threads, a tar each; default: 16, with --decode one a processor")
+        int | None, typer.Option(min=1, help="threads, one per tar; default: 16; with --decode, one per processor")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Index existing WebDataset shards for training; what is broken is listed."""
+    """Index existing WebDataset shards for training, and list what is broken."""
     from pipeline.commands.data import index_and_report
 
     raise typer.Exit(index_and_report(url, out, decode, classes, label_field, part, workers, as_json))
@@ -412,17 +412,17 @@ def index(
 
 @data_app.command("verify", epilog="Example: coatnet data verify shards/train")
 def verify(
-    url: Annotated[str, path_argument(metavar="URL", help="where manifest.json is")],
+    url: Annotated[str, path_argument(metavar="URL", help="folder that holds manifest.json")],
     sample: Annotated[
         float | None,
-        typer.Option(metavar="FRACTION", help="read this drawn share of samples; no others, nor the tars' headers"),
+        typer.Option(metavar="FRACTION", help="read only this random share of the samples, and not the tars' headers"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of what --sample draws")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of what --sample draws")] = 0,
     part: Part = None,
     out: Annotated[
-        str | None, path_option(metavar="FOLDER", help="with --part: notes and verified.json; default: URL")
+        str | None, path_option(metavar="FOLDER", help="with --part: where notes and verified.json go; default: URL")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="threads, a shard each; default: one a processor")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one per processor")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read everything, decode every image; list what is broken, and exit with 1 if anything is."""
@@ -496,7 +496,7 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UsageError("the current folder does not exist any more: cd into another one") from None
+        raise UsageError("the current folder no longer exists: cd into another one") from None
 
 
 def _leave_process_group() -> None:

@@ -13,16 +13,16 @@ from pipeline import cli
 from pipeline.cli import AsJson, ConfigFile, Overrides, Restart, Source, Weights, app, main, path_argument, path_option
 
 submit_app = typer.Typer(
-    help="Submit a run to Slurm, whose job requeues itself until it ends, or work on data in parts.",
+    help="Submit a run to Slurm as a job that requeues itself until the run ends, or work on data in parts.",
     no_args_is_help=True,
 )
 app.add_typer(submit_app, name="submit")
 
 Then = Annotated[
-    str | None, typer.Option(metavar="'CONFIG [KEY=VALUE]...'", help="fine-tune and evaluate after this succeeds")
+    str | None, typer.Option(metavar="'CONFIG [KEY=VALUE]...'", help="fine-tune and evaluate once this succeeds")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the batch script and exit")]
-Cluster = Annotated[str, typer.Option(metavar="slurm|local", help="local: this machine, detached")]
+Cluster = Annotated[str, typer.Option(metavar="slurm|local", help="local: run detached on this machine")]
 Run = Annotated[Path, path_argument(metavar="RUN", help="the run's folder")]
 
 
@@ -60,7 +60,7 @@ def submit_finetune(
 
 @submit_app.command("doctor", epilog="Example: coatnet submit doctor tiny.yaml run.dir=runs/a slurm.nodes=2")
 def submit_doctor(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Examine all nodes of an allocation as a run would get it, and print the report."""
+    """Check all nodes of an allocation such as the run would get, and print the report."""
     from slurm.doctor import submit_doctor
 
     raise typer.Exit(submit_doctor(config, overrides or [], dry_run))
@@ -73,12 +73,12 @@ def _submits(command: Callable[..., None]) -> Callable[..., None]:
     def submit(
         context: typer.Context,
         overrides: Annotated[
-            list[str] | None, typer.Argument(metavar="[slurm.KEY=VALUE]...", help="of each part")
+            list[str] | None, typer.Argument(metavar="[slurm.KEY=VALUE]...", help="resources of each part")
         ] = None,
         *,
-        parts: Annotated[int, typer.Option("--parts", min=1, help="how many; the elements of a job array")],
+        parts: Annotated[int, typer.Option("--parts", min=1, help="number of parts, each an element of a job array")],
         logs: Annotated[
-            str | None, path_option("--logs", metavar="FOLDER", help="the jobs' files; default: DST/.slurm")
+            str | None, path_option("--logs", metavar="FOLDER", help="where the jobs' files go; default: DST/.slurm")
         ] = None,
         dry_run: DryRun = False,
         **options: Any,
@@ -92,7 +92,9 @@ def _submits(command: Callable[..., None]) -> Callable[..., None]:
     both = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*theirs.values(), *own)]
     submit.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     submit.__annotations__ = {each.name: each.annotation for each in both}
-    submit.__doc__ = f"`coatnet data {command.__name__}` in parts: a job that plans, and an array of jobs of one task."
+    submit.__doc__ = (
+        f"Run `coatnet data {command.__name__}` in parts: a job that plans, then an array of one-task jobs."
+    )
     return submit
 
 
@@ -117,11 +119,13 @@ for each in cli.data_app.registered_commands:
 
 @app.command(epilog="Example: coatnet status runs/")
 def status(
-    places: Annotated[list[str], path_argument(metavar="RUN...", help="runs, a folder of runs, or one DST of parts")],
+    places: Annotated[
+        list[str], path_argument(metavar="RUN...", help="runs, a folder of runs, or DST of work in parts")
+    ],
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat every few seconds, until Ctrl-C")] = False,
 ) -> None:
-    """The state of runs: job, step, loss, speed, time left, restarts; or of data that is prepared in parts."""
+    """Show the state of runs: job, step, loss, speed, time left, restarts; or of work on data in parts."""
     from slurm.status_view import status
 
     raise typer.Exit(status(places, as_json, watch))
@@ -130,19 +134,19 @@ def status(
 @app.command(epilog="Example: coatnet logs runs/a --rank 3 --follow")
 def logs(
     run: Run,
-    rank: Annotated[int | None, typer.Option(min=0, help="default: rank 0")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="rank whose log is shown; default: 0")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="print new lines as they come")] = False,
     lines: Annotated[int, typer.Option(min=1, help="number of lines")] = 40,
 ) -> None:
-    """The last lines of a run's log."""
+    """Print the last lines of a run's log."""
     from slurm.logs import logs
 
     raise typer.Exit(logs(run, rank, follow, lines))
 
 
 @app.command(epilog="Example: coatnet cancel runs/a")
-def cancel(place: Annotated[str, path_argument(metavar="RUN", help="the run's folder, or DST of parts")]) -> None:
-    """End the jobs of a run, or of parts; submitted again, it goes on where it was."""
+def cancel(place: Annotated[str, path_argument(metavar="RUN", help="a run, or DST of work in parts")]) -> None:
+    """Cancel the jobs of a run, or of work in parts; submitted again, it continues where it stopped."""
     from slurm.cancel import cancel
 
     raise typer.Exit(cancel(place))

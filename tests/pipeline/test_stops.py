@@ -133,7 +133,7 @@ def test_a_stop_while_one_ranks_batch_never_comes_saves_the_steps_that_all_have_
     ("number", "words", "remains"),
     [
         (signal.SIGINT, ["data", "verify"], "run the same command again"),
-        (signal.SIGUSR1, ["data", "pack"], "shards that are whole are kept; run the same command to resume"),
+        (signal.SIGUSR1, ["data", "pack"], "finished shards are kept; run the same command to resume"),
     ],
 )
 def test_a_command_that_is_stopped_says_what_remains(
