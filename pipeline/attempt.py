@@ -159,7 +159,7 @@ def claim(path: Path) -> Claim:
     try:
         return Claim(path, attempt, acquire_lock(path))
     except RunLocked as error:
-        print(f"{error}. It is an earlier start of this job, and what it does is not used any more: continuing")
+        print(f"{error}. That is an earlier start of this job, and its work is no longer used: continuing")
         return Claim(path, attempt, (path / ".lock").open())
 
 

@@ -49,13 +49,13 @@ class BoundedCleanup(ExitStack):
             super().__exit__(kind, error, trace)
         except Exception as second:
             if second is not error:
-                print(f"warning: closing failed, too: {_describe(second)}", file=sys.stderr)
+                print(f"warning: the cleanup failed too: {_describe(second)}", file=sys.stderr)
         timer.cancel()
         return False
 
     def _give_up(self, error: Exception) -> None:
         try:
-            print(f"coatnet: {_describe(error)}; ended after {CLEANUP_SECONDS:.0f} s of closing", file=sys.stderr)
+            print(f"coatnet: {_describe(error)}; ended after {CLEANUP_SECONDS:.0f} s of cleanup", file=sys.stderr)
             if lost_rank(error) is None:
                 record_failure(1, _describe(error))
                 _record(self._run, self._events, error)

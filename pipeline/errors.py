@@ -27,5 +27,5 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:  # the machine's, or a stranger's in a run's folder
         where = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        return f"{where}; put that right, then run the same command again"
+        return f"{where}; fix that, then run the same command again"
     return None

@@ -86,11 +86,11 @@ def lineage_warning(config: Config, ancestors: list[dict[str, Any]]) -> str | No
     """What is worth a warning and not refused: an unknown ancestor, or stochastic depth that no ancestor had."""
     if unknown := _unknown_runs(ancestors):
         return (
-            f"how {' and '.join(unknown)} was trained is unknown, so it cannot be checked whether an augmentation that"
-            " is on here was off there, which would hurt"
+            f"how {' and '.join(unknown)} was trained is unknown, so an augmentation that is on here may have been off"
+            " there, which would hurt"
         )
     if config.train.stochastic_depth and not any(ancestor["stochastic_depth"] for ancestor in ancestors):
-        return f"train.stochastic_depth={config.train.stochastic_depth} here, and 0 in every ancestor"
+        return f"train.stochastic_depth is {config.train.stochastic_depth} here and was 0 in every ancestor"
     return None
 
 
@@ -130,7 +130,7 @@ def format_lineage(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 def _format_ancestor(entry: Mapping[str, Any]) -> str:
     if entry["augment"] is None:
-        return f"{entry['run']}: unknown how it was trained"
+        return f"{entry['run']}: how it was trained is unknown"
     return f"{entry['run']} ({_square(entry)}, {entry['steps']:,} steps): {_trained_under(entry)}"
 
 
@@ -139,7 +139,7 @@ def _trained_under(entry: Mapping[str, Any]) -> str:
     values = {name: setting.partition("=")[2] for name, setting in active_augmentations(entry["augment"]).items()}
     names = [f"{name} {value}" if name in WITH_STRENGTH else name for name, value in values.items()]
     depth, new = entry["stochastic_depth"], " and ".join(entry.get("new_augmentations", []))
-    facts = [f"stochastic depth {depth}" if depth else "", f"{new} allowed though new" if new else ""]
+    facts = [f"stochastic depth {depth}" if depth else "", f"{new} allowed although new" if new else ""]
     return "; ".join([", ".join(names) or "no augmentation", *filter(None, facts)])
 
 

@@ -210,15 +210,15 @@ def config_changes(path: Path, config: Config, command: str) -> dict[str, Any]:
         # The file may be gone, empty or cut: what the newest checkpoint was trained with decides.
         there = changes(validate(saved["config"], f"{path}: its newest checkpoint"), config)
         if before is None or not _fixed(there):
-            instead = "the configuration in the newest checkpoint is compared with instead"
-            warn_damaged(path / "config.yaml", problem or "it is not what the newest checkpoint has", instead)
+            instead = "comparing with the configuration in the newest checkpoint instead"
+            warn_damaged(path / "config.yaml", problem or "it differs from the newest checkpoint's", instead)
             differing, fixed = there, _fixed(there)
     elif before is None and (path / "config.yaml").exists():
-        warn_damaged(path / "config.yaml", problem, "the run has no checkpoint, and begins with what is requested now")
+        warn_damaged(path / "config.yaml", problem, "the run has no checkpoint, and starts with what is requested now")
     if fixed:
         raise UsageError(
             f"run.dir={path}: this run was started with another configuration: {'; '.join(fixed)}."
-            f" These keys define a run: put them back, or {command} into another folder with run.dir=..."
+            f" These keys define a run: change them back, or {command} into another folder with run.dir=..."
         )
     return {name: [old, new] for name, (_, old, new) in differing.items()}
 

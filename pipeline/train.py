@@ -137,7 +137,7 @@ def train_steps(
             verdict, reason = do_step(engine, config, plan, state, report, passes, forward, drop_rates, attempt.asked)
             totals = report.totals
             if verdict is None:
-                log(f"step {step + 1} is given up, since a batch of it does not come")
+                log(f"step {step + 1} is given up, since one of its batches does not arrive")
                 save_and_stop(attempt, checkpoints, state, plan)
             if totals.superseded:
                 attempt.raise_if_superseded()

@@ -296,7 +296,7 @@ def _without_job(snapshot: RunSnapshot) -> tuple[str, str | None]:
     """By the last event of a run of which no process is alive."""
     last = snapshot.last_event(*STATE_EVENTS)
     newest = max(snapshot.checkpoints, default=None)
-    again = "the same command " + ("begins again" if newest is None else f"resumes from step {newest}")
+    again = "the same command " + ("starts over" if newest is None else f"resumes from step {newest}")
     if newest is None and (saved := last_saved_step(snapshot.events)) is not None:
         again = f"its checkpoints are gone, the last of step {saved}: copy one back, or begin again with --restart"
     steps = _steps(snapshot, snapshot.rows[-1] if snapshot.rows else {})

@@ -141,7 +141,7 @@ def _read(run: Path, number: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        warn_damaged(file, error, f"without it the checkpoints before attempt {number} are taken as they are")
+        warn_damaged(file, error, f"without it, checkpoints from before attempt {number} are trusted as they are")
         return None
 
 

@@ -94,7 +94,8 @@ class Checkpointer:
         lost = last_logged_step(self._run)
         if lost:
             print(
-                f"warning: {self._run} begins again: it had no checkpoint yet, {lost} steps are lost", file=sys.stderr
+                f"warning: {self._run} starts over: it had no checkpoint yet, and {lost} steps are lost",
+                file=sys.stderr,
             )
         return {"steps_lost": lost} if lost else {}
 
@@ -204,26 +205,24 @@ class Checkpointer:
             pass
 
     def _failed(self) -> RunFailed:
-        begins = "begins again" if self._saved is None else f"resumes from step {self._saved}"
+        begins = "starts over" if self._saved is None else f"resumes from step {self._saved}"
         many = f"{self._failures} checkpoints in a row failed, the last one: " if self._failures > 1 else ""
         return RunFailed(f"{many}{self._reason}, then the same command {begins}")
 
     def _at_stake(self) -> str:
-        return (
-            f"what was trained {'so far' if self._saved is None else f'since step {self._saved}'} is in no checkpoint"
-        )
+        return f"no checkpoint has what was trained {'so far' if self._saved is None else f'since step {self._saved}'}"
 
     def _warn(self, step: int, error: SaveFailed) -> None:
         """Of a save that has just failed, from the writing thread of rank 0."""
         failures = self._failures + 1
         facts = {"step": step, "reason": str(error), "in_a_row": failures}
-        end = f"the run ends after {MAX_FAILURES} failures in a row (this is {failures})"
+        end = f"the run ends after {MAX_FAILURES} failures in a row (this is number {failures})"
         self._events.warn("checkpoint_failed", f"{error}; {self._at_stake()}, and {end}", **facts)
 
     def _warn_skipped(self, step: int) -> None:
         if self._writer.rank == 0:
             seconds = round(time.monotonic() - self._began)
-            why = f"that of step {self._writing} is still being written, after {seconds} s"
+            why = f"the one of step {self._writing} is still being written after {seconds} s"
             facts = {"step": step, "writing": self._writing, "seconds": seconds}
             message = f"no checkpoint of step {step}, since {why}; {self._at_stake()}; training continues"
             self._events.warn("checkpoint_skipped", message, **facts)

@@ -91,7 +91,7 @@ def read_history(run: Path) -> list[Stretch]:
             last = _reaching(stretches[-1], step if isinstance(step, int) else 0)
             stretches[-1] = replace(last, has_end=last.has_end or row["event"] in _ENDS)
     if not stretches:
-        raise UsageError(f"{run} has trained no step yet, by its events.jsonl")
+        raise UsageError(f"{run} has not trained a step yet, according to its events.jsonl")
     return [*stretches[:-1], _reaching(stretches[-1], last_logged_step(run))]
 
 
@@ -119,8 +119,8 @@ def attempts_of(history: Sequence[Stretch], step: int) -> list[Stretch]:
         return sorted(done, key=lambda each: (min(each.reach, step), each.attempt))
     reached = max(each.reach for each in history)
     if any(step in each.skipped for each in history):
-        raise UsageError(f"step {step} was done by no attempt: a rollback skipped it")
-    raise UsageError(f"step {step} is none of the run's, which has done {reached} steps")
+        raise UsageError(f"no attempt did step {step}: a rollback skipped it")
+    raise UsageError(f"step {step} is not in the run, which has done {reached} steps")
 
 
 def path_to(history: Sequence[Stretch], stretch: Stretch, step: int) -> list[Span]:

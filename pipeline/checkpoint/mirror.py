@@ -88,7 +88,7 @@ class Mirror:
     def leave(self) -> None:
         """Warns that a signal ends the wait for what is being copied."""
         if (current := self._current) is not None:
-            reason = "a signal came while it was copied"
+            reason = "a signal interrupted the copying"
             self._emit("mirror_failed", step=step_of(current), reason=reason)
             print(f"warning: {current.name} has no good copy at the mirror: {reason}", file=sys.stderr)
 
@@ -246,7 +246,7 @@ def check_mirror(run: Path, url: str | None) -> None:
     place, folder = Path(top).resolve(), run.resolve()
     if isinstance(fs, LocalFileSystem) and (place == folder or place in folder.parents or folder in place.parents):
         raise UsageError(
-            f"checkpoint.mirror={url} and run.dir={run} are one folder or lie in each other, so that the one would be"
+            f"checkpoint.mirror={url} and run.dir={run} are the same folder, or one contains the other: one would be"
             " deleted or damaged with the other; choose another place, or null"
         )
 
@@ -270,7 +270,7 @@ def find_copies(config: Config) -> Copies:
     except DataError as error:
         raise DataError(
             f"checkpoint.mirror: {error}; {run} has no checkpoint, and the mirror may have"
-            " one: try again, or begin without it with checkpoint.mirror=null"
+            " one: try again, or start without the mirror (checkpoint.mirror=null)"
         ) from None
     if owner is not None:
         known = read_identity(run)
@@ -355,7 +355,7 @@ def _fetch_newest(run: Path, url: str, found: Copies) -> None:
         [run / "checkpoints" / step_name(step) for step in sorted(found)],
         fetch,
         warn,
-        f"copy another one to {run}/checkpoints, or begin again without this mirror with checkpoint.mirror=null",
+        f"copy another one to {run}/checkpoints, or start over without this mirror (checkpoint.mirror=null)",
     )
 
 

@@ -42,13 +42,13 @@ def map_classes(
         example = min(set(here) ^ set(there))
         side = "here" if example in here else "there"
         raise UsageError(
-            f"model.classifier=keep, and the classes are not those of {source}: {len(here)} here, {len(there)} there,"
-            f" {example!r} only {side}; model.classifier=map keeps those with the same name, new none"
+            f"model.classifier=keep, but the classes are not those of {source}: {len(here)} here, {len(there)} there,"
+            f" {example!r} only {side}; model.classifier=map keeps those with the same name, new keeps none"
         )
     if how == "map" and all(row is None for row in by_name):
         raise UsageError(
-            f"model.classifier=map, and none of the {len(here)} classes ({here[0]}, ...) is one of {source}"
-            f" ({there[0]}, ...); pack them under its names, or set model.classifier=new"
+            f"model.classifier=map, but none of the {len(here)} classes ({here[0]}, ...) is a class of {source}"
+            f" ({there[0]}, ...); pack them under the same names, or set model.classifier=new"
         )
     return by_name if how in ("keep", "map") or (how == "auto" and same) else [None] * len(here)
 
@@ -86,7 +86,7 @@ def convert_weights(reader: Weights, kind: str, rows: Rows, new: WeightSource) -
             found = resize_bias_table(found, grid_of(torch.empty(shape, device="meta")))
         if found.shape != shape:
             raise UsageError(
-                f"{reader.folder}: {name} is {list(found.shape)}, and by its own configuration"
+                f"{reader.folder}: {name} has shape {list(found.shape)}, but by its own configuration"
                 f" {list(shape)}; export it again"
             )
         return found
@@ -103,7 +103,7 @@ def check_compatible_network(here: Config, there: Config, source: str) -> None:
     if _shapes(theirs) != _shapes(ours):
         layout = there.model.model_dump(mode="json", include={"name", "stem", "stages"}, exclude_none=True)
         keys = " ".join(f"'model.{name}={json.dumps(value)}'" for name, value in layout.items())
-        raise UsageError(f"{source} has the weights of another network than this configuration's; set {keys}")
+        raise UsageError(f"{source} has weights of a different network than this configuration; set {keys}")
     old, new = settings(theirs), settings(ours)
     for name in old.keys() & new.keys():
         if old[name] != new[name]:

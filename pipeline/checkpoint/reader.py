@@ -103,7 +103,7 @@ class CheckpointReader:
             age = "a newer" if manifest["format"] > FORMAT else "an older"
             raise UsageError(
                 f"{folder} has format {manifest['format']}, written by {age} coatnet than this one, which reads format"
-                f" {FORMAT}: resume with that one; nothing was changed"
+                f" {FORMAT}: resume with that version; nothing was changed"
             )
         self.step: int = manifest["step"]
         self.attempt: int = manifest["attempt"]
@@ -181,7 +181,7 @@ class CheckpointReader:
                 found += end - begin
                 yield piece["file"], piece["offset"] + 4 * (begin - piece["start"]), 4 * (end - begin)
         if found != count:
-            raise DamagedCheckpoint(f"{self.folder}: {name}, {kind}: {found} of {count} elements from {start} on")
+            raise DamagedCheckpoint(f"{self.folder}: {name}, {kind}: only {found} of {count} elements from {start} on")
 
     def _blocks(self, file: str, offset: int, size: int) -> set[tuple[str, int]]:
         last = -(-(offset + size) // self._block_bytes)

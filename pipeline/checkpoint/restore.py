@@ -32,7 +32,7 @@ _ANOTHER_CHECKPOINT = (
     "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
     " or begin again with --restart"
 )
-_ANOTHER_RUN = "put back the configuration and the program that wrote it, or begin another run with run.dir=..."
+_ANOTHER_RUN = "go back to the configuration and program that wrote it, or start another run with run.dir=..."
 
 
 def restore(

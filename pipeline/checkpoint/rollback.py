@@ -49,8 +49,8 @@ def roll_back(
     writer.abandon(back.to)
     if not folders:
         raise RunFailed(
-            f"steps {first} to {last}: {why}, and there is no checkpoint before them yet: the same command begins"
-            f" again, and skips steps {back.first} to {back.last}"
+            f"steps {first} to {last}: {why}, and there is no checkpoint before them yet: the same command starts"
+            f" over, and skips steps {back.first} to {back.last}"
         )
     return attempt
 

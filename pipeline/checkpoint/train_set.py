@@ -18,7 +18,7 @@ def check_train_set(train: Manifest, reader: CheckpointReader) -> None:
         return
     before = state["config"]["data"]["train"]
     raise UsageError(
-        f"data.train={without_secrets(train.url)} holds another training set than the one that {reader.folder} was"
-        f" trained on, which lay at {without_secrets(before)}; set data.train to where it lies now, or begin another"
+        f"data.train={without_secrets(train.url)} holds a different training set from the one {reader.folder} was"
+        f" trained on, which was at {without_secrets(before)}; set data.train to where that is now, or start another"
         " run with run.dir=..."
     )

@@ -39,7 +39,7 @@ class WeightsFile:
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise UsageError(f"{path} is not a complete safetensors file ({error}); export it again") from None
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            raise UsageError(f"{path} is not from this version of coatnet export or coatnet import; make it with one")
+            raise UsageError(f"{path} was not made by this version of coatnet export or import; make it again")
         self._metadata = metadata
         self.digest = hashlib.sha256(json.dumps(metadata["sha256"], sort_keys=True).encode()).hexdigest()
         self.step: int = metadata["step"]
@@ -87,8 +87,8 @@ def latest_checkpoint(source: Path) -> CheckpointReader:
     if not folders:
         problem = "has no checkpoint yet" if (source / "config.yaml").exists() else "is not a run"
         raise UsageError(
-            f"{source} {problem}; pass a run's folder, one of its checkpoints, or a file that coatnet export wrote,"
-            " or coatnet import from a timm folder"
+            f"{source} {problem}; pass a run's folder, one of its checkpoints, or a file that coatnet export or"
+            " coatnet import wrote"
         )
 
     def verified(folder: Path) -> CheckpointReader:
@@ -114,8 +114,8 @@ def select_weights(weights: Weights, choice: str | None) -> str:
         raise UsageError(f"--weights is {choice}; it must be ema or model")
     kind = "ema" if choice != "model" and (choice or weights.has_kind("ema")) else "weight"
     if not weights.has_kind(kind):
-        missing, other = ("moving average", "model") if kind == "ema" else ("weights but their moving average", "ema")
-        raise UsageError(f"{weights.folder} has no {missing}; use --weights {other}")
+        what, other = ("no moving average", "model") if kind == "ema" else ("only the moving average", "ema")
+        raise UsageError(f"{weights.folder} has {what}; use --weights {other}")
     return kind
 
 

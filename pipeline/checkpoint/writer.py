@@ -166,8 +166,8 @@ class CheckpointWriter:
                 since = time.monotonic()
             elif time.monotonic() - since > STALLED_SECONDS:
                 reason = f"nothing could be written for {STALLED_SECONDS:.0f} s"
-                self.give_up(f"{self.root / step_name(part.step)} cannot be written: {reason}; is its storage alive?")
-                message = f"{self.root / step_name(part.step)} is given up: {reason}; training continues without it"
+                self.give_up(f"{self.root / step_name(part.step)} cannot be written: {reason}; check its storage")
+                message = f"{self.root / step_name(part.step)} was given up: {reason}; training continues without it"
                 return self.events.warn("checkpoint_stalled", message, step=part.step, reason=reason)
 
     def give_up(self, reason: str) -> None:
@@ -264,7 +264,7 @@ class CheckpointWriter:
         for folder, reason in unremoved.items():
             if folder not in self._unremoved:
                 self._unremoved.add(folder)
-                message = f"{folder} cannot be removed: {reason}; training continues, and it is tried again"
+                message = f"{folder} cannot be removed: {reason}; training continues, and the removal is retried"
                 self.events.warn("prune_failed", message, checkpoint=folder.name, reason=reason)
 
 
@@ -318,11 +318,11 @@ def _describe_failure(root: Path, part: RankShard, world_size: int, error: OSErr
         if disk.f_files and not disk.f_favail:
             suggestion = f"no inodes are left on the file system of {existing}; remove files"
         else:
-            suggestion = f"{needed} and {disk.f_bavail * disk.f_frsize / 1e9:.3g} GB are free; make room"
+            suggestion = f"{needed}, and {disk.f_bavail * disk.f_frsize / 1e9:.3g} GB are free; make room"
     elif error.errno == errno.EDQUOT:
         suggestion = f"{needed}; make room in your quota"
     elif error.errno == errno.EFBIG:
-        suggestion = f"{needed}; raise the limit of a file's size (ulimit -f)"
+        suggestion = f"{needed}; raise the limit on file size (ulimit -f)"
     else:
         suggestion = f"fix that ({existing})"
     return f"{root / step_name(part.step)} cannot be written: {error.strerror or error}; {suggestion}"

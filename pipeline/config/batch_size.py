@@ -64,8 +64,8 @@ def check_world_size(train: Batches, world_size: int) -> None:
     if world_size % group_ranks:
         groups = ("train.batch_norm_group", divisors(train.micro_batch)[1:], train.micro_batch)
         raise ValueError(
-            f"train.batch_norm_group={train.batch_norm_group} needs {group_ranks} ranks (a micro batch of"
-            f" {train.micro_batch} on each), and {world_size} ranks are no multiple of that; {suggest(ranks, groups)}"
+            f"train.batch_norm_group={train.batch_norm_group} spans {group_ranks} ranks (a micro batch of"
+            f" {train.micro_batch} on each), and {world_size} ranks are not a multiple; {suggest(ranks, groups)}"
         )
 
 

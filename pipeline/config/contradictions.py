@@ -26,7 +26,7 @@ def check_job(slurm: Slurm) -> None:
     if limit and slurm.signal_seconds >= limit:
         problems.append(
             f"slurm.signal_seconds={slurm.signal_seconds} is not less than slurm.time={slurm.time} ({limit} s): the job"
-            " would be told to stop as it starts, and be requeued, endlessly; lower the first or raise the second"
+            " would be told to stop as it starts and be requeued, endlessly; lower the first or raise the second"
         )
     if slurm.gpus_per_node and (slurm.tasks_per_node or 0) > slurm.gpus_per_node:
         problems.append(
@@ -47,7 +47,7 @@ def warnings(config: Config, steps: int | None, classes: int | None, cpu: set[st
     optim, train, slurm, found = config.optim, config.train, config.slurm, []
     if classes == 1 and train.loss == "softmax":
         found.append(
-            "train.loss=softmax is 0 whatever the network says where there is one class; set train.loss=sigmoid"
+            "train.loss=softmax is always 0 with one class, whatever the network predicts; set train.loss=sigmoid"
         )
     if cpu and train.precision == "bf16" and not cpu & FAST_BF16:
         found.append(
@@ -67,8 +67,8 @@ def warnings(config: Config, steps: int | None, classes: int | None, cpu: set[st
     every, kept = config.checkpoint.every, config.checkpoint.keep_every
     if kept is not None and kept % every and every % kept:
         found.append(
-            f"checkpoint.keep_every={kept} is no multiple of checkpoint.every={every}: of the checkpoints only those of"
-            f" multiples of {math.lcm(kept, every)} steps are kept"
+            f"checkpoint.keep_every={kept} is not a multiple of checkpoint.every={every}: only checkpoints at multiples"
+            f" of {math.lcm(kept, every)} steps are kept for good"
         )
     profiled = profiled_steps(config.log.profile)
     if steps is not None and profiled and profiled[0] > steps:
@@ -87,7 +87,7 @@ def warnings(config: Config, steps: int | None, classes: int | None, cpu: set[st
         found.append(
             f"slurm.signal_seconds={slurm.signal_seconds} leaves {limit - slurm.signal_seconds} s of"
             f" slurm.time={slurm.time}, and Slurm sends the signal up to {EARLY_SECONDS} s early: a start that is told"
-            " to stop before its first step is requeued, endlessly; lower the first or raise the second"
+            " to stop before its first step is requeued endlessly; lower the first or raise the second"
         )
     return found
 

@@ -77,7 +77,7 @@ def read_yaml(text: str, takes_text: Callable[[str], bool] = lambda key: False, 
         line = text.count("\n", 0, error.position) + 1
         raise YamlError(f"not YAML: it contains the control character {chr(error.character)!r}", line) from None
     except RecursionError:
-        raise YamlError("nested too deeply, or an alias within what it stands for", 1) from None
+        raise YamlError("nested too deeply, or an alias that contains itself", 1) from None
 
 
 def read_typed(text: str) -> str | None:
@@ -116,7 +116,7 @@ def _value(node: yaml.Node, takes_text: Callable[[str], bool], key: str, values:
     if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
         return _mapping(node, takes_text, key, values)
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _CORE:
-        raise YamlError(f"{node.tag.replace(_TAG, '!!')} is no type of YAML's core schema", line)
+        raise YamlError(f"{node.tag.replace(_TAG, '!!')} is not a type of YAML's core schema", line)
     if takes_text(key) and node.tag != _TAG + "null":
         return node.value
     pattern, value = _CORE[node.tag]

@@ -24,14 +24,14 @@ _KEYS = {
 _LOG = "the job's log is RUN/slurm/JOB_0_log.out, which coatnet logs and coatnet status read"
 _OUTPUT = "coatnet submit reads sbatch's output"
 _REASONS = {
-    "dependency": "write --dependency, which is added to coatnet submit's own",
-    "chdir": "a job starts in the folder where it is submitted: submit it there",
-    "clusters": "Slurm is asked about the job later too: export SLURM_CLUSTERS instead",
+    "dependency": "write --dependency in full: it is added to coatnet submit's own",
+    "chdir": "a job starts in the folder from which it is submitted: submit it from there",
+    "clusters": "coatnet also asks Slurm about the job later: export SLURM_CLUSTERS instead",
     "error": _LOG, "open-mode": _LOG, "output": _LOG,
     "help": _OUTPUT, "parsable": _OUTPUT, "quiet": _OUTPUT, "usage": _OUTPUT, "version": _OUTPUT,
     "test-only": "coatnet submit --dry-run prints the batch script",
     "wait": "coatnet logs RUN --follow waits for the run's end",
-    "wrap": "the job runs coatnet; slurm.setup has lines before that",
+    "wrap": "the job runs coatnet; set slurm.setup for lines before that",
 }  # fmt: skip
 """Options that no key sets, and why they cannot be had, or how."""
 
@@ -48,7 +48,7 @@ def problems(slurm: Slurm) -> list[str]:
         if taken and name != "dependency":
             found.append(f"slurm.sbatch has {option}: {advice[taken[0]]}")
     if (gpus := _gpus_of_gres(slurm)) not in (None, slurm.gpus_per_node):
-        found.append(f"slurm.sbatch requests GPUs by --gres: set slurm.gpus_per_node={gpus} as well, or instead")
+        found.append(f"slurm.sbatch requests GPUs with --gres: set slurm.gpus_per_node={gpus} as well, or instead")
     return found
 
 

@@ -48,7 +48,7 @@ class Run(Section):
     seed: int = key(0, "seed of every random draw, 0 to 2**48 - 1", ge=0, lt=2**48)
     hang_timeout: float = key(
         1800,
-        "seconds without progress, or a rank's heartbeat, after which the ranks dump their stacks and end",
+        "seconds without progress, or without a rank's heartbeat, before the ranks dump their stacks and end",
         "mutable",
         ge=1,
     )
@@ -56,17 +56,19 @@ class Run(Section):
 
 class Cache(Section):
     dir: str | None = key(
-        None, "folder on each node's disk, with each node's $VARIABLES, that caches remote data; null: none", "mutable"
+        None,
+        "folder on each node's disk that caches remote data; may have the node's $VARIABLES; null: none",
+        "mutable",
     )
     max_bytes: int | None = key(
-        None, "bytes of the cache, oldest use goes first; null: until the disk is full", "mutable", ge=1
+        None, "size limit in bytes, least recently used data goes first; null: until the disk is full", "mutable", ge=1
     )
 
 
 class Data(Section):
     train: str = key(
         ...,
-        "packed training set: a folder or any fsspec URL that holds manifest.json; a run may find the same elsewhere",
+        "packed training set: a folder or any fsspec URL that holds manifest.json; it may move during a run",
         "tracked",
         expanded=True,
         min_length=1,
@@ -75,7 +77,11 @@ class Data(Section):
     shuffle_window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
     train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
     max_bad_fraction: float = key(
-        0.001, "share of an epoch that may be replaced before the run stops", "mutable", ge=0, le=1
+        0.001,
+        "share of an epoch's samples that may be broken, and replaced, before the run stops",
+        "mutable",
+        ge=0,
+        le=1,
     )
     cache: Cache = key(Cache(), "the node's cache of remote data")
 
@@ -84,7 +90,7 @@ class Stem(Section):
     blocks: int = key(2, "convolutions", ge=1)
     width: int = key(64, "channels", ge=1)
     stride: int = key(2, "stride of the first convolution: 1 or 2, or a patch's side", ge=1)
-    kernel: int = key(3, "side of the first convolution; equal to its stride: patches, as a ViT has them", ge=1)
+    kernel: int = key(3, "kernel size of the first convolution; if equal to its stride: patches, as in ViT", ge=1)
 
 
 class Stage(Section):
@@ -98,11 +104,9 @@ class Model(Section):
     name: str | None = key(
         None, "coatnet_0 to coatnet_7, or a variant (coatnet models); null: stem and stages are given"
     )
-    stem: Stem | None = key(None, "stem, where name is null")
-    stages: tuple[Stage, ...] | None = key(None, "stages in order, where name is null")
-    head_size: int | None = key(
-        None, "channels per attention head; null: the family's (32 where stages are given)", ge=1
-    )
+    stem: Stem | None = key(None, "stem, if name is null")
+    stages: tuple[Stage, ...] | None = key(None, "stages in order, if name is null")
+    head_size: int | None = key(None, "channels per attention head; null: the family's (32 if stages are given)", ge=1)
     stride: Literal["expand", "depthwise"] | None = key(
         None, "where MBConv puts its stride: expand (paper's Eq. 5) or depthwise; null: the layout's"
     )
@@ -114,15 +118,15 @@ class Model(Section):
     attention: Literal["auto", "reference", "sdpa", "flex"] = key(
         "auto", "how attention is computed; auto: the fastest as measured (models/attention.py)", "mutable"
     )
-    batch_norm_momentum: float = key(0.01, "share of the new statistics in batch norm's running ones", gt=0, le=1)
+    batch_norm_momentum: float = key(0.01, "weight of each new batch in batch norm's running statistics", gt=0, le=1)
     batch_norm_eps: float = key(1e-3, "batch norm's epsilon", gt=0)
     layer_norm_eps: float = key(1e-5, "layer norm's epsilon", gt=0)
     resolution: int = key(224, "image height and width in pixels", ge=1)
     classes: int | None = key(None, "classes the training set must have; null: whatever the manifest says", ge=1)
     classifier: Literal["auto", "keep", "new", "map"] = key(
         "auto",
-        "fine-tuning's last layer: keep (the classes must be the source's), new, map (by class name, the others new);"
-        " auto: keep where the classes are the source's, else new",
+        "last layer in fine-tuning: keep (the classes must be the source's), new, map (by class name, the others new);"
+        " auto: keep if the classes are the source's, otherwise new",
     )
 
     @model_validator(mode="after")
@@ -131,7 +135,7 @@ class Model(Section):
             raise ValueError("model.name is null, so model.stem and model.stages must be given")
         if self.name is not None and (self.stem is not None or self.stages is not None):
             raise ValueError(
-                f"model.name is {self.name} and model.stem or model.stages is given too; set model.name=null"
+                f"model.name is {self.name} and model.stem or model.stages is also given; set model.name=null"
             )
         return self
 
@@ -151,13 +155,13 @@ class Augment(Section):
     flip: bool = key(True, "mirror half of the images; off for digits and letters")
     randaugment: RandAugment = key(RandAugment(), "RandAugment")
     mixup: float = key(0.0, "alpha of mixup, whose strength is Beta(alpha, alpha); 0 switches mixup off", ge=0)
-    allow_new: bool = key(False, "fine-tune with an augmentation that no ancestor was trained under", "mutable")
+    allow_new: bool = key(False, "allow fine-tuning with an augmentation that no ancestor was trained with", "mutable")
 
     @model_validator(mode="after")
     def _area_is_a_range(self) -> Augment:
         smallest, largest = self.crop_area
         if not 0 < smallest <= largest <= 1:
-            raise ValueError(f"augment.crop_area is [{smallest}, {largest}]; it must rise within 0 to 1, 0 excluded")
+            raise ValueError(f"augment.crop_area is [{smallest}, {largest}]; it must be 0 < smallest <= largest <= 1")
         return self
 
 
@@ -171,24 +175,31 @@ class Train(Section):
     )
     precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights)", "mutable")
     activation_checkpointing: Literal["none", "all"] | tuple[int, ...] = key(
-        "none", "stages whose activations are recomputed in the backward: none, all, or a list like [1, 2]", "mutable"
+        "none",
+        "stages whose activations are recomputed in the backward pass: none, all, or a list like [1, 2]",
+        "mutable",
     )
     compile: bool = key(
         False,
-        "let torch.compile fuse the operations of each block, of equal blocks once; takes minutes at each start; needs"
+        "fuse the operations of each block by torch.compile, once for equal blocks; takes minutes at each start; needs"
         " a compiler and Python.h",
         "mutable",
     )
     deterministic: bool = key(
         False,
-        "on GPUs the same bits in every run, where operations that have no fixed order are an error; slower",
+        "on GPUs, the same bits in every run; an operation without a fixed order is an error; slower",
         "mutable",
     )
     loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: a binary decision for each class")
     label_smoothing: float = key(
-        0.1, "share of the target that is uniform over the classes (sigmoid: 1/2 for each; 0.0001 there)", ge=0, lt=1
+        0.1,
+        "share of the target that is uniform over the classes (with sigmoid 1/2 for each; set 0.0001 there)",
+        ge=0,
+        lt=1,
     )
-    stochastic_depth: float = key(0.1, "drop rate of the last residual branches; rises linearly from 0", ge=0, lt=1)
+    stochastic_depth: float = key(
+        0.1, "drop rate of the last residual branch; rises linearly from 0 with depth", ge=0, lt=1
+    )
     ema: float | None = key(0.9999, "decay of the moving average of all weights, warmed up; null: none", gt=0, lt=1)
 
     @model_validator(mode="after")
@@ -204,7 +215,7 @@ class Train(Section):
             splits = self.micro_batch % group == 0 or group % self.micro_batch == 0
             batches = [batch for batch in (below, below + unit) if batch and splits]
             raise ValueError(
-                f"train.global_batch={self.global_batch} is no multiple of train.micro_batch={self.micro_batch};"
+                f"train.global_batch={self.global_batch} is not a multiple of train.micro_batch={self.micro_batch};"
                 f" {suggest(micro_batches, ('train.global_batch', batches, self.global_batch))}"
             )
         if self.micro_batch % group and group % self.micro_batch:
@@ -216,7 +227,7 @@ class Train(Section):
         if self.global_batch % group:
             fitting = [each for each in divisors(self.global_batch)[1:] if each % self.micro_batch == 0]
             raise ValueError(
-                f"train.global_batch={self.global_batch} holds no whole groups of train.batch_norm_group={group};"
+                f"train.global_batch={self.global_batch} is not a multiple of train.batch_norm_group={group};"
                 f" {suggest(('train.batch_norm_group', fitting, group))}"
             )
         return self
@@ -228,8 +239,8 @@ class Optim(Section):
     warmup_steps: int = key(10000, "steps of linear warm-up from 0 to the peak", "tracked", ge=0)
     decay: Literal["cosine", "linear", "none"] = key("cosine", "how the rate falls after warm-up", "tracked")
     weight_decay: float = key(0.05, "AdamW's decoupled decay; biases, norms and bias tables are exempt", ge=0)
-    grad_clip_norm: float = key(1.0, "largest global gradient norm; 0: no clipping", ge=0)
-    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments")
+    grad_clip_norm: float = key(1.0, "maximum global gradient norm; 0: no clipping", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "decay rates of AdamW's two moments")
     eps: float = key(1e-8, "AdamW's epsilon", gt=0)
 
     @model_validator(mode="after")
@@ -242,18 +253,18 @@ class Optim(Section):
 class Zero(Section):
     stage: Literal[1, 2, 3] = key(
         1,
-        "DeepSpeed ZeRO stage: 1 shards optimizer states and EMA over the ranks, 2 gradients too, 3 weights too",
+        "DeepSpeed ZeRO stage: 1 shards optimizer states and EMA over the ranks, 2 also gradients, 3 also weights",
         "mutable",
     )
-    offload: bool = key(False, "keep optimizer states and EMA in the host's memory, and step there", "mutable")
+    offload: bool = key(False, "keep optimizer states and EMA in host memory, and run the optimizer there", "mutable")
 
 
 class Evaluate(Section):
     every: int | None = key(1000, "steps between evaluations during training; null: only at the end", "mutable", ge=1)
-    weights: Literal["model", "ema"] = key("ema", "weights that are evaluated; model where there is no EMA", "mutable")
+    weights: Literal["model", "ema"] = key("ema", "weights to evaluate; model if there is no EMA", "mutable")
     crop_fraction: float | None = key(
         0.875,
-        "share of the short side that evaluation's centre square takes; null: no crop, the whole image is squeezed",
+        "evaluation's centre crop, as a share of the short side; null: no crop, the whole image is squeezed",
         "mutable",
         gt=0,
         le=1,
@@ -262,13 +273,13 @@ class Evaluate(Section):
 
 class Checkpoint(Section):
     every: int = key(1000, "steps between checkpoints; the last step always has one", "mutable", ge=1)
-    keep_last: int = key(3, "newest checkpoints that are kept", "mutable", ge=1)
+    keep_last: int = key(3, "how many of the newest checkpoints are kept", "mutable", ge=1)
     keep_every: int | None = key(
-        None, "checkpoints of steps that are multiples of this are never removed; null: none", "mutable", ge=1
+        None, "checkpoints at multiples of this many steps are never removed; null: none", "mutable", ge=1
     )
     mirror: str | None = key(
         None,
-        "folder or fsspec URL, for this run alone, to which checkpoints are copied; null: none",
+        "folder or fsspec URL to which checkpoints are copied, of this run only; null: none",
         "mutable",
         expanded=True,
         min_length=1,
@@ -278,13 +289,16 @@ class Checkpoint(Section):
 class Log(Section):
     every: int = key(10, "steps between lines of metrics.jsonl", "mutable", ge=1)
     samples: bool | Literal["pixels"] = key(
-        False, "write what every rank consumed to samples/; pixels: with checksums of the augmented pixels", "mutable"
+        False, "record in samples/ what every rank consumed; pixels: with checksums of the augmented pixels", "mutable"
     )
     wandb: str | None = key(
-        None, "Weights & Biases project that gets the rows of metrics.jsonl; null: none", "mutable", min_length=1
+        None,
+        "Weights & Biases project to which the rows of metrics.jsonl are sent; null: none",
+        "mutable",
+        min_length=1,
     )
     profile: str | None = key(
-        None, "first and last step, as 100-105, of which rank 0 writes a profiler's trace; null: none", "mutable"
+        None, "first and last step, such as 100-105, that rank 0 traces with the profiler; null: none", "mutable"
     )
 
     @field_validator("profile", mode="before")
@@ -292,26 +306,26 @@ class Log(Section):
     def _profile_is_a_range(cls, value: Any) -> Any:
         if value is not None and profiled_steps(value) is None:
             raise ValueError(
-                f"log.profile is {json.dumps(value)}; it must be a first and a last step from 1 on, as 100-105, or null"
+                f"log.profile is {json.dumps(value)}; it must be a first and a last step (from 1), as 100-105, or null"
             )
         return value
 
 
 class Slurm(Section):
     nodes: int = key(1, "nodes of the job", "mutable", ge=1)
-    min_nodes: int | None = key(None, "fewest nodes that it may start on; null: all", "mutable", ge=1)
+    min_nodes: int | None = key(None, "fewest nodes that the job may start on; null: all", "mutable", ge=1)
     gpus_per_node: int | None = key(None, "GPUs of each node; null: none", "mutable", ge=1)
     tasks_per_node: int | None = key(None, "ranks on each node; null: one for each GPU, or 1", "mutable", ge=1)
     cpus_per_task: int | None = key(None, "CPUs of each rank; null: the cluster's default", "mutable", ge=1)
-    memory: str | None = key(None, "memory of each node, as 200G; null: the cluster's default", "mutable")
-    time: str = key("1-00:00:00", "longest time of one start: days-hours:minutes:seconds, or minutes", "mutable")
+    memory: str | None = key(None, "memory of each node, such as 200G; null: the cluster's default", "mutable")
+    time: str = key("1-00:00:00", "time limit of one start: days-hours:minutes:seconds, or minutes", "mutable")
     partition: str | None = key(None, "partition; null: the cluster's default", "mutable")
     account: str | None = key(None, "account; null: the user's default", "mutable")
     qos: str | None = key(None, "quality of service; null: the default", "mutable")
     exclude: str | None = key(None, "nodes to exclude", "mutable")
-    sbatch: tuple[str, ...] = key((), "any other options of sbatch, as [--reservation=ours]", "mutable")
+    sbatch: tuple[str, ...] = key((), "further options of sbatch, such as [--reservation=ours]", "mutable")
     setup: tuple[str, ...] = key((), "shell lines before the ranks start: module loads, environments", "mutable")
-    command_prefix: str | None = key(None, "words before each rank's command, as a container's exec", "mutable")
+    command_prefix: str | None = key(None, "words before each rank's command, such as a container's exec", "mutable")
     srun_args: tuple[str, ...] = key((), "further options of srun", "mutable")
     signal_seconds: int = key(
         300, "seconds before the time limit at which the ranks are asked to save and stop", "mutable", ge=1
@@ -321,7 +335,9 @@ class Slurm(Section):
         60, "seconds before a restart after a failure; doubled while there is no progress", "mutable", ge=0
     )
     requeue: Literal["scontrol", "array"] | None = key(
-        None, "how a job restarts: scontrol requeue, or the next of an array; null: as the partition allows", "mutable"
+        None,
+        "how a job restarts: by scontrol requeue, or as the next element of an array; null: as the partition allows",
+        "mutable",
     )
 
     @field_validator("time", mode="before")
@@ -338,13 +354,13 @@ class Slurm(Section):
     @model_validator(mode="after")
     def _options_are_options(self) -> Slurm:
         if wrong := [option for option in self.sbatch if not option.startswith("--")]:
-            raise ValueError(f"slurm.sbatch has {wrong[0]!r}; its options begin with --, as --reservation=ours")
+            raise ValueError(f"slurm.sbatch has {wrong[0]!r}; options begin with --, such as --reservation=ours")
         return self
 
     @model_validator(mode="after")
     def _fewer_nodes_are_fewer(self) -> Slurm:
         if self.min_nodes is not None and self.min_nodes > self.nodes:
-            raise ValueError(f"slurm.min_nodes is {self.min_nodes} and slurm.nodes {self.nodes}; it must not be larger")
+            raise ValueError(f"slurm.min_nodes is {self.min_nodes}, more than slurm.nodes, {self.nodes}; lower it")
         return self
 
 
@@ -457,7 +473,7 @@ def _describe(schema: dict[str, Any]) -> str:
         return f"a list of {len(schema['prefixItems'])} numbers"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
     kinds |= {"string": "text, not empty" if schema.get("minLength") else "text"}
-    items = {"integer": "whole numbers", "string": "texts"}.get(schema.get("items", {}).get("type"), "sections")
+    items = {"integer": "whole numbers", "string": "strings"}.get(schema.get("items", {}).get("type"), "sections")
     kinds |= {"array": f"a list of {items}"}
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     stated = [f"{word} {schema[limit]}" for limit, word in limits.items() if limit in schema]

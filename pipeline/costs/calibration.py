@@ -48,8 +48,8 @@ def _check_device(file: Path, measured: object, device: Device) -> None:
     is_other = measured in BY_TORCH_NAME and measured not in device.names
     if measured is not None and (is_other or (measured == "cpu") != (device.kind == "cpu")):
         raise UsageError(
-            f"--calibrate {file} was measured on another device than --gpu names: {measured}; give a measurement of the"
-            " device that is planned for"
+            f"--calibrate {file} was measured on another device than --gpu: {measured}; give a measurement of the"
+            " device to plan for"
         )
 
 
@@ -61,8 +61,8 @@ def calibrated(files: Sequence[Path], device: Device, gpus_per_node: int) -> tup
         decoding = [] if _is_run(file) else _decoded(file)
         if not found and not decoding:
             raise UsageError(
-                f"--calibrate {file} has no measurement; give a run's metrics.jsonl of 10 steps or more, or the results"
-                " of `coatnet bench gpu` with a check of speed in them"
+                f"--calibrate {file} has no measurement; give a run's metrics.jsonl with 10 steps or more, or results"
+                " of `coatnet bench gpu` that include a speed check"
             )
         points += found
         if decoding:

@@ -85,5 +85,5 @@ def find_device(name: str) -> Device:
     written = re.sub(r"[\s_]+", "-", name.strip().lower())
     found = DEVICES.get(written) or {each.lower(): device for each, device in BY_TORCH_NAME.items()}.get(name.lower())
     if found is None:
-        raise UsageError(f"--gpu {name} is not known; there are {', '.join(DEVICES)}, and with --calibrate cpu")
+        raise UsageError(f"--gpu {name} is not known; choose {', '.join(DEVICES)}, or, with --calibrate, cpu")
     return found

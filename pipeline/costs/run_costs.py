@@ -155,18 +155,16 @@ def assumptions(config: Config, request: Request, rates: Rates, measured: set[st
         "compute": f"matrix products at {rates.compute:.0%} of the peak",
         "memory": f"memory at {rates.memory:.0%} of its rate",
         "call_seconds": f"{1e6 * rates.call_seconds:.3g} us for each operation",
-        "decoding": f"a GPU's decoder has {rates.decoding:,.0f} images a second ready"
-        if request.device.names
-        else None,
+        "decoding": f"a GPU's decoder delivers {rates.decoding:,.0f} images a second" if request.device.names else None,
         "collectives": f"collectives at {rates.collectives:.0%} of the links' rates" if request.gpus > 1 else None,
-        "network": f"a network of {rates.network:g} GB/s a GPU between nodes" if nodes else None,
+        "network": f"a network of {rates.network:g} GB/s per GPU between nodes" if nodes else None,
         "core_decoding": f"a CPU core decodes {rates.core_decoding:g} images a second",
-        "host": f"{rates.host:g} GB/s from a GPU to the host's memory",
+        "host": f"{rates.host:g} GB/s from a GPU to host memory",
         "write": f"a node writes {WRITE_RATE:g} GB/s to the shared file system",
         "classes": None if request.classes else f"{CLASSES:,} classes",
-        "sample": None if request.sample_bytes else f"{SAMPLE_BYTES:,} bytes a sample",
-        "failures": None if request.failure_days else f"a failure in {GPU_DAYS_BETWEEN_FAILURES:,.0f} GPU-days",
-        "restart": f"{RESTART_SECONDS:g} s to start again",
+        "sample": None if request.sample_bytes else f"{SAMPLE_BYTES:,} bytes per sample",
+        "failures": None if request.failure_days else f"a failure every {GPU_DAYS_BETWEEN_FAILURES:,.0f} GPU-days",
+        "restart": f"{RESTART_SECONDS:g} s to restart",
         "compile": "train.compile changes nothing" if config.train.compile else None,
     }
     return [line for name, line in lines.items() if line and name not in measured]

@@ -47,7 +47,7 @@ def join_launcher(procs: int | None = None) -> int:
     if found and procs is not None and LAUNCHER not in environment:
         by = IDENTITY if environment.get("RANK") else ("SLURM_STEP_NUM_TASKS",)
         raise UsageError(
-            f"--procs={procs} would start ranks, and this process is rank {found['RANK']} of {found['WORLD_SIZE']} by"
+            f"--procs={procs} would start ranks, but this process is rank {found['RANK']} of {found['WORLD_SIZE']} by"
             f" {_assigned(environment, by)}: leave out --procs, or unset {' '.join(by)}"
         )
     if not found:
@@ -81,15 +81,15 @@ def rank_variables(environment: Mapping[str, str], interactive: bool) -> dict[st
         return {}
     if wrong := [name for name in claimed if step and given[name] != step[name]]:
         raise UsageError(
-            f"{_assigned(given, wrong)}, but srun says {_assigned(step, wrong)}: unset {' '.join(wrong)}, or, if this"
-            " is no task of srun's, unset SLURM_STEP_NUM_TASKS"
+            f"{_assigned(given, wrong)}, but srun says {_assigned(step, wrong)}: unset {' '.join(wrong)}, or, if srun"
+            " did not start this, unset SLURM_STEP_NUM_TASKS"
         )
     found = {**step, **given}
     if not step:
         _require((*IDENTITY, *ADDRESS), found, claimed)
         _check_rank([_number(found, name) for name in IDENTITY], _assigned(found, IDENTITY), IDENTITY)
     if "MASTER_PORT" in found and not _number(found, "MASTER_PORT") < 1 << 16:
-        raise UsageError(f"MASTER_PORT={found['MASTER_PORT']} is no port: set one below 65536")
+        raise UsageError(f"MASTER_PORT={found['MASTER_PORT']} is not a port: set one below 65536")
     return found
 
 
@@ -133,7 +133,7 @@ def _require(names: Iterable[str], environment: Mapping[str, str], claimed: Iter
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     if not environment[name].isdecimal():
-        raise UsageError(f"{name}={environment[name]!r} is no number: correct it, or unset it")
+        raise UsageError(f"{name}={environment[name]!r} is not a number: correct it, or unset it")
     return int(environment[name])
 
 

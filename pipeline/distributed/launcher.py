@@ -119,7 +119,7 @@ def _log_of(rank: int, logs: Path) -> Path | None:
         logs.mkdir(parents=True, exist_ok=True)
         log.open("ab").close()
     except OSError as error:
-        print(f"warning: {log} cannot be written: {error.strerror}; rank {rank} prints here", file=sys.stderr)
+        print(f"warning: {log} cannot be written: {error.strerror}; rank {rank} prints here instead", file=sys.stderr)
         return None
     return log
 

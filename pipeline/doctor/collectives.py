@@ -72,11 +72,11 @@ def _all_reduce(backend: str, device: torch.device) -> Check:
     low, high = (value.item() for value in values.aminmax())
     if low != sum(numbers) or high != sum(numbers):
         detail = f"{backend}: an all-reduce gave {low:g} to {high:g} instead of {sum(numbers)}"
-        return Check("collectives", "broken", detail, "have this node's memory and network tested, and leave it out")
+        return Check("collectives", "broken", detail, "leave this node out, and have its memory and network tested")
     seconds = sum(times[1:]) / REPEATS  # the first one sets up the connections
     bandwidth = 2 * (ranks - 1) / ranks * values.nbytes / seconds / 1e9
     figures = {"bus bandwidth": f"{format_number(bandwidth)} GB/s"}
-    return Check("collectives", "ok", f"{backend}: {ranks} ranks add up {mebibytes} MiB", figures=figures)
+    return Check("collectives", "ok", f"{backend}: {ranks} ranks all-reduce {mebibytes} MiB", figures=figures)
 
 
 def _clock(device: torch.device) -> Check:
@@ -91,7 +91,9 @@ def _clock(device: torch.device) -> Check:
         offsets.append((clocks - clocks[0]).cpu())
     offset = float(min(offsets, key=lambda each: float(each.max() - each.min()))[rank])
     if abs(offset) > LARGEST_OFFSET_SECONDS:
-        advice = "have the nodes' clocks set (chrony, NTP): times in logs and of files mislead, certificates may fail"
+        advice = (
+            "have the nodes' clocks set (chrony, NTP): times in logs and of files mislead, and certificates may fail"
+        )
         return Check("clocks", "note", f"{offset:+.1f} s from rank 0's", advice)
     return Check("clocks", "ok", f"within {LARGEST_OFFSET_SECONDS:g} s of rank 0's")
 

@@ -103,7 +103,7 @@ def check_torch() -> list[Check]:
 def build_fit(build: Version | None, driver: Version | None, devices: int) -> Check:
     """Whether a build of torch (for this CUDA; None: the CPU) suits the driver (up to this CUDA; None: no GPU)."""
     if driver is None:
-        surplus = f"; torch's CUDA {_dotted(build)} libraries are of no use" if build else ""
+        surplus = f"; torch's CUDA {_dotted(build)} libraries are not needed" if build else ""
         return Check("GPU", "note" if build else "ok", f"none on this machine: training runs on the CPU{surplus}")
     if build is None:
         return Check("GPU", "broken", "there is one, but torch is a CPU build", REINSTALL)
@@ -111,7 +111,7 @@ def build_fit(build: Version | None, driver: Version | None, devices: int) -> Ch
     if build[0] > driver[0]:
         return Check("GPU", "broken", fit, f"update the driver, or {REINSTALL}, which takes the build for CUDA 12")
     if devices == 0:
-        return Check("GPU", "broken", fit, "look at CUDA_VISIBLE_DEVICES and nvidia-smi")
+        return Check("GPU", "broken", fit, "check CUDA_VISIBLE_DEVICES and nvidia-smi")
     return Check("GPU", "ok", fit)
 
 
@@ -140,7 +140,7 @@ def check_codec() -> list[Check]:
     decoder = nvimgcodec.Decoder(device_id=-99999, max_num_cpu_threads=1, backends=backends)  # -99999: the CPU
     image = decoder.decode(GRAY_JPEG)
     if image is None or image.shape[:2] != (8, 8):
-        return [Check("nvImageCodec", "broken", "it does not decode a plain JPEG on the CPU", REINSTALL)]
+        return [Check("nvImageCodec", "broken", "it cannot decode a plain JPEG on the CPU", REINSTALL)]
     return [Check("nvImageCodec", "ok", f"{nvimgcodec.__version__}, decodes on the CPU")]
 
 
@@ -164,7 +164,7 @@ def check_dali() -> list[Check]:
     places = {"CPU": "cpu"} | ({"GPU": "mixed"} if has_gpu() else {})
     for place, device in places.items():
         if problem := decoding_problem(device):
-            return [Check("DALI", "broken", f"on the {place} {problem}", REINSTALL)]
+            return [Check("DALI", "broken", f"on the {place}, {problem}", REINSTALL)]
     return [Check("DALI", "ok", f"{dali.__version__}, decodes on the {' and the '.join(places)}")]
 
 
@@ -182,8 +182,8 @@ def decoding_problem(device: str) -> str | None:
         (images,) = graph.run()
         shape = images.as_cpu().as_array().shape
     except RuntimeError as error:
-        return f"it does not decode a plain JPEG: {one_line(str(error))[:200]}"
-    return None if shape == (1, 8, 8, 3) else f"it makes {shape} of a plain JPEG of 8 x 8"
+        return f"it cannot decode a plain JPEG: {one_line(str(error))[:200]}"
+    return None if shape == (1, 8, 8, 3) else f"it decodes a plain JPEG of 8 x 8 as {shape}"
 
 
 def check_gloo() -> list[Check]:
@@ -230,9 +230,9 @@ def import_problem(name: str, what: str) -> Check | None:
     except ModuleNotFoundError as error:
         if error.name and name.startswith(error.name):
             return Check(what, "missing", "not installed", "make install")
-        return Check(what, "broken", f"does not import: {error}", REINSTALL)
+        return Check(what, "broken", f"cannot be imported: {error}", REINSTALL)
     except (ImportError, OSError, RuntimeError) as error:
-        return Check(what, "broken", f"does not import: {one_line(str(error))}", REINSTALL)
+        return Check(what, "broken", f"cannot be imported: {one_line(str(error))}", REINSTALL)
     return None
 
 

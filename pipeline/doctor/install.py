@@ -122,7 +122,7 @@ def install() -> None:
     start = time.monotonic()
     asked = os.environ.get("GPU_CUDA", "")
     if asked not in ("", "12", "13"):
-        raise RuntimeError(f"GPU_CUDA is {asked}; it can be 12 or 13, the CUDA that the GPU nodes' drivers support")
+        raise RuntimeError(f"GPU_CUDA is {asked}; it must be 12 or 13, the CUDA that the GPU nodes' drivers support")
     driver = (int(asked), 0) if asked else driver_cuda()
     extra = dali_extra(driver)
     with stage("venv", f"{VENV.relative_to(ROOT)}, Python {sys.version.split()[0]}"):
@@ -217,7 +217,7 @@ def make_torchvision_import(torch: str) -> None:
 
 
 def _remove_timm(torch: str) -> None:
-    with stage("vision", f"no torchvision goes with torch {torch}, so there is no timm either"):
+    with stage("vision", f"no torchvision matches torch {torch}, so timm is left out too"):
         subprocess.run([VENV_PYTHON, "-m", "pip", "uninstall", "-qqy", "torchvision", "timm"], check=False)
 
 

@@ -59,7 +59,7 @@ def check_allocation(config: Config) -> list[Check] | None:
 
 def check_rank(config: Config) -> list[Check]:
     """What this rank finds together with the others and, if it is its node's first, what the node has."""
-    advice = "see whether torch and its NCCL fit this node's driver and network"
+    advice = "check whether torch and its NCCL fit this node's driver and network"
     checks = run_isolated("collectives", "collectives.check_collectives", seconds=COLLECTIVES_SECONDS, advice=advice)
     if os.environ["LOCAL_RANK"] == "0":
         checks += [*check_node(), *check_storage(config)]
@@ -105,7 +105,7 @@ def missing_ranks(reports: Mapping[int, Report], ranks: int, expected_hosts: Seq
     lost = [host for host in expected_hosts if host not in hosts]
     nothing = f"; nothing from {abbreviate(lost)}" if lost else ""
     detail = f"{len(missing)} of {ranks} never reported: {abbreviate(format_ranges(missing))}{nothing}"
-    advice = "the node did not start them, or run.dir is not the same storage there: see their logs, and the mounts"
+    advice = "the node did not start them, or run.dir is not the same storage there: check their logs, and the mounts"
     return Check("ranks", "broken", detail, advice)
 
 

@@ -27,7 +27,7 @@ TRIED_BYTES = 32 << 20
 
 def check_storage(config: Config) -> list[Check]:
     """Where the run is written to, and where its data are read from."""
-    advice = "see that this machine reaches it"
+    advice = "make sure that this machine can reach it"
     checks = run_isolated("run.dir", "storage.check_run_folder", config.run.dir, advice=advice)
     for key, url in {"data.train": config.data.train, "data.val": config.data.val}.items():
         checks += run_isolated(key, "storage.check_dataset", key, url, advice=advice) if url else []
@@ -47,7 +47,7 @@ def check_run_folder(run: str) -> list[Check]:
         return [Check("run.dir", "broken", detail, "choose another folder with run.dir=..., or make this one writable")]
     if locks:
         return [Check("run.dir", "ok", f"{place}: atomic renames and file locks work", figures=figures)]
-    advice = "never start one run twice at a time: the newer start continues, and the older one ends"
+    advice = "never start one run twice at the same time: the newer start continues, and the older one ends"
     return [Check("run.dir", "note", f"{place}: atomic renames work, file locks do not", advice, figures)]
 
 
@@ -103,7 +103,7 @@ def _replace(folder: Path) -> None:
     old.write_text("old")
     os.replace(new, old)
     if old.read_text() != "new" or new.exists():
-        raise OSError("a renamed file is not in the place of the other")
+        raise OSError("a renamed file did not replace the other")
 
 
 def _has_locks(path: Path) -> bool:

@@ -33,7 +33,7 @@ def run_isolated(
     try:
         done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return [Check(what, "broken", f"no answer in {seconds:.0f} s", advice)]
+        return [Check(what, "broken", f"no answer within {seconds:.0f} s", advice)]
     if done.returncode < 0:
         return [Check(what, "broken", f"it crashed: {signal.Signals(-done.returncode).name}", advice)]
     if done.returncode > 0:

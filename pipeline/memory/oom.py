@@ -43,7 +43,9 @@ def explain_oom(config: Config, classes: int) -> Iterator[None]:
             message = _explanation(config, classes, error, usable, "cuda" if on_gpu else "cpu")
         except MemoryError:
             rank = rank_and_world_size()[0]
-            raise RunFailed(f"rank {rank} ran out of memory, too little is left to compute what would fit") from None
+            raise RunFailed(
+                f"rank {rank} ran out of memory, and too little is left to compute what would fit"
+            ) from None
         raise RunFailed(message) from None
 
 
@@ -65,12 +67,12 @@ def _explanation(config: Config, classes: int, error: BaseException, usable: int
         facts |= {"needed_bytes": needed.components, "activations": activations.peak, "fits": fits}
         largest = sorted(needed.components.items(), key=lambda item: -item[1])[:3]
         parts = ", ".join(f"{component} {format_bytes(count)}" for component, count in largest)
-        lines.append(f"needed, by estimate: {format_bytes(needed.total)} ({parts}), plus {MARGIN:.0%} of overhead")
+        lines.append(f"needed, by estimate: {format_bytes(needed.total)} ({parts}), plus {MARGIN:.0%} overhead")
         lines.append(f"usable by this rank: {format_bytes(usable)}")
         options = [f"{suggestion} ({format_bytes(suggestion.bytes)})" for suggestion in suggestions]
         lines.append(f"would fit: {', or '.join(options) or 'nothing; take a device with more memory'}")
         if any("train.micro_batch" in changes for changes in fits):
-            lines[-1] += "; another train.micro_batch is a new run (run.dir=...)"
+            lines[-1] += "; a new train.micro_batch needs a new run (run.dir=...)"
     except Exception as second:
         lines.append(f"what would fit could not be computed ({type(second).__name__}: {second})")
     run = Path(config.run.dir)

@@ -238,7 +238,7 @@ def test_a_missing_slice_is_damage_that_names_the_parameter(tmp_path):
     del rank["head.weight", "ema", 100]
     reader = CheckpointReader(write_ranks(tmp_path, [rank]))
     assert reader.read("head.weight", "ema", 0, 100).tobytes() == values_of("head.weight", "ema")[:100].tobytes()
-    with pytest.raises(DamagedCheckpoint, match=r"head\.weight, ema: 100 of 140 elements from 0 on"):
+    with pytest.raises(DamagedCheckpoint, match=r"head\.weight, ema: only 100 of 140 elements from 0 on"):
         reader.read("head.weight", "ema", 0, 140)
 
 

@@ -187,6 +187,6 @@ def test_a_mirror_and_its_run_that_lie_in_each_other_are_refused_by_a_check(tmp_
     run, link = tmp_path / "run", tmp_path / "link"
     link.symlink_to(run)
     place = mirror.replace("RUN", str(run)).replace("LINK", str(link))
-    with pytest.raises(UsageError, match=r"checkpoint\.mirror=.* lie in each other"):
+    with pytest.raises(UsageError, match=r"checkpoint\.mirror=.* or one contains the other"):
         check_config(config(run={"dir": str(run)}, checkpoint={"mirror": place}), 1)
     check_mirror(run, f"{run}-mirror")

@@ -59,7 +59,7 @@ def test_without_packages_each_is_missing_and_what_was_not_tried_is_not_claimed(
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "it crashed: SIGILL"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it crashed: SIGSEGV"),
-        ('raise OSError("libcudart.so.13: not\\n found")', "does not import: libcudart.so.13: not found"),
+        ('raise OSError("libcudart.so.13: not\\n found")', "cannot be imported: libcudart.so.13: not found"),
     ],
 )
 def test_a_torch_that_crashes_or_lacks_libraries_is_broken(

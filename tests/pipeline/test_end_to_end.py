@@ -160,7 +160,7 @@ def test_another_training_set_under_the_same_name_is_refused(
     shutil.rmtree(data)
     shutil.copytree(digits / "val", data)
     refused = coatnet(*request_of(tmp_path / "run", *run, "train.steps=4", procs=1))
-    assert refused.returncode == 2 and "another training set" in refused.stderr
+    assert refused.returncode == 2 and "a different training set" in refused.stderr
 
 
 def test_a_run_resumes_to_the_bit_where_its_data_lie_now(
@@ -202,7 +202,9 @@ def test_a_run_that_never_saved_begins_again_and_tells_how_many_steps_are_lost(
         shutil.copy(undisturbed / name, run)
     (run / "events.jsonl").write_text('{"time": 1, "attempt": 0, "event": "attempt_started"}\n')
     again = coatnet(*request_of(run, "train.steps=1", procs=1))
-    assert again.returncode == 0 and f"begins again: it had no checkpoint yet, {STEPS} steps are lost" in again.stderr
+    assert (
+        again.returncode == 0 and f"starts over: it had no checkpoint yet, and {STEPS} steps are lost" in again.stderr
+    )
     assert events(run, "training_started")[0]["steps_lost"] == STEPS and last_step(run) == 1
 
 

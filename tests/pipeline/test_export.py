@@ -198,7 +198,7 @@ def test_a_damaged_file_is_refused(exported: Path, tmp_path: Path, damage: Any, 
 
 def test_a_safetensors_file_of_another_program_is_refused(tmp_path: Path) -> None:
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UsageError, match="is not from this version of coatnet export or coatnet import"):
+    with pytest.raises(UsageError, match="was not made by this version of coatnet export or import"):
         WeightsFile(tmp_path / "foreign.safetensors")
 
 

@@ -29,7 +29,7 @@ def test_a_rank_that_fails_alone_ends_the_run_by_its_error(
     assert done.returncode == 1, done.stderr
     said = [done.stderr, (run / "logs" / "rank-1.log").read_text()]
     assert ERRORS[kind] in said[rank] and f"rank {1 - rank} has lost another rank" in said[1 - rank]
-    assert ("closing failed, too: ValueError" in said[rank]) is (kind != "stuck")
+    assert ("the cleanup failed too: ValueError" in said[rank]) is (kind != "stuck")
     status = json.loads(coatnet("status", run, "--json").stdout)
     assert [row["rank"] for row in events(run, "failed")] == [rank]
     assert "failed" in str(status) and ERRORS[kind] in str(status)

@@ -132,7 +132,7 @@ def test_rank_0_has_the_terminal_and_the_others_logs_where_these_can_be_written(
     log.mkdir()
     status, out, err = ended(start, tmp_path, 3, program)
     assert (status, sorted(out.splitlines())) == (0, ["out 0", "out 1"])
-    said = ("err 0", "err 1", f"warning: {log} cannot be written: Is a directory; rank 1 prints here")
+    said = ("err 0", "err 1", f"warning: {log} cannot be written: Is a directory; rank 1 prints here instead")
     assert all(each in err for each in said), err  # a line may be written in two parts
     assert (tmp_path / "logs" / "rank-2.log").read_text() == "out 2\nerr 2\n" * 2
 

@@ -294,7 +294,7 @@ def test_a_password_in_the_url_is_refused_without_repeating_it():
 
 
 def test_the_runs_own_folder_and_an_unknown_protocol_are_refused(run):
-    with pytest.raises(UsageError, match=r"one folder or lie in each other"):
+    with pytest.raises(UsageError, match=r"are the same folder, or one contains the other"):
         restore_from_mirror(config_of(run, f"file://{run}"))
     with pytest.raises(UsageError, match=r"checkpoint\.mirror: .* cannot be opened"):
         restore_from_mirror(config_of(run, "no-such-protocol://place"))

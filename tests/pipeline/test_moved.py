@@ -172,7 +172,7 @@ def test_other_data_are_refused_before_any_rank_starts_with_both_places(
     checkpoint = save(tmp_path / "run", 1, fingerprint=was.fingerprint, headers=was.header_fingerprint, data=two)
     place = Path(shutil.copytree(two, tmp_path / "moved"))
     change(place)
-    with pytest.raises(UsageError, match="another training set") as refused:
+    with pytest.raises(UsageError, match="a different training set") as refused:
         make_plan(config_of(tmp_path / "run", place), "pretrain", 1, 1)
     assert all(str(each) in str(refused.value) for each in (place, two, checkpoint))
     assert "\n" not in str(refused.value)

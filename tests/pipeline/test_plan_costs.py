@@ -135,13 +135,13 @@ def test_a_measurement_on_another_device_is_refused(tmp_path: Path) -> None:
     bench.write_text(
         '{"command": [], "device": "cuda"}\n{"check": "speed of coatnet_0", "rows": [7, {"images/s": 0}]}\n'
     )
-    with pytest.raises(UsageError, match="measured on another device than --gpu names: cuda"):
+    with pytest.raises(UsageError, match="measured on another device than --gpu: cuda"):
         asked(TINY, gpu="cpu", gpus=1, calibrate=(str(bench),))
     with pytest.raises(UsageError, match="has no measurement"):
         asked(TINY, gpus=1, calibrate=(str(bench),))
     metrics = str(recorded_run(tmp_path / "run", 0.321, "NVIDIA A100-SXM4-80GB"))
     for gpu in ("h100", "cpu"):
-        with pytest.raises(UsageError, match="than --gpu names: NVIDIA A100"):
+        with pytest.raises(UsageError, match="than --gpu: NVIDIA A100"):
             asked(TINY, gpu=gpu, gpus=1, calibrate=(metrics,))
 
 
@@ -212,7 +212,7 @@ def test_without_the_sets_size_all_but_the_length_is_known(capsys: pytest.Captur
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "--gpu h1000 is not known; there are h100, ": {"gpu": "h1000"},
+    "--gpu h1000 is not known; choose h100, ": {"gpu": "h1000"},
     "--gpu cpu needs --calibrate": {"gpu": "cpu"},
     "does not compute in bf16; set train.precision=fp32": {"gpu": "v100", "overrides": ["train.precision=bf16"]},
     "2 micro batches a step .* are too few for 8 ranks": {"gpus": 8},

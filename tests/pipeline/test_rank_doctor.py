@@ -159,7 +159,7 @@ def test_two_ranks_on_two_hosts_give_one_report(tmp_path: Path) -> None:
     assert silence == ("", "")
     details = {check["what"]: check["detail"] for check in json.loads(report)}
     assert details["ranks"] == "2 on n1, n2"
-    assert "2 ranks add up" in details["collectives"] and "bus bandwidth" in details["collectives"]
+    assert "2 ranks all-reduce" in details["collectives"] and "bus bandwidth" in details["collectives"]
     assert {"torch", "DALI", "run.dir", "data.train", "clocks"} <= set(details)
     assert details["torch"].startswith("on all 2 hosts: ")
     assert list((tmp_path / "runs").iterdir()) == []

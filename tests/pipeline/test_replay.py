@@ -133,7 +133,7 @@ def test_values_that_the_run_cannot_have_computed_are_a_finding(replays: Path) -
     ("step", "out", "attempt", "message"),
     [
         (2, None, None, "no longer has a checkpoint before step 2; --from-start trains all 2 steps"),
-        (99, None, None, "step 99 is none of the run's, which has done 8 steps"),
+        (99, None, None, "step 99 is not in the run, which has done 8 steps"),
         (8, "run-1/again", None, "is in the run's folder, which a replay must not change"),
         (8, "run-1-8", None, "already exists"),
         (6, None, 1, "step 6 was done by attempt 0"),

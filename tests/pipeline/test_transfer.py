@@ -99,7 +99,7 @@ def test_the_first_line_describes_how_the_weights_are_converted(source: Path, di
     [
         (
             ["model.name=coatnet_0", "model.resolution=64"],
-            r"another network than this configuration's; set 'model.stem=.*' 'model.stages=",
+            r"a different network than this configuration; set 'model.stem=.*' 'model.stages=",
         ),
         (["model.resolution=44"], r"both sides must be multiples of 8, .*: the nearest is 48 x 48"),
         (["augment.flip=true"], r"flip \(augment.flip=true\) is on here and was off in every ancestor \(runs/tiny\)"),
@@ -128,5 +128,5 @@ def test_a_run_keeps_its_source_and_which_of_its_weights(source: Path, tmp_path:
     assert source_of(tmp_path, source, "ema") == source_of(tmp_path, source, None) == found and found.weights == "ema"
     with pytest.raises(UsageError, match="with --weights ema, but now it is model"):
         source_of(tmp_path, source, "model")
-    with pytest.raises(UsageError, match=r"has no weights but their moving average"):
+    with pytest.raises(UsageError, match=r"has only the moving average"):
         source_of(tmp_path / "other", source, "model")

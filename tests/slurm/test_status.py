@@ -424,9 +424,9 @@ def test_a_fine_tuned_run_shows_the_augmentation_of_itself_and_its_ancestors(
     assert as_lines(run.status())[-4:] == [
         "  ancestry, oldest first:",
         "    runs/old (224 x 224, 93,837 steps): random crop, flip; stochastic depth 0.2",
-        "    runs/pre (160 x 160, 10 steps): flip, mixup 0.8; mixup allowed though new",
+        "    runs/pre (160 x 160, 10 steps): flip, mixup 0.8; mixup allowed although new",
         "    runs/here (384 x 384): flip, RandAugment {layers: 2, magnitude: 5.0}; stochastic depth 0.2;"
-        " RandAugment allowed though new",
+        " RandAugment allowed although new",
     ]
     assert status([run.path], True, False) == 0
     found = json.loads(capsys.readouterr().out)["ancestry"]
