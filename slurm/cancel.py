@@ -21,7 +21,9 @@ def cancel_parts(place: Place) -> int:
     shown, folder = place.shown, place.folder
     active = [each for each in (parts.submitted(folder, place.destination) if folder else []) if each.active]
     if not active:
-        raise UsageError(f"{shown}: there is no job to cancel" + ("" if folder else "; name what --logs named"))
+        raise UsageError(
+            f"{shown}: there is no job to cancel" + ("" if folder else "; pass the folder that --logs named")
+        )
     for each in active:
         scheduler.cancel_job(each.number)
         print(f"{shown}: cancelled job {each.number}")
@@ -42,7 +44,7 @@ def cancel_run(run: Path) -> int:
         raise RunFailed(f"{error}; {run} will not be requeued, but may still run: cancel again to end it now") from None
     if not jobs:
         holder = lock_holder(run)
-        alive = f"; it is alive without one ({holder}): SIGTERM makes it save and stop" if holder else ""
+        alive = f"; it runs without one ({holder}): SIGTERM makes it save and stop" if holder else ""
         raise UsageError(f"{run}: there is no job to cancel{alive}")
     history.cancel(run)  # first, so that no batch script requeues its job
     for job, facts in jobs.items():

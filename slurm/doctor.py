@@ -33,7 +33,10 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
     with submission_lock(folder):
         number = submit_to_slurm(*prepare(spec, folder, None))
     log, report = folder / f"{number}_0_log.out", folder / f"{number}.txt"
-    print(f"job {number} examines {config.slurm.nodes} nodes; the report comes here, and into {report}", flush=True)
+    print(
+        f"job {number} checks {config.slurm.nodes} nodes; the report is printed here and written to {report}",
+        flush=True,
+    )
     try:
         facts = wait_for(number)
     except KeyboardInterrupt:
@@ -51,7 +54,7 @@ def wait_for(number: str) -> dict[str, str]:
     shown: str | None = None
     while (facts := scheduler.show_job(number)) and facts["JobState"] in scheduler.ACTIVE:
         why = "" if facts["Reason"] == "None" else f": {facts['Reason']}"
-        state = f"waits{why}" if facts["JobState"] in scheduler.WAITING else "runs"
+        state = f"is waiting{why}" if facts["JobState"] in scheduler.WAITING else "is running"
         if state != shown:
             print(f"job {number} {state}", file=sys.stderr, flush=True)
             shown = state

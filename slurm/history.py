@@ -63,7 +63,7 @@ def folder(run: Path) -> Path:
 def check_run(run: Path) -> None:
     """UsageError where a folder is not a run."""
     if not is_run(run):
-        raise UsageError(f"{run} is not a run: it has neither events.jsonl nor slurm/jobs.jsonl; name a run's folder")
+        raise UsageError(f"{run} is not a run: it has neither events.jsonl nor slurm/jobs.jsonl; pass a run's folder")
 
 
 def is_run(path: Path) -> bool:

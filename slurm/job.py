@@ -68,7 +68,7 @@ def read_request(path: Path) -> Request:
     try:
         return Request.model_validate_json(path.read_bytes())
     except ValidationError:
-        raise UsageError(f"{path} is damaged: submit the run again, which writes another") from None
+        raise UsageError(f"{path} is damaged: submit the run again, which writes a new one") from None
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def requeue_job(run: Path, slurm: Slurm, allocation: Allocation, decision: Decis
     min_nodes = slurm.min_nodes or slurm.nodes
     exclude = decision.exclude if len(usable_nodes() - set(decision.exclude)) >= min_nodes else ()
     if exclude != decision.exclude:
-        log(run, f"{', '.join(decision.exclude)} failed repeatedly, but there are too few other nodes")
+        log(run, f"{', '.join(decision.exclude)} failed repeatedly, but there are too few other nodes to exclude them")
     update = ("scontrol", "update", f"jobid={allocation.job}")  # works on a pending job, not on a running one
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue ends this process too: survive until all is updated
     scheduler.ask_with_retries("scontrol", "requeue", allocation.job)

@@ -100,7 +100,7 @@ def read_fitting(keys: list[str]) -> Slurm:
         section, _, name = key.partition("=")[0].partition(".")
         if section != "slurm" or (name in Slurm.model_fields and name not in FITTING):
             fit = ", ".join(f"slurm.{each}" for each in FITTING)
-            raise UsageError(f"{key} does not fit: each part is a job of one task; the keys that fit are {fit}")
+            raise UsageError(f"{key} does not apply: each part is a job of one task; the keys that apply are {fit}")
     slurm = read_slurm(keys).model_copy(update={"signal_seconds": 1})  # nothing listens for it
     check_job(slurm)
     return slurm
@@ -115,8 +115,8 @@ def folder_for(destination: str, logs: str | None) -> Path:
     """Where the jobs' files go."""
     if logs is None and "://" in destination:
         raise UsageError(
-            f"{destination} is no folder of this file system: name one for the jobs' files by --logs FOLDER, which the"
-            " nodes share"
+            f"{destination} is not a folder of this file system: name one that the nodes share, for the jobs' files,"
+            " with --logs FOLDER"
         )
     return (Path(logs) if logs else Path(destination) / ".slurm").resolve()
 
@@ -149,8 +149,8 @@ def find_missing(folder: Path, job: PartsJob) -> tuple[bool, list[int]]:
     is_beside = all(each.job.array and replace(each.job, array=None) == job for each in active)
     if active and not (is_planned and is_beside and left):
         raise UsageError(
-            f"{job.destination}: its job {active[-1].number} is not over; to submit another, end it first by `coatnet"
-            f" cancel {name_of(folder)}`"
+            f"{job.destination}: its job {active[-1].number} has not ended; to submit another, end it first with"
+            f" `coatnet cancel {name_of(folder)}`"
         )
     return is_planned, left
 

@@ -90,7 +90,7 @@ def status_of(place: Place, progress: Progress, jobs: list[Submitted]) -> PartsS
     if waiting and not any(record["JobState"] in BUSY for record in records):
         reason = None if waiting["Reason"] == "None" else waiting["Reason"]
     elif jobs and not active and state != "done":
-        reason = "no job is at work; submitted again it does what is missing"
+        reason = "no job is active; submit it again to do what is missing"
     missing: list[int] = []
     if jobs and state != "done":
         missing = progress.missing(jobs[-1].job.parts) if active or progress.left is not None else [0]
@@ -160,5 +160,5 @@ def parts_as_lines(status: PartsStatus) -> list[str]:
             f"  {what} is not done ({row['state'] or 'gone'}){said}" + (f"; {row['log']}" if row["log"] else "")
         )
     if len(status.failed) > MAX_LISTED:
-        lines.append(f"  and {len(status.failed) - MAX_LISTED} parts more; --json has all")
+        lines.append(f"  and {len(status.failed) - MAX_LISTED} more parts; --json has all")
     return lines

@@ -172,7 +172,7 @@ def requeue_decision(cause: Cause, ended: Sequence[JobStart], max_restarts: int,
     if len(steps) >= FAILURES_AT_SAME_STEP and len(set(steps[-FAILURES_AT_SAME_STEP:])) == 1:
         return Decision(False, f"no progress: it failed {FAILURES_AT_SAME_STEP} times at step {steps[-1]}")
     if len(failed) > max_restarts:
-        return Decision(False, f"it failed {len(failed)} times, slurm.max_restarts={max_restarts}")
+        return Decision(False, f"it failed {len(failed)} times, more than slurm.max_restarts={max_restarts}")
     without_progress = next((n for n, step in enumerate(reversed(steps)) if step != steps[-1]), len(steps))
     after = min(MAX_BACKOFF_SECONDS, backoff * 2 ** (without_progress - 1))
     return Decision(True, f"{cause}: failure {len(failed)} of {max_restarts}", after, bad_nodes(ended))

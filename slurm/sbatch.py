@@ -68,7 +68,7 @@ def parameters(
 def literal(path: Path) -> str:
     """A path for --output, where % begins a pattern, and a backslash anywhere turns patterns off."""
     if re.search(r"[\\\x00-\x1f]", str(path)):
-        raise UsageError(f"a job's folder may have no backslash or line break: {str(path)!r}")
+        raise UsageError(f"a job's folder must not contain a backslash or line break: {str(path)!r}")
     return str(path).replace("%", "%%")
 
 

@@ -143,7 +143,7 @@ def run_slurm(*command: str, environment: Mapping[str, str] | None = None) -> st
             env={**(environment or outside_jobs(os.environ)), **_WHOLE},
         )  # fmt: skip
     except FileNotFoundError:
-        raise SlurmUnavailable(f"{command[0]} is not on this machine's PATH: ask from a login node") from None
+        raise SlurmUnavailable(f"{command[0]} is not on this machine's PATH: run this on a login node") from None
     except subprocess.TimeoutExpired:
         raise SlurmUnavailable(
             f"{command[0]} did not answer in {TIMEOUT_SECONDS} s: is Slurm's controller up?"
@@ -167,7 +167,7 @@ def ask_with_retries(*command: str) -> str:
         except SlurmUnavailable as error:
             if time.monotonic() > deadline:
                 raise
-            print(f"{error}; asking again", flush=True)
+            print(f"{error}; retrying", flush=True)
             time.sleep(RETRY_SECONDS)
 
 

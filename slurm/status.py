@@ -158,11 +158,11 @@ def _config(run: Path) -> dict[str, Any]:
         try:
             tree = read_yaml(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            warn_damaged(file, " ".join(str(error).split()), "showing what else there is")
+            warn_damaged(file, " ".join(str(error).split()), "showing the rest")
             continue
         if isinstance(tree, dict):
             return {name: section for name, section in tree.items() if isinstance(section, dict)}
-        warn_damaged(file, "it is empty, or not sections", "showing what else there is")
+        warn_damaged(file, "it is empty, or has no sections", "showing the rest")
     return {}
 
 
@@ -235,7 +235,7 @@ def state_of(snapshot: RunSnapshot, jobs: JobRecords) -> tuple[str, str | None]:
 
 def _running(snapshot: RunSnapshot) -> tuple[str, str | None]:
     failed, newest = _failed_saves(snapshot), max(snapshot.checkpoints, default=None)
-    good = "no checkpoint yet" if newest is None else f"the newest good one of step {newest}"
+    good = "no checkpoint yet" if newest is None else f"the newest good one is of step {newest}"
     failing = f"{pluralize(failed['in_a_row'], 'save')} failed in a row, {good}: {failed['reason']}" if failed else None
     return "running", "being cancelled" if snapshot.cancelled_at is not None else failing
 
@@ -281,10 +281,10 @@ def _of_ended_job(snapshot: RunSnapshot, job: str, jobs: JobRecords) -> tuple[st
         return "cancelled", _reason(record) or RESUBMIT
     if job not in jobs and (last is None or last.cause is None or last.again):
         expected = "pending" if last is None else "running" if last.cause is None else "requeued"
-        return expected, "as its folder says: Slurm cannot be asked from here"
+        return expected, "according to its folder: Slurm cannot be asked from here"
     if last is None:
         reason = snapshot.exit_reason or f"job {job} ended as {state}"
-        return ("failed", reason) if state else ("cancelled", f"job {job} is gone and has never started")
+        return ("failed", reason) if state else ("cancelled", f"job {job} is gone and never started")
     if (last.again and last.cause not in FAILURES) or state in ENDED_BY_SLURM:
         return "stopped", f"{last.cause or ENDED_BY_SLURM.get(state)}, and Slurm did not start it again: {RESUBMIT}"
     if last.cause is None and snapshot.last_event(*STATE_EVENTS).get("event") == "interrupted":
@@ -301,7 +301,7 @@ def _without_job(snapshot: RunSnapshot) -> tuple[str, str | None]:
         again = f"its checkpoints are gone, the last of step {saved}: copy one back, or begin again with --restart"
     steps = _steps(snapshot, snapshot.rows[-1] if snapshot.rows else {})
     if not last and newest is not None and newest == steps:
-        return "done", "by its newest checkpoint: events.jsonl does not say how it ended"
+        return "done", "according to its newest checkpoint: events.jsonl does not say how it ended"
     if last.get("event") == "finished":
         return "done", None
     if last.get("event") == "interrupted":
@@ -325,7 +325,7 @@ def _hang(event: Mapping[str, Any]) -> str | None:
         return None
     known = [each for each in event["ranks"] if has(each, {"rank": int})]
     ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in known)
-    what = "no heartbeat of" if event["event"] == "heartbeat_lost" else "no progress, suspect:"
+    what = "no heartbeat from" if event["event"] == "heartbeat_lost" else "no progress, suspect:"
     return f"{what} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
 

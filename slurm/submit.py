@@ -65,14 +65,16 @@ def submit(
 ) -> int:
     """Submits a run, anew with `restart`, and its fine-tuning after it; returns the exit status."""
     if cluster not in ("slurm", "local"):
-        raise UsageError(f"--cluster is {cluster!r}; it is slurm or local")
+        raise UsageError(f"--cluster is {cluster!r}; it must be slurm or local")
     chain = [JobSpec(command, preset, read_config(preset, overrides), source, weights)]
     if then is not None:
         if cluster == "local":
-            raise UsageError("--then needs Slurm's dependencies; with --cluster local submit the second run by itself")
+            raise UsageError(
+                "--then needs Slurm's dependencies; with --cluster local, submit the second run separately"
+            )
         if chain[0].config.slurm.requeue == "array":
             raise UsageError(
-                "--then waits for one job, and slurm.requeue=array makes many: submit the fine-tuning afterwards"
+                "--then waits for one job, but slurm.requeue=array makes many: submit the fine-tuning afterwards"
             )
         preset, *changes = shlex.split(then)
         chain.append(JobSpec("finetune", preset, read_config(preset, changes), str(chain[0].run), evaluate=True))
@@ -95,7 +97,9 @@ def submit(
             locks.enter_context(submission_lock(job.run))
         ending, *_ = [jobs_being_cancelled(job.run) for job in chain]
         if restart and ending:
-            raise UsageError(f"{chain[0].run}: job {ending[0]} is still being cancelled; --restart waits for its end")
+            raise UsageError(
+                f"{chain[0].run}: job {ending[0]} is still being cancelled; try --restart once it has ended"
+            )
         place = set_files_aside(chain[0].config) if restart else None
         dependency = ":".join(["afterany", *ending]) if ending and cluster == "slurm" else None
         for job in chain:
@@ -118,7 +122,7 @@ def submission_lock(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder}: {error.strerror}; choose a folder that can be written") from None
     with file:
         if not try_lock(file):
-            raise UsageError(f"{folder}: another `coatnet submit` is at work there; coatnet status shows its job")
+            raise UsageError(f"{folder}: another `coatnet submit` is running there; coatnet status shows its job")
         yield
 
 
@@ -128,7 +132,7 @@ def check(job: JobSpec, before: JobSpec | None) -> None:
     if job.command == "finetune" and job.source is None:
         source_of(job.run, None, job.weights)
     if job.evaluate and job.config.data.val is None:
-        raise UsageError("--then evaluates in the end, so its data.val must be set")
+        raise UsageError("--then evaluates at the end, so its data.val must be set")
     for nodes in range(slurm.min_nodes or slurm.nodes, slurm.nodes + 1):
         check_config(job.config, nodes * tasks_per_node(slurm), quiet=nodes != slurm.nodes)
     config_changes(job.run, job.config, job.command)
@@ -155,7 +159,7 @@ def jobs_being_cancelled(run: Path) -> list[str]:
     for job, facts in active.items():
         raise UsageError(
             f"{run}: its job {job} is {facts['JobState'].lower()} and requeues itself;"
-            f" to submit another, end it first by `coatnet cancel {run}`"
+            f" to submit another, end it first with `coatnet cancel {run}`"
         )
     if holder := lock_holder(run):
         raise RunLocked(run, holder)
@@ -182,7 +186,7 @@ def unsatisfiable_reason(slurm: Slurm, partition: Mapping[str, str]) -> str | No
     if partition["State"] != "UP":
         return f"partition {name} is {partition['State']}"
     if (slurm.min_nodes or slurm.nodes) > max_nodes:
-        return f"slurm.nodes={slurm.nodes} is more than partition {name} gives: {max_nodes}"
+        return f"slurm.nodes={slurm.nodes} is more than partition {name} allows: {max_nodes}"
     if max_time is not None and (time is None or time > max_time):
         return f"slurm.time={slurm.time} is longer than partition {name} allows: {partition['MaxTime']}"
     return None
@@ -199,7 +203,7 @@ def partitions(names: str | None) -> list[dict[str, str]]:
     names = names or os.environ.get("SBATCH_PARTITION")
     selected = names.split(",") if names else default or list(records)
     if missing := [name for name in selected if name not in records]:
-        raise UsageError(f"slurm.partition={missing[0]} does not exist here; there are {', '.join(sorted(records))}")
+        raise UsageError(f"slurm.partition={missing[0]} does not exist here; choose from {', '.join(sorted(records))}")
     return [records[name] for name in selected]
 
 
@@ -216,7 +220,7 @@ def with_restarts(job: JobSpec, is_followed: bool) -> JobSpec:
     grace = cancelling[0]["GraceTime"]
     print(
         f"warning: {why}: {job.run} requeues itself only if it has saved within GraceTime, {grace} s;"
-        " slurm.requeue=array always resumes" + (", but is not followed by --then" if is_followed else ""),
+        " slurm.requeue=array always resumes" + (", but --then cannot follow it" if is_followed else ""),
         file=sys.stderr,
     )
     return job
@@ -243,10 +247,10 @@ def grace_seconds(partition: str | None) -> float:
 def warnings(needed: float, signal: float, grace: float) -> list[str]:
     """What a stop that needs so many seconds loses `signal` seconds before a time limit, or killed after `grace`."""
     takes = f"two steps and a save take up to {needed:.0f} s"
-    lines = [f"{takes}, and slurm.signal_seconds leaves {signal:.0f} s"] if needed > signal else []
+    lines = [f"{takes}, but slurm.signal_seconds leaves only {signal:.0f} s"] if needed > signal else []
     if needed > grace:
         lines.append(
-            f"{takes}, and this cluster kills {grace:.0f} s after a preemption's SIGTERM: steps since the last"
+            f"{takes}, but this cluster kills {grace:.0f} s after a preemption's SIGTERM: steps since the last"
             " checkpoint would be lost; checkpoint more often"
         )
     return lines

@@ -137,7 +137,7 @@ def _read(run: Path, number: int) -> dict[str, Any] | None:
         record = {"rollbacks": [], **read_object(file, found=list)}
         if isinstance(record["rollbacks"], list) and all(has(back, _ROLLBACK) for back in record["rollbacks"]):
             return record
-        raise DamagedFile(f"{file} is not what was written")
+        raise DamagedFile(f"{file} is damaged")
     except FileNotFoundError:
         return None
     except DamagedFile as error:

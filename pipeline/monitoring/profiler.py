@@ -29,7 +29,7 @@ class Profiler:
         self._running: torch.profiler.profile | None = None
         self._trace: torch.profiler.profile | None = None
         if self._steps is not None and self._steps[0] <= first_step:
-            log(f"log.profile={profile} begins before step {first_step + 1:,}, the next one: no trace is written")
+            log(f"log.profile={profile} begins before the next step, {first_step + 1:,}: no trace is written")
 
     def __enter__(self) -> Profiler:
         return self

@@ -45,7 +45,7 @@ class Console:
         if self._visible and not self._lost and (lost := lost_output()):
             self._lost = True
             self._events.write("output_lost", reason=lost)
-            self._write(f"nobody reads {lost}; what is printed is only in this log from here on")
+            self._write(f"output is lost ({lost}): from here on it is only in this log")
 
     def at(self, step: int) -> str:
         """How a line about a step begins."""

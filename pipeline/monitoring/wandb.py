@@ -29,7 +29,7 @@ def check_wandb(project: str | None) -> None:
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder of that name, as it makes itself, is no package
         raise UsageError(
-            f"log.wandb is {project} and the package wandb is not installed: pip install 'wandb>=0.31', or set"
+            f"log.wandb is {project}, but the package wandb is not installed: pip install 'wandb>=0.31', or set"
             " log.wandb=null"
         )
 
@@ -54,7 +54,7 @@ class WeightsAndBiases:
         self._rows.put(None)
         self._thread.join(1.5 * FINISH_SECONDS)
         if self._thread.is_alive():
-            _say("has not taken all rows of this start; metrics.jsonl has them")
+            _say("did not take all rows of this start in time; metrics.jsonl has them")
 
     def _work(self) -> None:
         try:

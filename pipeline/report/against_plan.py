@@ -35,16 +35,18 @@ def against_plan(record: RunRecord) -> AgainstPlan:
     began = next((row for row in reversed(record.of("attempt_started")) if has(row, _MACHINE)), None)
     classes = len(record.state.get("classes", [])) or (record.config.model.classes if record.config else None)
     if record.config is None or began is None or classes is None or not steps:
-        raise UsageError("the run's configuration, classes, device or times of steps are not known")
+        raise UsageError("the run's configuration, classes, device or step times are not known")
     name, ranks = began["device"], began["world_size"]
     device = CPU if name == "cpu" else BY_TORCH_NAME.get(name)
     if device is None:
-        raise UsageError(f"nothing is known of a device {name}")
+        raise UsageError(f"the device {name} is not known")
     per_node = record.config.slurm.gpus_per_node or min(8, ranks)
     try:
         rates, measured = calibrated([record.run], device, per_node) if device is CPU else (Rates(), set[str]())
     except UsageError:
-        raise UsageError("a CPU's speed is that of the run's own steps; its last attempt has less than ten") from None
+        raise UsageError(
+            "a CPU's speed is taken from the run's own steps, and its last attempt has fewer than ten"
+        ) from None
     request = Request(name, device, ranks, per_node, classes, record.samples, None, None, None)
     plan = run_costs(record.config, request, rates, measured)
     return AgainstPlan(_basis(device is CPU, plan["assumed"]), _rows(record, steps, plan, device is CPU))
@@ -52,12 +54,10 @@ def against_plan(record: RunRecord) -> AgainstPlan:
 
 def _basis(on_cpu: bool, assumed: list[str]) -> str:
     if on_cpu:
-        by = (
-            "No data sheet says what this CPU does, so a step by plan is what the run's last ones took without waiting."
-        )
+        by = "There is no data sheet for this CPU, so a planned step takes what the run's last ones took without waits."
     else:
         by = f"By the data sheet, assuming {'; '.join(assumed)}; measured rates: `coatnet plan --calibrate`."
-    return f"{by} Evaluations are no part of a plan."
+    return f"{by} A plan does not include evaluations."
 
 
 def _rows(
@@ -70,21 +70,21 @@ def _rows(
     of_ranks = sum((each.ranks or 0) * sum(each.seconds[:WAITING]) for each in accounts.attempts)
     stalls = [row["seconds"] for row in record.of("checkpoint_stall")]
     rows = [
-        ("a step", format_seconds(plan["step_seconds"]), format_seconds(step)),
-        ("images a second", format_number(plan["images_per_second"]), format_number(images)),
-        ("stall of a checkpoint", format_seconds(plan["checkpoint_stall_seconds"]), _median(stalls)),
+        ("time per step", format_seconds(plan["step_seconds"]), format_seconds(step)),
+        ("images per second", format_number(plan["images_per_second"]), format_number(images)),
+        ("stall per checkpoint", format_seconds(plan["checkpoint_stall_seconds"]), _median(stalls)),
         (f"{record.step:,} steps", format_seconds(undisturbed), format_seconds(accounts.seconds[PRODUCTIVE])),
     ]
     if goodput and accounts.goodput is not None:
         planned = undisturbed / goodput
         rows += [
             ("with saves, failures, restarts", format_seconds(planned), format_seconds(had)),
-            ("the same, of all ranks together", format_seconds(planned * ranks), format_seconds(of_ranks)),
+            ("the same, over all ranks", format_seconds(planned * ranks), format_seconds(of_ranks)),
             ("goodput", format_percent(goodput, 1), format_percent(accounts.goodput, 1)),
         ]
     if not on_cpu:
         most = max(row.get("memory_bytes", 0) for row in steps)
-        rows.append(("memory of a GPU", format_bytes(plan["memory_bytes"]["total"]), format_bytes(most)))
+        rows.append(("GPU memory", format_bytes(plan["memory_bytes"]["total"]), format_bytes(most)))
     return rows
 
 

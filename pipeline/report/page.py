@@ -54,7 +54,7 @@ def run_page(record: RunRecord, sheet: Sequence[Any], verdicts: Verdicts | None,
     try:
         planned = against_plan(record)
     except UsageError as error:
-        planned, missing = None, [*missing, f"the cost by plan: {first_line(error)}"]
+        planned, missing = None, [*missing, f"the planned cost: {first_line(error)}"]
     return _render(
         title=f"{record.run.resolve().name}: {record.end}",
         tiles=[(name, value) for name, value in _facts(record).items() if value],

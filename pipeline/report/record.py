@@ -89,7 +89,7 @@ class RunRecord:
 def read_record(run: Path) -> RunRecord:
     """Reads a run's folder. UsageError where it is none."""
     if not (run / "events.jsonl").is_file():
-        raise UsageError(f"{run} is not a run that has begun: it has no events.jsonl; name a run's folder")
+        raise UsageError(f"{run} is not a run that has started: it has no events.jsonl; pass a run's folder")
     missing: list[str] = []
     config, state = None, None
     try:

@@ -79,7 +79,7 @@ def read_identity(run: Path) -> Identity | None:
     except FileNotFoundError:
         pass
     except DamagedFile as error:
-        warn_damaged(run / NOTE, error, "the run's events have its id")
+        warn_damaged(run / NOTE, error, "the run's id is taken from its events")
     ids = [row["run"] for row in read_lines(run / "events.jsonl", run=str)]
     return Identity(ids[-1], str(run.resolve())) if ids else None
 

@@ -84,7 +84,7 @@ def wait_for_holder(run: Path) -> None:
     while (holder := lock_holder(run)) is not None and not holder.is_superseded():
         if deadline is None:
             deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-            print(f"{run}: held by {holder}; waiting {LOCK_TIMEOUT_SECONDS:.0f} s for its end", file=sys.stderr)
+            print(f"{run}: held by {holder}; waiting {LOCK_TIMEOUT_SECONDS:.0f} s for it to end", file=sys.stderr)
         if time.monotonic() > deadline:
             raise RunLocked(run, holder)
         time.sleep(0.1)
@@ -127,7 +127,7 @@ def try_lock(lock: TextIO) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         print(
-            f"{lock.name}: this file system has no locks, so a run that is alive elsewhere is not refused: the newer"
+            f"{lock.name}: this file system has no locks, so a run can be started while it runs elsewhere: the newer"
             " start continues, and the older one ends",
             file=sys.stderr,
         )

@@ -36,9 +36,7 @@ def set_aside(run: Path) -> Path | None:
             for path in there:
                 path.rename(place / path.name)
         except OSError as error:
-            raise RunFailed(
-                f"run.dir={run}: not all of it can be moved to {place}: {error.strerror}: {error.filename}"
-            ) from None
+            raise RunFailed(f"run.dir={run}: {error.filename} cannot be moved to {place}: {error.strerror}") from None
     return place
 
 

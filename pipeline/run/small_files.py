@@ -42,7 +42,7 @@ def read_object(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
     except OSError as error:
         raise DamagedFile(f"{path}: {error.strerror or error}") from None
     if row is None or not has(row, kinds):
-        raise DamagedFile(f"{path} is {'not what was written' if content.strip() else 'empty'}")
+        raise DamagedFile(f"{path} is {'damaged' if content.strip() else 'empty'}")
     return row
 
 

@@ -71,7 +71,7 @@ def check_attention(model: Model, device: torch.device) -> None:
         if model.attention == "flex":
             find_compiler(device.type == "cuda")
     except ValueError as error:
-        raise UsageError(f"model.attention=flex compiles, and {error}") from None
+        raise UsageError(f"model.attention=flex needs to compile, but {error}") from None
 
 
 @torch.no_grad()

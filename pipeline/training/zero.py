@@ -44,7 +44,7 @@ def check_version(version: str) -> None:
     """Raises RuntimeError where the installed DeepSpeed is not the one whose internals this module knows."""
     if version.split("+")[0] != SUPPORTED_DEEPSPEED:
         raise RuntimeError(
-            f"DeepSpeed is {version}; its internals are known of {SUPPORTED_DEEPSPEED} alone:"
+            f"DeepSpeed is {version}, but checkpoints rely on the internals of {SUPPORTED_DEEPSPEED}:"
             f" pip install deepspeed=={SUPPORTED_DEEPSPEED}"
         )
 

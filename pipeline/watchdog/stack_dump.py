@@ -114,7 +114,7 @@ def suspect_ranks(threads: Mapping[int, Sequence[Thread] | None]) -> tuple[list[
         return silent, "no answer"
     answers = {rank: stacks for rank, stacks in threads.items() if stacks is not None}
     if len(answers) == 1:
-        return list(answers), "the only one"
+        return list(answers), "the only rank"
     busy = [rank for rank, stacks in answers.items() if not _waits(stacks)]
     if 0 < len(busy) < len(answers):
         return busy, "while all others wait"

@@ -160,7 +160,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         title = f"{datetime.now():%Y-%m-%d %H:%M:%S}, attempt {self._stacks.stem.rpartition('-')[2]}: {found}\n"
         title += f"suspect: {format_ranks(suspects)}, {why}" if suspects else "no rank is suspect"
         if 0 in lost and self._world_size > 2:
-            title += "; the other ranks could not be asked, which rank 0 would do"
+            title += "; the other ranks could not be asked, since only rank 0 can ask"
         try:
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._stacks, render(title, answers, suspects))

@@ -98,7 +98,7 @@ def test_what_compiles_needs_a_compiler_and_the_headers_of_python(
     missing = check_compiler(on_gpu)
     assert missing.state == "note" and "no-such-compiler" in missing.advice and variable in missing.advice
     if on_gpu:  # what evaluate, predict and report build, and every rank of a training
-        with pytest.raises(UsageError, match=r"model.attention=flex compiles, and .* no-such-compiler"):
+        with pytest.raises(UsageError, match=r"model.attention=flex needs to compile, but .* no-such-compiler"):
             check_attention(Model(name="coatnet_0", attention="flex"), torch.device("cuda"))
     monkeypatch.setenv(variable, sys.executable)
     monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))

@@ -258,7 +258,7 @@ def test_a_trace_has_the_steps_that_were_asked_for_and_a_later_start_makes_none(
     assert names.count("aten::_fused_adamw_") == 4
     told = [line for line in (run / "logs" / "rank-0.log").read_text().splitlines() if "trace" in line]
     made = f"rank 0's trace, from step 2 to the end of step 3: {file}"
-    assert told == [made, "log.profile=2-3 begins before step 5, the next one: no trace is written"]
+    assert told == [made, "log.profile=2-3 begins before the next step, 5: no trace is written"]
 
 
 def test_a_run_begins_with_its_arithmetic_and_says_where_it_stands(watched: Any) -> None:
@@ -291,5 +291,5 @@ def test_a_folder_called_wandb_is_no_package_and_what_is_missing_is_said(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     check_wandb(None)
-    with pytest.raises(UsageError, match=r"log.wandb is digits and the package wandb is not installed: pip install"):
+    with pytest.raises(UsageError, match=r"log.wandb is digits, but the package wandb is not installed: pip install"):
         check_wandb("digits")

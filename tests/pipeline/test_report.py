@@ -197,7 +197,7 @@ def test_a_finished_run_has_its_page_and_its_seconds_are_those_of_its_events(fin
 
 def test_a_run_stands_beside_what_it_would_have_cost_by_plan(finished: Path) -> None:
     record = read_record(finished)
-    with pytest.raises(UsageError, match="less than ten"):  # a CPU's, which is calibrated by the run itself
+    with pytest.raises(UsageError, match="fewer than ten"):  # a CPU's, which is calibrated by the run itself
         against_plan(record)
     on_gpu = [{**event, "device": "NVIDIA H100 80GB HBM3"} for event in record.events]
     found = against_plan(replace(record, events=on_gpu))
@@ -205,9 +205,9 @@ def test_a_run_stands_beside_what_it_would_have_cost_by_plan(finished: Path) -> 
     assert rows_["goodput"][1] == format_percent(record.accounts.goodput or 0, 1)
     assert rows_["6 steps"][1] == format_seconds(record.accounts.seconds[PRODUCTIVE])
     (began,), last = events(finished, "attempt_started"), record.events[-1]
-    assert rows_["the same, of all ranks together"][1] == format_seconds(2 * (last["time"] - began["began"]))
+    assert rows_["the same, over all ranks"][1] == format_seconds(2 * (last["time"] - began["began"]))
     assert "60% of the peak" in found.basis
-    with pytest.raises(UsageError, match="a device Abacus"):
+    with pytest.raises(UsageError, match="the device Abacus"):
         against_plan(replace(record, events=[{**event, "device": "Abacus"} for event in record.events]))
 
 
@@ -290,5 +290,5 @@ def test_what_cannot_be_reported_is_refused_in_a_line_or_warned_of(
     report_when_done(tmp_path)
     assert (
         capsys.readouterr().err == f"warning: {tmp_path}/report.html could not be written: {tmp_path} is not a run"
-        " that has begun: it has no events.jsonl; name a run's folder\n"
+        " that has started: it has no events.jsonl; pass a run's folder\n"
     )

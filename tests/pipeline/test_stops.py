@@ -183,7 +183,7 @@ def test_neither_a_lost_terminal_nor_a_reader_that_ends_touches_a_run_under_nohu
     assert curve(run) == curve(undisturbed) and not events(run, "interrupted")
     assert [row["reason"] for row in events(run, "output_lost")] == ["stderr: Broken pipe"]
     log = (run / "logs" / "rank-0.log").read_text()
-    assert "nobody reads stderr: Broken pipe" in log and f"done: {STEPS} steps" in log
+    assert "output is lost (stderr: Broken pipe)" in log and f"done: {STEPS} steps" in log
 
 
 @pytest.mark.parametrize(

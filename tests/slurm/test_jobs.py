@@ -270,8 +270,8 @@ def test_what_the_cluster_can_never_provide_is_refused_at_submission(
     cluster: Cluster, digits: Path, tmp_path: Path
 ) -> None:
     for request, message in (
-        (["slurm.nodes=3", "train.global_batch=96"], "slurm.nodes=3 is more than partition main gives: 2"),
-        (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here; there are cheap, high, main"),
+        (["slurm.nodes=3", "train.global_batch=96"], "slurm.nodes=3 is more than partition main allows: 2"),
+        (["slurm.partition=gpu"], "slurm.partition=gpu does not exist here; choose from cheap, high, main"),
         (["slurm.time=3-00:00:01"], "slurm.time=3-00:00:01 is longer than partition main allows: 3-00:00:00"),
         (["slurm.memory=900G"], "sbatch: "),
         (["slurm.nodes=9"], "too few for 18 ranks"),

@@ -69,9 +69,9 @@ def test_each_part_is_asked_for_what_was_asked_of_the_submission(packed: Path, t
 def test_a_request_that_no_part_could_do_is_refused_as_it_is_submitted(packed: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     for words, message in (
-        (["pack", "images", new, "slurm.nodes=2"], "slurm.nodes=2 does not fit"),
-        (["pack", "images", new, "slurm.requeue=array"], "slurm.requeue=array does not fit"),
-        (["pack", "images", new, "data.train=x"], "data.train=x does not fit"),
+        (["pack", "images", new, "slurm.nodes=2"], "slurm.nodes=2 does not apply"),
+        (["pack", "images", new, "slurm.requeue=array"], "slurm.requeue=array does not apply"),
+        (["pack", "images", new, "data.train=x"], "data.train=x does not apply"),
         (["pack", "images", new, "slurm.tme=2"], "slurm.tme: unknown; did you mean slurm.time"),
         (["pack", "images", new, "slurm.time=soon"], 'slurm.time is "soon"; it must be minutes'),
         (["pack", "images", new, "slurm.sbatch=[--array=2]"], "slurm.sbatch has --array=2"),
@@ -110,7 +110,7 @@ def test_what_is_submitted_again_is_what_is_missing(
     (new / "fail-2").touch()
     request = ["submit", "pack", "images", new, "--parts", 3, "slurm.command_prefix=sh stand-in", *SIZE]
     here(*request, "slurm.sbatch=[--hold]")
-    with pytest.raises(UsageError, match=f"is not over; .* `coatnet cancel {new}`"):
+    with pytest.raises(UsageError, match=f"has not ended; .* `coatnet cancel {new}`"):
         here(*request)
     for number, _ in read_jobs(new / ".slurm"):
         cluster.run("scontrol", "release", number)

@@ -139,7 +139,7 @@ def test_the_state_of_a_run_without_jobs_follows_from_its_lock_and_events(run: R
     assert run.event(8, "interrupted", step=5, reason="SIGTERM").state()[0] == "stopped"
     assert run.resumed(7, step=5).state()[0] == "failed"
     state, why = run.event(6, "heartbeat_lost", ranks=[{"rank": 1, "host": "n2"}]).state()
-    assert state == "failed" and "no heartbeat of rank 1 on n2" in str(why)
+    assert state == "failed" and "no heartbeat from rank 1 on n2" in str(why)
     state, why = run.event(5.5, "hang", ranks=[{"rank": 3, "host": "n4"}], stacks="logs/stacks-attempt-1.txt").state()
     assert state == "failed" and "rank 3 on n4; stacks in logs/stacks-attempt-1.txt; the same" in str(why)
     assert run.event(5.2, "out_of_memory", rank=1, error="no more").state()[1] == "rank 1 ran out of memory: no more"
@@ -154,7 +154,7 @@ def test_saves_that_failed_in_a_row_are_shown_until_one_succeeds(run: Run) -> No
         run.event(40 - step, "checkpoint_failed", step=step, reason=f"{run.path} cannot be written", in_a_row=number)
     found = run.status({"7": RUNNING})
     assert (found.state, found.checkpoints["failed_in_a_row"]) == ("running", 2)
-    why = f"2 saves failed in a row, the newest good one of step 10: {run.path} cannot be written"
+    why = f"2 saves failed in a row, the newest good one is of step 10: {run.path} cannot be written"
     assert f"  {why}" in as_lines(found)
     assert run.event(5, "checkpoint", step=40).status({"7": RUNNING}).reason is None
 

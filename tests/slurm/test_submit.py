@@ -51,7 +51,7 @@ def test_a_restart_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, monk
 
     def refuse(folder: Path, _: str) -> str:
         seen.extend(run.glob("*"))
-        with pytest.raises(UsageError, match="another `coatnet submit` is at work"), submission_lock(run):
+        with pytest.raises(UsageError, match="another `coatnet submit` is running"), submission_lock(run):
             pass
         raise UsageError("sbatch refused the job")
 
