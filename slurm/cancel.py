@@ -21,9 +21,7 @@ def cancel_parts(place: Place) -> int:
     shown, folder = place.shown, place.folder
     active = [each for each in (parts.submitted(folder, place.destination) if folder else []) if each.active]
     if not active:
-        raise UsageError(
-            f"{shown}: there is no job to cancel" + ("" if folder else "; pass the folder that --logs named")
-        )
+        raise UsageError(f"{shown}: there is no job to cancel" + ("" if folder else "; pass the --logs folder"))
     for each in active:
         scheduler.cancel_job(each.number)
         print(f"{shown}: cancelled job {each.number}")

@@ -92,9 +92,7 @@ def _submits(command: Callable[..., None]) -> Callable[..., None]:
     both = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*theirs.values(), *own)]
     submit.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     submit.__annotations__ = {each.name: each.annotation for each in both}
-    submit.__doc__ = (
-        f"Run `coatnet data {command.__name__}` in parts: a job that plans, then an array of one-task jobs."
-    )
+    submit.__doc__ = f"Run `coatnet data {command.__name__}` in parts: a planning job, then an array of one-task jobs."
     return submit
 
 

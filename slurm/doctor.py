@@ -33,10 +33,7 @@ def submit_doctor(preset: str, overrides: list[str], dry_run: bool) -> int:
     with submission_lock(folder):
         number = submit_to_slurm(*prepare(spec, folder, None))
     log, report = folder / f"{number}_0_log.out", folder / f"{number}.txt"
-    print(
-        f"job {number} checks {config.slurm.nodes} nodes; the report is printed here and written to {report}",
-        flush=True,
-    )
+    print(f"job {number} checks {config.slurm.nodes} nodes; the report comes here and into {report}", flush=True)
     try:
         facts = wait_for(number)
     except KeyboardInterrupt:

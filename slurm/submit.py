@@ -69,9 +69,7 @@ def submit(
     chain = [JobSpec(command, preset, read_config(preset, overrides), source, weights)]
     if then is not None:
         if cluster == "local":
-            raise UsageError(
-                "--then needs Slurm's dependencies; with --cluster local, submit the second run separately"
-            )
+            raise UsageError("--then needs Slurm; with --cluster local, submit the second run separately")
         if chain[0].config.slurm.requeue == "array":
             raise UsageError(
                 "--then waits for one job, but slurm.requeue=array makes many: submit the fine-tuning afterwards"
@@ -97,9 +95,7 @@ def submit(
             locks.enter_context(submission_lock(job.run))
         ending, *_ = [jobs_being_cancelled(job.run) for job in chain]
         if restart and ending:
-            raise UsageError(
-                f"{chain[0].run}: job {ending[0]} is still being cancelled; try --restart once it has ended"
-            )
+            raise UsageError(f"{chain[0].run}: job {ending[0]} is still being cancelled; --restart must wait for it")
         place = set_files_aside(chain[0].config) if restart else None
         dependency = ":".join(["afterany", *ending]) if ending and cluster == "slurm" else None
         for job in chain:

@@ -56,9 +56,7 @@ class Run(Section):
 
 class Cache(Section):
     dir: str | None = key(
-        None,
-        "folder on each node's disk that caches remote data; may have the node's $VARIABLES; null: none",
-        "mutable",
+        None, "folder on each node's disk that caches remote data, with that node's $VARIABLES; null: none", "mutable"
     )
     max_bytes: int | None = key(
         None, "size limit in bytes, least recently used data goes first; null: until the disk is full", "mutable", ge=1
@@ -68,7 +66,7 @@ class Cache(Section):
 class Data(Section):
     train: str = key(
         ...,
-        "packed training set: a folder or any fsspec URL that holds manifest.json; it may move during a run",
+        "packed training set: a folder or any fsspec URL that holds manifest.json; it may lie elsewhere on resume",
         "tracked",
         expanded=True,
         min_length=1,
@@ -77,11 +75,7 @@ class Data(Section):
     shuffle_window: int = key(32, "neighbouring samples of a lane that are read and shuffled together", ge=1)
     train_samples: int | None = key(None, "samples the training set must have; null: whatever the manifest says", ge=1)
     max_bad_fraction: float = key(
-        0.001,
-        "share of an epoch's samples that may be broken, and replaced, before the run stops",
-        "mutable",
-        ge=0,
-        le=1,
+        0.001, "share of an epoch that may be broken and replaced before the run stops", "mutable", ge=0, le=1
     )
     cache: Cache = key(Cache(), "the node's cache of remote data")
 
@@ -175,9 +169,7 @@ class Train(Section):
     )
     precision: Literal["fp32", "bf16"] = key("bf16", "fp32, or bf16 (autocast with fp32 weights)", "mutable")
     activation_checkpointing: Literal["none", "all"] | tuple[int, ...] = key(
-        "none",
-        "stages whose activations are recomputed in the backward pass: none, all, or a list like [1, 2]",
-        "mutable",
+        "none", "stages whose activations the backward pass recomputes: none, all, or a list like [1, 2]", "mutable"
     )
     compile: bool = key(
         False,
@@ -192,14 +184,9 @@ class Train(Section):
     )
     loss: Literal["softmax", "sigmoid"] = key("softmax", "softmax, or sigmoid: a binary decision for each class")
     label_smoothing: float = key(
-        0.1,
-        "share of the target that is uniform over the classes (with sigmoid 1/2 for each; set 0.0001 there)",
-        ge=0,
-        lt=1,
+        0.1, "share of the target that is uniform over the classes (sigmoid: 1/2 for each; set 0.0001)", ge=0, lt=1
     )
-    stochastic_depth: float = key(
-        0.1, "drop rate of the last residual branch; rises linearly from 0 with depth", ge=0, lt=1
-    )
+    stochastic_depth: float = key(0.1, "drop rate of the last residual branch; rises linearly with depth", ge=0, lt=1)
     ema: float | None = key(0.9999, "decay of the moving average of all weights, warmed up; null: none", gt=0, lt=1)
 
     @model_validator(mode="after")
@@ -279,7 +266,7 @@ class Checkpoint(Section):
     )
     mirror: str | None = key(
         None,
-        "folder or fsspec URL to which checkpoints are copied, of this run only; null: none",
+        "folder or fsspec URL, used by this run only, where checkpoints are copied; null: none",
         "mutable",
         expanded=True,
         min_length=1,
@@ -292,10 +279,7 @@ class Log(Section):
         False, "record in samples/ what every rank consumed; pixels: with checksums of the augmented pixels", "mutable"
     )
     wandb: str | None = key(
-        None,
-        "Weights & Biases project to which the rows of metrics.jsonl are sent; null: none",
-        "mutable",
-        min_length=1,
+        None, "Weights & Biases project that receives the rows of metrics.jsonl; null: none", "mutable", min_length=1
     )
     profile: str | None = key(
         None, "first and last step, such as 100-105, that rank 0 traces with the profiler; null: none", "mutable"
@@ -336,7 +320,7 @@ class Slurm(Section):
     )
     requeue: Literal["scontrol", "array"] | None = key(
         None,
-        "how a job restarts: by scontrol requeue, or as the next element of an array; null: as the partition allows",
+        "how a job restarts: scontrol requeue, or the next array element; null: as the partition allows",
         "mutable",
     )
 

@@ -91,9 +91,7 @@ def _clock(device: torch.device) -> Check:
         offsets.append((clocks - clocks[0]).cpu())
     offset = float(min(offsets, key=lambda each: float(each.max() - each.min()))[rank])
     if abs(offset) > LARGEST_OFFSET_SECONDS:
-        advice = (
-            "have the nodes' clocks set (chrony, NTP): times in logs and of files mislead, and certificates may fail"
-        )
+        advice = "have the nodes' clocks set (chrony, NTP): times in logs and of files mislead, certificates may fail"
         return Check("clocks", "note", f"{offset:+.1f} s from rank 0's", advice)
     return Check("clocks", "ok", f"within {LARGEST_OFFSET_SECONDS:g} s of rank 0's")
 

@@ -43,9 +43,7 @@ def explain_oom(config: Config, classes: int) -> Iterator[None]:
             message = _explanation(config, classes, error, usable, "cuda" if on_gpu else "cpu")
         except MemoryError:
             rank = rank_and_world_size()[0]
-            raise RunFailed(
-                f"rank {rank} ran out of memory, and too little is left to compute what would fit"
-            ) from None
+            raise RunFailed(f"rank {rank} ran out of memory; too little is left to compute what would fit") from None
         raise RunFailed(message) from None
 
 

@@ -49,10 +49,7 @@ class MetricsFile:
         try:
             cut_back(path, first_step)
         except OSError as error:  # a file that may only be appended to; a full disk
-            warn(
-                path,
-                f"cannot be cut back to step {first_step}: {error.strerror}; of rows for one step, the last counts",
-            )
+            warn(path, f"cannot be cut back to step {first_step}: {error.strerror}; each step's last row counts")
         self._lines = JsonLines(path, warn)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -44,9 +44,7 @@ def against_plan(record: RunRecord) -> AgainstPlan:
     try:
         rates, measured = calibrated([record.run], device, per_node) if device is CPU else (Rates(), set[str]())
     except UsageError:
-        raise UsageError(
-            "a CPU's speed is taken from the run's own steps, and its last attempt has fewer than ten"
-        ) from None
+        raise UsageError("a CPU's speed comes from the run's own steps; its last attempt has fewer than ten") from None
     request = Request(name, device, ranks, per_node, classes, record.samples, None, None, None)
     plan = run_costs(record.config, request, rates, measured)
     return AgainstPlan(_basis(device is CPU, plan["assumed"]), _rows(record, steps, plan, device is CPU))

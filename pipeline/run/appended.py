@@ -63,9 +63,7 @@ class AppendedFile:
             self._release()  # a handle that has become stale stays so
             first, self._reason = not self._reason, error.strerror or str(error)
             if first:
-                self._warn(
-                    self._path, f"cannot be written: {self._reason}; its records are kept, and the write is retried"
-                )
+                self._warn(self._path, f"cannot be written: {self._reason}; its records are kept and retried")
 
     def _open(self) -> FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def test_a_request_that_no_part_could_do_is_refused_as_it_is_submitted(packed: P
         (["pack", "images", new, "slurm.sbatch=[--array=2]"], "slurm.sbatch has --array=2"),
         (["pack", tmp_path, new], "is inside the source"),
         (["pack", "images", packed], "already holds shards"),
-        (["pack", "images", "memory://bucket/new"], "name one for the jobs' files by --logs FOLDER"),
+        (["pack", "images", "memory://bucket/new"], "for the jobs' files, with --logs FOLDER"),
         (["index", packed], "has a manifest.json"),
         (["index", tmp_path], "has no .tar files"),
         (["verify", tmp_path], "manifest.json does not exist"),

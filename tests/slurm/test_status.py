@@ -437,7 +437,7 @@ def test_an_ancestor_of_unknown_augmentation_is_shown_as_unknown(run: Run) -> No
     unknown = unknown_lineage("timm.safetensors")
     found = begun(run, HERE, [unknown, PRE]).status()
     assert found.ancestry[0] == unknown and len(found.ancestry) == 3
-    assert as_lines(found)[-3].startswith("    timm.safetensors: unknown")
+    assert as_lines(found)[-3].startswith("    timm.safetensors: how it was trained is unknown")
 
 
 def test_a_pretrained_run_shows_its_own_augmentation_once_it_has_begun(run: Run) -> None:
