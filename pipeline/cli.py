@@ -104,8 +104,8 @@ PEER_SECONDS = 1.0
 """How much later than the rank that it has lost a rank ends: launchers report the first one that fails."""
 RESUME = "run the same command to resume"
 AFTER_A_STOP = {
-    "pretrain": f"with no step to save; {RESUME}",
-    "finetune": f"with no step to save; {RESUME}",
+    "pretrain": f"there was no step to save; {RESUME}",
+    "finetune": f"there was no step to save; {RESUME}",
     "data pack": f"finished shards are kept; {RESUME}",
     "data index": f"what was found in tars already read is kept; {RESUME}",
 }

@@ -63,5 +63,5 @@ def test_ranks_of_torchrun_take_no_module_from_the_folder(project: Path, digits:
 def test_a_current_folder_that_was_removed_is_named(words: str, tmp_path: Path) -> None:
     removed = ["bash", "-c", 'rmdir "$PWD"; exec "$@"', "bash", *command(*words.split())]
     done = subprocess.run(removed, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert done.stderr == "coatnet: the current folder does not exist any more: cd into another one\n"
+    assert done.stderr == "coatnet: the current folder no longer exists: cd into another one\n"
     assert (done.returncode, done.stdout) == (2, "")
