@@ -318,7 +318,7 @@ def _describe_failure(root: Path, part: RankShard, world_size: int, error: OSErr
         if disk.f_files and not disk.f_favail:
             suggestion = f"no inodes are left on the file system of {existing}; remove files"
         else:
-            suggestion = f"{needed}, and {disk.f_bavail * disk.f_frsize / 1e9:.3g} GB are free; make room"
+            suggestion = f"{needed} and {disk.f_bavail * disk.f_frsize / 1e9:.3g} GB are free; make room"
     elif error.errno == errno.EDQUOT:
         suggestion = f"{needed}; make room in your quota"
     elif error.errno == errno.EFBIG:
