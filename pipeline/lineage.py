@@ -90,7 +90,7 @@ def lineage_warning(config: Config, ancestors: list[dict[str, Any]]) -> str | No
             " there, which would hurt"
         )
     if config.train.stochastic_depth and not any(ancestor["stochastic_depth"] for ancestor in ancestors):
-        return f"train.stochastic_depth is {config.train.stochastic_depth} here and was 0 in every ancestor"
+        return f"train.stochastic_depth={config.train.stochastic_depth} here, but 0 in every ancestor"
     return None
 
 
