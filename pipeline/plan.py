@@ -126,7 +126,7 @@ def _check_none_lost(run: Path) -> None:
         raise UsageError(
             f"run.dir={run}: its checkpoints are gone: {known if events else unknown}, and there is no checkpoint"
             f" in {run}/checkpoints, nor at a mirror"
-            " (checkpoint.mirror). Copy one back; or begin again from step 1 with --restart, which sets the old files"
+            " (checkpoint.mirror). Copy one back; or start over from step 1 with --restart, which sets the old files"
             " aside, or in another folder with run.dir=..."
         )
 

@@ -298,14 +298,14 @@ def _without_job(snapshot: RunSnapshot) -> tuple[str, str | None]:
     newest = max(snapshot.checkpoints, default=None)
     again = "the same command " + ("starts over" if newest is None else f"resumes from step {newest}")
     if newest is None and (saved := last_saved_step(snapshot.events)) is not None:
-        again = f"its checkpoints are gone, the last of step {saved}: copy one back, or begin again with --restart"
+        again = f"its checkpoints are gone, the last of step {saved}: copy one back, or start over with --restart"
     steps = _steps(snapshot, snapshot.rows[-1] if snapshot.rows else {})
     if not last and newest is not None and newest == steps:
         return "done", "according to its newest checkpoint: events.jsonl does not say how it ended"
     if last.get("event") == "finished":
         return "done", None
     if last.get("event") == "interrupted":
-        return "stopped", f"{last.get('reason') or 'asked to'} after step {last['step']}; {again}"
+        return "stopped", f"{last.get('reason') or 'on request'} after step {last['step']}; {again}"
     if last.get("event") in ("failed", "out_of_memory"):
         return "failed", last.get("message") or f"rank {last['rank']} ran out of memory: {last['error']}"
     return "failed", f"{_hang(last) or 'its process was killed'}; {again}"
@@ -326,7 +326,7 @@ def _hang(event: Mapping[str, Any]) -> str | None:
     known = [each for each in event["ranks"] if has(each, {"rank": int})]
     ranks = ", ".join(f"rank {each['rank']} on {each.get('host', 'its host')}" for each in known)
     what = "no heartbeat from" if event["event"] == "heartbeat_lost" else "no progress, suspect:"
-    return f"{what} {ranks or 'no rank'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
+    return f"{what} {ranks or 'unknown'}" + (f"; stacks in {event['stacks']}" if "stacks" in event else "")
 
 
 def _reason(record: Mapping[str, str]) -> str | None:

@@ -182,7 +182,8 @@ def unsatisfiable_reason(slurm: Slurm, partition: Mapping[str, str]) -> str | No
     if partition["State"] != "UP":
         return f"partition {name} is {partition['State']}"
     if (slurm.min_nodes or slurm.nodes) > max_nodes:
-        return f"slurm.nodes={slurm.nodes} is more than partition {name} allows: {max_nodes}"
+        asked = f"slurm.min_nodes={slurm.min_nodes}" if slurm.min_nodes else f"slurm.nodes={slurm.nodes}"
+        return f"{asked} is more than partition {name} allows: {max_nodes}"
     if max_time is not None and (time is None or time > max_time):
         return f"slurm.time={slurm.time} is longer than partition {name} allows: {partition['MaxTime']}"
     return None

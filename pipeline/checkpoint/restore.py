@@ -30,7 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 OnDamage = Callable[[Path, DamagedCheckpoint], object]
 _ANOTHER_CHECKPOINT = (
     "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
-    " or begin again with --restart"
+    " or start over with --restart"
 )
 _ANOTHER_RUN = "go back to the configuration and program that wrote it, or start another run with run.dir=..."
 

@@ -199,7 +199,8 @@ def images_as_tar(count: int) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("samples", [1000, pytest.param(100_000, marks=pytest.mark.torture)])
+@pytest.mark.torture
+@pytest.mark.parametrize("samples", [1000, 100_000])
 def test_an_epoch_from_an_s3_that_fails_has_every_sample_exactly_once(tmp_path, s3, samples):
     """5 % of the requests are refused and 1 % dropped half-way, while packing too."""
     (tmp_path / "images.tar").write_bytes(images_as_tar(samples))

@@ -94,7 +94,7 @@ def check(run: Path) -> None:
         assert {row["position"] % len(of_step): row["key"] for row in of_step} == recorded_keys(run, step)
         recorded = next(row["loss"] for row in rows(run / "metrics.jsonl") if row["step"] == step)
         assert np.mean([row["loss"] for row in of_step]) == pytest.approx(recorded, rel=1e-5)
-        assert "those that the run recorded, to the bit, as they must be" in told(out)["printed"]
+        assert "match what the run recorded, to the bit, as they must be" in told(out)["printed"]
     assert "as attempt 1 did it on 2 ranks" in told(after)["printed"]
     assert "from checkpoints/step-00000004: 4 steps" in told(after)["printed"]
     for out in (overflow, extreme, after):

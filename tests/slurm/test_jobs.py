@@ -263,7 +263,7 @@ def test_a_stop_that_takes_longer_than_the_grace_time_is_warned_about(
     assert grace == GRACE_SECONDS + KILL_SECONDS and grace_seconds("high") == KILL_SECONDS
     assert warnings(grace, signal=60, grace=grace) == []
     assert "kills 13 s after" in warnings(14, signal=60, grace=grace)[0]
-    assert ["slurm.signal_seconds leaves 60 s" in warning for warning in warnings(61, 60, grace)] == [True, False]
+    assert ["slurm.signal_seconds leaves only 60 s" in warning for warning in warnings(61, 60, grace)] == [True, False]
 
 
 def test_what_the_cluster_can_never_provide_is_refused_at_submission(
