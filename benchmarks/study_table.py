@@ -26,6 +26,7 @@ def table(
     found = {case: records[training.id] for case, training in trainings.items()}
     rates = plan.chosen(records)
     yield f"# {study.title}\n"
+    yield f"`coatnet bench ablations --train TAR --val TAR --out OUT --study {plan.name} --seeds {len(plan.seeds)}`\n"
     yield f"The paper: {study.paper_says.strip()}\n"
     if plan.more:
         yield f"A short form, which says nothing about the paper: {plan.more}.\n"
@@ -44,11 +45,11 @@ def table(
         yield f"**{stage}**: mean ± standard deviation over seeds {', '.join(map(str, plan.seeds))}, and each\n"
         yield from _markdown(rows)
     if speeds:
-        yield f"images/s: forward and backward on one core, of {machine()}, in turns.\n"
+        yield f"images/s: forward and backward on one core, the variants in turns; {machine()}.\n"
     for comparison in study.comparisons:
         differences = [_sum(comparison, found, seed) for seed in plan.seeds]
         yield f"- {_in_words(comparison, differences)}"
-    yield "\nThe sweep of learning rates, top-1 in % (one seed, which is none of these):\n"
+    yield "\nThe sweep of learning rates, top-1 in %, with a seed of its own:\n"
     sweep = plan.sweep()
     rows = [["variant", "stage", *(f"{rate:g}" for rate in plan.rates)]]
     for variant, stage in sweep:
@@ -75,7 +76,7 @@ def verdict(differences: Sequence[float | None], paper: str) -> str:
         return "the paper says nothing of it"
     known = [each for each in differences if each is not None]
     if len(known) < max(2, len(differences)):
-        return "undecided: it takes two seeds, all of which end"
+        return "undecided: fewer than two seeds, or one that diverged"
     mean, spread = statistics.fmean(known), statistics.stdev(known)
     if paper == "about 0" and abs(mean) > spread:
         return "disagrees with the paper, where they are about equal"
@@ -136,9 +137,9 @@ def _foot(records: Iterable[Record]) -> Iterator[str]:
     """Hours, and by which code and on which machines the records were made."""
     distinct = {row["id"]: row for row in records}.values()
     hours = sum(row["hours"] for row in distinct)
-    for row in distinct:
-        if row["skipped_steps"]:
-            yield f"- {row['name']}: {row['skipped_steps']} steps not applied, since their loss was bad"
     yield f"{len(distinct)} trainings, {hours:.1f} hours of steps, some shared with other studies. Made by:\n"
     for (code, made_on), count in Counter((row["code"], row["machine"]) for row in distinct).most_common():
         yield f"- {count}: code {code}, {made_on}"
+    for row in distinct:
+        if row["skipped_steps"]:
+            yield f"\n{row['name']}: {row['skipped_steps']} steps were not applied, since their loss was bad."

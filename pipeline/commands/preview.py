@@ -1,7 +1,7 @@
 """`coatnet preview`: a contact sheet of training samples exactly as the model will see them.
 
 They are the first micro batches of an epoch, read, decoded, augmented and mixed by the code of training. Left of each
-is the center crop of the same image, without augmentation, and below are the draws. Each pixel of the sheet is one of
+is the centre crop of the same image, without augmentation, and below are the draws. Each pixel of the sheet is one of
 the model's, or one of a square that repeats it.
 """
 
@@ -49,7 +49,7 @@ def preview(preset: str, out: str, overrides: list[str], samples: int, epoch: in
         raise UsageError(f"{out} cannot be written; it must be a .png in a writable folder")
     items = sheet_items(config, samples, epoch)
     title = (
-        f"{preset}: the first {len(items)} samples of epoch {epoch}; left: center crop, right: as the model sees them"
+        f"{preset}: the first {len(items)} samples of epoch {epoch}; left: centre crop, right: as the model sees them"
     )
     png = sheet(items, title)
     try:

@@ -264,5 +264,5 @@ def write_folder(place: Path, found: Found, done: Replay) -> None:
     items = items_at(done.config, done.plan.train, done.plan.order, numbers)
     of_position = dict(zip((n * size + i for n in numbers for i in range(size)), items, strict=True))
     shown = [(of_position[row["position"]], [row["key"], f"loss {format_number(row['loss'])}"]) for row in worst]
-    title = f"{found.run}: the worst samples of step {found.step}; left: center crop, right: as the model saw them"
+    title = f"{found.run}: the worst samples of step {found.step}; left: centre crop, right: as the model saw them"
     (place / "sheet.png").write_bytes(sheet([replace(item, lines=lines + item.lines) for item, lines in shown], title))
