@@ -23,6 +23,7 @@ version = release = pipeline.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "*/README.md", "configs/*/README.md"]
+include_patterns += ["benchmarks/results/ablations/*.md"]
 exclude_patterns = [".*", "docs/_build", "build", "runs", "demo/out"]
 
 html_theme = "furo"
