@@ -103,11 +103,15 @@ def _sum(comparison: Comparison, found: Mapping[tuple[str, str, int], Record], s
 def _in_words(comparison: Comparison, differences: Sequence[float | None]) -> str:
     known = [each for each in differences if each is not None]
     digits, unit = DIGITS.get(comparison.figure, 3), "points" if comparison.figure == "top1" else "of loss"
-    by_seed = ", ".join("diverged" if each is None else f"{each:+.{digits}f}" for each in differences)
-    mean = f"{statistics.fmean(known):+.{digits}f}" if known else "none"
+    by_seed = ", ".join("diverged" if each is None else _signed(each, digits) for each in differences)
+    mean = _signed(statistics.fmean(known), digits) if known else "none"
     what = f"{' + '.join(comparison.plus)} - {' - '.join(comparison.minus)}, {SHOWN[comparison.figure].rstrip(', %')}"
     judged = verdict(differences, comparison.paper)
     return f"{comparison.claim} ({what}): {mean} {unit} ({by_seed} by seed); **{judged}**."
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.0
 
 
 def _by_seed(values: Sequence[float | None], digits: int) -> str:
