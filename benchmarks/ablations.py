@@ -68,7 +68,7 @@ class Bench:
 
     def complete(self, plan: Plan) -> dict[tuple[str, str, int], Training]:
         """Trains what has no record: the sweeps, then the trainings that are reported, which it returns."""
-        self._record([each for rates in plan.sweep().values() for each in rates.values()])
+        self._record(plan.swept())
         trainings = plan.trainings(self.records)
         self._record(trainings.values())
         return trainings

@@ -164,6 +164,10 @@ class Plan:
             for stage, variant in product(first, self.study.variants)
         }
 
+    def swept(self) -> list[Training]:
+        """All trainings of the sweeps."""
+        return [each for rates in self.sweep().values() for each in rates.values()]
+
     def chosen(self, records: Mapping[str, Record]) -> dict[Case, float]:
         """The rate of the best top-1 of each sweep; of equal ones the lowest."""
         return {
@@ -181,7 +185,7 @@ class Plan:
 
     def on_record(self, records: Mapping[str, Record]) -> list[Training]:
         """All trainings of the study that have a record; of those that are reported none before all sweeps are."""
-        swept = [each for rates in self.sweep().values() for each in rates.values()]
+        swept = self.swept()
         reported = self.trainings(records).values() if all(each.id in records for each in swept) else ()
         return [each for each in (*swept, *reported) if each.id in records]
 

@@ -58,8 +58,7 @@ def table(
             [variant, stage, *(_chosen(_number(top1, 1), rate == rates[variant, stage]) for rate, top1 in cells)]
         )
     yield from _markdown(rows)
-    swept = [records[each.id] for of_rate in sweep.values() for each in of_rate.values()]
-    yield from _foot([*found.values(), *swept])
+    yield from _foot([*found.values(), *(records[each.id] for each in plan.swept())])
 
 
 def figure(record: Record, name: str) -> float | None:

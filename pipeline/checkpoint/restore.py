@@ -32,7 +32,7 @@ _ANOTHER_CHECKPOINT = (
     "see events.jsonl; restore one from a copy, or remove them to resume from checkpoint.mirror, if there is one,"
     " or start over with --restart"
 )
-_ANOTHER_RUN = "go back to the configuration and program that wrote it, or start another run with run.dir=..."
+_ANOTHER_RUN = "restore the configuration and program that wrote it, or start another run with run.dir=..."
 
 
 def restore(
