@@ -443,8 +443,11 @@ def main() -> None:
     prepare_output(needed=command not in TRAINS)
     if command not in RANKS:
         ignore_launcher()
-    status = _run()
-    signals.finish(status if isinstance(status, int) else int(status is not None))
+    try:
+        status = _run()
+        signals.finish(status if isinstance(status, int) else int(status is not None))
+    except KeyboardInterrupt:  # even while an error is reported
+        signals.end_now()
     gc.freeze()  # else the interpreter's exit visits every object of torch again: a second
     sys.exit(status)
 
@@ -467,8 +470,6 @@ def _run() -> int | str | None:
             signals.end_now()
         _leave_process_group()
         return ended.code
-    except KeyboardInterrupt:
-        signals.end_now()
     except BrokenPipeError:  # nobody reads what it prints
         return 1
     except Exception as error:

@@ -162,6 +162,28 @@ def test_signals_that_never_end_do_not_kill_a_command(words: list[str], statuses
     assert process.returncode in statuses, said + process.stderr.read()
 
 
+def test_a_command_that_is_stopped_while_it_reports_an_error_ends_as_stopped() -> None:
+    """Here its report waits in a pipe that is full."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"." * 4096)
+    os.set_blocking(writing, True)
+    process = subprocess.Popen(command("data", "verify", "x"), cwd=ROOT, stderr=writing)
+    os.close(writing)
+    wait_until(lambda: writes_to_stderr(process.pid))
+    process.send_signal(signal.SIGTERM)
+    with open(reading) as output:
+        assert output.read().endswith("coatnet: stopped by SIGTERM; run the same command again\n")
+    assert process.wait(PATIENCE_SECONDS) == 3
+
+
+def writes_to_stderr(pid: int) -> bool:
+    """Whether a process waits in a system call on its file descriptor 2."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[1:2] == ["0x2"]
+
+
 def is_open(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
